@@ -31,11 +31,12 @@ MODELS = (
     *("llama-3.1-8b", "llama-3.1-70b", "gemma-3-27b", "qwen3-32b", "mixtral-8x7b"),
     *("gemma-4-31b", "gpt-oss-20b", "qwen3.5-9b", "qwen3.5-35b-a3b", "glm-4.5-air"),
 )
+# explicit, independent of defaults
 MECHANISMS = (
     "--mechanisms",
     "soft:power=2",
     "homogeneity",
-)  # explicit, independent of defaults
+)
 TOPOLOGIES = {
     "tpu": ("v5e:16x16", "v6e:16x16", "v5p:8x8x16"),
     "gpu": ("8xh100", "64xh100"),

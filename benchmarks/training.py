@@ -161,9 +161,8 @@ def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
     }
     from nalora_jax.layout import distributed
 
-    batch = {
-        name: value[None] for name, value in flat.items()
-    }  # [micro-batches, rows, seq]
+    # [micro-batches, rows, seq]
+    batch = {name: value[None] for name, value in flat.items()}
     return distributed.make_global_batch(batch, mesh, rows_axis=1)
 
 

@@ -90,9 +90,8 @@ def main() -> None:
     if options.peft_compile is not None:
         extra.append("--compile" if options.peft_compile else "--no-compile")
     ours = ["--method", "nalora", "--compilation-cache"]
-    ours += (
-        ["--remat", "full"] if options.checkpointing else []
-    )  # both rematerialize layers
+    # both rematerialize layers
+    ours += ["--remat", "full"] if options.checkpointing else []
 
     def commands(steps: int) -> dict[str, list[str]]:
         return {

@@ -95,9 +95,8 @@ def channel_statistics(z, z_base, dz):
         "occupancy": jnp.stack([mean(region.astype(z.dtype)) for region in regions]),
         "excess": mean(jnp.abs(excess)),
         "response": mean(jnp.abs(dphi(z_base) * dz)),
-        "feature": mean(
-            jnp.abs(rho(z_base) * dz)
-        ),  # misalignment of a channel: E|S| / E|F|
+        # misalignment of a channel: E|S| / E|F|
+        "feature": mean(jnp.abs(rho(z_base) * dz)),
         "selection": mean(jnp.abs(selection)),
     }
 

@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.set_threshold(100_000, 10, 10)
 
     def run() -> None:
+        # after the terminal's streams are open
         from nalora_jax.cli.command import (
             execute,
-        )  # after the terminal's streams are open
+        )
 
         execute(_take_log_format(words))
 
@@ -76,9 +77,8 @@ def guarded(run: Callable[[], None]) -> int:
     except LostPeerError as error:
         _fail(str(error))
         sys.stdout.flush()
-        os._exit(
-            error.status
-        )  # a normal exit from JAX's group would wait for the lost processes
+        # a normal exit from JAX's group would wait for the lost processes
+        os._exit(error.status)
     except ListedError as error:
         return _fail(*str(error).splitlines())
     except NaloraError as error:

@@ -100,9 +100,8 @@ def _sees(args: ChatArgs) -> bool:
         return bool(
             place.run.get("vision", {}).get("task", VisionConfig().task) == "chat"
         )
-    with contextlib.suppress(
-        NaloraError
-    ):  # language model, or loading will report the error
+    # language model, or loading will report the error
+    with contextlib.suppress(NaloraError):
         files = model_files.open_files(hub.resolve_source(place.base), images=True)
         return files.config.sight is not None
     return False

@@ -65,9 +65,10 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
 
 def _describe_images(inputs: job.Inputs) -> list[str]:
     """Returns lines that describe a run on image and text encoders."""
+    # Pillow is an extra
     from nalora_jax.models.vision.dual import (
         init_lora as init_dual,
-    )  # Pillow is an extra
+    )
     from nalora_jax.train.kinds.dual import resolve_dual
     from nalora_jax.weights.dual import described_dual
 

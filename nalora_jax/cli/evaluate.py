@@ -118,12 +118,10 @@ def evaluate(args: EvalArgs) -> None:
     sets = _data_sets(args, place.run) if named or not args.harness else []
     if args.harness:
         harness.require_harness()
-    if args.against not in (None, "base") and not located.holds_adapter(
-        args.against
-    ):  # needs only the base
-        hub.resolve_source(
-            located.locate(args.against).base
-        )  # reports a missing model before the first is loaded
+    # needs only the base
+    if args.against not in (None, "base") and not located.holds_adapter(args.against):
+        # reports a missing model before the first is loaded
+        hub.resolve_source(located.locate(args.against).base)
     sides = _sides(args, args.against)
     if not (args.tasks or args.harness or args.against or args.records):
         return _held_out(args, sides[0].model, sets[0])
@@ -171,9 +169,8 @@ def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
             data = replace(data, eval_split=sources.split_to_measure(data))
         sets = [_task(name, args, data) for name in names] or [data]
         for dataset in sets:
-            sources.open_held_out(dataset, dataset.eval_split).read(
-                [0]
-            )  # fails before a model is loaded
+            # fails before a model is loaded
+            sources.open_held_out(dataset, dataset.eval_split).read([0])
     return sets
 
 

@@ -22,9 +22,8 @@ from nalora_jax.config.settings import DUAL
 from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
 from nalora_jax.errors import NaloraError
 
-with (
-    epy.lazy_imports()
-):  # on first use: help needs no JAX, and `_prepare` comes before it
+# on first use: help needs no JAX, and `_prepare` comes before it
+with epy.lazy_imports():
     from nalora_jax.cli.planning import program, report
     from nalora_jax.layout import layouts, machines
 
@@ -81,9 +80,8 @@ class PlanArgs:
         if task in DUAL:
             expected = "a language model: dual encoders are not planned"
             raise NaloraError("--vision.task", expected=expected, found=task)
-        check_ranges(
-            replace(self.run, train=replace(train, batch_size=1))
-        )  # before rows are counted
+        # before rows are counted
+        check_ranges(replace(self.run, train=replace(train, batch_size=1)))
         rows = self.batch or train.batch_size or chips * train.accumulate
         data = replace(self.run.data, max_length=self.seq or self.run.data.max_length)
         return check(

@@ -78,9 +78,8 @@ def generate(args: cli.GenerateArgs) -> None:
     prompt = _standard_input() if args.prompt == "-" else args.prompt or ""
     asked = [{"role": "user", "content": prompt}]
     mesh = outputs.mesh_of(args.mesh)
-    pictures = [
-        image_files.open_image(path) for path in args.image
-    ]  # fails before a model is loaded
+    # fails before a model is loaded
+    pictures = [image_files.open_image(path) for path in args.image]
     if args.chat and not pictures:
         _require_template(args.model, args.adapter, messages or asked)
     options: dict[str, Any] = {
@@ -391,9 +390,8 @@ def _require_adapter(place: located.Located) -> None:
 
 def _standard_input() -> str:
     try:
-        return sys.stdin.buffer.read().decode(
-            "utf-8"
-        )  # strict, independent of the locale
+        # strict, independent of the locale
+        return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise NaloraError(
             "--prompt -", expected="text in UTF-8 on standard input", found=error

@@ -74,9 +74,8 @@ def verify(args: VerifyArgs) -> None:
     encoded = [
         model.base.tokenizer.encode(text) for text in args.texts or inspect.TEXTS
     ]
-    prompts = np.array(
-        [ids[: min(_TOKENS, *map(len, encoded))] for ids in encoded]
-    )  # [prompts, tokens]
+    # [prompts, tokens]
+    prompts = np.array([ids[: min(_TOKENS, *map(len, encoded))] for ids in encoded])
     base, changed = (
         server.log_probs(prompts, adapted=adapted) for adapted in (False, True)
     )
@@ -212,9 +211,8 @@ def judge(
         n: _size(after - before - (x - base_of_ours)) / effect for n, x in ours.items()
     }
     name = min(distance, key=distance.__getitem__)
-    if distance["adapter"] < min(
-        _EQUAL, max(_EXACT, 2 * distance[name])
-    ):  # no candidate is clearly nearer
+    # no candidate is clearly nearer
+    if distance["adapter"] < min(_EQUAL, max(_EXACT, 2 * distance[name])):
         return (
             f"served: the adapter's change is as here, to {distance['adapter']:.0%}",
             True,
@@ -261,9 +259,8 @@ def _candidates(
 
 def _log_probs(module: Any, variables: Mapping[str, Any], prompts: np.ndarray) -> Any:
     hidden = module.apply(variables, prompts)  # [prompts, tokens, d_model]
-    logits = module.apply(
-        variables, hidden[:, -1:], method="unembed"
-    )  # [prompts, 1, vocab]
+    # [prompts, 1, vocab]
+    logits = module.apply(variables, hidden[:, -1:], method="unembed")
     return jax.nn.log_softmax(logits[:, 0].astype("float32"))
 
 

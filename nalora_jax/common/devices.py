@@ -25,10 +25,11 @@ import jax
 AXES = ("data", "fsdp", "context", "tensor")
 RUN = "run"
 CONTEXT = "context"
+# both split the rows of a batch; fsdp also splits weights
 BATCH_AXES = (
     "data",
     "fsdp",
-)  # both split the rows of a batch; fsdp also splits weights
+)
 WEIGHT_AXES = ("fsdp", CONTEXT)  # both split weights, which are gathered layer by layer
 
 
@@ -94,9 +95,8 @@ def torus(devices: Sequence[jax.Device]) -> tuple[int, ...] | None:
 def _domain(device: jax.Device) -> int:
     names = {"tpu": ("slice_index",), "gpu": ("partition_index", "slice_index")}
     for name in names.get(platform_name(device), ()):
-        index: Any = getattr(
-            device, name, None
-        )  # a client may have the attribute without a value
+        # a client may have the attribute without a value
+        index: Any = getattr(device, name, None)
         if index is not None:
             return int(index)
     if platform_name(device) == "gpu":

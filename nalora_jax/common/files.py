@@ -19,10 +19,11 @@ from etils import epath
 
 from nalora_jax.errors import NaloraError
 
+# of open(2) with O_NOFOLLOW: Linux and macOS, FreeBSD
 _LINKED = (
     errno.ELOOP,
     errno.EMLINK,
-)  # of open(2) with O_NOFOLLOW: Linux and macOS, FreeBSD
+)
 
 if TYPE_CHECKING:
     import numpy as np

@@ -58,12 +58,10 @@ def new_folder(
         yield scratch
         for path in scratch.iterdir():
             if path.is_file():
-                path.chmod(
-                    0o644
-                )  # safetensors makes private files; others may need access
-        check_free(
-            target, replaces, overwrite=overwrite
-        )  # another process may have been first
+                # safetensors makes private files; others may need access
+                path.chmod(0o644)
+        # another process may have been first
+        check_free(target, replaces, overwrite=overwrite)
         _move(scratch, target)
 
 

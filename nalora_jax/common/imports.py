@@ -42,9 +42,8 @@ def installed_version(name: str) -> str:
     """Returns the version of an installed distribution, or ``not installed``."""
     try:
         return importlib.metadata.version(name)
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # also this library, if it is a checkout
+    except importlib.metadata.PackageNotFoundError:
+        # also this library, if it is a checkout
         return "not installed"
 
 

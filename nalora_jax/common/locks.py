@@ -37,12 +37,13 @@ _STALE = (
 )
 # Seconds without a touch after which a holder on another host counts as gone at once.
 _ABANDONED = 86_400.0
+# of file systems without locks
 _UNSUPPORTED = (
     errno.ENOSYS,
     errno.ENOTSUP,
     errno.ENOLCK,
     errno.EINVAL,
-)  # of file systems without locks
+)
 
 
 def _acquire(path: Path, lock: FileLock) -> bool | None:
@@ -150,9 +151,8 @@ class RunLock:
         while not self._stop.wait(_BEAT):
             try:
                 os.utime(self.path)
-            except (
-                OSError
-            ):  # the folder is gone or unreachable: the run's writes will raise
+            except OSError:
+                # the folder is gone or unreachable: the run's writes will raise
                 return
 
 

@@ -53,9 +53,8 @@ _PATHS = (
     "eval_split",
 )
 _PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are not paths
-_SPECIAL = re.compile(
-    r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))"
-)  # not the underscore in a word
+# not the underscore in a word
+_SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))")
 
 
 def redacted(value: Any) -> Any:

@@ -68,9 +68,8 @@ class Registry(Generic[T]):
             point fails or registers something else.
         """
         if name not in self._values and not self._load(name):
-            imports = sys.modules.get(
-                "nalora_jax.common.imports"
-            )  # loaded if files were imported
+            # loaded if files were imported
+            imports = sys.modules.get("nalora_jax.common.imports")
             files = ", ".join(map(str, imports.imported() if imports else ())) or "none"
             remedy = f"--import FILE registers a {self._kind} of your own (imported: {files}), or an entry point does"
             expected = f"one of {', '.join(self.names())}"

@@ -31,12 +31,10 @@ def open_closed_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(
-                os.open(os.devnull, os.O_RDWR), True
-            )  # the lowest free number: this one
-        if (
-            getattr(sys, name) is None
-        ):  # Python's mark of a stream that was closed when it started
+            # the lowest free number: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        # Python's mark of a stream that was closed when it started
+        if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"
             stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
@@ -99,9 +97,8 @@ def lasting(*names: str) -> Iterator[None]:
         for name, stream in within.items():
             if stream is not None:
                 stream.flush()  # here a failure is no error; at the end of the process it would set the exit status
-            if (
-                getattr(sys, name) is stream
-            ):  # unless a program has replaced it meanwhile
+            # unless a program has replaced it meanwhile
+            if getattr(sys, name) is stream:
                 setattr(sys, name, before[name])
 
 

@@ -34,9 +34,8 @@ MARK = ".nalora-upload"
 # Files without which a folder is neither a model nor an adapter.
 _LAST = ("adapter_config.json", "config.json")
 _BEAT = 30.0  # seconds between two writes of a mark
-_STALE = (
-    4 * _BEAT
-)  # age after which a mark of another machine belongs to a process that has ended
+# age after which a mark of another machine belongs to a process that has ended
+_STALE = 4 * _BEAT
 _store_errors = partial(buckets.store_errors, access="write")
 
 
@@ -111,9 +110,8 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
     def keep_signing() -> None:
         """Signs at intervals, so that other machines see that this process lives."""
         while not stop.wait(_BEAT):
-            with suppress(
-                Exception
-            ):  # of any type; the next write, or the upload, may succeed
+            # of any type; the next write, or the upload, may succeed
+            with suppress(Exception):
                 sign()
 
     with _store_errors(where):
@@ -151,10 +149,11 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
 def _remove(where: str, names: Sequence[str]) -> None:
     """Removes ``names``, from the last one on, and then the mark."""
     with _store_errors(where):
+        # again: a cancelled request may have arrived meanwhile
         for removed in (
             names,
             [MARK, *names],
-        ):  # again: a cancelled request may have arrived meanwhile
+        ):
             present = _names(where)
             for name in removed[::-1]:
                 if name in present:

@@ -60,9 +60,8 @@ class Term:
 
     x: Array  # [rows, depth]
     y: Any  # an array (or one of each run), or `Bits` of a stack: [depth, columns] or [columns, depth]
-    transposed: bool = field(
-        default=False, metadata={"static": True}
-    )  # True for [columns, depth]
+    # True for [columns, depth]
+    transposed: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:

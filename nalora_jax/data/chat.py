@@ -325,10 +325,11 @@ def completions(
         if own is not None and place is not None:
             start, place_of_words = place
             words = upto[own[1] :].rstrip()
+            # the token may follow the last turn only
             for written in (
                 words,
                 words.removesuffix(eos),
-            ):  # the token may follow the last turn only
+            ):
                 if text.startswith(written, place_of_words):
                     return start, place_of_words + len(written)
         expected = (

@@ -52,10 +52,11 @@ _SPLITS = {
 }
 _SPLITS |= {"dev": "validation", "test": "test"}
 # JSON files that describe a folder of data, as datasets and TFDS write them.
+# one of which is in a folder of save_to_disk
 _SAVED = (
     "dataset_dict.json",
     "state.json",
-)  # one of which is in a folder of save_to_disk
+)
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "features.json", *_SAVED)
 
 
@@ -68,9 +69,8 @@ class RecordFile:
     count: int
     # Returns the values at some indices, in that order: objects, or JSON texts of objects.
     fetch: Callable[[Sequence[int]], Sequence[Any]]
-    where: Callable[
-        [int], str
-    ]  # name of a record in messages, with its line or number, counted from 1
+    # name of a record in messages, with its line or number, counted from 1
+    where: Callable[[int], str]
     remedy: str = "fix this item"  # for a value that is not an object
 
     def __len__(self) -> int:
@@ -245,9 +245,8 @@ def _delimited(path: Path, delimiter: str, name: str) -> RecordFile:
     data = _bytes(path)
     rows = []
     lines = [0]
-    limit = csv.field_size_limit(
-        2**31 - 1
-    )  # a conversation can exceed the default of 128 kB
+    # a conversation can exceed the default of 128 kB
+    limit = csv.field_size_limit(2**31 - 1)
     try:
         text = io.StringIO(data.decode("utf-8-sig"), newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -403,9 +402,8 @@ def _table(path: Path | str, name: str) -> RecordFile:
     def fetch(indices: Sequence[int]) -> Sequence[Record]:
         places = np.asarray(indices, np.int64)
         of = np.searchsorted(bounds, places, side="right") - 1
-        return read_in_parts(
-            of, places - bounds[of], read
-        )  # each group is decoded once
+        # each group is decoded once
+        return read_in_parts(of, places - bounds[of], read)
 
     return RecordFile(
         name, sha256, int(bounds[-1]), fetch, lambda index: f"{name}, row {index + 1}"

@@ -166,9 +166,8 @@ def fill_rows(
     row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     segment = np.concatenate([np.arange(1, len(row) + 1) for row in rows])
     filled = np.bincount(row_of, lengths).astype(np.int64)
-    gap = (
-        np.arange(len(rows)) * capacity - np.cumsum(filled) + filled
-    )  # padding before each row
+    # padding before each row
+    gap = np.arange(len(rows)) * capacity - np.cumsum(filled) + filled
     place = np.arange(ends[-1]) + np.repeat(gap[row_of], lengths)
     values = {
         "tokens": tokens[source],

@@ -37,9 +37,8 @@ class Prompt:
 
     ids: Sequence[int]
     text: str
-    record: Mapping[
-        str, Any
-    ]  # of the data set; ``answer`` is the reference completion unless it has one
+    # of the data set; ``answer`` is the reference completion unless it has one
+    record: Mapping[str, Any]
     where: str  # for errors
 
 

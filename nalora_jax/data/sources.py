@@ -142,9 +142,8 @@ def open_pair(
     if config.eval_split != AUTO:
         train = open_training(config, source=source)
         held = open_source(config, config.eval_split, source=source)
-        if (
-            config.train_split != config.eval_split
-        ):  # equal splits measure the training fit
+        # equal splits measure the training fit
+        if config.train_split != config.eval_split:
             for trained, other in itertools.product(train.parts, held.parts):
                 check_disjoint(trained, other)
         return train, held

@@ -250,9 +250,10 @@ def is_whole(folder: Path) -> bool:
 def load_store(folder: Path) -> TokenStore:
     """Returns the store in ``folder`` with memory-mapped arrays."""
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    # of early stores
     counts = {
         name: count for name, count in meta["counts"].items() if name != "longest"
-    }  # of early stores
+    }
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", "<i4", mode="r"),
         answer=np.memmap(folder / "answer.bin", np.uint8, mode="r"),

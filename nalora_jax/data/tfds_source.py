@@ -126,9 +126,8 @@ def folder_source(name: str, split: str) -> Source:
     asked = splits_in(split)
     files = []
     for file in buckets.files(name):
-        match = re.search(
-            r"-(\w+)\.\w+-\d+-of-\d+$", file
-        )  # pond-train.array_record-00000-of-00001
+        # pond-train.array_record-00000-of-00001
+        match = re.search(r"-(\w+)\.\w+-\d+-of-\d+$", file)
         if match is None or match[1] in asked or "all" in asked:
             files.append(file)
     fingerprint = (

@@ -319,9 +319,8 @@ def _through_this_package(error: BaseException) -> bool:
         frame.f_globals.get("__name__", "")
         for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
-    return any(
-        name.startswith("nalora_jax.") for name in modules[1:]
-    )  # the first is `run_harness`
+    # the first is `run_harness`
+    return any(name.startswith("nalora_jax.") for name in modules[1:])
 
 
 def compare_samples(

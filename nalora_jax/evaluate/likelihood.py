@@ -264,9 +264,8 @@ class ScoringBatch(NamedTuple):
     """Arrays of one call. Integer segments separate groups, 0 is padding."""
 
     stem: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, stem]
-    tails: dict[
-        str, np.ndarray
-    ]  # tokens, positions, segments: int32 [rows, lanes, tail]
+    # tokens, positions, segments: int32 [rows, lanes, tail]
+    tails: dict[str, np.ndarray]
     targets: np.ndarray  # int32 [rows, lanes, tail]
     owner: np.ndarray  # int32 [rows, lanes, tail]: number of a scored target's pair in all groups, -1 elsewhere
 

@@ -52,9 +52,10 @@ _MAX_DEPTH = 12  # nesting of a run's config
 _MAX_LAYERS = 2**9
 _MAX_HISTOGRAMS = 2**4  # mechanisms of one run; the report draws each in 0.3 s
 _MAX_EDGES = 2**10
+# settings with settings
 _GROUPS = {
     group.name for group in fields(RunConfig) if is_dataclass(group.default_factory)
-}  # settings with settings
+}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -206,9 +207,8 @@ def check_evaluation(values: Any, where: str) -> None:
 
 # ---------------------------------------------------------------- types of fields
 
-Check = Callable[
-    [Any, str], None
-]  # raises an error about a value at a place; all but `_COUNT` accept null
+# raises an error about a value at a place; all but `_COUNT` accept null
+Check = Callable[[Any, str], None]
 
 
 def _error(where: str, expected: str, value: object) -> NaloraError:

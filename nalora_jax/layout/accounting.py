@@ -35,9 +35,8 @@ _FUSIONS = ("fusion", "fusion-start")
 _MARKS = re.compile(
     r'custom_call_target="(AsyncCollective\w+|PrepareAsyncCall\w+|AllocateBuffer)"'
 )
-_VIEWS = re.compile(
-    "AllocateBuffer|ConcatBitcast"
-)  # custom calls without memory traffic
+# custom calls without memory traffic
+_VIEWS = re.compile("AllocateBuffer|ConcatBitcast")
 _COUNTERS = ("s32", "s64", "u32")  # dtypes of loop counters
 # Instructions that run other computations in sequence.
 _BLOCKS = ("while", "conditional", "call")

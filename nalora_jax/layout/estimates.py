@@ -478,9 +478,8 @@ class _Share:
         self.runs = max(layout.runs_per_device, 1)
         self.seq = config.data.max_length
         self.micro = self.runs * config.train.batch_size // config.train.accumulate
-        self.rows = self.micro / (
-            layout.data * self.split
-        )  # a chip may have part of one
+        # a chip may have part of one
+        self.rows = self.micro / (layout.data * self.split)
         self.tokens = self.rows * self.seq
         self.wide = float(config.compute.itemsize)
         self.narrow = WIDTHS.get(config.compute.quantize, self.wide)
@@ -507,9 +506,8 @@ class _Share:
         host = 0.0
         activations = saved
         if self.offloads:
-            on_chip = _UNDER_WAY * max(
-                map(len, groups(base))
-            )  # layers whose activations are on the chip
+            # layers whose activations are on the chip
+            on_chip = _UNDER_WAY * max(map(len, groups(base)))
             host = saved
             activations = saved * min(on_chip / base.n_layers, 1)
         out = host / chip.host_link
@@ -586,9 +584,8 @@ class _Share:
                 * ((d_in + d_out) * sum(target.ranks) + magnitudes)
             )
         tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
-        if (
-            base.vocab_size % self.tensor == 0
-        ):  # an axis that does not divide their rows is dropped
+        # an axis that does not divide their rows is dropped
+        if base.vocab_size % self.tensor == 0:
             tables /= self.tensor
         return adapters[False], adapters[True], tables
 

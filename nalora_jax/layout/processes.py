@@ -61,9 +61,8 @@ def initialize_distributed(within: int = 300) -> bool:
             initialization_timeout=within,
         )
     except ValueError as error:
-        if (
-            not explicit
-        ):  # a TPU host without Google Cloud's images: JAX detects no other process
+        # a TPU host without Google Cloud's images: JAX detects no other process
+        if not explicit:
             return False
         raise NaloraError(
             "JAX_COORDINATOR_ADDRESS",

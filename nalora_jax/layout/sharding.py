@@ -57,9 +57,8 @@ def _kernel_rules() -> Rules:
     for name, inner, outer in _PROJECTIONS:
         rules.append((rf"(^|/){name}/kernel(/codes|/scales)?$", P(inner, outer)))
         rules.append((rf"(^|/){name}/bias$", P(outer)))
-        rules.append(
-            (rf"(^|/){name}/start_a$", P(inner, None))
-        )  # initial adapters, if B != 0
+        # initial adapters, if B != 0
+        rules.append((rf"(^|/){name}/start_a$", P(inner, None)))
         rules.append((rf"(^|/){name}/start_b$", P(None, outer)))
     return rules
 
@@ -103,10 +102,11 @@ PARAM_RULES: Rules = (
 # The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split
 # weights split one axis of each leaf, because moments of large ranks take gigabytes.
 STATE_RULES: Rules = (
+    # factored second moments (Adafactor) are small and no longer shaped like a weight
     (
         r"(^|/)v_(row|col)/",
         P(),
-    ),  # factored second moments (Adafactor) are small and no longer shaped like a weight
+    ),
     *_adapter_rules({"fsdp": "fsdp", "tensor": _WHOLE}),
     *_TABLE_RULES,  # fully trained tables and their moments
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and

@@ -63,9 +63,8 @@ def activation_of(name: str, gate: Selection, **options: Any) -> Activation:
         rho, drho = gate(z)
         return rho + z * drho
 
-    functools.update_wrapper(
-        gate_in_float32, gate, assigned=()
-    )  # records of studies name its file
+    # records of studies name its file
+    functools.update_wrapper(gate_in_float32, gate, assigned=())
     phi = _with_derivative(lambda z: z * gate(z)[0], derivative)
     rho = _with_derivative(lambda z: gate(z)[0], lambda z: gate(z)[1])
     return Activation(name, phi, rho, gate_in_float32, **options)
@@ -107,13 +106,11 @@ class Partition(NamedTuple):
     activation: str
     z0: float
     z1: float
-    degrees: tuple[
-        float, float, float, float
-    ]  # means of h over each region for z ~ N(0, 1)
+    # means of h over each region for z ~ N(0, 1)
+    degrees: tuple[float, float, float, float]
     meaningful: bool
-    flat_above: float = (
-        math.inf
-    )  # phi is constant above it: h is 0, so the region is contracting
+    # phi is constant above it: h is 0, so the region is contracting
+    flat_above: float = math.inf
 
 
 class Regions(NamedTuple):
@@ -198,9 +195,8 @@ def partition(name: str) -> Partition:
 
 
 def _grid(low: float, high: float) -> np.ndarray:
-    return np.linspace(
-        low, high, 1001
-    )  # always so many points, so that one program evaluates them
+    # always so many points, so that one program evaluates them
+    return np.linspace(low, high, 1001)
 
 
 def _crossing(f: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:

@@ -140,9 +140,8 @@ class Projection:
         dz = low_rank(
             rows, leaves["a"], leaves["b"], self.scale, leaves.get(MASK)
         ).astype(y.dtype)
-        z = (
-            jnp.einsum(f"{out}->{batch}{outer}", y).reshape(dz.shape) + dz
-        )  # [..., d_out]
+        # [..., d_out]
+        z = jnp.einsum(f"{out}->{batch}{outer}", y).reshape(dz.shape) + dz
         if leaves.get(TAPS):
             z = observe(z, dz, leaves[TAPS], self.activation)
         z = z.reshape(*z.shape[:-1], *self.sizes(outer))

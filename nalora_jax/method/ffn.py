@@ -296,9 +296,8 @@ def frozen_kernel(
             stack: storage.Bits = module.get_variable(storage.STACKS, name)
             assert isinstance(stored, jax.Array)
             return storage.Bits(stack.bits, stored)
-        if isinstance(
-            stored, storage.Stored
-        ):  # `param` would compare the shapes of its leaves
+        # `param` would compare the shapes of its leaves
+        if isinstance(stored, storage.Stored):
             return stored
     kernel: jax.Array = module.param(
         name, init or nn.initializers.lecun_normal(), shape
@@ -360,10 +359,11 @@ class AdaptedBlock(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
 
+    # the gate first, the output last
     names: ClassVar[tuple[str, ...]] = (
         "gate_proj",
         "down_proj",
-    )  # the gate first, the output last
+    )
 
     @nn.compact
     def __call__(

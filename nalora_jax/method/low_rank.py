@@ -359,9 +359,8 @@ def _dora(
     # The norm is a constant of the backward pass, as in the paper (section 4.3) and in PEFT.
     assert adapter.magnitude is not None
     ratio = adapter.magnitude / lax.stop_gradient(column_norm(frozen, *adapter[:3]))
-    ratio = jnp.where(
-        jnp.asarray(adapter.scale) == 0, 1.0, ratio
-    )  # rank 0: the magnitude is unused
+    # rank 0: the magnitude is unused
+    ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
     ratio = jnp.broadcast_to(ratio, base.shape)
     return (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
 

@@ -76,9 +76,8 @@ class Measurement(NamedTuple):
 
     weights: Array  # [batch, seq], weights of the tokens
     config: GateStatsConfig
-    taps: Mapping[
-        str, Array
-    ]  # zeros whose gradients are the statistics (`statistics.emit`)
+    # zeros whose gradients are the statistics (`statistics.emit`)
+    taps: Mapping[str, Array]
     probe_weights: Array | None = (
         None  # [batch, seq], weights for the probe, if they differ
     )
@@ -112,9 +111,8 @@ class SampledWeights:
     every: Array  # [batch, seq]
     gate: Array  # [batch, seq], 0 at positions that the sample of the whole row does not take
     probe: Array  # the same for the probe
-    strides: tuple[int, int] = field(
-        metadata={"static": True}
-    )  # of samples that contain the rows' samples
+    # of samples that contain the rows' samples
+    strides: tuple[int, int] = field(metadata={"static": True})
     length: int = field(metadata={"static": True})  # of the whole rows
 
 
@@ -388,13 +386,11 @@ def _identity(z: Array, dz: Array, activation: Activation, tolerance: float) -> 
 def _gate(z: Array, activation: Activation, tolerance: float) -> Array:
     (rho, drho), exact = activation.gate(z), activation.rho(z)
     smooth = jnp.ones_like(z)
-    if (
-        not activation.self_gated
-    ):  # an activation with a jump at 0 has no derivative there
+    # an activation with a jump at 0 has no derivative there
+    if not activation.self_gated:
         smooth = (jnp.abs(z) > 2 * _STEP).astype(jnp.float32)
-    smooth = smooth * (
-        jnp.abs(z - activation.flat_above) > 2 * _STEP
-    )  # rho has a kink there
+    # rho has a kink there
+    smooth = smooth * (jnp.abs(z - activation.flat_above) > 2 * _STEP)
     difference = (activation.rho(z + _STEP) - activation.rho(z - _STEP)) / (2 * _STEP)
     slopes = _worst(smooth * (drho - difference), 0.01 * jnp.abs(difference) + 2e-4)
     return jnp.maximum(

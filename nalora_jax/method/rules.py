@@ -520,9 +520,8 @@ def delta_importance(delta_squared: Array, q: float, limit: float) -> Array:
     """
     if q == 0:
         return jnp.ones_like(delta_squared)
-    widest = limit ** (
-        2 / abs(q)
-    )  # clipped before the power, so 0 is never raised to a power
+    # clipped before the power, so 0 is never raised to a power
+    widest = limit ** (2 / abs(q))
     return jnp.clip(relative(delta_squared), 1 / widest, widest) ** (q / 2)
 
 

@@ -60,9 +60,8 @@ class Evaluated(NamedTuple):
     statistics."""
 
     loss: Array  # summed
-    measured: Mapping[str, Array] = MappingProxyType(
-        {}
-    )  # sums of further log metrics by name
+    # sums of further log metrics by name
+    measured: Mapping[str, Array] = MappingProxyType({})
 
 
 class Objective(Protocol):
@@ -90,9 +89,8 @@ class StepConfig:
     """The static settings of a step."""
 
     mechanisms: Mechanisms
-    blocks: Mapping[
-        str, tuple[int, ...]
-    ]  # channel shape of each measured block, e.g. (L, d_ff)
+    # channel shape of each measured block, e.g. (L, d_ff)
+    blocks: Mapping[str, tuple[int, ...]]
     # Of adapters and masks within the step, if the state is sharded further.
     lora_sharding: Any = None
     mask_sharding: NamedSharding | None = None

@@ -343,9 +343,8 @@ def scale_by_gates(
                 raise NaloraError(
                     "gates", expected=f"a parameter {gate}/b", found=present
                 )
-        of_b = {
-            block: flat[f"{gate}/b"].shape for gate, block in chosen.items()
-        }  # (..., r, d_ff)
+        # (..., r, d_ff)
+        of_b = {block: flat[f"{gate}/b"].shape for gate, block in chosen.items()}
         shapes = {block: (*shape[:-2], shape[-1]) for block, shape in of_b.items()}
         return init_gate_state(shapes, mechanisms)
 

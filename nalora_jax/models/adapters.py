@@ -175,9 +175,8 @@ def _factors(
             a = _ADALORA_STD * jax.random.normal(key_a, of_a)
             b = _ADALORA_STD * jax.random.normal(key_b, of_b)
             leaves[f"{path}/singular"] = jnp.zeros((*lead, target.rank), jnp.float32)
-        elif (
-            zero_a
-        ):  # the standard deviation of `init_a`, which is uniform in +-1/sqrt(d_in)
+        elif zero_a:
+            # the standard deviation of `init_a`, which is uniform in +-1/sqrt(d_in)
             b = jax.random.normal(key_a, of_b) / math.sqrt(3 * d_in)
         else:
             a = init_a(key_a, of_a)

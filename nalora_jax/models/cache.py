@@ -77,9 +77,8 @@ class Cache:
     states: dict[str, Any]
     positions: jax.Array  # int32 [batch, slots]
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot
-    lengths: (
-        jax.Array
-    )  # int32 [batch]: real tokens so far, the position of the next one
+    # int32 [batch]: real tokens so far, the position of the next one
+    lengths: jax.Array
     index: jax.Array  # int32 []: slots used so far; index of the next write
 
 

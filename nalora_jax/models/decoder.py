@@ -111,9 +111,8 @@ class Block(nn.Module):
         The input is the norm of the sum, if the family has a norm there.
         """
         c = self.config
-        recomputed = (
-            c.post_norm
-        )  # from the layer's input and the results that norms after parts read
+        # from the layer's input and the results that norms after parts read
+        recomputed = c.post_norm
         if y is not None and not (c.pre_norm and c.residual_scale == 1.0):
             x = self._add(x, y)
             y = None

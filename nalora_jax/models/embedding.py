@@ -101,9 +101,8 @@ def _with_rows(
     """
     order = np.argsort(ids).astype(np.int32)
     ascending = np.array(ids, np.int32)[order]
-    place = jnp.searchsorted(
-        ascending, tokens, method="scan_unrolled"
-    )  # len(ids) beyond the last
+    # len(ids) beyond the last
+    place = jnp.searchsorted(ascending, tokens, method="scan_unrolled")
     is_trained = jnp.take(ascending, place, mode="clip") == tokens
     trained = jnp.take(rows, jnp.take(order, place, mode="clip"), axis=0)
     return jnp.where(is_trained[..., None], trained, x.astype(trained.dtype))

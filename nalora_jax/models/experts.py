@@ -67,9 +67,8 @@ class Layer(NamedTuple):
     gate: Experts
     up: Experts
     down: Experts
-    taps: Mapping[
-        str, jax.Array
-    ]  # zeros whose gradients are statistics of z's cotangent
+    # zeros whose gradients are statistics of z's cotangent
+    taps: Mapping[str, jax.Array]
     correction: jax.Array | None = None  # [experts], of the router's scores
     expert_scale: jax.Array | None = None  # [experts], of the router's weights
 
@@ -379,9 +378,8 @@ def _dropped(
     """
     size = 1
     first = jnp.int32(0)
-    if (
-        config.axis is not None and place == 2
-    ):  # the channels of the hidden rows are split
+    # the channels of the hidden rows are split
+    if config.axis is not None and place == 2:
         size = lax.axis_size(config.axis)
         first = lax.axis_index(config.axis) * x.shape[1]
     shape = (x.shape[0] // keys.shape[0], size * x.shape[1])

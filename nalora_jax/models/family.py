@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
 Features = dict[str, Any]  # fields of `ModelConfig`
 Reader = Callable[[Fields, str], "ModelConfig"]
-SightReader = Callable[
-    [Fields, int], "Sight"
-]  # from the file's fields, and the width of the text model
+# from the file's fields, and the width of the text model
+SightReader = Callable[[Fields, int], "Sight"]
 
 
 class Metadata:
@@ -108,9 +107,8 @@ class Metadata:
             for key in ("beta_fast", "beta_slow"):
                 if self.has(f"rope.scaling.yarn_{key}"):
                     scaling[key] = self.get(f"rope.scaling.yarn_{key}", float)
-            if self.has(
-                "rope.scaling.yarn_log_multiplier"
-            ):  # llama.cpp assumes mscale 1
+            # llama.cpp assumes mscale 1
+            if self.has("rope.scaling.yarn_log_multiplier"):
                 all_dim = self.get("rope.scaling.yarn_log_multiplier", float)
                 scaling |= {"mscale": 1.0, "mscale_all_dim": all_dim}
         return scaling

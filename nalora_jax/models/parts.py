@@ -41,15 +41,12 @@ class LayerInputs:
     """Inputs that differ by layer; every leaf is stacked over the layers of a stack and scanned."""
 
     window: jax.Array | None  # int []; None if every layer attends globally
-    rope: (
-        jax.Array | None
-    )  # int [], index into the rotary tables; None if there is only one
-    scales: dict[
-        str, dict[str, jax.Array]
-    ]  # adapters' scales by part ("attn", "ffn") and projection
-    embedded: (
-        jax.Array | None
-    )  # [batch, seq, width], `ModelConfig.layer_embeddings` of the layer
+    # int [], index into the rotary tables; None if there is only one
+    rope: jax.Array | None
+    # adapters' scales by part ("attn", "ffn") and projection
+    scales: dict[str, dict[str, jax.Array]]
+    # [batch, seq, width], `ModelConfig.layer_embeddings` of the layer
+    embedded: jax.Array | None
     cached: Any  # the layer's state of earlier calls
 
 
@@ -76,9 +73,8 @@ class SharedInputs:
     cached_segments: jax.Array | None = None  # int [batch, slots]
     # int [batch or 1, seq], position from which a token is seen, if not its own
     starts: jax.Array | None = None
-    handed: dict[str, HandedKeys] = field(
-        default_factory=dict
-    )  # by name (`Mixer.hands`)
+    # by name (`Mixer.hands`)
+    handed: dict[str, HandedKeys] = field(default_factory=dict)
     row: Row | None = (
         None  # of whole rows, if the mesh splits them; all arrays above are of their parts
     )

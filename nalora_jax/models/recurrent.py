@@ -121,9 +121,8 @@ class GatedDeltaNet(Mixer):
         return config.n_layers * seq * of_token
 
     def saved(self, config: ModelConfig) -> float:  # noqa: D102
-        states = (
-            self.value_heads * self.key_dim * self.value_dim / CHUNK
-        )  # float32, of one chunk each
+        # float32, of one chunk each
+        states = self.value_heads * self.key_dim * self.value_dim / CHUNK
         return sum(self.inputs().values()) + 2 * states
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:  # noqa: D102

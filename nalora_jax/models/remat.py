@@ -29,10 +29,11 @@ _SAVES: dict[str, tuple[str, ...]] = {
 # others.
 DOTS_LAST = "dots_last"
 REMAT = ("none", *_SAVES, DOTS_LAST, *(name + OFFLOAD for name in _SAVES))
+# platforms whose devices have memory separate from the host's
 _WITH_HOST_MEMORY = (
     "tpu",
     "gpu",
-)  # platforms whose devices have memory separate from the host's
+)
 # Largest d_model at which recomputing matmuls on a CPU's tiles is faster than saving their results
 # (measured with benchmarks/versus_peft.py). The time of a matmul per byte of its result grows with
 # d_model, the time to save a byte does not.

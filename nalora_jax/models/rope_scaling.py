@@ -72,9 +72,8 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
         "linear": round(base.max_positions / spec.factor),
         "default": base.max_positions,
     }
-    unscaled = of_kind.get(
-        spec.kind, spec.max_positions
-    )  # the context without its present scaling
+    # the context without its present scaling
+    unscaled = of_kind.get(spec.kind, spec.max_positions)
     if settings["rope_type"] in WITH_ORIGINAL:
         settings = {ORIGINAL: unscaled} | settings
     factor = settings["factor"]
@@ -149,9 +148,8 @@ def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
     if (scaling.get("rope_type") or scaling.get("type")) == kind:
         same = [field for field in FIELDS[kind] if field in scaling.keys() - _DERIVED]
         rope |= {field: scaling[field] for field in same}
-    if (
-        ORIGINAL in scaling and _GROWTH in rope
-    ):  # Ministral 3's queries grow from the original context
+    # Ministral 3's queries grow from the original context
+    if ORIGINAL in scaling and _GROWTH in rope:
         rope[ORIGINAL] = scaling[ORIGINAL]
     rope |= settings
     if nested:

@@ -42,9 +42,8 @@ class Places(NamedTuple):
     """Places for the rows of tokens; every row has one place, and a place at most one row."""
 
     token: jax.Array  # int [places], the token of each place
-    of_rows: (
-        jax.Array
-    )  # int [tokens * top_k], each row's place, top_k rows of token 0 first
+    # int [tokens * top_k], each row's place, top_k rows of token 0 first
+    of_rows: jax.Array
     used: jax.Array | None = None  # bool [places], places with a row; None: all
 
 
@@ -174,12 +173,10 @@ class GroupedProducts(Products):
 
     groups: Groups
     operand: str = field(metadata={"static": True})
-    joined: bool = field(
-        metadata={"static": True}
-    )  # the factors of all experts are concatenated
-    wide: str = field(
-        metadata={"static": True}
-    )  # dtype of results ``[rows, d]`` that are not joined
+    # the factors of all experts are concatenated
+    joined: bool = field(metadata={"static": True})
+    # dtype of results ``[rows, d]`` that are not joined
+    wide: str = field(metadata={"static": True})
 
     def _to_rank(self, x: jax.Array, factors: jax.Array) -> jax.Array:
         """Returns ``[rows, r]`` of ``[rows, d]`` times ``[experts, d, r]``."""

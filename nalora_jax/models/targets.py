@@ -37,9 +37,8 @@ class TargetSpec:
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
-    values: Any = field(
-        default=None, compare=False
-    )  # float32 [layers], scales given by a run in a sweep
+    # float32 [layers], scales given by a run in a sweep
+    values: Any = field(default=None, compare=False)
 
     @staticmethod
     def even(rank: int, layers: int) -> TargetSpec:

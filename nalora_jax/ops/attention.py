@@ -621,9 +621,8 @@ def attention_over_cache(
 
         def step(i: Array, sums: Sums) -> Sums:
             first = jnp.minimum(i * CACHE_BLOCK, slots - CACHE_BLOCK)
-            again = (
-                block_of(index, first, axis=0) < i * CACHE_BLOCK
-            )  # the last block overlaps the one before it
+            # the last block overlaps the one before it
+            again = block_of(index, first, axis=0) < i * CACHE_BLOCK
             segments = jnp.where(
                 again[None], 0, block_of(cached.segments, first, axis=1)
             )

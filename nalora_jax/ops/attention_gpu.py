@@ -270,9 +270,8 @@ def triton_split_attention(
     """Computes `split_attention` if tiles divide the blocks and images have no tokens in the
     row."""
     block = heads[0].shape[1] // 2
-    tile = min(
-        block & -block, _LARGEST
-    )  # the largest power of two that divides a block
+    # the largest power of two that divides a block
+    tile = min(block & -block, _LARGEST)
     if tile < _LEAST or heads[0].shape[-1] not in HEAD_DIMS or row.starts is not None:
         return NotImplemented
 
@@ -378,9 +377,8 @@ def _visits(integers: Integers, size: int) -> tuple[Array, Array, Array]:
     earliest = jnp.maximum(first - queries.positions[:, ::size], first - window + 1)
     low = jnp.maximum(earliest, 0) // size
     end = jnp.broadcast_to((first + size - 1) // size + 1, low.shape)
-    visited = (low[..., None] <= tile) & (
-        tile < end[..., None]
-    )  # [batch, tiles, tiles of keys]
+    # [batch, tiles, tiles of keys]
+    visited = (low[..., None] <= tile) & (tile < end[..., None])
     visited = visited.reshape(batch, runs, -1, of_keys // size)
     # The queries that see a tile of keys are neighbours.
     begin = (

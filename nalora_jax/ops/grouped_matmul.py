@@ -347,9 +347,8 @@ def _kernel(
     triton.store(out.at[rows, columns], total.astype(out.dtype), mask=mine)
 
 
-Ranges = Sequence[
-    tuple[Any, int] | None
-]  # by dimension: a tile's slice and the array's size
+# by dimension: a tile's slice and the array's size
+Ranges = Sequence[tuple[Any, int] | None]
 
 
 def _loaded(tile: Any, ranges: Ranges) -> Array:

@@ -337,12 +337,10 @@ class HeadRows:
     """A frozen head with trained rows; its gradient has the same type, without a kernel."""
 
     rows: Array  # float32 [ids, d_model], which replace rows of the kernel
-    kernel: (
-        Kernel | None
-    )  # frozen, as it is stored: an embedding [vocab, d_model], or [d_model, vocab]
-    ids: tuple[int, ...] = field(
-        metadata={"static": True}
-    )  # token ids of the rows, all different
+    # frozen, as it is stored: an embedding [vocab, d_model], or [d_model, vocab]
+    kernel: Kernel | None
+    # token ids of the rows, all different
+    ids: tuple[int, ...] = field(metadata={"static": True})
     transposed: bool = field(metadata={"static": True})  # the kernel is an embedding
 
     @property
@@ -376,9 +374,8 @@ class HeadRows:
         assert self.kernel is not None
         columns = np.array(self.ids)
         of_rows = delta[:, columns]
-        of_others = delta.at[:, columns].set(
-            0.0
-        )  # the kernel's rows of these tokens are not used
+        # the kernel's rows of these tokens are not used
+        of_others = delta.at[:, columns].set(0.0)
         back = dot(of_others, self.kernel, numerics, dims=(1, self.axis))
         back = back + dot(of_rows, self.rows, numerics)
         return back, replace(

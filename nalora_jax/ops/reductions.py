@@ -146,9 +146,8 @@ def sampled_weights(weights: Array, stride: int) -> Array:
     if stride == 1:
         return weights.astype(jnp.float32)
     run, groups = _grouping(weights.shape[-1], stride, RUN)
-    mask = jax.nn.one_hot(
-        _chosen(weights, stride, run), stride, dtype=bool
-    )  # [..., groups, stride]
+    # [..., groups, stride]
+    mask = jax.nn.one_hot(_chosen(weights, stride, run), stride, dtype=bool)
     mask = jnp.repeat(mask.reshape(*weights.shape[:-1], groups * stride), run, axis=-1)
     return jnp.where(mask[..., : weights.shape[-1]], weights.astype(jnp.float32), 0.0)
 

@@ -38,6 +38,7 @@ _TASK = (
 # characters of a setting in a label, and settings
 _LABEL = 32
 _SETTINGS = 3
+# also the maximum number of groups
 _GROUP_COLOURS = (
     "c1",
     "c2",
@@ -46,7 +47,7 @@ _GROUP_COLOURS = (
     "r3",
     "r1",
     "r2",
-)  # also the maximum number of groups
+)
 
 
 @dataclass(frozen=True)

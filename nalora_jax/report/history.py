@@ -54,15 +54,12 @@ class History:
 
     header: Mapping[str, Any]  # the line with "run", "versions" and "device", or empty
     steps: tuple[Mapping[str, Any], ...]  # log steps
-    evals: tuple[
-        Mapping[str, Any], ...
-    ]  # in training, on the examples that choose a checkpoint
-    initial: Mapping[
-        str, Any
-    ]  # evaluation of the base, on the same examples as `final`, or empty
-    final: Mapping[
-        str, Any
-    ]  # evaluation of the exported adapter (the best step), or empty
+    # in training, on the examples that choose a checkpoint
+    evals: tuple[Mapping[str, Any], ...]
+    # evaluation of the base, on the same examples as `final`, or empty
+    initial: Mapping[str, Any]
+    # evaluation of the exported adapter (the best step), or empty
+    final: Mapping[str, Any]
     resumed: tuple[int, ...]  # steps from which the run was resumed
     done: Mapping[str, Any]  # how the run ended; empty while it is running
 

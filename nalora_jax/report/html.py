@@ -27,9 +27,8 @@ from nalora_jax.report.tables import number
 from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"
-HEADS = {
-    "favoured": "share with mask ≥ 1"
-}  # column heads that differ from metric names
+# column heads that differ from metric names
+HEADS = {"favoured": "share with mask ≥ 1"}
 
 
 def write_report(folder: str | Path) -> Path:

@@ -54,9 +54,8 @@ class LayerSummary:
 
     slope: np.ndarray  # E|phi'|, mean over channels
     responsive: np.ndarray  # share of channels, see `responsive_share`
-    occupancy: (
-        np.ndarray
-    )  # [L, 4], shares of the regions inverted, contracting, expanding, linear
+    # [L, 4], shares of the regions inverted, contracting, expanding, linear
+    occupancy: np.ndarray
     misalignment: np.ndarray  # sum|S| / sum|F|; NaN for a gate that no adapter changes
     limit: np.ndarray  # its linear limit; NaN in a layer without a probe residual
     names: tuple[str, ...] = ()  # of the rows; () for the numbers of layers

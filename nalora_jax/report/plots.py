@@ -423,9 +423,8 @@ def histogram(history: History, mechanism: str) -> str | None:
     if histograms is None:
         return None
     together = _shares(histograms.counts.sum(axis=1))
-    acting = int(
-        np.argmax((together > 0).sum(axis=1) > 1)
-    )  # before it acts, all multipliers are 1
+    # before it acts, all multipliers are 1
+    acting = int(np.argmax((together > 0).sum(axis=1) > 1))
     bins = _shown(together[[acting, -1]])
     first = together[acting][bins]
     last = together[-1][bins]

@@ -180,9 +180,8 @@ class DualEncoders(Subject):
             self._source(config, data, split)
             for split in (data.train_split, data.eval_split)
         )
-        if (
-            data.train_split != data.eval_split
-        ):  # equal: a probe, whose data is not trained on
+        # equal: a probe, whose data is not trained on
+        if data.train_split != data.eval_split:
             check_disjoint(train, held)
         indices = dual.drawn_images(held, data.eval_limit)
         images = Images(held, indices[indices.argsort()])

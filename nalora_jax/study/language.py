@@ -174,9 +174,8 @@ class Language(Subject):
         model = self.model(config)
         if config.adapter:
             return initial_adapter.read_initial(config, model)
-        if (
-            assembly.initial is not None
-        ):  # PiSSA: determined by the base, not by the seed
+        # PiSSA: determined by the base, not by the seed
+        if assembly.initial is not None:
             return assembly.initial
         if config.lora.init == "lora_ga":  # determined by the batches, like `params`
             return self._started_at(config, assembly).initial

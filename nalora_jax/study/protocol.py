@@ -269,9 +269,8 @@ def read_protocol(path: str | Path) -> Protocol:
     return protocol
 
 
-Requirement = tuple[
-    str, bool, str, object
-]  # field, True if it is met, expected and found values
+# field, True if it is met, expected and found values
+Requirement = tuple[str, bool, str, object]
 
 
 def _requirements(p: Protocol) -> Iterator[Requirement]:

@@ -41,12 +41,13 @@ _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {".py", ".cc", ".h"}
 _LIBRARIES = {"nalora_jax", "jax", "numpy"}  # whose code or version is recorded
 _RESTORE = "restore it, or begin a new study in another folder"
+# fields that records of earlier versions lack
 ADDED = (
     "rules",
     "base",
     "source",
     "digest",
-)  # fields that records of earlier versions lack
+)
 # Fields that must agree: their description, and the fields of the records among which they must.
 _SHARED = {
     "base": ("base model", ("model",)),
@@ -95,9 +96,8 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
 def _module(definition: Any) -> str:
     while isinstance(definition, functools.partial):
         definition = definition.func
-    return (
-        getattr(inspect.unwrap(definition), "__module__", None) or "numpy"
-    )  # its ufuncs name no module
+    # its ufuncs name no module
+    return getattr(inspect.unwrap(definition), "__module__", None) or "numpy"
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
@@ -297,9 +297,8 @@ def _committed_tests(protocol: Protocol) -> Iterator[dict[str, Any]]:
         or ""
     )
     for line in history.splitlines():
-        with contextlib.suppress(
-            ValueError
-        ):  # not a record; the current file is checked when it is read
+        # not a record; the current file is checked when it is read
+        with contextlib.suppress(ValueError):
             record = json.loads(line[1:]) if line.startswith("+{") else {}
             if record.get("stage") == "test" and record.get("protocol"):
                 yield record

@@ -61,9 +61,8 @@ def write_tables(protocol: Protocol) -> list[Path]:
         text += f"\n## Pictures\n\n{links}\n"
     folder = make_unlinked_folder(protocol.folder / PICTURES)
     for path in folder.glob("*.svg"):
-        if (
-            _OURS.fullmatch(path.name) and path.name not in drawn
-        ):  # of an earlier report
+        # of an earlier report
+        if _OURS.fullmatch(path.name) and path.name not in drawn:
             path.unlink()
     written = [protocol.folder / TABLES, *(folder / name for name in drawn)]
     for path, content in zip(written, [text, *drawn.values()], strict=True):

@@ -43,9 +43,8 @@ class Paired:
     equivalent: (
         bool  # two one-sided t tests at 5% reject a difference of the margin or more
     )
-    seeds_needed: (
-        int | None
-    )  # pairs that detect the margin with a power of 80%; None above 10,000
+    # pairs that detect the margin with a power of 80%; None above 10,000
+    seeds_needed: int | None
 
 
 def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Paired:

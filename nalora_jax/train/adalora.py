@@ -43,9 +43,8 @@ class RankState(NamedTuple):
     step: jax.Array  # int32 []
     sensitivity: dict[str, Any]  # EMA for every weight of the adapters
     uncertainty: dict[str, Any]  # EMA for every weight of the adapters
-    kept: dict[
-        str, Any
-    ]  # bool for every entry of `singular`: kept by the last allocation
+    # bool for every entry of `singular`: kept by the last allocation
+    kept: dict[str, Any]
 
 
 def adalora(
@@ -173,9 +172,8 @@ def _distance(leaves: dict[str, jax.Array], spec: AdapterSpec) -> jax.Array:
         for name, product in (("a", "...dr,...ds->...rs"), ("b", "...rd,...sd->...rs")):
             factor = leaves[f"{path}/{name}"]
             gram = jnp.einsum(product, factor, factor, precision="highest")
-            norms = jnp.sqrt(
-                jnp.sum((gram - identity) ** 2, axis=(-2, -1)) + 1e-30
-            )  # differentiable at 0
+            # differentiable at 0
+            norms = jnp.sqrt(jnp.sum((gram - identity) ** 2, axis=(-2, -1)) + 1e-30)
             total += jnp.sum(jnp.where(used.any(-1), norms, 0.0))
             count += int(used.any(-1).sum())
     return total / count

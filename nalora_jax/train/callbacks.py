@@ -37,9 +37,8 @@ class Started:
     step: int = 0  # completed steps; above 0 if the run is resumed
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries
     device: str = ""
-    more: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # the base model's origin, figures of the training data
+    # the base model's origin, figures of the training data
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,8 @@ class Ended:
     step: int | None = None  # last step; None if the run was aborted
     best_step: int | None = None  # exported step
     message: str = ""  # reason for the abort
-    seconds: Mapping[str, float] = field(
-        default_factory=dict
-    )  # wall time by stage, in order
+    # wall time by stage, in order
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Callback:

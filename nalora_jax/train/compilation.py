@@ -45,9 +45,8 @@ def use_compilation_cache() -> None:
         log.warning("compiled programs are not kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update(
-        _SECONDS, 0.1
-    )  # also those of tiny models, so that a second run compiles little
+    # also those of tiny models, so that a second run compiles little
+    jax.config.update(_SECONDS, 0.1)
     _write_digests(folder)
 
 

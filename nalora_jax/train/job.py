@@ -45,16 +45,13 @@ class Inputs:
     in common."""
 
     config: RunConfig  # with concrete learning rate, sequence length, steps and evaluation interval
-    base: (
-        ModelConfig | None
-    )  # architecture, with rows for added tokens; None for image and text encoders
-    files: (
-        ModelFiles | None
-    )  # of the base model, opened once; None for image and text encoders
+    # architecture, with rows for added tokens; None for image and text encoders
+    base: ModelConfig | None
+    # of the base model, opened once; None for image and text encoders
+    files: ModelFiles | None
     data: Any  # training rows of all processes; records of image and text encoders
-    held_out: tuple[
-        Any, Any
-    ]  # examples that results are reported on, and others that select the checkpoint
+    # examples that results are reported on, and others that select the checkpoint
+    held_out: tuple[Any, Any]
     questions: Mapping[str, str]  # digests of both
     in_turns: bool | None = (
         None  # True if the training texts are formatted by a chat template

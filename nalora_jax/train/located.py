@@ -28,9 +28,8 @@ class Located:
 
     base: str  # a name for `weights.load_model`
     adapter: Path | None = None  # folder in PEFT's format
-    run: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # config of the adapter's run, if any
+    # config of the adapter's run, if any
+    run: Mapping[str, Any] = field(default_factory=dict)
 
 
 def locate(model: str | Path, adapter: str | Path | None = None) -> Located:

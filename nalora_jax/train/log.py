@@ -157,9 +157,10 @@ def _rewind(
     if not path.exists():
         return [], {}
     records = read_metrics(path)
+    # a run has one end
     earlier = [
         r for r in records if _step(r) <= step and not {"done", "final"} & r.keys()
-    ]  # a run has one end
+    ]
     begun: dict[str, Any] = {}
     if goes_on:
         for record in [r for r in earlier if _step(r) == step]:
@@ -243,9 +244,10 @@ class TensorBoard(_Numbers):
 
     def on_start(self, started: Started) -> None:
         """Opens the files; a resumed run removes later steps, because it writes them again."""
+        # slow to import (protobuf), and rarely needed
         from tensorboardX import (
             SummaryWriter,
-        )  # slow to import (protobuf), and rarely needed
+        )
 
         purge = started.step + 1 if started.step else None
         self._events: Any = SummaryWriter(

@@ -99,9 +99,8 @@ class FitResult:
 
     state: TrainState
     step: int
-    metrics: list[tuple[int, float]] = field(
-        default_factory=list
-    )  # (step, held-out metric)
+    # (step, held-out metric)
+    metrics: list[tuple[int, float]] = field(default_factory=list)
     stopped_early: bool = False
     interrupted: bool = (
         False  # stopped by request; the state was saved, but not evaluated
@@ -349,9 +348,8 @@ class _Meter:
             "seconds": spent,
         }
         for name in sorted({*rows[0]} - {*names}):
-            known = [
-                row for row in rows if not math.isnan(row[name])
-            ]  # NaN: not measured in this step
+            # NaN: not measured in this step
+            known = [row for row in rows if not math.isnan(row[name])]
             weight = sum(row["target_tokens"] for row in known)
             record[name] = math.nan
             if known:

@@ -194,9 +194,8 @@ def check_shared(folder: Any) -> None:
 def _is_seen(mark: Any) -> bool:
     try:
         return bool(mark.exists())
-    except (
-        Exception
-    ):  # e.g. missing permissions; the other processes have to be notified
+    except Exception:
+        # e.g. missing permissions; the other processes have to be notified
         return False
 
 
@@ -412,9 +411,8 @@ class Mirror:
     def fetch(self, within: str = "") -> None:
         """Replaces the local folder, or a folder ``within`` it, by its copy in the store."""
         here = self.folder / within
-        if (
-            here.exists()
-        ):  # of an earlier run on this machine; the store has its last copies
+        # of an earlier run on this machine; the store has its last copies
+        if here.exists():
             shutil.rmtree(here)
         here.mkdir(parents=True, exist_ok=True)
         for name in self.names():

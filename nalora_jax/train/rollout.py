@@ -52,13 +52,11 @@ log = logging.getLogger(__name__)
 class Samples:
     """Completions of prompts, those of one prompt next to each other."""
 
-    tokens: (
-        np.ndarray
-    )  # int32 [prompts * samples, limit], with the stop token; NO_TOKEN after it
+    # int32 [prompts * samples, limit], with the stop token; NO_TOKEN after it
+    tokens: np.ndarray
     log_probs: np.ndarray  # float32, same shape, by the generator
-    rewards: (
-        np.ndarray
-    )  # float64 [prompts * samples, rewards]; NaN for a reward that failed
+    # float64 [prompts * samples, rewards]; NaN for a reward that failed
+    rewards: np.ndarray
     cut: np.ndarray  # bool [prompts * samples], True for samples without a stop token
 
     @property

@@ -161,9 +161,8 @@ def starting_at(assembly: Assembly, lora: Any) -> Assembly:
     The step function is shared, and must not be compiled yet: its params now include the initial
     adapters of the gates.
     """
-    initial = jax.tree.map(
-        distributed.fetch, lora
-    )  # a resumed run must start from the same bits
+    # a resumed run must start from the same bits
+    initial = jax.tree.map(distributed.fetch, lora)
     return _lowered(
         assembly, lower_kernels(assembly.params, initial, assembly.spec), initial
     )
@@ -253,9 +252,8 @@ _COLUMN_NORM = 1 / math.sqrt(3.0)
 # LoRA-GA's gamma ("stable_gamma") in its authors' code and in PEFT.
 _STABLE_GAMMA = 16.0
 
-Matrices = dict[
-    str, jax.Array
-]  # by path of the projection, ``[layers, (experts,) rows, columns]``
+# by path of the projection, ``[layers, (experts,) rows, columns]``
+Matrices = dict[str, jax.Array]
 
 
 def gradient_adapters(
@@ -450,9 +448,8 @@ def _place(
             used[..., None, :], length * left[path][..., : target.rank], 0.0
         )
         if lora_ga:
-            second = np.array(target.ranks)[:, None] + np.arange(
-                target.rank
-            )  # triplets r to 2r of each layer
+            # triplets r to 2r of each layer
+            second = np.array(target.ranks)[:, None] + np.arange(target.rank)
             second = second.reshape(
                 len(target.ranks), *(1,) * (a.ndim - 3), target.rank, 1
             )

@@ -38,9 +38,8 @@ class Card:
     license: str = ""  # of the base model: an SPDX name or a hub identifier
     before: Mapping[str, Any] | None = None  # evaluation of the base
     after: Mapping[str, Any] | None = None  # evaluation with the adapter
-    versions: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of the libraries that trained it
+    # of the libraries that trained it
+    versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""  # hardware of the training run
     origin: Origin | None = None  # the base's file, number formats and digest
     resized: int = (
@@ -66,10 +65,11 @@ def render_card(card: Card) -> str:
     The text shortens a local path of a base model or a data file to its last part. The front
     matter contains hub identifiers only, no paths.
     """
+    # a run needs them at its end only
     from huggingface_hub import (
         ModelCard,
         ModelCardData,
-    )  # a run needs them at its end only
+    )
 
     run = card.run
     origin = card.origin
@@ -94,9 +94,8 @@ def render_card(card: Card) -> str:
             "base_model_relation": "finetune" if merged else "adapter",
         }
     if card.license:
-        facts["license"] = (
-            card.license.lower()
-        )  # SPDX: Apache-2.0; on the hub: apache-2.0
+        # SPDX: Apache-2.0; on the hub: apache-2.0
+        facts["license"] = card.license.lower()
     front_matter = ModelCardData(
         library_name="transformers" if merged else "peft",
         pipeline_tag="zero-shot-image-classification" if images else "text-generation",

@@ -121,9 +121,8 @@ _DINOV2_FFN = {
     "mlp.fc2": "ffn/out_proj",
     "mlp.weights_out": "ffn/down_proj",
 }
-_GATED = tuple(
-    f"layers/ffn/{n}_proj" for n in ("gate", "up")
-)  # one tensor in the files
+# one tensor in the files
+_GATED = tuple(f"layers/ffn/{n}_proj" for n in ("gate", "up"))
 _DINOV2 = (
     *_VIT,
     *_layers(

@@ -97,9 +97,8 @@ _SCALARS = dict(
 _STRING = 8
 _ARRAY = 9
 _MAX_ITEMS = 1 << 16  # metadata keys, tensors
-_MAX_STRINGS = (
-    1 << 22
-)  # in all arrays; the largest vocabularies and merge lists have 2^18 to 2^19
+# in all arrays; the largest vocabularies and merge lists have 2^18 to 2^19
+_MAX_STRINGS = 1 << 22
 _MAX_DIMENSIONS = 4
 
 
@@ -146,9 +145,8 @@ class GGUFFile(TensorSource):
                 None, :, columns
             ]
         first = lead[0] if lead else slice(0, 1)
-        per_row = math.prod(
-            stored.shape[1:-1]
-        )  # rows of bytes in one row of the tensor
+        # rows of bytes in one row of the tensor
+        per_row = math.prod(stored.shape[1:-1])
         flat = self._rows(stored, first.start * per_row, first.stop * per_row)
         shape = (-1, *stored.shape[1:]) if lead else stored.shape
         return flat.reshape(shape)[
@@ -242,9 +240,8 @@ class _Cursor:
         ).copy()
         if array:
             return values
-        if (
-            dtype == np.float32
-        ):  # the decimal that it was written from: 1e-05, not 9.999999747378752e-06
+        # the decimal that it was written from: 1e-05, not 9.999999747378752e-06
+        if dtype == np.float32:
             return float(str(values[0]))
         return values[0].item()
 
@@ -314,9 +311,8 @@ def _read_tensor_table(
             raise cursor.error("each tensor once", f"{name} again")
         size = math.prod(shape) // block * block_bytes
         tensors[name] = FileTensor(cursor.path, shape, kind.name, offset, size)
-    start = (
-        -(-cursor.at // alignment) * alignment
-    )  # of the data, which offsets are relative to
+    # of the data, which offsets are relative to
+    start = -(-cursor.at // alignment) * alignment
     for name, tensor in tensors.items():
         tensors[name] = replace(tensor, start=start + tensor.start)
         beyond = start + tensor.start + tensor.size - cursor.size
@@ -744,9 +740,8 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> No
         (_USER_DEFINED, backend.add_tokens),
     ):
         chosen = (tokens[i] for i in np.flatnonzero(kinds == kind))
-        present = [
-            token for token in chosen if backend.token_to_id(token) is not None
-        ]  # others get new ids
+        # others get new ids
+        present = [token for token in chosen if backend.token_to_id(token) is not None]
         add(
             [
                 AddedToken(token, normalized=False, special=kind == _CONTROL)

@@ -114,9 +114,8 @@ def verify_adapter_gguf(
                 raise NaloraError(
                     file.where, expected=f"a tensor {key}", found="none of that name"
                 )
-        a, b = (
-            file.whole(f"{name}.lora_{factor}") for factor in "ab"
-        )  # [..., r, d_in], [..., d_out, r]
+        # [..., r, d_in], [..., d_out, r]
+        a, b = (file.whole(f"{name}.lora_{factor}") for factor in "ab")
         product = alpha / a.shape[-2] * (b @ a)
         update = adapter.scale * (
             np.asarray(tensor.transform.back(adapter.b), np.float64)

@@ -36,9 +36,8 @@ from nalora_jax.weights.tensors import WORKERS, Index, TensorSource
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = "convert it with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
 _MAX_MAPPED = 16 << 20  # bytes
-_NEIGHBOURS = (
-    1 << 20
-)  # bytes that the system may map in addition to the requested bytes
+# bytes that the system may map in addition to the requested bytes
+_NEIGHBOURS = 1 << 20
 
 
 @dataclass(frozen=True)

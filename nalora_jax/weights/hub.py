@@ -263,9 +263,8 @@ def snapshot(
             )
         )
 
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # not in the cache, or its weights are incomplete
+    # not in the cache, or its weights are incomplete
+    with contextlib.suppress(OSError, ValueError):
         cached = folder(local=True)
         if all((cached / name).is_file() for name in needed):
             if not file:
@@ -299,9 +298,8 @@ def _refusal(repository: str, error: Exception) -> NaloraError | None:
     """Returns the error for a repository that the hub denies; None for other failures."""
     causes = (getattr(each, "response", None) for each in (error, error.__cause__))
     status = next((each.status_code for each in causes if each is not None), 0)
-    missing = isinstance(
-        error, errors.RepositoryNotFoundError
-    )  # GatedRepoError is a subclass
+    # GatedRepoError is a subclass
+    missing = isinstance(error, errors.RepositoryNotFoundError)
     if isinstance(error, errors.DisabledRepoError) or not (
         missing or status in (401, 403)
     ):

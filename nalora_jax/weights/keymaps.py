@@ -83,9 +83,8 @@ class SourceTensor:
     name: str  # canonical name, see `KeyMap.canonical`
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
-    rows: tuple[
-        int, ...
-    ]  # of each slot along `axis`, which all share if columns alternate
+    # of each slot along `axis`, which all share if columns alternate
+    rows: tuple[int, ...]
     transform: Transform
 
     @property

@@ -46,15 +46,13 @@ class LoadedModel:
     """A base model, ready to run."""
 
     config: ModelConfig
-    params: dict[
-        str, Any
-    ]  # the frozen tree: embed, layers (stacked), final_norm, lm_head
+    # the frozen tree: embed, layers (stacked), final_norm, lm_head
+    params: dict[str, Any]
     tokenizer: Tokenizer
     source: str  # the base's name in its adapters, which also loads it again: see `Origin.name`
     fingerprint: str  # of all weights; see `weights.origin.fingerprint`
-    hf_config: (
-        dict[str, Any] | None
-    )  # the config.json, or its equivalent for a GGUF file
+    # the config.json, or its equivalent for a GGUF file
+    hf_config: dict[str, Any] | None
     origin: Origin | None = None  # source of the weights, if they were read from files
     processor: ImageProcessor | None = None  # for a model that was loaded with images
     added: tuple[
@@ -291,9 +289,8 @@ class Unpacked(TensorSource):
             np.uint8
         )
         scales = self._source.read(name + _SCALES, place).view(np.uint8)
-        values = np.take(_PAIRS, blocks).view(
-            np.float32
-        )  # [experts, outputs, blocks, 32]
+        # [experts, outputs, blocks, 32]
+        values = np.take(_PAIRS, blocks).view(np.float32)
         values *= np.take(_POWERS, scales)[..., None]
         flat = values.reshape(*values.shape[:2], -1)
         start = inputs.start - first * BLOCK

@@ -43,9 +43,8 @@ from nalora_jax.weights.tokenizer_files import (
 log = logging.getLogger(__name__)
 
 _SAVE = "save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)"
-_UNUSED = re.compile(
-    r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>"
-)  # names of rows without a token
+# names of rows without a token
+_UNUSED = re.compile(r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>")
 
 
 def with_added(

@@ -148,9 +148,8 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
             digests[index + number * count] = row
     if count > 1:
         gathered = multihost_utils.process_allgather(digests)
-        digests = gathered.sum(
-            axis=0, dtype=np.uint8
-        )  # zero except on the hashing process
+        # zero except on the hashing process
+        digests = gathered.sum(axis=0, dtype=np.uint8)
     sha256 = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
     shapes = source.shapes()
     for name in names:

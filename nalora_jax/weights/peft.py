@@ -139,9 +139,8 @@ def export_adapter(
     """
     layout = layout or layout_for(target, config)
     for_vllm = target == "vllm"
-    by_weight: set[str] = (
-        set()
-    )  # Linear modules that PEFT adapts by their weight only, as parameters
+    # Linear modules that PEFT adapts by their weight only, as parameters
+    by_weight: set[str] = set()
     if for_vllm:
         _check_vllm(spec)
     else:
@@ -758,16 +757,14 @@ def _adapter_of(
         raise NaloraError(f"{peft.where}: use_dora", expected=expected, found="true")
     a = factors[0].T
     b = factors[1].T
-    if (
-        stacked
-    ):  # A is [experts * r, d_in], expert-major; B is [d_out, r * experts], rank-major
+    # A is [experts * r, d_in], expert-major; B is [d_out, r * experts], rank-major
+    if stacked:
         a = factors[0].reshape(count, rank, d_in).transpose(0, 2, 1)
         b = factors[1].reshape(d_out, rank, count).transpose(2, 1, 0)
     scale = adapter_scale(slot.alpha, rank, rslora=peft.rslora)
     adapter = ModuleAdapter(a, b, scale, factors[2] if peft.dora else None)
-    if (
-        stacked and b.any()
-    ):  # PEFT pads the ranks of stacks; a fresh adapter (B = 0) keeps its rank
+    # PEFT pads the ranks of stacks; a fresh adapter (B = 0) keeps its rank
+    if stacked and b.any():
         return compact(adapter)
     return adapter
 

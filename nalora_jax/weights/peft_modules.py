@@ -50,9 +50,8 @@ class HostModule:
     concatenates."""
 
     name: str  # "model.layers.{layer}.mlp.gate_up_proj"; one expert's "....experts.{expert}.w1"
-    parts: tuple[
-        str, ...
-    ]  # uniform paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
+    # uniform paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
+    parts: tuple[str, ...]
     form: Form = "linear"
     alternates: bool = (
         False  # the parts' outputs alternate instead of following each other

@@ -38,9 +38,8 @@ class Field:
     """Conversion of a field."""
 
     ours: str = ""  # the setting, dotted; empty without one
-    value: Callable[[Any], Any] = lambda value: (
-        value
-    )  # our value of theirs; may be `Refused`
+    # our value of theirs; may be `Refused`
+    value: Callable[[Any], Any] = lambda value: value
     ignored: str = ""  # the reason that it does not matter here
 
 
@@ -180,10 +179,11 @@ _ALLOCATION = (
     ("beta2", "uncertainty_decay", 0.85),
     ("orth_reg_weight", "orthogonality", 0.5),
 )
+# steps in PEFT, shares of them here
 _SHARES = (
     ("tinit", "warmup_share"),
     ("tfinal", "final_share"),
-)  # steps in PEFT, shares of them here
+)
 # Fields of AdaLoraConfig alone.
 _ADALORA = {
     "init_r",
@@ -284,6 +284,7 @@ def _put(settings: Settings, name: str, value: Any) -> None:
 
 _PATH = re.compile(r"layers/(\w+)/(?:\w+/)?(\w*_proj\w*)/kernel")
 _NAME = re.compile(r"[\w.]+")
+# of every model
 _LINEAR = (
     "q_proj",
     "k_proj",
@@ -292,7 +293,7 @@ _LINEAR = (
     "gate_proj",
     "up_proj",
     "down_proj",
-)  # of every model
+)
 # transformers' stacks of all experts of a layer; the slash in front keeps shared experts out.
 _STACKS = {
     "gate_up_proj": "/ffn/(experts_ffn/)?(gate|up)_proj",

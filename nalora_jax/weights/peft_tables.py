@@ -199,9 +199,8 @@ def take_tables(
     ):
         leaves[_HEAD] = np.ascontiguousarray(leaves[_EMBEDDING].T)
     with_rows = {name for name, path in ROWS.items() if path in leaves}
-    if (
-        "embed_tokens" in with_rows and "lm_head" not in trained
-    ):  # the head has the embedding's rows
+    # the head has the embedding's rows
+    if "embed_tokens" in with_rows and "lm_head" not in trained:
         with_rows.add("lm_head")
     indices = tuple(
         (name, ids) for name, ids in peft.token_indices if name in with_rows

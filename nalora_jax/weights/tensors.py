@@ -285,15 +285,13 @@ def _read(
         for index, buffer in zip(indices, buffers, strict=True)
         for place in fill.within(buffer, index)
     ]
-    shares = -(
-        -WORKERS // max(1, len(jobs))
-    )  # several workers share a tensor if there are few
+    # several workers share a tensor if there are few
+    shares = -(-WORKERS // max(1, len(jobs)))
 
     def run(job: tuple[_Fill, np.ndarray, Index], k: int) -> None:
         fill, target, index = job
-        with np.errstate(
-            all="ignore"
-        ):  # no warnings about infinities and NaNs in the file
+        # no warnings about infinities and NaNs in the file
+        with np.errstate(all="ignore"):
             fill.into(target, index, source, (k, shares))
 
     tasks = [(job, k) for job in jobs for k in range(shares)]
@@ -343,9 +341,8 @@ def _blocks(index: Index, *, each: bool = False) -> Iterator[Index]:
 _ALIGNMENT = (
     64  # bytes; XLA's requirement for a host buffer that it uses without a copy
 )
-Index = tuple[
-    slice, ...
-]  # start and stop are set; a step only where columns of several leaves alternate
+# start and stop are set; a step only where columns of several leaves alternate
+Index = tuple[slice, ...]
 Key = tuple[tuple[int, int], ...]  # the same, hashable
 
 
@@ -425,9 +422,8 @@ def quantized_parts(
         partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32)
     )
     wholes = (like.codes, like.scales)
-    inputs = [
-        shape[-2] // array.shape[-2] for array in wholes
-    ]  # input channels per row of codes, and of scales
+    # input channels per row of codes, and of scales
+    inputs = [shape[-2] // array.shape[-2] for array in wholes]
     # Of codes (0) and scales (1), by leading axes (layers, experts) and columns.
     groups: dict[tuple[Key, tuple[int, int]], list[tuple[int, Key]]] = defaultdict(list)
     for number, keys in enumerate((codes, scales)):

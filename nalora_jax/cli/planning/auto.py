@@ -73,9 +73,8 @@ def accepted(
             result = Compiled(figures.memory, figures.fits(where.chip), seconds)
         if result.fits:
             lora = jax.tree.map(distributed.fetch, assembly.state.lora)
-            jax.block_until_ready(
-                assembly.step(params, assembly.state, batch)
-            )  # donates the state
+            # donates the state
+            jax.block_until_ready(assembly.step(params, assembly.state, batch))
             job = replace(
                 job, assembly=replace(assembly, state=assembly.begin(lora, config.seed))
             )

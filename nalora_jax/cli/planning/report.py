@@ -147,9 +147,8 @@ class SweepPlan:
     memory: float  # bytes of a chip
     seconds: float  # of a step of all runs of a program, by roofline
     mfu: float
-    collectives: (
-        tuple[accounting.Collective, ...] | None
-    )  # of the compiled step; None for an estimate
+    # of the compiled step; None for an estimate
+    collectives: tuple[accounting.Collective, ...] | None
 
     @property
     def programs(self) -> int:

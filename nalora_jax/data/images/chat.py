@@ -316,9 +316,8 @@ def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list
     text = tokenizer.render_chat(
         [{"role": "user", "content": parts}], add_generation_prompt=True
     )
-    return tokenizer.encode(
-        text, special=False
-    )  # the template writes the begin-of-sequence token
+    # the template writes the begin-of-sequence token
+    return tokenizer.encode(text, special=False)
 
 
 def _split(text: str) -> Iterator[str | None]:
@@ -392,9 +391,8 @@ def row_images(
     """Returns the images of the rows of ``data``, whose tokens are those of ``source``."""
     store = data.store
     of_image = (store.tokens == tokens.token_id).astype(np.int64)
-    images = (
-        np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count
-    )  # of each example
+    # of each example
+    images = np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count
     places = image_places(data.pattern, store.lengths(), images)
     return RowImages(source, store.records, processor, max_pixels, places)
 

@@ -235,9 +235,8 @@ class Completion:
     # Without the stop token. If a stop text ended it: the tokens whose text is part of `text`,
     # without a token that extends into the stop text.
     ids: tuple[int, ...]
-    reason: Literal[
-        "stop", "length"
-    ]  # a stop token or text, or the maximum number of tokens
+    # a stop token or text, or the maximum number of tokens
+    reason: Literal["stop", "length"]
 
 
 def answering(
@@ -381,9 +380,8 @@ class Generator:
         )
         for number, (row, images_of_row) in enumerate(zip(ids, images, strict=True)):
             self._check_images(row, images_of_row, f"prompt {number}")
-        order = sorted(
-            range(len(ids)), key=lambda i: len(ids[i])
-        )  # batches of similar lengths
+        # batches of similar lengths
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -456,13 +454,14 @@ class Generator:
         return ids
 
 
+# settings of `make_sampling`
 SAMPLED = (
     "temperature",
     "top_k",
     "top_p",
     "min_p",
     "repetition_penalty",
-)  # settings of `make_sampling`
+)
 
 
 class _Batch:

@@ -161,9 +161,8 @@ def likeliest(logits: jax.Array) -> jax.Array:
         jnp.arange(vocab, dtype=jnp.int32)[None],
         vocab,
     )
-    return jnp.minimum(
-        jnp.min(at, axis=-1), vocab - 1
-    )  # within the vocabulary even if all are NaN
+    # within the vocabulary even if all are NaN
+    return jnp.minimum(jnp.min(at, axis=-1), vocab - 1)
 
 
 def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.Array:

@@ -197,9 +197,8 @@ def _unified(f: Fields) -> Features:
 
 
 def _gemma4(f: Fields) -> Features:
-    if (
-        f.get("use_bidirectional_attention") != "vision"
-    ):  # which is of image tokens only
+    # which is of image tokens only
+    if f.get("use_bidirectional_attention") != "vision":
         f.refuse("use_bidirectional_attention")
     for field in (
         "rope_theta",

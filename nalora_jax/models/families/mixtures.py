@@ -291,9 +291,8 @@ GLM4_MOE = Family(
         first_k_dense_replace=1,
         norm_topk_prob=True,
     ),
-    ignored=(
-        r"^model\.layers\.{n_layers}\.",
-    ),  # the layer that predicts further tokens
+    # the layer that predicts further tokens
+    ignored=(r"^model\.layers\.{n_layers}\.",),
 )
 
 

@@ -241,7 +241,8 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
         ValueError,
         KeyError,
         AttributeError,
-    ):  # concretization: TypeError
+    ):
+        # concretization: TypeError
         return False
     return True
 

@@ -176,9 +176,8 @@ def with_classes(
     if not classes:
         return loaded.params
     spec = resolve_dual(config, loaded.config)
-    if (
-        "text" in adapted_towers(spec) or "text/projection" in loaded.config.trained
-    ):  # its output changes
+    # its output changes
+    if "text" in adapted_towers(spec) or "text/projection" in loaded.config.trained:
         prompts = [
             template.format(name)
             for name in classes

@@ -51,9 +51,8 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     preference = config.preference
     base = files.described(added)
     tokenizer = files.tokenizer_with(added)
-    adapter_spec(
-        config, base
-    )  # raises for rules that match nothing, before data is tokenized
+    # raises for rules that match nothing, before data is tokenized
+    adapter_spec(config, base)
     context = base.max_positions
     train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)

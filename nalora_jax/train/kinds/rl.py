@@ -191,12 +191,10 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 class Rollout:
     """The batch of a rollout that serves several updates; empty between rollouts."""
 
-    arrays: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # [accumulate, rows of this process, ...]
-    figures: dict[str, float] = field(
-        default_factory=dict
-    )  # log metrics of the latest rollout
+    # [accumulate, rows of this process, ...]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    # log metrics of the latest rollout
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -466,19 +464,18 @@ def _forget_samples(file: Path, step: int) -> None:
     if jax.process_index() or not file.exists():
         return
     lines = file.read_bytes().split(b"\n")
-    cut_off = (
-        lines.pop()
-    )  # after the last line's end: empty, unless a kill cut a line off
+    # After the last line's end: empty, unless a kill cut a line off.
+    cut_off = lines.pop()
     remaining = []
     damaged = 0
     for line in lines:
         try:
             record = json.loads(line)
-            of_run = int(record["step"]) <= step
+            is_restored = int(record["step"]) <= step
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             damaged += 1
             continue
-        if of_run:
+        if is_restored:
             remaining.append(line + b"\n")
     if damaged:
         log.warning("%s: dropped %d lines that cannot be read", file, damaged)

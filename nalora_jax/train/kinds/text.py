@@ -77,9 +77,8 @@ def tokenized(
     added = AddedTokens.of(config.data)
     base = files.described(added)
     tokenizer = files.tokenizer_with(added)
-    adapter_spec(
-        config, base
-    )  # raises for rules that match nothing, before data is tokenized
+    # raises for rules that match nothing, before data is tokenized
+    adapter_spec(config, base)
     turns = in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
     shape = stream_shape(config) | {"context": base.max_positions}
     data = packed_data(train, config.data, tokenizer, **shape)
