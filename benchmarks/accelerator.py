@@ -1,11 +1,13 @@
 """Training on your accelerators: tokens/s, MFU and memory, compared with PEFT on a GPU.
 
-    pip install '.[cuda]' torch transformers peft && python benchmarks/accelerator.py        # GPUs
-    of one machine pip install '.[tpu]' && python benchmarks/accelerator.py               # TPU
-    chips of one host python benchmarks/accelerator.py --model qwen3-32b --seq 8192
-    python benchmarks/accelerator.py --tiny                                                  # on
-    any device, one minute python benchmarks/accelerator.py --report
+    # GPUs of one machine
+    pip install '.[cuda]' torch transformers peft && python benchmarks/accelerator.py
+    pip install '.[tpu]' && python benchmarks/accelerator.py               # TPU chips of one host
+    python benchmarks/accelerator.py --model qwen3-32b --seq 8192
+    # on any device, one minute
+    python benchmarks/accelerator.py --tiny
     # a block for an issue
+    python benchmarks/accelerator.py --report
 
 Random weights of a published shape, rank 8 on gate, up and down, AdamW, loss on all tokens, full
 sequences, bfloat16. This library runs as `python train.py` does, with automatic mesh and

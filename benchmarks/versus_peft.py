@@ -1,12 +1,13 @@
 """Training speed and memory against transformers + PEFT on torch: same model, shapes and work.
 
     python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x128 --rounds 2
-    python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add            # additional
-    rounds python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x256 --checkpointing
-    python benchmarks/versus_peft.py --dtype float32 --peft-compile                # the faster way
-    on a CPU with AMX python benchmarks/versus_peft.py --dtype float32 --architecture qwen3.5
-    --peft-compile python benchmarks/versus_peft.py --dtype bfloat16 --architecture qwen3.5
-    --bf16-mode autocast32
+    # additional rounds
+    python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add
+    python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x256 --checkpointing
+    # the faster way on a CPU with AMX
+    python benchmarks/versus_peft.py --dtype float32 --peft-compile
+    python benchmarks/versus_peft.py --dtype float32 --architecture qwen3.5 --peft-compile
+    python benchmarks/versus_peft.py --dtype bfloat16 --architecture qwen3.5 --bf16-mode autocast32
 
 Processes alternate in random order; each runs --steps timed steps. PEFT runs at the best settings
 that peft_baseline.py knows for the dtype; with --checkpointing both rematerialize whole layers, for

@@ -2,8 +2,8 @@
 rewards.
 
     python benchmarks/versus_trl.py --rounds 2 --steps 4          # needs the extra "bench"
-    python benchmarks/versus_trl.py --trl-dtype float32 --add      # additional rounds, TRL in
-    float32
+    # additional rounds, TRL in float32
+    python benchmarks/versus_trl.py --trl-dtype float32 --add
 
 Processes alternate in random order. TRL runs --steps timed steps of 8 prompts x 8 samples x 24 new
 tokens, this library ten, one of which is logged (the default), with the divergence from the base.

@@ -2,8 +2,9 @@
 machine.
 
     python -m tests.digests                            # a line for each run
-    python -m tests.digests --against ../other         # the same runs in both; exits with 1 if an
-    adapter differs python -m tests.digests text dpo --devices 8       # some of them
+    # the same runs in both; exits with 1 if an adapter differs
+    python -m tests.digests --against ../other
+    python -m tests.digests text dpo --devices 8       # some of them
 
 A change that moves code must leave every adapter equal. One that reorders additions may change the
 last bits: then the largest relative difference of an update, ||dW - dW'|| / ||dW'||, is printed.

@@ -1,8 +1,9 @@
 """Every parser on damaged files, each input in a process of its own that may hang or fill memory
 without harm.
 
-    python -m tests.fuzz --inputs 10000 --publish        # into docs/checkpoints.md; hours on two
-    cores python -m tests.fuzz --inputs 300 --only GGUF study
+    # into docs/checkpoints.md; hours on two cores
+    python -m tests.fuzz --inputs 10000 --publish
+    python -m tests.fuzz --inputs 300 --only GGUF study
 
 Prints a table: parser, inputs, untyped errors, hangs (10 seconds of the processor, or a minute),
 largest memory above that of another input. Exits with status 1 if there was an untyped error, a

@@ -2,8 +2,8 @@
 
     python -m tests.mutants                       # all; CONTRIBUTING.md states the time
     python -m tests.mutants method cap_inverted   # one room's, and one by name
-    python -m tests.mutants --list                # where each is in the package; exits with 1 if
-    one is stale
+    # where each is in the package; exits with 1 if one is stale
+    python -m tests.mutants --list
 
 A room is a TOML file next to this one; a mutant is a table of it: the line ``old``, by which the
 place is found in the whole package, the line ``new`` that replaces it, the reason, and the
