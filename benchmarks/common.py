@@ -134,7 +134,7 @@ def timed_steps(
         "cpu_seconds_per_step": busy,
         "tokens_per_second": [tokens / second for second in seconds],
         # Well below the number of threads: another program used the processor, and the rates are
-        #   not reliable.
+        # not reliable.
         "cores_busy": sum(busy) / sum(seconds) if seconds else None,
         "losses": losses,
     }

@@ -34,7 +34,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- faults: python -m tests.faults -->", "<!-- end of faults -->"
 STEPS = 40
 # Imported by a run with rewards: ends the process a given time after a given call of a phase has
-#   begun.
+# begun.
 KILLER = """
 import itertools, os, signal, threading
 from functools import partial

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from nalora_jax.common import imports, trees
 from nalora_jax.data import sources
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import recorded_settings
+from nalora_jax.layout import distributed
 from nalora_jax.method import activations, rules, statistics
 from nalora_jax.models import family
 from nalora_jax.models.config import ModelConfig
@@ -180,18 +182,23 @@ STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
 
 
 def library_adapters(
-    page: Any, rule: str, params: Any, lora: Any, batches: list[np.ndarray]
+    page: Any,
+    rule: str,
+    params: Any,
+    lora: Any,
+    batches: list[np.ndarray],
+    mesh: cfg.MeshConfig | None = None,
 ) -> Any:
     """Returns the adapters after training with the library, in float32 with plain XLA."""
     config = cfg.RunConfig(
         lora=cfg.LoRAConfig(rules=(cfg.LoRARule("ffn/", page.rank, page.alpha),)),
         optimizer=cfg.OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_share=0.0),
-        train=cfg.TrainConfig(batch_size=ROWS),
-        steps=STEPS,
+        train=cfg.TrainConfig(batch_size=len(batches[0])),
+        steps=len(batches),
         compute=cfg.ComputeConfig(
             dtype="float32", implementation="xla", stats_stride=1, probe_stride=1
         ),
-        mechanisms=(f"{rule}:warmup={WARMUP}",),
+        mechanisms=(f"{rule}:warmup={page.warmup}",),
     )
     names = (
         "vocab_size",
@@ -207,11 +214,19 @@ def library_adapters(
         "rope_theta": page.rope_theta,
         "rms_norm_eps": page.eps,
     }
-    assembly = assemble(config, ModelConfig.from_hf(fields), params, tiny.one_device())
+    devices = tiny.one_device()
+    if mesh is not None:
+        devices = distributed.make_mesh(mesh)
+        params = jax.device_put(
+            params, distributed.shardings(params, devices, distributed.PARAM_RULES)
+        )
+    assembly = assemble(config, ModelConfig.from_hf(fields), params, devices)
     state = assembly.begin(jax.tree.map(jnp.array, lora), 0)
     for tokens in batches:
-        batch = tiny.whole_batch(0, (1, ROWS, TOKENS - 1))
+        batch = tiny.whole_batch(0, (1, *tokens[:, 1:].shape))
         batch |= {"tokens": tokens[None, :, :-1], "targets": tokens[None, :, 1:]}
+        if mesh is not None:
+            batch = distributed.make_global_batch(batch, devices, rows_axis=1)
         state, _ = assembly.step(assembly.params, state, batch)
     return state.lora
 
@@ -233,10 +248,60 @@ def test_the_page_makes_the_updates_of_the_library(
     with jax.numpy_rank_promotion("allow"):  # the page is written for reading
         for tokens in batches:
             state, _ = step(params, state, tokens)
-    theirs = trees.flatten(library_adapters(page, rule, params, lora, batches))
-    ours = trees.flatten(state.lora)
+    assert_same_updates(state.lora, library_adapters(page, rule, params, lora, batches), lora)
+
+
+def assert_same_updates(lora: Any, other: Any, start: Any) -> None:
+    """Asserts that two adapters differ by at most 0.002 of the largest change of each array."""
+    ours = trees.flatten(lora)
+    theirs = trees.flatten(other)
+    starts = trees.flatten(start)
     assert set(ours) == set(theirs)
     for path, value in theirs.items():
-        start = trees.flatten(lora)[path]
-        change = np.abs(np.asarray(value) - start).max()
+        change = np.abs(np.asarray(value) - starts[path]).max()
         np.testing.assert_allclose(ours[path], value, rtol=0, atol=2e-3 * change, err_msg=path)
+
+
+def test_the_sharded_page_makes_the_updates_of_the_library_on_eight_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    minimal = importlib.import_module("nalora_minimal")
+    sharded = importlib.import_module("sharded_minimal")
+    page = minimal.Config(rule="squared", warmup=1)
+    params, lora = minimal.init(jax.random.key(0), page)
+    params["embed"]["embedding"] *= 0.3
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, page.vocab, (8, TOKENS), dtype=np.int32) for _ in range(4)]
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=0.0))
+    mesh = sharded.make_mesh((2, 2, 2))
+    with jax.numpy_rank_promotion("allow"):
+        step, placed, state = sharded.make_step(params, lora, optimizer, page, mesh)
+        for tokens in batches:
+            state, loss = step(placed, state, sharded.place_rows(tokens, mesh))
+    assert loss.sharding.is_fully_replicated
+    kernel = placed["layers"]["ffn"]["gate_proj"]["kernel"]
+    shard = kernel.addressable_shards[0].data
+    assert shard.shape == (page.layers, page.d_model // 2, page.d_ff // 2)
+    whole = cfg.MeshConfig(data=2, fsdp=2, tensor=2)
+    others = library_adapters(page, "squared", params, lora, batches, whole)
+    assert_same_updates(state.lora, others, lora)
+    with pytest.raises(ValueError, match="lm_head/kernel: no rule"):
+        sharded.find_shardings({"lm_head": {"kernel": kernel}}, mesh)
+
+
+def test_the_sharded_page_runs_as_two_processes() -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    processes = []
+    for index in ("0", "1"):
+        command_line = [str(DOCS / "sharded_minimal.py"), address, "2", index]
+        processes += tiny.start(command_line, devices=4)
+    results = tiny.finish(processes)
+    lines = []
+    for status, output, error in results:
+        assert status == 0, error
+        lines.append([line for line in output.splitlines() if line.startswith("step")])
+    assert len(lines[0]) == 20
+    assert lines[0] == lines[1]

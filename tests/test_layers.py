@@ -51,8 +51,7 @@ def modules() -> dict[str, Module]:
 
 
 # From the top to the bottom: a module imports its own room and rooms after it. Only `cli` knows
-#   that there is a room
-# for CPUs: what it implements is registered.
+# that there is a room for CPUs: what it implements is registered.
 ORDER = (
     "cli", "cpu", "study", "report", "train", "evaluate", "weights", "layout", "data", "models", "method", "ops",
     "config", "common", "errors",

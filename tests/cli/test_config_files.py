@@ -26,6 +26,7 @@ from nalora_jax.config import (
 from nalora_jax.errors import NaloraError
 from tests import tiny
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SETTINGS: dict[str, Any] = {
     "model": "somewhere",
     "epochs": 2,
@@ -92,7 +93,7 @@ def test_what_is_typed_short(tmp_path: Path) -> None:
     _, args = command.parse(["train", "--data.max-length=auto", "--resume", "auto"])
     assert (args.run.data.max_length, args.run.resume) == (0, "auto")
     for words in (["--optimizer.learning-rate", "auto"], ["--optimizer.learning-rate=auto"]):
-        _, args = command.parse(["train", "--config", "configs/clip_few_shot.py", *words])
+        _, args = command.parse(["train", "--config", str(CONFIGS / "clip_few_shot.py"), *words])
         assert args.run.optimizer.learning_rate == 0
     (tmp_path / "a.yaml").write_text("optimizer: {learning_rate: auto}")
     assert load_config(tmp_path / "a.yaml").optimizer.learning_rate == 0

@@ -120,7 +120,7 @@ def test_an_end_of_sequence_token_that_ends_every_turn_is_part_of_the_answer(tok
 
 
 # Of each released model: special tokens, then those at which its generation_config.json stops, the
-#   first is eos_token.
+# first is eos_token.
 MODELS = {
     "deepseek_r1_distill": (
         ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"), ("<｜end▁of▁sentence｜>",)),

@@ -162,7 +162,7 @@ def test_what_goes_to_the_host_s_memory_and_comes_back():
     gpu = gpu.replace("dynamic-slice-start(", "fusion-start(")
     assert Program(gpu).transfers == program.transfers
     # In HBM: each of them once, the product's operands and result, and 9 bytes that the loop
-    #   compares.
+    # compares.
     assert program.memory_bytes == 4 * (layer + 3 * layer + 9) + array + layer
 
 

@@ -83,7 +83,7 @@ def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
     windowed = replace(base, windows=(512, GLOBAL_WINDOW))
     splash = {"fwd_segmented_residuals": 4.0, "dkv_x": 2.0}
     # Blocks of 1,024: 10 of 16; two products forward, which run twice, five behind it in one
-    #   kernel.
+    # kernel.
     assert splash_flops(base, 4096, forward=1) == 2 * 7 * 2 * 10 * 1024**2 * 4096
     assert counted(base, "splash_mha", **splash) == splash_flops(base, 4096, forward=2)
     # The same calls in two micro-batches; and a branch for each window, of which every layer takes

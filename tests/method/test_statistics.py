@@ -48,7 +48,7 @@ def test_gate_compensation_identity(z, dz, name, dtype):
 
 def test_misalignment_of_a_normal_gate():
     # Design: 0.275 in the limit, 0.297 at dz of deviation 0.3, for SiLU with z ~ N(0, 1) and an
-    #   independent dz.
+    # independent dz.
     z, dz = normal(4, 400_000, 1), normal(5, 400_000, 1, scale=0.3)
     sums = probe_statistics(z, dz, jnp.ones(400_000, bool), SILU)
     for name, value in (("misalignment", 0.297), ("limit", 0.275)):

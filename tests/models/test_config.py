@@ -23,7 +23,7 @@ LLAMA = TINY | {"model_type": "llama", "vocab_size": 128, "hidden_size": 32, "nu
 LLAMA |= {"max_position_embeddings": 64}
 
 # As the hub has them: transformers 4's fields, and nested configs that only say what differs from
-#   the class.
+# the class.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
 YARN = {

@@ -473,7 +473,7 @@ DYNAMIC, PER_LAYER = (
     case for case in CASES if case.features.startswith(("dynamic RoPE", "per-layer embeddings"))
 )
 # Each needs a program of its own: one family for each kind of cache, and for each kind of adapted
-#   layer.
+# layer.
 CACHES = (
     "llama",
     "gemma3_text",

@@ -57,7 +57,7 @@ def test_a_share_is_relative_to_the_layer_and_weighs_experts_by_their_tokens():
     )  # means over 10 and over 30 tokens
     tokens = np.array([[10.0, 30.0]])
     # Expert 0: mean slope 4, three of four channels reach 2; channel 0 does not. Expert 1: all
-    #   reach half of 1.
+    # reach half of 1.
     np.testing.assert_allclose(
         responsive_share(slope * tokens[..., None], tokens), [(0.75 * 10 + 1.0 * 30) / 40]
     )
