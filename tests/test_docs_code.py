@@ -40,6 +40,7 @@ DOCS = {
     path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
 }
 PAGES = [*(ROOT / "docs" / name for name in DOCS), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES.append(ROOT / "nalora_jax" / "method" / "README.md")
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # What else than commands of this library the pages tell people to type; the second half is executed
 # in tests/deploy.
@@ -136,6 +137,7 @@ def test_every_block_is_of_a_kind_that_is_executed() -> None:
     # These have tests of their own, in test_change_one_thing.py, method/test_adapt.py and
     # train/test_rewards.py.
     assert {block.page for block in BLOCKS if block.title} == {
+        "README.md",
         "change_one_thing.md",
         "own_models.md",
         "rl.md",

@@ -21,7 +21,9 @@ from nalora_jax import adapt, merge_nnx, nalora, token_weights
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.transform import gate_state
 
-PAGE = (Path(__file__).parents[2] / "docs" / "own_models.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "own_models.md").read_text(encoding="utf-8")
+PAGE += (ROOT / "nalora_jax" / "method" / "README.md").read_text(encoding="utf-8")
 PROGRAMS = dict(re.findall(r"```python title=\"(\w+)\.py\"\n(.*?)```", PAGE, re.DOTALL))
 # The page shows the optimizer and the training step once, in the Linen program.
 _STEP = re.search(r"^optimizer = .*?(?=^merged)", PROGRAMS["own_linen"], re.MULTILINE | re.DOTALL)
@@ -32,7 +34,12 @@ D, F = 8, 12
 
 @pytest.mark.parametrize(
     ("program", "rule"),
-    [("own_linen", "delta"), ("own_nnx", "curvature_cap"), ("own_block", "homogeneity")],
+    [
+        ("own_linen", "delta"),
+        ("own_nnx", "curvature_cap"),
+        ("own_block", "homogeneity"),
+        ("own_loop", "curvature_cap"),
+    ],
 )
 def test_the_programs_of_the_page_train(program: str, rule: str) -> None:
     text = PROGRAMS[program].replace('("curvature_cap",)', f'("{rule}:warmup=3",)')
