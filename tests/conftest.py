@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tests import xla_options
+from tests import refusals, xla_options
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_options.flags(8)}"
 os.environ |= {
@@ -26,7 +26,7 @@ os.environ |= {
     "NPROC": "32",
     # A program that one test has compiled is read by the others, in whichever process they run. Not
     # a small one: its compression takes 3 ms, and on average it is read no faster than it is
-    #   compiled.
+    # compiled.
     "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/nalora-tests-{os.getpid()}",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     # Lines of source for each operation of a program would take 6% of the time of a test that
@@ -88,6 +88,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Files in the order above: by itself pytest-xdist begins with those of most tests, and the
     longest have few."""
     config.option.loadscopereorder = False
+    os.environ.setdefault(refusals.FOLDER, tempfile.mkdtemp(prefix="nalora-refusals-"))
+    refusals.record()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
