@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from nalora_jax import errors
 from tests import refusals, xla_options
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_options.flags(8)}"
@@ -61,6 +62,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # also while tests are collected
 
+# Of the process that started the tests: it owns the record of refusals, and judges it.
+OWNS_REFUSALS = pytest.StashKey[bool]()
+COMPLAINTS = pytest.StashKey[list[str]]()
+
 # Files and markers about packages that are no part of the extra `test`.
 FILES_OF = {"trl": "train/test_preference_trl.py"}
 MISSING = {
@@ -88,8 +93,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Files in the order above: by itself pytest-xdist begins with those of most tests, and the
     longest have few."""
     config.option.loadscopereorder = False
-    os.environ.setdefault(refusals.FOLDER, tempfile.mkdtemp(prefix="nalora-refusals-"))
-    refusals.record()
+    if refusals.FOLDER not in os.environ:
+        os.environ[refusals.FOLDER] = tempfile.mkdtemp(prefix="nalora-refusals-")
+        config.stash[OWNS_REFUSALS] = True
+    sys.path.append(str(Path(__file__).with_name("startup")))  # for the processes that tests start
+    refusals.record(errors)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -121,11 +129,33 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    """Removes the folder of compiled programs if this process named it."""
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fails a whole run that passed and left refusals without a test (`tests.refusals`)."""
+    config = session.config
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    whole = whole and not config.option.markexpr and not config.getoption("first_of_each")
+    if OWNS_REFUSALS in config.stash and whole and exitstatus == 0:
+        reached = refusals.read_reached(Path(os.environ[refusals.FOLDER]))
+        config.stash[COMPLAINTS] = refusals.judge(reached)
+        if config.stash[COMPLAINTS]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Lists the refusals without a test."""
+    if complaints := config.stash.get(COMPLAINTS, []):
+        terminalreporter.section("refusals without a test")
+        for complaint in complaints:
+            terminalreporter.write_line(complaint)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes the folder of compiled programs and that of refusals, if this process named them."""
     folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
     if folder.endswith(f"nalora-tests-{os.getpid()}"):
         shutil.rmtree(folder, ignore_errors=True)
+    if OWNS_REFUSALS in config.stash:
+        shutil.rmtree(os.environ[refusals.FOLDER], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
