@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -163,13 +164,26 @@ def _seconds() -> Iterator[None]:
     """Runs need not collect garbage after they compiled (0.5 s), nor a new NALORA_CACHE the CPU
     kernels (15 s)."""
     from nalora_jax.common.downloads import cache_dir
+    from nalora_jax.train.profile import Profile
 
     folder = cache_dir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nalora_jax.train.compilation.gc", SimpleNamespace(collect=lambda: 0))
         if HAS_CPU:
             patch.setattr("nalora_jax.cpu.native.library.cache_dir", lambda: folder)
+        patch.setattr("nalora_jax.train.profile.Profile.step", _without_transfers(Profile.step))
         yield
+
+
+def _without_transfers(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps the context of a training step, in which any hidden transfer then raises an error."""
+
+    @contextlib.contextmanager
+    def guarded(self: Any, *args: Any) -> Iterator[None]:
+        with step(self, *args), jax.transfer_guard("disallow"):
+            yield
+
+    return guarded
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,11 +9,13 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule, run_steps
+from nalora_jax.train.profile import Profile
 
 
 def make_hooks(scores: Sequence[float] = range(1, 100)) -> mock.Mock:
@@ -91,3 +93,12 @@ def test_a_state_that_has_diverged_is_not_saved_though_its_loss_is_finite() -> N
     params = {"layers": {"kernel": kernels, "b": kernels[0]}}
     with pytest.raises(TrainingDivergedError, match=message):
         run(hooks, schedule, diverges_at=3, params=params)
+
+
+def test_steps_run_without_hidden_transfers() -> None:
+    """`tests/conftest.py` guards the steps of all runs in tests."""
+    with (
+        pytest.raises(Exception, match="Disallowed host-to-device transfer"),
+        Profile().step(1, None),
+    ):
+        jax.jit(jnp.sin)(np.zeros(1))
