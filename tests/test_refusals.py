@@ -124,7 +124,7 @@ REFUSALS: dict[str, tuple[Call, str]] = {
         "--mesh.run: expected groups of devices",
     ),
     "no memory for a run": (
-        lambda *_: fit_sweep(cfg.MeshConfig(), 1e6),
+        lambda *_: fit_sweep(cfg.MeshConfig(), 1e3),
         "--sweep: expected runs that fit in",
     ),
     "another process that stopped": (stop_first_process, "process 0: expected to go on"),
