@@ -1,11 +1,11 @@
-"""The style of all figures: inline SVG of a page, or a file of its own.
+"""The style of all figures: inline SVG of a page, or a separate file.
 
 A page's figures follow its colours, light or dark, by CSS variables: they are drawn in placeholder
 colours, and each placeholder is replaced by ``var(--name)`` in the SVG. Text stays text, in the
-page's font. A figure is about as wide as a phone, so that its text is never scaled down too far to
-read.
+page's font. A figure is about as wide as a phone, so that its text stays readable.
 
-It imports Matplotlib, a fifth of a run's imports: a run imports it at its end.
+This module imports Matplotlib, which takes a fifth of a run's import time; a run imports it at its
+end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Placeholder colour of each CSS variable of the page; figures use none of them for other purposes.
+# CSS variables of the page, each with a placeholder colour that figures use for nothing else.
 _VARIABLES = ("fg", "muted", "grid", "paper", "c1", "c2", "c3", "r0", "r1", "r2", "r3")
 COLOURS = {name: f"#0102{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
 REGION_COLOURS = tuple(COLOURS[f"r{index}"] for index in range(4))
@@ -97,11 +97,12 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
       name: unique in the page; keeps the ids of two figures apart.
       label: text for screen readers.
     """
-    for line in (line for axis in figure.axes for line in axis.lines):
-        if np.size(line.get_xdata()) == 1 and line.get_marker() == "None":
-            line.set_marker("o")  # a line through a single point is invisible
-            line.set_markersize(4)
-    text = _saved(figure, name, dpi=144)
+    for axis in figure.axes:
+        for line in axis.lines:
+            if np.size(line.get_xdata()) == 1 and line.get_marker() == "None":
+                line.set_marker("o")  # a line through a single point is invisible
+                line.set_markersize(4)
+    text = _save(figure, name, dpi=144)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused ids; the other ids are salted
@@ -120,10 +121,10 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
 def to_svg_file(figure: Figure, name: str) -> str:
     """Returns a figure of `file_style` as the text of an SVG file; equal figures give equal
     texts."""
-    return _saved(figure, name, facecolor="white")
+    return _save(figure, name, facecolor="white")
 
 
-def _saved(figure: Figure, name: str, **options: Any) -> str:
+def _save(figure: Figure, name: str, **options: Any) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.id": None}):
         figure.savefig(
@@ -135,7 +136,8 @@ def _saved(figure: Figure, name: str, **options: Any) -> str:
 def thin(*columns: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, ...]:
     """Returns the same rows of every column, at most about ``most``, including the last."""
     count = len(columns[0])
-    rows = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    spaced = np.linspace(0, count - 1, min(count, most))
+    rows = np.unique(spaced.round().astype(int))
     return tuple(column[rows] for column in columns)
 
 
@@ -146,9 +148,12 @@ def evenly(
 
     Each is taken from the nearest log step, because log steps need not be evenly spaced.
     """
-    spaced = np.linspace(steps[0], steps[-1], int(min(most, steps[-1] - steps[0] + 1)))
-    nearest = np.abs(steps[None, :] - spaced[:, None]).argmin(1)
-    return spaced, values[nearest]
+    first = steps[0]
+    last = steps[-1]
+    count = int(min(most, last - first + 1))
+    spaced = np.linspace(first, last, count)
+    distances = np.abs(steps[None, :] - spaced[:, None])
+    return spaced, values[distances.argmin(1)]
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

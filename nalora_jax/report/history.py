@@ -31,7 +31,7 @@ class EvaluationScore:
 
     step: int
     value: float
-    low: float | None  # 95% interval, where the evaluation gave one
+    low: float | None  # of the 95% interval, if logged
     high: float | None
     n: int | None  # number of items
 
@@ -54,7 +54,7 @@ class History:
 
     header: Mapping[str, Any]  # the line with "run", "versions" and "device", or empty
     steps: tuple[Mapping[str, Any], ...]  # log steps
-    # in training, on the examples that choose a checkpoint
+    # during training, on the examples that select the checkpoint
     evals: tuple[Mapping[str, Any], ...]
     # evaluation of the base, on the same examples as `final`, or empty
     initial: Mapping[str, Any]
@@ -83,8 +83,9 @@ class History:
     @property
     def exported_step(self) -> int | None:
         """Returns the step of the exported adapter; None before it is evaluated."""
-        step = self.final.get("step")
-        return None if step is None else int(step)
+        if not self.final:
+            return None
+        return int(self.final["step"])
 
     @property
     def unreached_step(self) -> int | None:
@@ -106,39 +107,41 @@ class History:
 
     def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T, L] or [T, L, 4]) of a layer metric; null becomes NaN."""
-        rows = [(r["step"], (r.get("layers") or {}).get(name)) for r in self.steps]
-        return _columns([row for row in rows if row[1] is not None])
+        rows = []
+        for record in self.steps:
+            values = (record.get("layers") or {}).get(name)
+            if values is not None:
+                rows.append((record["step"], values))
+        return _columns(rows)
 
     @property
     def mechanisms(self) -> list[str]:
         """Returns the labels of the mechanisms with histograms in the last log steps."""
-        return list(
-            next(
-                (r["histograms"] for r in reversed(self.steps) if r.get("histograms")),
-                {},
-            )
-        )
+        for record in reversed(self.steps):
+            if record.get("histograms"):
+                return list(record["histograms"])
+        return []
 
     def histograms(self, label: str) -> Histograms | None:
         """Returns a mechanism's histograms with the bins of its last log step, or None."""
-        logged = [
-            (r["step"], (r.get("histograms") or {}).get(label)) for r in self.steps
-        ]
-        rows = [
-            (step, of["edges"], np.array(of["counts"], float))
-            for step, of in logged
-            if of
-        ]
+        rows = []
+        for record in self.steps:
+            logged = (record.get("histograms") or {}).get(label)
+            if logged:
+                counts = np.array(logged["counts"], float)
+                rows.append((record["step"], logged["edges"], counts))
         if not rows:
             return None
         _, edges, last = rows[-1]
-        alike = [
-            (step, n)
-            for step, bins, n in rows
-            if bins == edges and n.shape == last.shape
-        ]
-        at, counts = zip(*alike, strict=True)
-        return Histograms(np.array(at, float), np.array(edges, float), np.stack(counts))
+        steps = []
+        tables = []
+        for step, bins, counts in rows:
+            if bins == edges and counts.shape == last.shape:
+                steps.append(step)
+                tables.append(counts)
+        return Histograms(
+            np.array(steps, float), np.array(edges, float), np.stack(tables)
+        )
 
     def adapters(
         self, name: str = "adapters"
@@ -150,40 +153,36 @@ class History:
         curves: dict[str, list[tuple[float, list[float | None]]]] = {}
         for record in self.steps:
             for path, norms in (record.get(name) or {}).items():
-                if norms is not None and not any(
-                    isinstance(norm, list) for norm in norms
-                ):
-                    curves.setdefault(path, []).append((record["step"], norms))
-        alike = {
-            path: [row for row in rows if len(row[1]) == len(rows[-1][1])]
-            for path, rows in curves.items()
-        }
-        return {path: _columns(rows) for path, rows in alike.items()}
+                if norms is None or any(isinstance(norm, list) for norm in norms):
+                    continue
+                curves.setdefault(path, []).append((record["step"], norms))
+        columns = {}
+        for path, rows in curves.items():
+            layers = len(rows[-1][1])
+            columns[path] = _columns([row for row in rows if len(row[1]) == layers])
+        return columns
 
     def last(self, name: str) -> float | None:
         """Returns a scalar of the last log step that has it."""
-        return next(
-            (float(r[name]) for r in reversed(self.steps) if r.get(name) is not None),
-            None,
-        )
+        for record in reversed(self.steps):
+            if record.get(name) is not None:
+                return float(record[name])
+        return None
 
     def eval_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [E], values [E]) of a scalar of the evaluations."""
-        return _columns(
-            [(e["step"], e["eval"][name]) for e in self.evals if name in e["eval"]]
-        )
+        evals = [record for record in self.evals if name in record["eval"]]
+        return _columns([(record["step"], record["eval"][name]) for record in evals])
 
     @property
     def metric(self) -> tuple[str, str, bool] | None:
         """Returns the evaluations' headline metric (key, name, more is better), or None."""
-        return next(
-            (
-                m
-                for m in METRICS
-                if any(e["eval"].get(m[0]) is not None for e in self.measured)
-            ),
-            None,
-        )
+        evaluations = [record["eval"] for record in self.measured]
+        for metric in METRICS:
+            key = metric[0]
+            if any(values.get(key) is not None for values in evaluations):
+                return metric
+        return None
 
     @property
     def scores(self) -> list[EvaluationScore]:
@@ -202,7 +201,9 @@ class History:
         if self.initial and len(self.evals) < 2:
             return (self.initial,)
         along = tuple(filter(None, (*self.evals, self.final)))
-        return (along[0], along[-1]) if len(along) > 1 else along
+        if len(along) < 2:
+            return along
+        return along[0], along[-1]
 
     @property
     def outcome(self) -> list[EvaluationScore]:
@@ -218,17 +219,21 @@ class History:
         if self.metric is None:
             return []
         key = self.metric[0]
-        measured = [
-            (int(r["step"]), r["eval"])
-            for r in records
-            if r["eval"].get(key) is not None
-        ]
-        # Low and high of an evaluation are the interval of its headline metric.
-        bounds = ("low", "high", "n")
-        return [
-            EvaluationScore(step, float(e[key]), *map(e.get, bounds))
-            for step, e in measured
-        ]
+        scores = []
+        for record in records:
+            values = record["eval"]
+            if values.get(key) is None:
+                continue
+            score = EvaluationScore(
+                step=int(record["step"]),
+                value=float(values[key]),
+                # the interval of the headline metric
+                low=values.get("low"),
+                high=values.get("high"),
+                n=values.get("n"),
+            )
+            scores.append(score)
+        return scores
 
     def total(self, name: str) -> float:
         """Returns the sum of a counter that each log step restarts (seconds, tokens), or 0."""
@@ -256,13 +261,18 @@ def read_history(folder: str | Path) -> History:
 def _refuse_folder_of_runs(folder: Path) -> None:
     """Raises a NaloraError that names the runs below a folder, if there are any."""
     runs = sorted(str(path.parent) for path in folder.glob(f"*/{FILE}"))
-    if runs:
-        found = f"a folder of {len(runs)} run{'s' * (len(runs) > 1)}"
-        listed = shlex.join(runs[:2]) + " ..." * (len(runs) > 2)
-        remedy = f"give one of them, or several to compare: nalora report {listed}"
-        raise NaloraError(
-            str(folder), expected="the folder of a run", found=found, remedy=remedy
-        )
+    if not runs:
+        return
+    found = f"a folder of {len(runs)} runs"
+    if len(runs) == 1:
+        found = "a folder of 1 run"
+    listed = shlex.join(runs[:2])
+    if len(runs) > 2:
+        listed += " ..."
+    remedy = f"give one of them, or several to compare: nalora report {listed}"
+    raise NaloraError(
+        str(folder), expected="the folder of a run", found=found, remedy=remedy
+    )
 
 
 def _check_layers(history: History, path: Path) -> None:
@@ -288,29 +298,36 @@ def _check_layers(history: History, path: Path) -> None:
 
 def history_of(records: Sequence[Mapping[str, Any]]) -> History:
     """Returns the records of a log, sorted by kind; unknown kinds are ignored."""
+    header: Mapping[str, Any] = {}
+    initial: Mapping[str, Any] = {}
+    final: Mapping[str, Any] = {}
+    done: Mapping[str, Any] = {}
+    steps = []
+    evals = []
+    resumed = []
+    for record in records:
+        if "run" in record:
+            header = header or record
+        if "resumed" in record:
+            resumed.append(record["resumed"]["step"])
+        if "done" in record:
+            done = record["done"]
+        if "eval" not in record:
+            if "step" in record:
+                steps.append(record)
+        elif "initial" in record:
+            initial = initial or record
+        elif "final" in record:
+            final = record
+        elif "step" in record:
+            evals.append(record)
     return History(
-        header=next((record for record in records if "run" in record), {}),
-        steps=tuple(
-            record for record in records if "step" in record and "eval" not in record
-        ),
-        evals=tuple(
-            r
-            for r in records
-            if {"step", "eval"} <= r.keys() and not {"initial", "final"} & r.keys()
-        ),
-        initial=next((r for r in records if "eval" in r and "initial" in r), {}),
-        final=next((r for r in reversed(records) if "eval" in r and "final" in r), {}),
-        resumed=tuple(
-            record["resumed"]["step"] for record in records if "resumed" in record
-        ),
-        done=next(
-            (record["done"] for record in reversed(records) if "done" in record), {}
-        ),
+        header, tuple(steps), tuple(evals), initial, final, tuple(resumed), done
     )
 
 
 def _columns(rows: Sequence[tuple[float, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Returns pairs of step and value as two arrays."""
-    return np.array([step for step, _ in rows], float), np.array(
-        [v for _, v in rows], float
-    )
+    steps = np.array([step for step, _ in rows], float)
+    values = np.array([value for _, value in rows], float)
+    return steps, values

@@ -29,6 +29,7 @@ from nalora_jax.weights.origin import Origin
 FILE = "report.html"
 # column heads that differ from metric names
 HEADS = {"favoured": "share with mask ≥ 1"}
+_NO_ROLLOUTS = sections.Rollouts([], 0)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -39,10 +40,11 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     has_adapter = (folder / "adapter" / "adapter_config.json").exists()
-    needle = sections.read_needle(folder)
-    rollouts = sections.read_rollouts(folder)
     page = render(
-        read_history(folder), has_adapter=has_adapter, needle=needle, rollouts=rollouts
+        read_history(folder),
+        has_adapter=has_adapter,
+        needle=sections.read_needle(folder),
+        rollouts=sections.read_rollouts(folder),
     )
     write_atomically(folder / FILE, page)
     return folder / FILE
@@ -53,7 +55,7 @@ def render(
     *,
     has_adapter: bool = False,
     needle: Sequence[Mapping[str, Any]] = (),
-    rollouts: Sequence[Mapping[str, Any]] = (),
+    rollouts: sections.Rollouts = _NO_ROLLOUTS,
 ) -> str:
     """Returns the page as text.
 
@@ -61,10 +63,15 @@ def render(
       history: the run's log.
       has_adapter: the run's folder has an exported adapter, so the page explains how to use it.
       needle: tables of `nalora_jax.report.sections.read_needle`.
-      rollouts: samples by step of `nalora_jax.report.sections.read_rollouts`.
+      rollouts: groups of samples of `nalora_jax.report.sections.read_rollouts`.
     """
     config = history.config
-    base = history.header.get("base")
+    base = ""
+    if history.header.get("base"):
+        base = Origin.from_dict(history.header["base"]).describe()
+    output = None
+    if has_adapter:
+        output = shlex.quote(str(config.get("output", "RUN")))
     model = config.get("model", "a model")
     dataset = config.get("data", {}).get("dataset", "a data set")
     return template("page.html.j2").render(
@@ -81,12 +88,12 @@ def render(
         needle=needle,
         rollouts=rollouts,
         task=config.get("vision", {}).get("task", ""),
-        folder=shlex.quote(str(config.get("output", "RUN"))) if has_adapter else None,
+        folder=output,
         config=_config_rows(config),
         layers=_layer_rows(history),
         versions=history.header.get("versions", {}),
         device=history.header.get("device", ""),
-        base=Origin.from_dict(base).describe() if base else "",
+        base=base,
     )
 
 
@@ -97,22 +104,18 @@ def _draw(history: History) -> list[tuple[str, list[tuple[str, Markup]]]]:
         f"histogram {label}": partial(plots.histogram, mechanism=label)
         for label in history.mechanisms
     }
-    # Plots escape their text; escaping in the template would show their markup.
+    groups = {"Training": plots.TRAINING, "Gates": plots.GATES | spreads}
+    drawn = []
     with style():
-        return [
-            (
-                title,
-                [
-                    (name, Markup(svg))
-                    for name, draw in group.items()
-                    if (svg := draw(history))
-                ],
-            )
-            for title, group in (
-                ("Training", plots.TRAINING),
-                ("Gates", plots.GATES | spreads),
-            )
-        ]
+        for title, group in groups.items():
+            pictures = []
+            for name, draw in group.items():
+                svg = draw(history)
+                if svg:
+                    # Plots escape their text; escaping here again would show their markup.
+                    pictures.append((name, Markup(svg)))
+            drawn.append((title, pictures))
+    return drawn
 
 
 def _status(history: History) -> str:
@@ -121,9 +124,11 @@ def _status(history: History) -> str:
     best = history.done.get("best_step")
     if not history.done:
         return f"step {last} of {total}, not finished"
-    ended = history.done.get("message") or (
-        f"{total} steps" if last >= total else f"stopped early, step {last} of {total}"
-    )
+    ended = history.done.get("message")
+    if not ended:
+        ended = f"{total} steps"
+        if last < total:
+            ended = f"stopped early, step {last} of {total}"
     if best not in (None, last):
         return f"{ended}, best at step {best}"
     return str(ended)
@@ -132,10 +137,11 @@ def _status(history: History) -> str:
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """Returns (dotted name, value, differs from the default) of every field."""
     defaults = dict(dotted(to_json(RunConfig().to_dict())))  # as in the log
-    return [
-        (name, plain_text(value), name in defaults and defaults[name] != value)
-        for name, value in dotted(config)
-    ]
+    rows = []
+    for name, value in dotted(config):
+        differs = name in defaults and defaults[name] != value
+        rows.append((name, plain_text(value), differs))
+    return rows
 
 
 def plain_text(value: Any) -> str:
@@ -146,31 +152,33 @@ def plain_text(value: Any) -> str:
         alpha = value.get("alpha")
         if isinstance(alpha, int | float) and abs(alpha) < 1e300:
             alpha = f"{alpha:g}"
-        return f"{value['pattern']}:{value['rank']}" + (
-            "" if alpha is None else f":{alpha}"
-        )
+        text = f"{value['pattern']}:{value['rank']}"
+        if alpha is not None:
+            text += f":{alpha}"
+        return text
     return str(value)
 
 
 def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     """Returns heads and rows of the table of every layer at the last log step."""
     first = ["misalignment", "limit", "feature", "importance", "favoured", "mask_mean"]
-    logged = list(history.steps[-1].get("layers", {})) if history.steps else []
-    # All other statistics of mechanisms; those with several values per layer are left out below.
-    names = [*first, *(name for name in logged if name not in first)]
-    columns = [(name, history.layers(name)[1]) for name in names]
-    columns = [(name, values[-1]) for name, values in columns if values.ndim == 2]
+    names = dict.fromkeys(first)
+    if history.steps:
+        names |= dict.fromkeys(history.steps[-1].get("layers", {}))
+    columns = {}
+    for name in names:
+        values = history.layers(name)[1]
+        if values.ndim == 2:  # one value per layer
+            columns[name] = values[-1]
     if not columns:
         return [], []
-    labels = sections.layer_labels(history, len(columns[0][1]))
-    rows = [
-        [label, *(number(values[i]) for _, values in columns)]
-        for i, label in enumerate(labels)
-    ]
-    return [
-        "layer",
-        *(HEADS.get(name, name.replace("_", " ")) for name, _ in columns),
-    ], rows
+    heads = [HEADS.get(name, name.replace("_", " ")) for name in columns]
+    labels = sections.layer_labels(history, len(next(iter(columns.values()))))
+    rows = []
+    for layer, label in enumerate(labels):
+        cells = [number(values[layer]) for values in columns.values()]
+        rows.append([label, *cells])
+    return ["layer", *heads], rows
 
 
 @cache

@@ -1,5 +1,4 @@
-"""Gate statistics of a model by layer, before or after training: the table and the plot of ``nalora
-inspect``.
+"""Gate statistics by layer, before or after training: table and plot of ``nalora inspect``.
 
 The first part has pure functions of the statistics that the blocks write (`nalora_jax.method.ffn`),
 the second runs texts through a model.
@@ -74,18 +73,15 @@ def by_layer(
     for path, summary in summaries.items():
         prefix = next(prefix for prefix in layers if path.startswith(f"{prefix}/"))
         block = path.removeprefix(f"{prefix}/").removeprefix("ffn").removeprefix("/")
-        rows += [
-            (number, block, summary, index)
-            for index, number in enumerate(layers[prefix])
-        ]
+        for index, layer in enumerate(layers[prefix]):
+            rows.append((layer, block, summary, index))
     rows.sort(key=lambda row: row[:2])
-    names = tuple(f"{number} {block}".strip() for number, block, *_ in rows)
-    columns = ("slope", "responsive", "occupancy", "misalignment", "limit")
-    values = {
-        name: np.stack([getattr(summary, name)[i] for *_, summary, i in rows])
-        for name in columns
-    }
-    return LayerSummary(**values, names=names)
+    names = [f"{layer} {block}".strip() for layer, block, _, _ in rows]
+    columns = {}
+    for name in ("slope", "responsive", "occupancy", "misalignment", "limit"):
+        values = [getattr(summary, name)[index] for _, _, summary, index in rows]
+        columns[name] = np.stack(values)
+    return LayerSummary(**columns, names=tuple(names))
 
 
 def layer_summary(
@@ -119,16 +115,15 @@ def layer_summary(
             "inspect: texts", expected=expected, found="none", remedy=remedy
         )
     total = counts.sum(1) * channels
-    occupancy = np.moveaxis(sums["occupancy"], -2, 1).reshape(layers, 4, -1).sum(-1)
+    # [L, ..., 4, C] -> [L, 4, ... * C]
+    by_region = np.moveaxis(sums["occupancy"], -2, 1).reshape(layers, 4, -1)
+    occupancy = by_region.sum(-1)
     slope = sums["slope"].reshape(layers, -1, channels)
     misalignment = _ratio(sums, "selection")
     limit = _ratio(sums, "linear")
     if probe is not None:
-        probed = _ratio(
-            {name: np.asarray(value, np.float64) for name, value in probe.items()},
-            "linear",
-        )
-        limit = np.where(np.isnan(limit), probed, limit)
+        probed = {name: np.asarray(value, np.float64) for name, value in probe.items()}
+        limit = np.where(np.isnan(limit), _ratio(probed, "linear"), limit)
     return LayerSummary(
         slope=slope.sum((1, 2)) / total,
         responsive=responsive_share(slope, counts),
@@ -152,24 +147,25 @@ def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     Returns:
       ``[L]``, each expert weighted by its tokens.
     """
-    mean = slope / np.maximum(tokens, 1.0)[..., None]
-    share = np.mean(mean >= RESPONSIVE * mean.mean(-1, keepdims=True), axis=-1)
+    counts = np.maximum(tokens, 1.0)
+    mean = slope / counts[..., None]
+    threshold = RESPONSIVE * mean.mean(-1, keepdims=True)
+    share = np.mean(mean >= threshold, axis=-1)
     return np.sum(share * tokens, axis=1) / np.sum(tokens, axis=1)
 
 
 def layer_table(summary: LayerSummary, title: str = "") -> str:
     """Returns the summary as a table for the terminal, with the mean over layers last."""
     columns = _columns(summary)
-    rows = [
-        [label, *(cell(values[layer], name) for name, values in columns.items())]
-        for layer, label in enumerate(
-            summary.names or map(str, range(len(summary.slope)))
-        )
-    ]
-    rows.append(
-        ["mean", *(cell(np.nanmean(values), name) for name, values in columns.items())]
-    )
-    return "\n".join([title, text_table(["layer", *columns], rows), fill(CAPTION, 100)])
+    labels = summary.names or map(str, range(len(summary.slope)))
+    rows = []
+    for layer, label in enumerate(labels):
+        cells = [cell(values[layer], name) for name, values in columns.items()]
+        rows.append([label, *cells])
+    means = [cell(np.nanmean(values), name) for name, values in columns.items()]
+    rows.append(["mean", *means])
+    table = text_table(["layer", *columns], rows)
+    return "\n".join([title, table, fill(CAPTION, 100)])
 
 
 def cell(value: float, name: str) -> str:
@@ -179,7 +175,10 @@ def cell(value: float, name: str) -> str:
     """
     if name in (*REGIONS, "responsive") and not np.isnan(value):
         return f"{value:.1%}"
-    return number(value, 4 if name in ("limit", "misalignment") else 3)
+    digits = 3
+    if name in ("limit", "misalignment"):
+        digits = 4
+    return number(value, digits)
 
 
 def save_picture(summary: LayerSummary, path: str | Path, title: str = "") -> Path:
@@ -219,9 +218,9 @@ def check_picture(path: str | Path) -> Path:
 
 def _ratio(sums: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """Returns sum of ``name`` over sum of |F| per layer; NaN for a gate that no adapter changes."""
-    total, feature = (
-        sums[key].reshape(len(sums[key]), -1).sum(1) for key in (name, "feature")
-    )
+    layers = len(sums[name])
+    total = sums[name].reshape(layers, -1).sum(1)
+    feature = sums["feature"].reshape(layers, -1).sum(1)
     return total / np.where(feature > 0, feature, np.nan)
 
 
@@ -236,17 +235,18 @@ def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
 
 
 def _draw(summary: LayerSummary, title: str) -> Figure:
-    lines = [
+    curves = [
         {"mean slope E|φ′|": summary.slope, "responsive share": summary.responsive},
         {"misalignment": summary.misalignment, "its linear limit": summary.limit},
     ]
-    measured = [
-        {n: values for n, values in panel.items() if np.isfinite(values).any()}
-        for panel in lines
-    ]
-    panels = list(filter(None, measured))
-    figure = Figure(figsize=(7.0, 2.6 * (1 + len(panels))), layout="constrained")
-    axes = figure.subplots(1 + len(panels), 1, sharex=True)
+    panels = []
+    for panel in curves:
+        measured = {n: v for n, v in panel.items() if np.isfinite(v).any()}
+        if measured:
+            panels.append(measured)
+    rows = 1 + len(panels)
+    figure = Figure(figsize=(7.0, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True)
     stacked_bars(axes[0], summary.occupancy, _COLOURS)
     axes[0].set(ylabel="share of tokens", title=title)
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4)
@@ -272,9 +272,10 @@ TEXTS = (
     "Question: What do plants need to make their own food? Answer: Light, water and carbon "
     "dioxide. With the energy of light they turn carbon dioxide and water into sugar, and give "
     "off oxygen.",
-    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / count\n",
-    '"Are you coming?" asked Nadia. Tom shook his head. "I promised my sister that I would help her move. Ask me again '
-    "on Sunday, and I'll bring the cake that you like.\"",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n"
+    "    return total / count\n",
+    '"Are you coming?" asked Nadia. Tom shook his head. "I promised my sister that I would help '
+    "her move. Ask me again on Sunday, and I'll bring the cake that you like.\"",
     "In 1905 the committee met 14 times and spent 3,250 pounds, of which 1,100 went to the new "
     "bridge. The remaining 2,150 pounds were divided between the school, the harbour and the "
     "hospital.",
@@ -309,27 +310,21 @@ def inspect_texts(
         batches,
     )
     summaries = {block: layer_summary(sums[block], probe[block]) for block in sums}
-    return by_layer(
-        summaries, {stack.prefix: stack.layers for stack in stacks(model.base.config)}
-    )
+    layers = {stack.prefix: stack.layers for stack in stacks(model.base.config)}
+    return by_layer(summaries, layers)
 
 
 def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]:
     """Returns a small random adapter on the gate of every layer."""
     config = model.base.config
-    gates = {
-        f"{block}/{name}"
-        for block in gate_blocks(config)
-        for name in ("gate_proj", "in_proj")
-    }
-    paths = [
-        path
-        for path in layer_numbers(config)
-        if path in gates and path.startswith("layers/")
-    ]
-    targets = (
-        (path, TargetSpec.even(PROBE_RANK, depths(config)[path])) for path in paths
-    )
+    gates = set[str]()
+    for block in gate_blocks(config):
+        gates |= {f"{block}/gate_proj", f"{block}/in_proj"}
+    targets = []
+    for path in layer_numbers(config):
+        if path in gates and path.startswith("layers/"):
+            target = TargetSpec.even(PROBE_RANK, depths(config)[path])
+            targets.append((path, target))
     spec = AdapterSpec(tuple(targets))
     a_key, b_key = jax.random.split(jax.random.key(seed))
 
@@ -358,19 +353,15 @@ def _gate_sums(
     @jax.jit
     def run(variables: dict[str, Any], tokens: jax.Array, segments: jax.Array) -> Any:
         def output(taps: Any) -> jax.Array:
-            return jnp.sum(
-                observed.apply(
-                    {**variables, "gate_taps": taps}, tokens, segment_ids=segments
-                )
-            )
+            tapped = {**variables, "gate_taps": taps}
+            return jnp.sum(observed.apply(tapped, tokens, segment_ids=segments))
 
         return jax.grad(output)(taps)
 
     total: dict[str, dict[str, Any]] = {}
     for batch in batches:
-        for path, value in trees.flatten(
-            run(variables, *map(jnp.asarray, batch))
-        ).items():
+        gradients = run(variables, *map(jnp.asarray, batch))
+        for path, value in trees.flatten(gradients).items():
             block, _, name = path.rpartition("/")
             sums = total.setdefault(block, {})
             sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
@@ -387,9 +378,8 @@ def _batches(
 
     All batches have one shape, so that one program is compiled.
     """
-    rows = [
-        ids for ids in (tokenizer.encode(text)[:max_length] for text in texts) if ids
-    ]
+    encoded = [tokenizer.encode(text)[:max_length] for text in texts]
+    rows = [ids for ids in encoded if ids]
     if not rows:
         expected = "at least one text with a token in it"
         raise NaloraError(

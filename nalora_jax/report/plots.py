@@ -5,6 +5,7 @@ They are drawn within `nalora_jax.report.drawing.style`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -33,10 +34,10 @@ _MOST_TICKS = 7
 def _plot(
     name: str, title: str, ylabel: str, *, xlabel: str = "step", zero: bool = False
 ) -> Callable[[Callable[[History, Any], str | None]], Plot]:
-    """Makes a plot of a function that draws on one pair of axes and returns the unit of y if it
-    differs.
+    """Returns a decorator that makes a plot of a function that draws on one pair of axes.
 
-    There is no plot if nothing was drawn, and no legend if no line has a label.
+    The function may return another y label. There is no plot if it draws nothing, and no legend if
+    no line has a label.
 
     Args:
       name: of the figure in the page.
@@ -79,7 +80,7 @@ def metric(history: History, axis: Any) -> str | None:
     if history.metric is None or len(scores) < 2:
         return None
     name = history.metric[1]
-    before = "before training, same examples"  # not the headline metric's
+    before = "before training, same examples"  # others than the headline's
     axis.axhline(
         scores[0].value,
         color=COLOURS["muted"],
@@ -87,16 +88,19 @@ def metric(history: History, axis: Any) -> str | None:
         linestyle="--",
         label=before,
     )
-    bounded = [
-        (s.step, s.low, s.high)
-        for s in scores
-        if s.low is not None and s.high is not None
-    ]
+    bounded = [s for s in scores if s.low is not None and s.high is not None]
     if bounded:
-        ends = zip(*bounded, strict=True)
-        axis.vlines(*ends, color=COLOURS["c2"], linewidth=1.4, label="95% interval")
-    line = [s.step for s in scores], [s.value for s in scores]
-    axis.plot(*line, "o-", color=COLOURS["c2"], markersize=5, label=name)
+        axis.vlines(
+            [score.step for score in bounded],
+            [score.low for score in bounded],
+            [score.high for score in bounded],
+            color=COLOURS["c2"],
+            linewidth=1.4,
+            label="95% interval",
+        )
+    steps = [score.step for score in scores]
+    values = [score.value for score in scores]
+    axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=5, label=name)
     return name
 
 
@@ -107,9 +111,10 @@ def rewards(history: History, axis: Any) -> None:
     eval_steps, held_out = history.eval_column("rewards_margin")
     if not margin.size and not held_out.size:
         return
-    for name, colour in (("chosen", "c1"), ("rejected", "c3")):
+    colours = {"chosen": COLOURS["c1"], "rejected": COLOURS["c3"]}
+    for name, colour in colours.items():
         line = history.column(f"rewards_{name}")
-        axis.plot(*line, color=COLOURS[colour], linewidth=1.4, label=name)
+        axis.plot(*line, color=colour, linewidth=1.4, label=name)
     axis.plot(
         steps,
         margin,
@@ -137,26 +142,20 @@ def sampled_rewards(history: History, axis: Any) -> None:
     deviation = history.column("reward_std")[1]
     if not np.isfinite(total).any() or len(deviation) != len(total):
         return
-    logged = {
-        name
-        for record in history.steps
-        for name in record
-        if name.startswith("reward_")
-    }
-    several = sorted(name for name in logged if f"{name}_std" in logged)
+    logged = set[str]().union(*history.steps)
+    rewards = []
+    for name in sorted(logged):
+        if name.startswith("reward_") and f"{name}_std" in logged:
+            rewards.append(name)
     at, low, high, mean = thin(steps, total - deviation, total + deviation, total)
     axis.fill_between(at, low, high, color=COLOURS["c1"], alpha=0.2, linewidth=0)
     axis.plot(at, mean, color=COLOURS["c1"], label="reward")
-    for name, colour in zip(
-        several if len(several) > 1 else [], _LINES[1:], strict=False
-    ):
+    if len(rewards) < 2:
+        return
+    for name, colour in zip(rewards, _LINES[1:], strict=False):
+        line = thin(*history.column(name))
         label = name.removeprefix("reward_").replace("_", " ")
-        axis.plot(
-            *thin(*history.column(name)),
-            color=COLOURS[colour],
-            linewidth=1.2,
-            label=label,
-        )
+        axis.plot(*line, color=COLOURS[colour], linewidth=1.2, label=label)
 
 
 @_plot(
@@ -191,31 +190,29 @@ def misalignment(history: History, axis: Any) -> None:
 
 def misalignment_map(history: History) -> str | None:
     """Plots misalignment and its linear limit by layer and step on one colour scale."""
-    maps = [
-        ("misalignment", *history.layers("misalignment")),
-        ("its linear limit", *history.layers("limit")),
-    ]
-    maps = [
-        panel for panel in maps if panel[2].ndim == 2 and np.isfinite(panel[2]).any()
-    ]
-    title = "Misalignment of every layer over the steps, beside its linear limit"
-    return _heat_maps(maps, "map", title) if maps else None
+    panels = {"misalignment": "misalignment", "its linear limit": "limit"}
+    maps = []
+    for title, name in panels.items():
+        steps, values = history.layers(name)
+        if values.ndim == 2 and np.isfinite(values).any():
+            maps.append((title, steps, values))
+    if not maps:
+        return None
+    label = "Misalignment of every layer over the steps, with its linear limit"
+    return _heat_maps(maps, "map", label)
 
 
 def excess_map(history: History) -> str | None:
-    """Plots misalignment minus its linear limit by layer and step, on a separate colour scale."""
-    (steps, values), (_, limit) = (
-        history.layers("misalignment"),
-        history.layers("limit"),
-    )
-    if (
-        values.ndim != 2
-        or values.shape != limit.shape
-        or not np.isfinite(values - limit).any()
-    ):
+    """Plots misalignment minus its linear limit, by layer and step."""
+    steps, values = history.layers("misalignment")
+    _, limit = history.layers("limit")
+    if values.ndim != 2 or values.shape != limit.shape:
         return None
-    title = "Misalignment above its linear limit, of every layer"
-    return _heat_maps([("", steps, values - limit)], "excess", title)
+    excess = values - limit
+    if not np.isfinite(excess).any():
+        return None
+    label = "Misalignment above its linear limit, of every layer"
+    return _heat_maps([("", steps, excess)], "excess", label)
 
 
 @_plot("feature", "Feature movement over the steps", "feature movement E|F|", zero=True)
@@ -288,10 +285,11 @@ def occupancy(history: History) -> str | None:
     steps, values = history.layers("occupancy")
     if values.ndim != 3 or not np.isfinite(values).any():
         return None
-    indices = [0, -1] if len(steps) > 1 else [0]
-    figure, axes = new_figure(
-        2.3 * len(indices) + 0.5, rows=len(indices), sharex=True, squeeze=False
-    )
+    indices = [0]
+    if len(steps) > 1:
+        indices = [0, -1]
+    height = 2.3 * len(indices) + 0.5
+    figure, axes = new_figure(height, rows=len(indices), sharex=True, squeeze=False)
     for axis, index in zip(axes[:, 0], indices, strict=True):
         stacked_bars(axis, values[index])
         axis.set(title=f"step {steps[index]:.0f}", ylabel="share of tokens")
@@ -320,9 +318,8 @@ def step_scale(history: History, axis: Any) -> None:
     if low.ndim != 2 or low.shape != high.shape or not np.isfinite(low).any():
         return
     axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
-    axis.vlines(
-        np.arange(low.shape[1]), low[-1], high[-1], color=COLOURS["c2"], linewidth=4
-    )
+    layers = np.arange(low.shape[1])
+    axis.vlines(layers, low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
     axis.set_title(f"lowest to highest channel, step {steps[-1]:.0f}")
 
 
@@ -347,20 +344,19 @@ def _line(
 ) -> Plot:
     """Returns the plot of a scalar of the log steps; with ``zero`` its axis starts at 0.
 
-    A noisy scalar is a faint line, with its running mean as a strong line unless there are too few
+    A noisy scalar is a faint line, with its running mean as a strong line if there are at least 40
     values.
     """
 
     @_plot(name.replace("_", "-"), f"{label} over the steps", label, zero=zero)
     def draw(history: History, axis: Any) -> None:
         steps, values = history.column(name)
-        window = max(len(values) // 20, 1) if noisy else 1
         if not np.isfinite(values).any():
             return
-        if window > 1:
-            axis.plot(
-                *thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1
-            )
+        window = len(values) // 20
+        if noisy and window > 1:
+            line = thin(steps, values)
+            axis.plot(*line, color=COLOURS[colour], alpha=0.35, linewidth=1)
             values = smooth(values, window)
         axis.plot(*thin(steps, values), color=COLOURS[colour])
 
@@ -371,16 +367,21 @@ def _heat_maps(
     maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label: str
 ) -> str:
     """Draws (title, steps, values [T, L]) side by side on one colour scale."""
-    low = min(np.nanmin(v) for _, _, v in maps)
-    high = max(np.nanmax(v) for _, _, v in maps)
+    low = min(np.nanmin(values) for _, _, values in maps)
+    high = max(np.nanmax(values) for _, _, values in maps)
+    if high <= low:
+        high = low + 1e-6
     figure, axes = new_figure(4.2, columns=len(maps), sharey=True, squeeze=False)
     for axis, (title, steps, values) in zip(axes[0], maps, strict=True):
         at, values = evenly(steps, values, MAP_COLUMNS)
-        half = 0.5 * (at[-1] - at[0]) / max(len(at) - 1, 1) or 0.5
+        first = at[0]
+        last = at[-1]
+        half = 0.5
+        if last > first:
+            half = 0.5 * (last - first) / (len(at) - 1)
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
-        ends = (at[0] - half, at[-1] + half)
-        highest = high if high > low else low + 1e-6
-        image = _image(axis, values.T, ends, vmin=low, vmax=highest)
+        ends = (first - half, last + half)
+        image = _image(axis, values.T, ends, vmin=low, vmax=high)
         axis.set(title=title, xlabel="step")
     axes[0][0].set_ylabel("layer")
     _colour_bar(figure, image, list(axes[0]))
@@ -393,14 +394,14 @@ def _image(
     """Draws values [L, columns], a row for each layer, between both ends of the other axis."""
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(False)
-    options = {
-        "aspect": "auto",
-        "origin": "lower",
-        "interpolation": "nearest",
-        "cmap": "viridis",
-    }
     return axis.imshow(
-        values, extent=(*ends, -0.5, len(values) - 0.5), **options, **colours
+        values,
+        extent=(*ends, -0.5, len(values) - 0.5),
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="viridis",
+        **colours,
     )
 
 
@@ -455,33 +456,37 @@ def histogram(history: History, mechanism: str) -> str | None:
 
 
 def _by_module(history: History, name: str, value: str, title: str) -> str | None:
-    """Plots adapters' numbers by kind of module over the steps, and of every layer at the last
+    """Plots ``value`` of the adapters by kind of module: over the steps, and by layer at the last
     step.
 
-    All layers together have the sum of the numbers, of norms the root of the sum of squares.
+    Over the steps it is the sum over layers, or, of norms, the root of the sum of squares.
     """
-    drawn = dict(list(history.adapters(name).items())[: 2 * len(_LINES)])
+    curves = history.adapters(name)
+    lines = list(itertools.product(("-", "--"), _LINES))
+    drawn = list(curves)[: len(lines)]
     if not drawn:
         return None
     figure, (upper, lower) = new_figure(5.0, rows=2)
-    for index, (path, (steps, values)) in enumerate(drawn.items()):
-        colour = COLOURS[_LINES[index % len(_LINES)]]
-        style = "-" if index < len(_LINES) else "--"
-        line = {"color": colour, "linestyle": style}
+    last = 0.0
+    for path, (style, colour) in zip(drawn, lines, strict=False):
+        steps, values = curves[path]
+        last = max(last, steps[-1])
         with np.errstate(over="ignore"):  # values of an edited log
             total = np.nansum(values, axis=1)
             if value == "norm":
                 total = np.sqrt(np.nansum(np.square(values), axis=1))
-        upper.plot(*thin(steps, total), label=path.replace("layers/", ""), **line)
-        lower.plot(
-            np.arange(values.shape[1]), values[-1], marker="o", markersize=3, **line
-        )
+        line = {"color": COLOURS[colour], "linestyle": style}
+        label = path.replace("layers/", "")
+        upper.plot(*thin(steps, total), label=label, **line)
+        layers = np.arange(values.shape[1])
+        lower.plot(layers, values[-1], marker="o", markersize=3, **line)
     upper.set(xlabel="step", ylabel=f"{value}, all layers")
-    last = max(steps[-1] for steps, _ in drawn.values())
     lower.set(xlabel="layer", ylabel=f"{value}, step {last:.0f}")
     for axis in (upper, lower):
         axis.set_ylim(bottom=0)
-    columns = 3 if max(map(len, drawn)) < 24 else 2
+    columns = 2
+    if max(map(len, drawn)) < 24:
+        columns = 3
     figure.legend(
         loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2
     )
@@ -495,9 +500,13 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 
 def _shown(shares: np.ndarray) -> slice:
     """Returns the bins from the first to the last non-empty bin, and one on either side."""
-    held = np.flatnonzero(shares.sum(axis=0))
-    low, high = (held[0], held[-1]) if held.size else (0, shares.shape[-1] - 1)
-    return slice(max(int(low) - 1, 0), min(int(high) + 2, shares.shape[-1]))
+    bins = shares.shape[-1]
+    non_empty = np.flatnonzero(shares.sum(axis=0))
+    if not non_empty.size:
+        return slice(0, bins)
+    first = int(non_empty[0])
+    last = int(non_empty[-1])
+    return slice(max(first - 1, 0), min(last + 2, bins))
 
 
 def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
@@ -506,15 +515,17 @@ def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
     edges = histograms.edges[first - 1 : bins.stop - 1]
     every = -(-len(edges) // _MOST_TICKS)
     # A tick of 1, if in range, is always shown: multipliers are read relative to it.
+    middle = 0
     if len(edges):
-        middle = int(np.argmin(np.abs(np.log(np.maximum(edges, 1e-12)))))
-    else:
-        middle = 0
-    ticks = [index for index in range(len(edges)) if (index - middle) % every == 0]
-    axis.set_xticks(
-        [first + i - bins.start - 0.5 for i in ticks],
-        [f"{edges[i]:.2g}" for i in ticks],
-    )
+        distances = np.abs(np.log(np.maximum(edges, 1e-12)))
+        middle = int(np.argmin(distances))
+    places = []
+    labels = []
+    for index, edge in enumerate(edges):
+        if (index - middle) % every == 0:
+            places.append(first + index - bins.start - 0.5)
+            labels.append(f"{edge:.2g}")
+    axis.set_xticks(places, labels)
 
 
 # ---------------------------------------------------------------- the page's plots, in order

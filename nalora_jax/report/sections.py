@@ -1,12 +1,11 @@
-"""What the sections of a report show: the metric before and after, main figures, samples, images,
-needles."""
+"""The content of a report's sections: headline metric, tiles, samples, images, needle retrieval."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +25,17 @@ _CHANGES = {
 }
 LONGEST_SAMPLE = 1200  # maximum characters shown of a sample's completion
 _LONGEST_PROMPT = 20_000  # maximum characters of an unfolded prompt
-_PROMPT_ENDS = (
-    320  # characters at both ends of a long prompt; the page unfolds the middle
+# characters at both ends of a long prompt; the page unfolds the middle
+_PROMPT_ENDS = 320
+
+# errors of reading a damaged line of samples
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
 )
 
 
@@ -40,10 +48,10 @@ def headline(history: History) -> dict[str, Any] | None:
     if not outcome:
         return None
     chance = history.ends[-1]["eval"].get("chance")
-    edges = [
-        edge for s in outcome for edge in (s.low, s.value, s.high) if edge is not None
-    ]
-    edges += [chance] if chance is not None else []
+    edges = [chance]
+    for score in outcome:
+        edges += [score.low, score.value, score.high]
+    edges = [edge for edge in edges if edge is not None]
     low = min(edges)
     high = max(edges)
     pad = 0.08 * (high - low) or 1.0
@@ -53,19 +61,19 @@ def headline(history: History) -> dict[str, Any] | None:
     if len(outcome) == 2:
         labels = ["before", "after"]
         source = _source(history)
+    rows = []
+    for label, score in zip(labels, outcome, strict=True):
+        rows.append(_interval_row(label, score, scale))
+    shown_chance = None
+    if chance is not None:
+        shown_chance = {"value": f"{chance:.2f}", "at": _position(chance, scale)}
+    paired = history.final.get("eval", {}).get("paired")
     return {
         "name": name,
-        "rows": [
-            _range(label, score, scale)
-            for label, score in zip(labels, outcome, strict=True)
-        ],
+        "rows": rows,
         "ends": [f"{edge:.2f}" for edge in scale],
-        "chance": None
-        if chance is None
-        else {"value": f"{chance:.2f}", "at": _at(chance, scale)},
-        "verdict": _verdict(
-            outcome, more_is_better, history.final.get("eval", {}).get("paired")
-        ),
+        "chance": shown_chance,
+        "verdict": _verdict(outcome, more_is_better, paired),
         "n": outcome[-1].n,
         "source": source,
     }
@@ -90,34 +98,43 @@ def _source(history: History) -> str:
             " Both on the same examples, which were not used to select the checkpoint."
         )
     chosen = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
-    if len(chosen) > 1 and (last := chosen[-1]):
-        few = ", too few to distinguish checkpoints: the selection is mostly chance" * (
-            last < FEW
-        )
-        text += f" It was selected on {last} other examples{few}."
+    if len(chosen) > 1 and chosen[-1]:
+        text += f" It was selected on {chosen[-1]} other examples"
+        if chosen[-1] < FEW:
+            text += (
+                ", too few to distinguish checkpoints: the selection is mostly chance"
+            )
+        text += "."
     if history.unreached_step is not None:
         text += f" It is plain LoRA: mechanisms act from step {history.unreached_step}."
     return text
 
 
-def _range(
+def _interval_row(
     label: str, score: EvaluationScore, scale: tuple[float, float]
 ) -> dict[str, Any]:
+    """Returns a score as text, with the places of its dot and its interval on the scale."""
     row = {
         "label": label,
         "value": f"{score.value:.3f}",
-        "at": _at(score.value, scale),
+        "at": _position(score.value, scale),
         "interval": None,
     }
     if score.low is None or score.high is None:
         return row
-    width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
-    interval = f"{score.low:.3f} to {score.high:.3f}"
-    return row | {"interval": interval, "low": _at(score.low, scale), "width": width}
+    first, last = scale
+    width = 100 * (score.high - score.low) / (last - first)
+    row["interval"] = f"{score.low:.3f} to {score.high:.3f}"
+    row["low"] = _position(score.low, scale)
+    row["width"] = f"{width:.1f}%"
+    return row
 
 
-def _at(value: float, scale: tuple[float, float]) -> str:
-    return f"{100 * (value - scale[0]) / (scale[1] - scale[0]):.1f}%"
+def _position(value: float, scale: tuple[float, float]) -> str:
+    """Returns the place of a value on the scale, as a CSS percentage."""
+    first, last = scale
+    percent = 100 * (value - first) / (last - first)
+    return f"{percent:.1f}%"
 
 
 def _verdict(
@@ -137,11 +154,18 @@ def _verdict(
     gain = scores[1].value - scores[0].value
     if gain == 0:
         return "No change."
-    change = f"{gain:+.3f}, {'better' if (gain > 0) == more_is_better else 'worse'}"
+    better = (gain > 0) == more_is_better
+    change = f"{gain:+.3f}, worse"
+    if better:
+        change = f"{gain:+.3f}, better"
     if paired:
-        interval = f"95% of the difference, item by item: {paired['low']:+.3f} to {paired['high']:+.3f}"
-        counts = f"{paired['gained']} gained, {paired['lost']} lost, p = {paired['p_value']:.2g}"
-        return f"{change} ({interval}; {counts})."
+        interval = f"{paired['low']:+.3f} to {paired['high']:+.3f}"
+        counts = f"{paired['gained']} gained, {paired['lost']} lost"
+        p_value = f"p = {paired['p_value']:.2g}"
+        return (
+            f"{change} (95% of the difference, item by item: {interval}; "
+            f"{counts}, {p_value})."
+        )
     first, second = scores
     if (
         first.low is None
@@ -168,8 +192,10 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
     speed = history.column("tokens_per_second")[1]
     if np.isfinite(speed).any():
         tokens = history.total("tokens")
-        note = f"; {tokens:,.0f} tokens" if tokens else ""
-        yield "Tokens per second", f"{np.nanmedian(speed):,.0f}", f"median{note}"
+        note = "median"
+        if tokens:
+            note = f"median; {tokens:,.0f} tokens"
+        yield "Tokens per second", f"{np.nanmedian(speed):,.0f}", note
     yield from _costs(history)
 
 
@@ -187,14 +213,19 @@ def _costs(history: History) -> Iterator[tuple[str, str, str]]:
     device = history.last("peak_device_memory")
     host = history.last("peak_memory")
     if device:
-        also = f"; {_size(host)} of the host" if host else ""
-        yield "Peak memory", _size(device), f"of the fullest device{also}"
+        note = "of the fullest device"
+        if host:
+            note += f"; {_size(host)} of the host"
+        yield "Peak memory", _size(device), note
     elif host:
         yield "Peak memory", _size(host), "of the process, until the last log step"
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    """Returns a number of bytes in MB or GB."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB"
 
 
 # ---------------------------------------------------------------- samples
@@ -208,14 +239,19 @@ def samples(history: History) -> list[dict[str, Any]]:
     sampled = [record for record in history.measured if record["eval"].get("samples")]
     if not sampled:
         return []
-    last = {str(sample["prompt"]): sample for sample in sampled[-1]["eval"]["samples"]}
+    after = {}
+    if len(sampled) > 1:
+        for sample in sampled[-1]["eval"]["samples"]:
+            after[str(sample["prompt"])] = sample
     pairs = []
     for sample in sampled[0]["eval"]["samples"]:
         answers = [("before", sample)]
-        if len(sampled) > 1 and str(sample["prompt"]) in last:
-            answers.append(("after", last[str(sample["prompt"])]))
+        prompt = str(sample["prompt"])
+        if prompt in after:
+            answers.append(("after", after[prompt]))
         pairs.append(answers)
-    return [_sample_row(answers) for answers in _proportional(pairs, changes(history))]
+    selected = _select_samples(pairs, changes(history))
+    return [_sample_row(answers) for answers in selected]
 
 
 def changes(history: History) -> dict[str, int]:
@@ -226,10 +262,8 @@ def changes(history: History) -> dict[str, int]:
     n = values.get("n")
     gained = paired.get("gained")
     lost = paired.get("lost")
-    if not (
-        isinstance(accuracy, float)
-        and all(isinstance(count, int) for count in (n, gained, lost))
-    ):
+    counted = all(isinstance(count, int) for count in (n, gained, lost))
+    if not counted or not isinstance(accuracy, float):
         return {}  # no multiple choice
     right = round(accuracy * n) - gained  # both times
     return {
@@ -240,7 +274,7 @@ def changes(history: History) -> dict[str, int]:
     }
 
 
-def _proportional(
+def _select_samples(
     pairs: list[list[Any]], changes: Mapping[str, int]
 ) -> list[list[Any]]:
     """Returns samples such that the shares of ``changes`` among them are about those of all
@@ -249,34 +283,43 @@ def _proportional(
         return pairs[:SHOWN]
     kinds: dict[str, list[list[Any]]] = {name: [] for name in changes}
     for answers in pairs:
-        first, last = (bool(answers[end][1].get("correct")) for end in (0, -1))
-        kinds[_CHANGES[first, last]].append(answers)
+        was_right = bool(answers[0][1].get("correct"))
+        is_right = bool(answers[-1][1].get("correct"))
+        kinds[_CHANGES[was_right, is_right]].append(answers)
     total = sum(changes.values())
     counts = {name: SHOWN * count // total for name, count in changes.items()}
     by_remainder = sorted(changes, key=lambda name: -(SHOWN * changes[name] % total))
     for name in by_remainder[: SHOWN - sum(counts.values())]:
         counts[name] += 1
-    return [answers for name in changes for answers in kinds[name][: counts[name]]]
+    selected = []
+    for name in changes:
+        selected += kinds[name][: counts[name]]
+    return selected
 
 
 def _sample_row(answers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Returns the texts of a sample: its prompt, and the completions before and after."""
     sample = answers[0][1]
     prompt = str(sample["prompt"])
-    said = [
-        (label, _clip(a.get("answer")), a.get("correct"), _end(a))
-        for label, a in answers
-    ]
+    turns = _turns(sample)
+    shortened = _without_middle(prompt)
+    full = ""
+    if shortened != prompt and not turns:
+        full = prompt[:_LONGEST_PROMPT]
+    expected = sample.get("expected")
+    if expected is not None:
+        expected = _clip(expected)
+    completions = []
+    for label, answer in answers:
+        text = _clip(answer.get("answer"))
+        completions.append((label, text, answer.get("correct"), _stop_reason(answer)))
     return {
-        "prompt": _ends(prompt),
-        "full": ""
-        if _ends(prompt) == prompt or _turns(sample)
-        else prompt[:_LONGEST_PROMPT],
+        "prompt": shortened,
+        "full": full,
         "image": picture(sample),
-        "expected": _clip(sample["expected"])
-        if sample.get("expected") is not None
-        else None,
-        "turns": _turns(sample),
-        "answers": said,
+        "expected": expected,
+        "turns": turns,
+        "answers": completions,
     }
 
 
@@ -290,62 +333,80 @@ def sampled_after(history: History) -> int | None:
 
 def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the conversation before a completion as (role, text), if logged."""
-    turns = sample.get("turns") or []
-    return [
-        (str(turn["role"]), _ends(str(turn["text"])))
-        for turn in turns
-        if {"role", "text"} <= turn.keys()
-    ]
+    turns = []
+    for turn in sample.get("turns") or []:
+        if {"role", "text"} <= turn.keys():
+            turns.append((str(turn["role"]), _without_middle(str(turn["text"]))))
+    return turns
 
 
-def read_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """Returns samples of at most `SHOWN` logged steps of a run with rewards, evenly spaced with the
-    last one.
+class Rollouts(NamedTuple):
+    """Groups of samples of a run with rewards, as the page shows them.
 
-    Each step has ``step`` and ``samples`` with ``prompt``, ``completion`` and ``rewards``, pairs of
-    texts.
+    Attributes:
+      steps: each with ``step`` and ``groups``; a group has ``prompt`` and ``samples``, and a sample
+        ``completion``, ``rewards`` (pairs of texts) and ``advantage`` ("" if not logged).
+      unreadable: number of damaged lines, which are left out.
+    """
+
+    steps: list[dict[str, Any]]
+    unreadable: int
+
+
+def read_rollouts(folder: Path) -> Rollouts:
+    """Returns the groups of at most `SHOWN` logged steps, evenly spaced, with the last one.
 
     Raises:
-      NaloraError: the file is damaged.
+      NaloraError: the file cannot be read.
     """
     path = folder / ROLLOUTS
     if not path.is_file():
-        return []
-    steps: dict[int, list[dict[str, Any]]] = {}
+        return Rollouts([], 0)
     try:
-        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            rewards = {
-                n: "none" if v is None else f"{v:.3g}"
-                for n, v in record["rewards"].items()
-            }
-            sample = {
-                "prompt": _ends(str(record["prompt"])),
-                "completion": _clip(record["completion"]),
-            }
-            steps.setdefault(int(record["step"]), []).append(
-                sample | {"rewards": list(rewards.items())}
-            )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
         remedy = "delete it: the report then has no samples of rollouts"
         raise NaloraError(
             str(path), expected="samples by step", found=error, remedy=remedy
         ) from error
-    numbers = sorted(steps)
-    shown = {
-        numbers[round(i)]
-        for i in np.linspace(0, len(numbers) - 1, min(SHOWN, len(numbers)))
-    }
-    return [{"step": step, "samples": steps[step]} for step in sorted(shown)]
+    groups: dict[int, list[dict[str, Any]]] = {}
+    unreadable = 0
+    for line in lines:
+        try:
+            record = json.loads(line)
+            step = int(record["step"])
+            group = _sample_group(record)
+        except _DAMAGE:
+            unreadable += 1
+        else:
+            groups.setdefault(step, []).append(group)
+    steps = sorted(groups)
+    spaced = np.linspace(0, len(steps) - 1, min(SHOWN, len(steps)))
+    shown = sorted({steps[round(index)] for index in spaced})
+    return Rollouts([{"step": s, "groups": groups[s]} for s in shown], unreadable)
 
 
-def _end(sample: Mapping[str, Any]) -> str:
+def _sample_group(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the texts of a line: a group, or a single sample of an earlier version."""
+    samples = []
+    for sample in record.get("samples", [record]):
+        rewards = []
+        for name, reward in sample["rewards"].items():
+            value = "none"
+            if reward is not None:
+                value = f"{reward:.3g}"
+            rewards.append((name, value))
+        advantage = ""
+        if sample.get("advantage") is not None:
+            advantage = f"{sample['advantage']:+.3f}"
+        completion = _clip(sample["completion"])
+        samples.append(
+            {"completion": completion, "rewards": rewards, "advantage": advantage}
+        )
+    return {"prompt": _without_middle(str(record["prompt"])), "samples": samples}
+
+
+def _stop_reason(sample: Mapping[str, Any]) -> str:
     """Returns the reason why a completion ended, or "" if not logged."""
     if "cut" not in sample:
         return ""
@@ -354,19 +415,24 @@ def _end(sample: Mapping[str, Any]) -> str:
     return "stopped by itself"
 
 
-def _ends(text: str) -> str:
+def _without_middle(text: str) -> str:
     """Returns a text, with its middle left out if it is long."""
     left_out = len(text) - 2 * _PROMPT_ENDS
     if left_out <= 0:
         return text
-    return f"{text[:_PROMPT_ENDS]} [… {left_out:,} characters …] {text[-_PROMPT_ENDS:]}"
+    first = text[:_PROMPT_ENDS]
+    last = text[-_PROMPT_ENDS:]
+    return f"{first} [… {left_out:,} characters …] {last}"
 
 
 def _clip(value: object) -> str:
+    """Returns the first characters of a text; "" for None."""
     if value is None:
         return ""
     text = str(value)
-    return text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " …"
+    if len(text) > LONGEST_SAMPLE:
+        text = text[:LONGEST_SAMPLE] + " …"
+    return text
 
 
 # ---------------------------------------------------------------- image runs
@@ -393,27 +459,23 @@ def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
         names = values.get("classes")
         matrix = values.get("confusion")
         if names and matrix:
-            rows.append(
-                (
-                    label,
-                    {"classes": names, "rows": list(zip(names, matrix, strict=False))},
-                )
-            )
+            named = list(zip(names, matrix, strict=False))
+            rows.append((label, {"classes": names, "rows": named}))
     return rows
 
 
 def layer_labels(history: History, count: int) -> list[str]:
     """Returns the row names of per-layer tables: numbers, with the tower's name for two towers."""
-    towers: Mapping[str, int] = next(
-        (
-            record["towers"]
-            for record in reversed(history.steps)
-            if record.get("towers")
-        ),
-        {},
-    )
-    labels = [f"{name} {i}" for name, rows in towers.items() for i in range(int(rows))]
-    return labels if len(labels) == count else [str(i) for i in range(count)]
+    labels = []
+    for record in reversed(history.steps):
+        towers = record.get("towers")
+        if towers:
+            for name, layers in towers.items():
+                labels += [f"{name} {layer}" for layer in range(int(layers))]
+            break
+    if len(labels) != count:
+        return [str(layer) for layer in range(count)]
+    return labels
 
 
 # ---------------------------------------------------------------- needle retrieval
@@ -444,24 +506,20 @@ def read_needle(folder: Path) -> list[dict[str, Any]]:
 
 
 def _needle_table(name: str, grid: Mapping[str, Any]) -> dict[str, Any]:
-    interval = (
-        f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, {grid['n']} questions"
-    )
     heads, rows = needle_cells(grid)
-    title = (
-        f"{name.capitalize()}: {grid['accuracy']:.3f} ({interval}), by length and depth"
-    )
+    accuracy = f"{grid['accuracy']:.3f}"
+    interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}"
+    counted = f"{interval}, {grid['n']} questions"
+    title = f"{name.capitalize()}: {accuracy} ({counted}), by length and depth"
     return {"title": title, "heads": heads, "rows": rows}
 
 
 def needle_cells(grid: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns heads and rows of the table of `nalora_jax.evaluate.needle.needle_summary`."""
     heads = ["tokens", *(f"{depth}%" for depth in grid["depths"]), "all"]
-    rows = [
-        [
-            f"{row['length']:,}",
-            *(f"{cell:.2f}" for cell in (*row["cells"], row["accuracy"])),
-        ]
-        for row in grid["rows"]
-    ]
+    rows = []
+    for row in grid["rows"]:
+        accuracies = [*row["cells"], row["accuracy"]]
+        cells = [f"{accuracy:.2f}" for accuracy in accuracies]
+        rows.append([f"{row['length']:,}", *cells])
     return heads, rows

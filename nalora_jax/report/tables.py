@@ -1,4 +1,4 @@
-"""Tables and numbers as text: in Markdown, text_table for a terminal, and as cells of a page."""
+"""Tables and numbers as text: for Markdown, for a terminal, and for cells of a page."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def number(value: float | None, digits: int = 4, *, missing: str = "–") -> str
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table with its first column left-text_table and the others
-    right-text_table."""
-    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
+    """Returns a Markdown table with its first column left-aligned and the others right-aligned."""
+    alignment = ["---"]
+    for _ in heads[1:]:
+        alignment.append("--:")
+    lines = [heads, alignment, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table for a terminal with its first column left-text_table and the others
-    right-text_table.
+    """Returns a table for a terminal with its first column left-aligned, the others right-aligned.
 
     Example:
       >>> print(text_table(["tokens", "0%", "all"], [["512", "1.00", "0.98"]]))
@@ -35,9 +36,10 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
       512         1.00   0.98
     """
     lines = [list(heads), *map(list, rows)]
-    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-    widths = [max(width + 2, 7) for width in others]
-    return "\n".join(
-        line[0].ljust(first + 3) + "".join(map(str.rjust, line[1:], widths))
-        for line in lines
-    )
+    longest = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(width + 2, 7) for width in longest[1:]]
+    texts = []
+    for first, *others in lines:
+        cells = map(str.rjust, others, widths)
+        texts.append(first.ljust(longest[0] + 3) + "".join(cells))
+    return "\n".join(texts)
