@@ -91,7 +91,9 @@ def same_samples(config: RunConfig, whole: RunConfig, *, atol: float = 0.0) -> N
     assert tiny.logged(whole.output, "reward") == tiny.logged(config.output, "reward")
 
 
-def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig) -> None:
+def test_a_run_with_rewards_learns_and_shows_its_samples(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     rl = replace(RL, updates=1, loss="dr_grpo", beta=0.01)
     train = replace(TRAIN, batch_size=16, log_every=3)
     optimizer = OptimizerConfig(learning_rate=0.1)
@@ -109,10 +111,17 @@ def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig) -> N
         json.loads(line) for line in (result.folder / "rollouts.jsonl").read_text().splitlines()
     ]
     assert {line["step"] for line in shown} == set(range(3, 25, 3))
-    assert shown[0]["rewards"].keys() == {RL.rewards[0]}
+    group = shown[0]["samples"]
+    assert len(group) == RL.samples
+    values = np.array([sample["rewards"][RL.rewards[0]] for sample in group])
+    advantages = [sample["advantage"] for sample in group]
+    np.testing.assert_allclose(advantages, values - values.mean(), atol=1e-6)  # of "dr_grpo"
     report = (result.folder / "report.html").read_text()
     assert report.count("<summary>Step ") == 8
-    assert report.count("<dt>rewards_of_a_run:letters</dt>") == 8 * 4
+    assert report.count("<dt>rewards_of_a_run:letters</dt>") == len(shown) * RL.samples
+    line = capsys.readouterr().out.partition("step 3/24")[2].partition("\n")[0]
+    assert f"reward {logged[0]['reward']:.3f}" in line
+    assert "misalignment" not in line
 
 
 class EndsInUpdate(Callback):

@@ -361,6 +361,7 @@ def card(
             after=measured[-1] if len(measured) > 1 else None,
             versions=log.header.get("versions", {}),
             device=log.header.get("device", ""),
+            acting=log.acting_steps,
         )
     return model_card.render_card(written)
 

@@ -1,19 +1,19 @@
-"""The run's log ``metrics.jsonl``, one JSON object per line, as all its readers get it.
+"""The run's log ``metrics.jsonl``, one JSON object per line: its format, reading and checks.
 
 The key distinguishes the kinds of lines:
 
     {"run": {...config...}, "versions": {...}, "device": "...", "base": {...}}      the first line
     {"resumed": {"step": 50, "settings": {...config...}, "versions": {...}, ...}}   once per resume
-    {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step, with
-    `StateMetrics` {"step": 15, ..., "target_tokens": 900}    beyond the log steps, where a signal
-    stopped the run {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}
-    an evaluation {"step": 50, "final": true, "eval": {...}}
-    exported adapter {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}
-    the run's end
+    {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step
+    {"step": 15, ..., "target_tokens": 900}                      the step where a signal stopped it
+    {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
+    {"step": 50, "final": true, "eval": {...}}                       of the exported adapter
+    {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run's end
 
-Means are weighted by target tokens. The resumed run takes the line of the step where it was stopped
-into the mean of its next log step: it removes the line, whose numbers stay in ``"resumed":
-{"begun": {...}}``.
+Means are weighted by target tokens. A log step includes the metrics of
+`nalora_jax.train.state_metrics.StateMetrics`. A resumed run removes the line of the step where it
+was stopped, and includes its numbers, which are stored in ``"resumed": {"begun": {...}}``, in its
+next log step.
 
 The evaluations before training and of the exported adapter may contain ``"samples": [{"prompt",
 "answer", "expected", "correct"}]``, the last two optional.
@@ -44,7 +44,7 @@ from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
 FILE = "metrics.jsonl"
-ROLLOUTS = "rollouts.jsonl"  # in a run with rewards: some samples of the logged steps
+ROLLOUTS = "rollouts.jsonl"  # in a run with rewards: some groups of samples of the logged steps
 ADAPTER = "adapter"  # subfolder of a run: the exported adapter
 _MAX_STEP = 2**53
 _MAX_DEPTH = 12  # nesting of a run's config
@@ -84,11 +84,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as error:
-            # A line without a newline is a truncated object, unless only its newline is damaged.
-            is_torn = (
-                isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
-            )
-            if number == len(lines) and is_torn:
+            # A last line without a newline is a truncated object, unless only its newline is
+            # damaged.
+            is_syntax = isinstance(error, json.JSONDecodeError)
+            is_whole = is_syntax and error.msg == "Extra data"
+            if number == len(lines) and is_syntax and not is_whole:
                 break
             raise NaloraError(
                 f"{path}: line {number}",
@@ -118,13 +118,12 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
     where = ""
     for record in read_metrics(path):
         resumed = record.get("resumed", {}).get("settings")
-        for name, newest in (
-            ("resumed: settings", resumed),
-            ("run", record.get("run")),
-        ):
-            if newest:
-                settings = newest
-                where = f"{path}: {name}"
+        if resumed:
+            settings = resumed
+            where = f"{path}: resumed: settings"
+        if record.get("run"):
+            settings = record["run"]
+            where = f"{path}: run"
     if settings:
         config_from_dict(settings, where)
     return settings
@@ -177,14 +176,16 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
     Raises:
       NaloraError: names the field.
     """
-    is_log_step = "step" in record and "eval" not in record
     if "run" not in record:  # in a study's records, "base" is a digest
         record = {name: value for name, value in record.items() if name != "base"}
-    _fields(_LINE, other=_NUMBER if is_log_step else _anything)(record, where)
+    other: Check = _anything
+    if "step" in record and "eval" not in record:  # a log step
+        other = _NUMBER
+    _fields(_LINE, other=other)(record, where)
     if "eval" in record and "step" not in record:
         raise NaloraError(
             f"{where}: eval",
-            expected="the step of the evaluation beside it",
+            expected="a step with the evaluation",
             found="none",
         )
 
@@ -194,15 +195,15 @@ def check_evaluation(values: Any, where: str) -> None:
     _fields(_EVALUATION, other=_NUMBER, null=False)(values, where)
     names = values.get("classes") or []
     rows = values.get("confusion") or []
-    square = isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == len(names) for row in rows
-    )
-    if not square:
-        raise _error(
-            f"{where}: confusion", "a row of counts for each of the classes", rows
-        )
+    place = f"{where}: confusion"
+    expected = "a row of counts for each of the classes"
+    if not isinstance(rows, list):
+        raise _error(place, expected, rows)
+    for row in rows:
+        if not isinstance(row, list) or len(row) != len(names):
+            raise _error(place, expected, rows)
     for count in itertools.chain(*rows):
-        _COUNT(count, f"{where}: confusion")
+        _COUNT(count, place)
 
 
 # ---------------------------------------------------------------- types of fields
@@ -227,12 +228,12 @@ def _that(expected: str, holds: Callable[[Any], bool], *, null: bool = True) -> 
 
 
 def _list_of(kind: type, expected: str) -> Check:
-    return _that(
-        expected,
-        lambda value: (
-            isinstance(value, list) and all(isinstance(x, kind) for x in value)
-        ),
-    )
+    def holds(value: Any) -> bool:
+        if not isinstance(value, list):
+            return False
+        return all(isinstance(member, kind) for member in value)
+
+    return _that(expected, holds)
 
 
 def _is_number(value: Any) -> bool:
@@ -242,12 +243,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return (
-        _is_number(value)
-        and not isinstance(value, bool)
-        and 0 <= value <= _MAX_STEP
-        and value == int(value)
-    )
+    if not _is_number(value) or isinstance(value, bool):
+        return False
+    return 0 <= value <= _MAX_STEP and value == int(value)
 
 
 def _anything(value: Any, where: str) -> None:
@@ -294,16 +292,16 @@ def _settings(value: Any, where: str) -> None:
             raise NaloraError(
                 where, expected="a run's settings", found="objects nested too deeply"
             )
-        inner = [
-            list(member.values()) if isinstance(member, Mapping) else member
-            for member in level
-        ]
-        level = [
-            item for member in inner if isinstance(member, list) for item in member
-        ]
-    _fields(
-        {"steps": _COUNT, **dict.fromkeys(_GROUPS, _fields({}, null=False))}, null=False
-    )(value, where)
+        inner: list[Any] = []
+        for member in level:
+            if isinstance(member, Mapping):
+                inner += member.values()
+            elif isinstance(member, list):
+                inner += member
+        level = inner
+    checks = dict.fromkeys(_GROUPS, _fields({}, null=False))
+    checks["steps"] = _COUNT
+    _fields(checks, null=False)(value, where)
 
 
 def _samples(value: Any, where: str) -> None:
@@ -331,10 +329,14 @@ def _rows(rows: Any, where: str) -> None:
         raise _error(
             where, f"a list with an entry for every layer, at most {_MAX_LAYERS}", rows
         )
+    numbers = rows
     nested = [row for row in rows if isinstance(row, list)]
-    if nested and (len(nested) < len(rows) or len({len(row) for row in nested}) > 1):
-        raise _error(where, "rows of one length", rows)
-    for value in itertools.chain(*nested) if nested else rows:
+    if nested:
+        lengths = set(map(len, nested))
+        if len(nested) < len(rows) or len(lengths) > 1:
+            raise _error(where, "rows of one length", rows)
+        numbers = itertools.chain(*nested)
+    for value in numbers:
         _NUMBER(value, where)
 
 
@@ -350,15 +352,15 @@ def _histogram(value: Any, where: str) -> None:
     if any(low >= high for low, high in itertools.pairwise(edges)):
         raise _error(f"{where}: edges", "rising numbers", edges)
     bins = len(edges) + 1
-    is_table = (
-        isinstance(counts, list)
-        and counts
-        and all(isinstance(row, list) for row in counts)
-    )
-    if not is_table or any(len(row) != bins for row in counts):
-        raise _error(f"{where}: counts", f"rows of {bins} counts, one a layer", counts)
+    place = f"{where}: counts"
+    expected = f"rows of {bins} counts, one a layer"
+    if not isinstance(counts, list) or not counts:
+        raise _error(place, expected, counts)
+    for row in counts:
+        if not isinstance(row, list) or len(row) != bins:
+            raise _error(place, expected, counts)
     for count in itertools.chain(*counts):
-        _COUNT(count, f"{where}: counts")
+        _COUNT(count, place)
 
 
 def _histograms(value: Any, where: str) -> None:
@@ -384,10 +386,13 @@ _EVALUATION: Mapping[str, Check] = {
 _LINE: Mapping[str, Check] = {
     "run": _settings,
     "mechanisms_from": _OR_COUNT,
+    "runs_in_program": _OR_COUNT,
     "versions": _fields({}),
     "base": _fields({}, other=_TEXT),
     "resumed": _fields(
-        {"step": _COUNT, "begun": _NUMBERS}, needed=("step",), null=False
+        {"step": _COUNT, "begun": _NUMBERS, "runs_in_program": _OR_COUNT},
+        needed=("step",),
+        null=False,
     ),
     "done": _fields(
         {"step": _OR_COUNT, "best_step": _OR_COUNT, "seconds": _NUMBERS}, null=False

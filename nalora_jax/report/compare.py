@@ -1,11 +1,11 @@
 """A page that compares several runs; runs that differ only in their seed are a line with a band.
 
-Like report.html it is made from metrics.jsonl alone, loads no resources, and fits a phone.
+Like report.html it is made from metrics.jsonl alone, loads no resources and fits a phone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from markupsafe import Markup
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
+from nalora_jax.report import plots
 from nalora_jax.report.drawing import COLOURS, new_figure, style, thin, to_svg
 from nalora_jax.report.history import History, read_history
 from nalora_jax.report.html import plain_text, resource, template
+from nalora_jax.report.sections import describe_program
 from nalora_jax.train.progress import duration
 
 # Settings of output and storage, which do not change a run's results.
@@ -35,19 +37,11 @@ _TASK = (
     *("model", "data.dataset", "data.eval_split", "data.loss_on", "data.chat"),
     *("vision.task", "preference.loss"),
 )
-# characters of a setting in a label, and settings
-_LABEL = 32
-_SETTINGS = 3
+_LABEL = 32  # characters of a setting in a label
+_SETTINGS = 3  # settings in a label
 # also the maximum number of groups
-_GROUP_COLOURS = (
-    "c1",
-    "c2",
-    "c3",
-    "r0",
-    "r3",
-    "r1",
-    "r2",
-)
+_GROUP_COLOURS = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
+_MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,9 @@ class Group:
     def metric(self) -> str:
         """Returns the name of the headline metric."""
         metric = self.runs[0].metric
-        return "held-out metric" if metric is None else metric[1]
+        if metric is None:
+            return "held-out metric"
+        return metric[1]
 
 
 def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
@@ -80,97 +76,108 @@ def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
             expected="different runs",
             found=" ".join(map(str, folders)),
         )
+    runs = [read_history(folder) for folder in folders]
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        output, render_comparison([read_history(folder) for folder in folders])
-    )
+    write_atomically(output, render_comparison(runs))
     return output
 
 
 def render_comparison(runs: Sequence[History]) -> str:
     """Returns the page as text."""
     groups = group_runs(runs)
-    differing = _apart([group.settings for group in groups])
+    differing = _differing([group.settings for group in groups])
     # Metrics of runs that differ in these settings, or in the metric, are not comparable.
     of_task = [name for name in differing if name in _TASK]
-    if len({run.metric[1] for group in groups for run in group.runs if run.metric}) > 1:
+    if len({run.metric[1] for run in runs if run.metric}) > 1:
         of_task.append("metric")
+    title = f"{len(runs)} runs, {len(groups)} settings"
+    if len(groups) == 1:
+        title = f"{len(runs)} runs, 1 setting"
+    rows = []
+    for group in groups:
+        cells = list(_row(group).values())
+        rows.append((group.label, f"var(--{group.colour})", cells))
+    settings = []
+    for name in differing:
+        values = [group.settings.get(name, _MISSING) for group in groups]
+        settings.append([name, *values])
+    paired = None
+    if not of_task:
+        paired = compare_by_seed(groups)
+    largest_programs = [max(run.program_sizes, default=1) for run in runs]
     return template("compare.html.j2").render(
         css=Markup(resource("style.css")),
-        title=f"{len(runs)} runs, {len(groups)} {'setting' if len(groups) == 1 else 'settings'}",
+        title=title,
         heads=list(_row(groups[0])),
-        rows=[
-            (group.label, f"var(--{group.colour})", list(_row(group).values()))
-            for group in groups
-        ],
+        rows=rows,
         metric=groups[0].metric,
         apart=of_task,
         plain=list(_plain_exports(groups)),
+        paired=paired,
+        programs=max(largest_programs) > 1,
         pictures=list(_pictures(groups)),
         labels=[group.label for group in groups],
-        settings=[
-            [name, *(group.settings.get(name, "–") for group in groups)]
-            for name in differing
-        ],
+        settings=settings,
     )
 
 
 def group_runs(runs: Sequence[History]) -> list[Group]:
     """Groups runs that differ only in their seed, in the given order, named by differences."""
-    groups: list[tuple[dict[str, str], list[History]]] = []
+    identities: list[dict[str, str]] = []
+    members: list[list[History]] = []
     for run in runs:
-        identity = {
-            name: plain_text(value)
-            for name, value in dotted(run.config)
-            if name not in _ASIDE
-        }
-        alike = [members for settings, members in groups if settings == identity]
-        if not alike:
-            alike = [[]]
-            groups.append((identity, alike[0]))
-        alike[0].append(run)
-    if len(groups) > len(_GROUP_COLOURS):
+        identity = {}
+        for name, value in dotted(run.config):
+            if name not in _ASIDE:
+                identity[name] = plain_text(value)
+        if identity not in identities:
+            identities.append(identity)
+            members.append([])
+        members[identities.index(identity)].append(run)
+    if len(identities) > len(_GROUP_COLOURS):
         expected = f"at most {len(_GROUP_COLOURS)} different settings"
-        raise NaloraError("nalora report", expected=expected, found=len(groups))
-    apart = _apart([identity for identity, _ in groups])
-    names = [_method(members[0].config) for _, members in groups]
+        raise NaloraError("nalora report", expected=expected, found=len(identities))
+    labels = _labels(identities, [_method(group[0].config) for group in members])
+    columns = zip(labels, _GROUP_COLOURS, identities, members, strict=False)
+    return [
+        Group(label, colour, identity, tuple(group))
+        for label, colour, identity, group in columns
+    ]
+
+
+def _labels(identities: Sequence[Mapping[str, str]], methods: list[str]) -> list[str]:
+    """Returns a different name of each group: its method and the settings that differ."""
+    differing = _differing(identities)
     labels = []
-    for name, (identity, _) in zip(names, groups, strict=True):
+    for method, identity in zip(methods, identities, strict=True):
+        label = method
         # Settings in the method's name are not repeated, unless two groups have the same name.
-        shown = [
-            each
-            for each in apart
-            if names.count(name) > 1 or not each.startswith("mechanisms")
-        ]
-        values = [
-            f"{each.rpartition('.')[2]} {identity.get(each, 'unknown')}"
-            for each in shown
-        ]
-        labels.append(
-            ", ".join([name, *(value[:_LABEL] for value in values[:_SETTINGS])])
-        )
+        shown = differing
+        if methods.count(method) == 1:
+            shown = [name for name in differing if not name.startswith("mechanisms")]
+        for name in shown[:_SETTINGS]:
+            field = name.rpartition(".")[2]
+            value = f"{field} {identity.get(name, 'unknown')}"
+            label += f", {value[:_LABEL]}"
+        labels.append(label)
     # The table below the pictures has every setting in full.
-    labels = [
-        f"{label} ({n})" if labels.count(label) > 1 else label
-        for n, label in enumerate(labels, 1)
-    ]
-    return [
-        Group(label, colour, identity, tuple(members))
-        for label, colour, (identity, members) in zip(
-            labels, _GROUP_COLOURS, groups, strict=False
-        )
-    ]
+    for number, label in enumerate(labels.copy(), start=1):
+        if labels.count(label) > 1:
+            labels[number - 1] = f"{label} ({number})"
+    return labels
 
 
-def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:
+def _differing(identities: Sequence[Mapping[str, str]]) -> list[str]:
     """Returns the names of the settings in which runs differ."""
-    names = dict.fromkeys(name for identity in identities for name in identity)
-    return [
-        name
-        for name in names
-        if len({identity.get(name) for identity in identities}) > 1
-    ]
+    names: dict[str, None] = {}
+    for identity in identities:
+        names |= dict.fromkeys(identity)
+    differing = []
+    for name in names:
+        if len({identity.get(name) for identity in identities}) > 1:
+            differing.append(name)
+    return differing
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -186,72 +193,198 @@ def _plain_exports(groups: Sequence[Group]) -> Iterator[str]:
     """Yields a sentence on every group with adapters that were exported before its mechanisms
     acted."""
     for group in groups:
-        steps = {
-            run.exported_step: run.unreached_step
-            for run in group.runs
-            if run.unreached_step
-        }
-        for step, first in steps.items():
+        for step, first in _unreached_steps(group).items():
             yield (
-                f"{group.label}: the adapter of step {step} was exported, and mechanisms act from step {first}: "
-                "it is plain LoRA."
+                f"{group.label}: the adapter of step {step} was exported, and mechanisms act "
+                f"from step {first}: it is plain LoRA."
             )
+
+
+def _unreached_steps(group: Group) -> dict[int | None, int]:
+    """Returns by exported step the first step in which mechanisms act, if it is a later one."""
+    steps = {}
+    for run in group.runs:
+        if run.unreached_step:
+            steps[run.exported_step] = run.unreached_step
+    return steps
 
 
 def _row(group: Group) -> dict[str, str]:
     """Returns a group's cells by column: means over its runs, with minimum and maximum of several
     runs."""
-    ends = [run.outcome for run in group.runs if len(run.outcome) == 2]
-    losses = [
-        run.measured[-1]["eval"].get("loss") for run in group.runs if run.measured
-    ]
-    seeds = ", ".join(str(run.config.get("seed", "?")) for run in group.runs)
-    count = len(group.runs)
-    speeds = [run.column("tokens_per_second")[1] for run in group.runs]
+    before = []
+    after = []
+    differences = []
+    losses = []
+    exported: dict[str, None] = {}
+    acting: dict[str, None] = {}
+    for run in group.runs:
+        if len(run.outcome) == 2:
+            first, last = run.outcome
+            before.append(first.value)
+            after.append(last.value)
+            differences.append(last.value - first.value)
+        if run.measured:
+            losses.append(run.measured[-1]["eval"].get("loss"))
+        exported[str(run.exported_step or _MISSING)] = None
+        if run.acting_steps is None:
+            acting[_MISSING] = None
+        else:
+            acted, steps = run.acting_steps
+            acting[f"{acted} of {steps} steps"] = None
     row = {
-        "before": _spread([end[0].value for end in ends]),
-        "after": _spread([end[1].value for end in ends]),
-        "difference": _spread([end[1].value - end[0].value for end in ends], "+.3f"),
+        "before": _spread(before),
+        "after": _spread(after),
+        "difference": _spread(differences, "{:+.3f}".format),
         "loss after": _spread(losses),
-        "exported step": ", ".join(
-            dict.fromkeys(str(run.exported_step or "–") for run in group.runs)
-        ),
+        "exported step": ", ".join(exported),
+        "mechanisms acted in": ", ".join(acting),
         "misalignment": _spread([run.last("misalignment") for run in group.runs]),
-        "tokens/s": _spread(
-            [float(np.nanmedian(s)) for s in speeds if np.isfinite(s).any()], ",.0f"
-        ),
-        "time": _spread([run.total("seconds") for run in group.runs], "time"),
-        "runs": f"{count} ({'seed' if count == 1 else 'seeds'} {seeds})",
+        "tokens/s": _program_rates(group),
+        "time": _spread([run.total("seconds") for run in group.runs], duration),
+        "runs": _seeds(group),
     }
     if "loss" in group.metric:
         del row["loss after"]  # it is the metric
     return row
 
 
-def _spread(values: Sequence[float | None], form: str = ".3f") -> str:
+def _program_rates(group: Group) -> str:
+    """Returns tokens per second of the compiled programs, and the numbers of runs in them."""
+    medians = []
+    sizes: dict[int, None] = {}
+    for run in group.runs:
+        rates = run.program_rate()[1]
+        if np.isfinite(rates).any():
+            medians.append(float(np.nanmedian(rates)))
+            sizes |= dict.fromkeys(run.program_sizes)
+    text = _spread(medians, "{:,.0f}".format)
+    if max(sizes, default=1) > 1:
+        text += f" {describe_program(list(sizes))}"
+    return text
+
+
+def _seeds(group: Group) -> str:
+    seeds = ", ".join(_seed(run) for run in group.runs)
+    if len(group.runs) == 1:
+        return f"1 (seed {seeds})"
+    return f"{len(group.runs)} (seeds {seeds})"
+
+
+def _seed(run: History) -> str:
+    return str(run.config.get("seed", "?"))
+
+
+def _spread(
+    values: Sequence[float | None], show: Callable[[float], str] = "{:.3f}".format
+) -> str:
+    """Returns the mean of the known values as text, with minimum and maximum if they differ."""
     finite = [value for value in values if value is not None and np.isfinite(value)]
-
-    def text(value: float) -> str:
-        return duration(value) if form == "time" else format(value, form)
-
     if not finite:
-        return "–"
-    mean = text(float(np.mean(finite)))
-    low = text(min(finite))
-    high = text(max(finite))
+        return _MISSING
+    mean = show(float(np.mean(finite)))
+    low = show(min(finite))
+    high = show(max(finite))
     if low == high:
         return mean
     return f"{mean} ({low} to {high})"
 
 
+# ---------------------------------------------------------------- paired by seed
+
+
+@dataclass(frozen=True)
+class SeedDifferences:
+    """Differences of the headline metric after training from a reference, by shared seed."""
+
+    reference: str  # label of the group
+    # label, seeds, mean difference, its 95% interval, each difference
+    rows: list[list[str]]
+
+
+def compare_by_seed(groups: Sequence[Group]) -> SeedDifferences | None:
+    """Returns the paired differences from plain LoRA, or from the first group without one.
+
+    None if no other group shares two seeds with it. The interval is Student's t of the differences.
+    """
+    if len(groups) < 2:
+        return None
+    reference = groups[0]
+    for group in reversed(groups):
+        if _method(group.runs[0].config) == "LoRA":
+            reference = group
+    base = _results_by_seed(reference)
+    rows = []
+    for group in groups:
+        if group is reference:
+            continue
+        results = _results_by_seed(group)
+        differences = []
+        by_seed = []
+        for seed in base:
+            if seed in results:
+                difference = results[seed] - base[seed]
+                differences.append(difference)
+                by_seed.append(f"{seed}: {difference:+.3f}")
+        count = len(differences)
+        if count < 2:
+            continue
+        mean = np.mean(differences)
+        interval = _t_interval(np.array(differences))
+        rows.append(
+            [
+                group.label,
+                str(count),
+                f"{mean:+.3f}",
+                interval,
+                ", ".join(by_seed),
+            ]
+        )
+    if not rows:
+        return None
+    return SeedDifferences(reference.label, rows)
+
+
+def _results_by_seed(group: Group) -> dict[str, float]:
+    """Returns the mean headline metric of the exported adapters by seed."""
+    values: dict[str, list[float]] = {}
+    for run in group.runs:
+        if run.final and run.outcome:
+            of_seed = values.setdefault(_seed(run), [])
+            of_seed.append(run.outcome[-1].value)
+    return {seed: float(np.mean(of_seed)) for seed, of_seed in values.items()}
+
+
+def _t_interval(differences: np.ndarray) -> str:
+    """Returns the 95% interval of a mean by Student's t."""
+    from scipy import stats  # slow to import, and needed for several seeds only
+
+    count = len(differences)
+    error = differences.std(ddof=1) / np.sqrt(count)
+    mean = differences.mean()
+    reach = stats.t.ppf(0.975, count - 1) * error
+    low = mean - reach
+    high = mean + reach
+    return f"{low:+.3f} to {high:+.3f}"
+
+
+# ---------------------------------------------------------------- plots
+
+
 def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Markup]]:
     """Yields (name, title, plot); the template explains them by name."""
-    metric = groups[0].metric
-    titles = {  # of the metric one that names the held-out data once
-        "metric": metric.capitalize()
-        if metric.startswith("held-out")
-        else f"Held-out {metric}",
-        "loss": "Training loss",
+    metric = groups[0].metric.capitalize()
+    if not metric.startswith("Held-out"):
+        metric = f"Held-out {groups[0].metric}"
+    loss_kinds = set()
+    for group in groups:
+        loss_kinds |= {run.loss_kind for run in group.runs}
+    loss_kind = "loss"
+    if len(loss_kinds) == 1:
+        loss_kind = loss_kinds.pop()
+    titles = {
+        "metric": metric,
+        loss_kind: plots.LOSSES[loss_kind].capitalize(),
         "misalignment": "Misalignment",
         "feature": "Feature movement",
         "grad_norm": "Gradient norm",
@@ -267,10 +400,11 @@ def _column(run: History, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns steps and values of the headline metric, of a mean over layers, or of a scalar of the
     log steps."""
     if name == "metric":
-        scores = run.scores
-        return np.array([s.step for s in scores], float), np.array(
-            [s.value for s in scores], float
-        )
+        at = [score.step for score in run.scores]
+        values = [score.value for score in run.scores]
+        return np.array(at, float), np.array(values)
+    if name in plots.LOSSES:
+        return run.column("loss")
     if name != "feature":
         return run.column(name)
     steps, values = run.layers(name)
@@ -284,29 +418,41 @@ def _bands(groups: Sequence[Group], name: str, title: str) -> str | None:
     """Returns a plot with a line and band per group, over the steps common to all of its runs."""
     figure, axis = new_figure()
     for group in groups:
-        columns = [map(np.ndarray.tolist, _column(run, name)) for run in group.runs]
-        rows = [dict(zip(*pair, strict=True)) for pair in columns]
-        steps = sorted(set.intersection(*(set(row) for row in rows)))
-        values = np.array([[row[step] for step in steps] for row in rows])
+        curves = []
+        for run in group.runs:
+            of_run = map(np.ndarray.tolist, _column(run, name))
+            curves.append(dict(zip(*of_run, strict=True)))
+        steps = sorted(set.intersection(*map(set, curves)))
+        rows = []
+        for curve in curves:
+            rows.append([curve[step] for step in steps])
+        values = np.array(rows)
         complete = np.isfinite(values).all(axis=0)
-        steps = [tick for tick, fine in zip(steps, complete, strict=True) if fine]
-        values = values[:, complete]
-        if not steps:
+        if not complete.any():
             continue
+        values = values[:, complete]
         at, mean, low, high = thin(
-            np.array(steps), values.mean(0), values.min(0), values.max(0)
+            np.array(steps)[complete],
+            values.mean(0),
+            values.min(0),
+            values.max(0),
         )
+        colour = COLOURS[group.colour]
         if len(rows) > 1:
             axis.fill_between(
-                at, low, high, color=COLOURS[group.colour], alpha=0.2, linewidth=0
+                at,
+                low,
+                high,
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
             )
-        marker = {"marker": "o", "markersize": 4} if len(at) < 20 else {}
-        axis.plot(at, mean, color=COLOURS[group.colour], **marker)
+        line = axis.plot(at, mean, color=colour)[0]
+        if len(at) < 20:
+            line.set(marker="o", markersize=4)
     if not axis.lines:
         return None
-    axis.set(xlabel="step", ylabel=title[0].lower() + title[1:])
-    return to_svg(
-        figure,
-        f"compare-{name.replace('_', '-')}",
-        f"{title} of the runs over the steps",
-    )
+    first_letter = title[0].lower()
+    axis.set(xlabel="step", ylabel=first_letter + title[1:])
+    unique = "compare-" + name.replace("_", "-")
+    return to_svg(figure, unique, f"{title} of the runs over the steps")

@@ -53,7 +53,12 @@ _PAGE = {
     "legend.fontsize": 10,
     "lines.linewidth": 1.8,
 }
-_FILE = {**_COMMON, "font.size": 10, "grid.color": "#dddddd", "legend.fontsize": 8}
+_FILE = {
+    **_COMMON,
+    "font.size": 10,
+    "grid.color": "#dddddd",
+    "legend.fontsize": 8,
+}
 
 
 def style() -> Any:
@@ -128,7 +133,10 @@ def _save(figure: Figure, name: str, **options: Any) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.id": None}):
         figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None}, **options
+            buffer,
+            format="svg",
+            metadata={"Date": None, "Creator": None},
+            **options,
         )
     return buffer.getvalue()
 
@@ -163,4 +171,5 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     count = np.cumsum(finite)
     total[window:] -= total[:-window].copy()
     count[window:] -= count[:-window].copy()
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    mean = total / np.maximum(count, 1)
+    return np.where(count > 0, mean, np.nan)

@@ -62,11 +62,25 @@ class History:
     final: Mapping[str, Any]
     resumed: tuple[int, ...]  # steps from which the run was resumed
     done: Mapping[str, Any]  # how the run ended; empty while it is running
+    # (steps done before, runs in the compiled program) of each start and resumption
+    programs: tuple[tuple[int, int], ...] = ()
 
     @property
     def config(self) -> Mapping[str, Any]:
         """Returns the run's config as nested dicts, without passwords (earlier logs have them)."""
         return redacted(self.header.get("run", {}))
+
+    @property
+    def loss_kind(self) -> str:
+        """Returns "policy_loss" for a run with rewards, "preference_loss" for one on pairs, else
+        "loss"."""
+        rl = self.config.get("rl") or {}
+        preference = self.config.get("preference") or {}
+        if rl.get("rewards"):
+            return "policy_loss"
+        if preference.get("loss", "none") != "none":
+            return "preference_loss"
+        return "loss"
 
     @property
     def total_steps(self) -> int:
@@ -76,9 +90,8 @@ class History:
     @property
     def last_step(self) -> int:
         """Returns the last step in the log."""
-        return max(
-            (int(record["step"]) for record in (*self.steps, *self.evals)), default=0
-        )
+        records = [*self.steps, *self.evals]
+        return max((int(record["step"]) for record in records), default=0)
 
     @property
     def exported_step(self) -> int | None:
@@ -88,22 +101,52 @@ class History:
         return int(self.final["step"])
 
     @property
+    def acting_steps(self) -> tuple[int, int] | None:
+        """Returns in how many steps of the exported adapter mechanisms acted, and its steps.
+
+        None without mechanisms, and before the adapter is evaluated.
+        """
+        first = self.header.get("mechanisms_from")
+        if first is None or self.exported_step is None:
+            return None
+        acted = self.exported_step - int(first) + 1
+        return max(acted, 0), self.exported_step
+
+    @property
     def unreached_step(self) -> int | None:
         """Returns the first step in which mechanisms act if the adapter was exported before it,
         else None."""
-        first = self.header.get("mechanisms_from")
-        if first is None or self.exported_step is None or self.exported_step >= first:
+        if self.acting_steps is None or self.acting_steps[0] > 0:
             return None
-        return int(first)
+        return int(self.header["mechanisms_from"])
+
+    @property
+    def program_sizes(self) -> tuple[int, ...]:
+        """Returns the different numbers of runs that the run's compiled programs trained."""
+        return tuple(dict.fromkeys(runs for _, runs in self.programs))
+
+    def program_rate(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (steps [T], tokens per second [T]) of the compiled program at the log steps.
+
+        The program of a sweep trains several runs with batches of one shape; its rate is the run's
+        times their number.
+        """
+        steps, rates = self.column("tokens_per_second")
+        runs = np.ones(len(steps))
+        for start, count in self.programs:
+            runs[steps > start] = count
+        return steps, rates * runs
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T]) of a scalar of the log steps.
 
         null becomes NaN; lines without the scalar are left out.
         """
-        return _columns(
-            [(record["step"], record[name]) for record in self.steps if name in record]
-        )
+        rows = []
+        for record in self.steps:
+            if name in record:
+                rows.append((record["step"], record[name]))
+        return _columns(rows)
 
     def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T, L] or [T, L, 4]) of a layer metric; null becomes NaN."""
@@ -159,7 +202,8 @@ class History:
         columns = {}
         for path, rows in curves.items():
             layers = len(rows[-1][1])
-            columns[path] = _columns([row for row in rows if len(row[1]) == layers])
+            alike = [row for row in rows if len(row[1]) == layers]
+            columns[path] = _columns(alike)
         return columns
 
     def last(self, name: str) -> float | None:
@@ -171,8 +215,12 @@ class History:
 
     def eval_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [E], values [E]) of a scalar of the evaluations."""
-        evals = [record for record in self.evals if name in record["eval"]]
-        return _columns([(record["step"], record["eval"][name]) for record in evals])
+        rows = []
+        for record in self.evals:
+            values = record["eval"]
+            if name in values:
+                rows.append((record["step"], values[name]))
+        return _columns(rows)
 
     @property
     def metric(self) -> tuple[str, str, bool] | None:
@@ -252,7 +300,10 @@ def read_history(folder: str | Path) -> History:
     history = history_of(read_metrics(path))
     if not history.header and not history.steps and not history.measured:
         raise NaloraError(
-            str(path), expected="the lines of a run", found="none", remedy="train first"
+            str(path),
+            expected="the lines of a run",
+            found="none",
+            remedy="train first",
         )
     _check_layers(history, path)
     return history
@@ -260,7 +311,8 @@ def read_history(folder: str | Path) -> History:
 
 def _refuse_folder_of_runs(folder: Path) -> None:
     """Raises a NaloraError that names the runs below a folder, if there are any."""
-    runs = sorted(str(path.parent) for path in folder.glob(f"*/{FILE}"))
+    logs = folder.glob(f"*/{FILE}")
+    runs = sorted(str(log.parent) for log in logs)
     if not runs:
         return
     found = f"a folder of {len(runs)} runs"
@@ -271,7 +323,10 @@ def _refuse_folder_of_runs(folder: Path) -> None:
         listed += " ..."
     remedy = f"give one of them, or several to compare: nalora report {listed}"
     raise NaloraError(
-        str(folder), expected="the folder of a run", found=found, remedy=remedy
+        str(folder),
+        expected="the folder of a run",
+        found=found,
+        remedy=remedy,
     )
 
 
@@ -289,7 +344,12 @@ def _check_layers(history: History, path: Path) -> None:
                 place = f"{path}: step {record['step']}: layers: {name}"
                 expected = f"the shape of the lines before it, {shapes[name]}"
                 remedy = "the file was edited, or is of two runs"
-                raise NaloraError(place, expected=expected, found=shape, remedy=remedy)
+                raise NaloraError(
+                    place,
+                    expected=expected,
+                    found=shape,
+                    remedy=remedy,
+                )
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise NaloraError(
             f"{path}: layers", expected="as many layers for every number", found=shapes
@@ -305,11 +365,15 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
     steps = []
     evals = []
     resumed = []
+    programs = []
     for record in records:
         if "run" in record:
             header = header or record
+            programs.append((0, record.get("runs_in_program") or 1))
         if "resumed" in record:
-            resumed.append(record["resumed"]["step"])
+            step = record["resumed"]["step"]
+            resumed.append(step)
+            programs.append((step, record["resumed"].get("runs_in_program") or 1))
         if "done" in record:
             done = record["done"]
         if "eval" not in record:
@@ -322,7 +386,14 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
         elif "step" in record:
             evals.append(record)
     return History(
-        header, tuple(steps), tuple(evals), initial, final, tuple(resumed), done
+        header=header,
+        steps=tuple(steps),
+        evals=tuple(evals),
+        initial=initial,
+        final=final,
+        resumed=tuple(resumed),
+        done=done,
+        programs=tuple(programs),
     )
 
 

@@ -112,6 +112,8 @@ def _draw(history: History) -> list[tuple[str, list[tuple[str, Markup]]]]:
             for name, draw in group.items():
                 svg = draw(history)
                 if svg:
+                    if name == "loss":
+                        name = history.loss_kind
                     # Plots escape their text; escaping here again would show their markup.
                     pictures.append((name, Markup(svg)))
             drawn.append((title, pictures))
@@ -173,11 +175,14 @@ def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     if not columns:
         return [], []
     heads = [HEADS.get(name, name.replace("_", " ")) for name in columns]
-    labels = sections.layer_labels(history, len(next(iter(columns.values()))))
+    layers = len(next(iter(columns.values())))
+    labels = sections.layer_labels(history, layers)
     rows = []
     for layer, label in enumerate(labels):
-        cells = [number(values[layer]) for values in columns.values()]
-        rows.append([label, *cells])
+        row = [label]
+        for values in columns.values():
+            row.append(number(values[layer]))
+        rows.append(row)
     return ["layer", *heads], rows
 
 

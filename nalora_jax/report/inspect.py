@@ -7,6 +7,7 @@ the second runs texts through a model.
 from __future__ import annotations
 
 import io
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,16 +73,20 @@ def by_layer(
     rows = []
     for path, summary in summaries.items():
         prefix = next(prefix for prefix in layers if path.startswith(f"{prefix}/"))
-        block = path.removeprefix(f"{prefix}/").removeprefix("ffn").removeprefix("/")
+        within = path.removeprefix(f"{prefix}/")
+        block = within.removeprefix("ffn").removeprefix("/")
         for index, layer in enumerate(layers[prefix]):
             rows.append((layer, block, summary, index))
     rows.sort(key=lambda row: row[:2])
-    names = [f"{layer} {block}".strip() for layer, block, _, _ in rows]
-    columns = {}
-    for name in ("slope", "responsive", "occupancy", "misalignment", "limit"):
-        values = [getattr(summary, name)[index] for _, _, summary, index in rows]
-        columns[name] = np.stack(values)
-    return LayerSummary(**columns, names=tuple(names))
+    names = []
+    columns = defaultdict[str, list[np.ndarray]](list)
+    for layer, block, summary, index in rows:
+        names.append(f"{layer} {block}".strip())
+        for name in ("slope", "responsive", "occupancy", "misalignment", "limit"):
+            values = getattr(summary, name)
+            columns[name].append(values[index])
+    stacked = {name: np.stack(values) for name, values in columns.items()}
+    return LayerSummary(**stacked, names=tuple(names))
 
 
 def layer_summary(
@@ -104,7 +109,7 @@ def layer_summary(
     Raises:
       NaloraError: no real token went through a layer.
     """
-    sums = {name: np.asarray(value, np.float64) for name, value in stats.items()}
+    sums = _as_float64(stats)
     layers = sums["slope"].shape[0]
     channels = sums["slope"].shape[-1]
     counts = sums["tokens"].reshape(layers, -1)
@@ -112,18 +117,20 @@ def layer_summary(
         expected = "real tokens in every layer"
         remedy = "give more text"
         raise NaloraError(
-            "inspect: texts", expected=expected, found="none", remedy=remedy
+            "inspect: texts",
+            expected=expected,
+            found="none",
+            remedy=remedy,
         )
     total = counts.sum(1) * channels
-    # [L, ..., 4, C] -> [L, 4, ... * C]
-    by_region = np.moveaxis(sums["occupancy"], -2, 1).reshape(layers, 4, -1)
-    occupancy = by_region.sum(-1)
+    by_region = np.moveaxis(sums["occupancy"], -2, 1)  # [L, 4, ..., C]
+    occupancy = by_region.reshape(layers, 4, -1).sum(-1)
     slope = sums["slope"].reshape(layers, -1, channels)
     misalignment = _ratio(sums, "selection")
     limit = _ratio(sums, "linear")
     if probe is not None:
-        probed = {name: np.asarray(value, np.float64) for name, value in probe.items()}
-        limit = np.where(np.isnan(limit), _ratio(probed, "linear"), limit)
+        probed = _ratio(_as_float64(probe), "linear")
+        limit = np.where(np.isnan(limit), probed, limit)
     return LayerSummary(
         slope=slope.sum((1, 2)) / total,
         responsive=responsive_share(slope, counts),
@@ -131,6 +138,10 @@ def layer_summary(
         misalignment=misalignment,
         limit=limit,
     )
+
+
+def _as_float64(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value, np.float64) for name, value in stats.items()}
 
 
 def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -151,7 +162,8 @@ def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     mean = slope / counts[..., None]
     threshold = RESPONSIVE * mean.mean(-1, keepdims=True)
     share = np.mean(mean >= threshold, axis=-1)
-    return np.sum(share * tokens, axis=1) / np.sum(tokens, axis=1)
+    weighted = np.sum(share * tokens, axis=1)
+    return weighted / np.sum(tokens, axis=1)
 
 
 def layer_table(summary: LayerSummary, title: str = "") -> str:
@@ -160,10 +172,14 @@ def layer_table(summary: LayerSummary, title: str = "") -> str:
     labels = summary.names or map(str, range(len(summary.slope)))
     rows = []
     for layer, label in enumerate(labels):
-        cells = [cell(values[layer], name) for name, values in columns.items()]
-        rows.append([label, *cells])
-    means = [cell(np.nanmean(values), name) for name, values in columns.items()]
-    rows.append(["mean", *means])
+        row = [label]
+        for name, values in columns.items():
+            row.append(cell(values[layer], name))
+        rows.append(row)
+    means = ["mean"]
+    for name, values in columns.items():
+        means.append(cell(np.nanmean(values), name))
+    rows.append(means)
     table = text_table(["layer", *columns], rows)
     return "\n".join([title, table, fill(CAPTION, 100)])
 
@@ -190,7 +206,8 @@ def save_picture(summary: LayerSummary, path: str | Path, title: str = "") -> Pa
     path = check_picture(path)
     buffer = io.BytesIO()
     with file_style():
-        _draw(summary, title).savefig(buffer, format=path.suffix[1:], dpi=150)
+        figure = _draw(summary, title)
+        figure.savefig(buffer, format=path.suffix[1:], dpi=150)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -249,11 +266,16 @@ def _draw(summary: LayerSummary, title: str) -> Figure:
     axes = figure.subplots(rows, 1, sharex=True)
     stacked_bars(axes[0], summary.occupancy, _COLOURS)
     axes[0].set(ylabel="share of tokens", title=title)
-    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4)
+    axes[0].legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.02),
+        ncols=4,
+    )
     for axis, panel in zip(axes[1:], panels, strict=True):
         for label, values in panel.items():
             axis.plot(values, "o-", markersize=3.5, label=label)
-        axis.set_ylim(0, 1.15 * max(map(np.nanmax, panel.values())))
+        highest = max(map(np.nanmax, panel.values()))
+        axis.set_ylim(0, 1.15 * highest)
         axis.legend()
     axes[-1].set_xlabel("layer")
     return figure
@@ -347,7 +369,8 @@ def _gate_sums(
     for block, (shape, _) in gate_blocks(module.config).items():
         if block.startswith("layers/"):
             of_block = statistics.taps(statistics.STANDARD, shape)
-            zeros |= {f"{block}/{name}": tap for name, tap in of_block.items()}
+            for name, tap in of_block.items():
+                zeros[f"{block}/{name}"] = tap
     taps = trees.unflatten(zeros)
 
     @jax.jit
@@ -364,7 +387,8 @@ def _gate_sums(
         for path, value in trees.flatten(gradients).items():
             block, _, name = path.rpartition("/")
             sums = total.setdefault(block, {})
-            sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
+            earlier = sums.get(name, 0.0)
+            sums[name] = earlier + np.asarray(value, np.float64)
     if not total:
         expected = "a model with self-gated feed-forward blocks"
         raise NaloraError("inspect", expected=expected, found="one without")

@@ -65,6 +65,18 @@ def _plot(
     return of
 
 
+LOSSES = {
+    "loss": "training loss",
+    "policy_loss": "policy loss",
+    "preference_loss": "preference loss",
+}
+
+
+def loss(history: History) -> str | None:
+    """Plots the loss of the log steps, which a run's objective defines."""
+    return _line("loss", LOSSES[history.loss_kind], "c1", noisy=True)(history)
+
+
 @_plot("held-out-loss", "Held-out loss over the steps", "loss per completion token")
 def held_out_loss(history: History, axis: Any) -> None:
     """Plots the held-out loss by evaluation."""
@@ -100,8 +112,22 @@ def metric(history: History, axis: Any) -> str | None:
         )
     steps = [score.step for score in scores]
     values = [score.value for score in scores]
-    axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=5, label=name)
+    axis.plot(
+        steps,
+        values,
+        "o-",
+        color=COLOURS["c2"],
+        markersize=5,
+        label=name,
+    )
     return name
+
+
+@_plot("tokens-per-second", "Tokens per second over the steps", "", zero=True)
+def speed(history: History, axis: Any) -> str:
+    """Plots tokens per second of the compiled program."""
+    _draw_noisy(axis, *history.program_rate(), "c3")
+    return "tokens per second"
 
 
 @_plot("rewards", "Rewards of chosen and rejected responses over the steps", "reward")
@@ -114,7 +140,12 @@ def rewards(history: History, axis: Any) -> None:
     colours = {"chosen": COLOURS["c1"], "rejected": COLOURS["c3"]}
     for name, colour in colours.items():
         line = history.column(f"rewards_{name}")
-        axis.plot(*line, color=colour, linewidth=1.4, label=name)
+        axis.plot(
+            *line,
+            color=colour,
+            linewidth=1.4,
+            label=name,
+        )
     axis.plot(
         steps,
         margin,
@@ -147,15 +178,29 @@ def sampled_rewards(history: History, axis: Any) -> None:
     for name in sorted(logged):
         if name.startswith("reward_") and f"{name}_std" in logged:
             rewards.append(name)
-    at, low, high, mean = thin(steps, total - deviation, total + deviation, total)
-    axis.fill_between(at, low, high, color=COLOURS["c1"], alpha=0.2, linewidth=0)
+    lower = total - deviation
+    upper = total + deviation
+    at, low, high, mean = thin(steps, lower, upper, total)
+    axis.fill_between(
+        at,
+        low,
+        high,
+        color=COLOURS["c1"],
+        alpha=0.2,
+        linewidth=0,
+    )
     axis.plot(at, mean, color=COLOURS["c1"], label="reward")
     if len(rewards) < 2:
         return
     for name, colour in zip(rewards, _LINES[1:], strict=False):
         line = thin(*history.column(name))
         label = name.removeprefix("reward_").replace("_", " ")
-        axis.plot(*line, color=COLOURS[colour], linewidth=1.2, label=label)
+        axis.plot(
+            *line,
+            color=COLOURS[colour],
+            linewidth=1.2,
+            label=label,
+        )
 
 
 @_plot(
@@ -227,7 +272,13 @@ def feature(history: History, axis: Any) -> None:
     high = np.nanmax(values, axis=1)
     label = "lowest to highest layer"
     axis.fill_between(
-        steps, low, high, color=COLOURS["c3"], alpha=0.2, linewidth=0, label=label
+        steps,
+        low,
+        high,
+        color=COLOURS["c3"],
+        alpha=0.2,
+        linewidth=0,
+        label=label,
     )
     axis.plot(
         steps, np.nanmean(values, axis=1), color=COLOURS["c3"], label="mean over layers"
@@ -241,12 +292,18 @@ def importance(history: History) -> str | None:
     """
     steps, slope = history.layers("importance")
     _, mask = history.layers("mask_mean")
-    if slope.ndim != 2 or mask.ndim != 2 or not np.isfinite(slope).any():
+    if slope.ndim != 2 or mask.ndim != 2:
+        return None
+    if not np.isfinite(slope).any():
         return None
     figure, (upper, lower) = new_figure(4.6, rows=2, sharex=True)
     layers = np.arange(slope.shape[1])
     upper.plot(
-        layers, slope[0], ":", color=COLOURS["muted"], label=f"step {steps[0]:.0f}"
+        layers,
+        slope[0],
+        ":",
+        color=COLOURS["muted"],
+        label=f"step {steps[0]:.0f}",
     )
     upper.plot(
         layers,
@@ -289,7 +346,12 @@ def occupancy(history: History) -> str | None:
     if len(steps) > 1:
         indices = [0, -1]
     height = 2.3 * len(indices) + 0.5
-    figure, axes = new_figure(height, rows=len(indices), sharex=True, squeeze=False)
+    figure, axes = new_figure(
+        height,
+        rows=len(indices),
+        sharex=True,
+        squeeze=False,
+    )
     for axis, index in zip(axes[:, 0], indices, strict=True):
         stacked_bars(axis, values[index])
         axis.set(title=f"step {steps[index]:.0f}", ylabel="share of tokens")
@@ -315,11 +377,24 @@ def step_scale(history: History, axis: Any) -> None:
     """Plots the range of the step scale over each layer's channels at the last log step."""
     steps, low = history.layers("step_scale_min")
     _, high = history.layers("step_scale_max")
-    if low.ndim != 2 or low.shape != high.shape or not np.isfinite(low).any():
+    if low.ndim != 2 or low.shape != high.shape:
         return
-    axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
+    if not np.isfinite(low).any():
+        return
+    axis.axhline(
+        1,
+        color=COLOURS["muted"],
+        linewidth=1.2,
+        linestyle="--",
+    )
     layers = np.arange(low.shape[1])
-    axis.vlines(layers, low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
+    axis.vlines(
+        layers,
+        low[-1],
+        high[-1],
+        color=COLOURS["c2"],
+        linewidth=4,
+    )
     axis.set_title(f"lowest to highest channel, step {steps[-1]:.0f}")
 
 
@@ -330,7 +405,14 @@ def stacked_bars(
     layers = np.arange(len(occupancy))
     bottom = np.zeros(len(occupancy))
     for region, colour, share in zip(REGIONS, colours, occupancy.T, strict=True):
-        axis.bar(layers, share, bottom=bottom, width=0.86, color=colour, label=region)
+        axis.bar(
+            layers,
+            share,
+            bottom=bottom,
+            width=0.86,
+            color=colour,
+            label=region,
+        )
         bottom = bottom + share
     axis.set_ylim(0, 1)
     axis.set_xlim(-0.6, len(occupancy) - 0.4)
@@ -351,16 +433,33 @@ def _line(
     @_plot(name.replace("_", "-"), f"{label} over the steps", label, zero=zero)
     def draw(history: History, axis: Any) -> None:
         steps, values = history.column(name)
-        if not np.isfinite(values).any():
-            return
-        window = len(values) // 20
-        if noisy and window > 1:
-            line = thin(steps, values)
-            axis.plot(*line, color=COLOURS[colour], alpha=0.35, linewidth=1)
-            values = smooth(values, window)
-        axis.plot(*thin(steps, values), color=COLOURS[colour])
+        if noisy:
+            _draw_noisy(axis, steps, values, colour)
+        elif np.isfinite(values).any():
+            axis.plot(*thin(steps, values), color=COLOURS[colour])
 
     return draw
+
+
+def _draw_noisy(
+    axis: Any,
+    steps: np.ndarray,
+    values: np.ndarray,
+    colour: str,
+) -> None:
+    """Draws a faint line of the values [T], and a strong one of their running mean."""
+    if not np.isfinite(values).any():
+        return
+    window = len(values) // 20
+    if window > 1:
+        axis.plot(
+            *thin(steps, values),
+            color=COLOURS[colour],
+            alpha=0.35,
+            linewidth=1,
+        )
+        values = smooth(values, window)
+    axis.plot(*thin(steps, values), color=COLOURS[colour])
 
 
 def _heat_maps(
@@ -371,7 +470,12 @@ def _heat_maps(
     high = max(np.nanmax(values) for _, _, values in maps)
     if high <= low:
         high = low + 1e-6
-    figure, axes = new_figure(4.2, columns=len(maps), sharey=True, squeeze=False)
+    figure, axes = new_figure(
+        4.2,
+        columns=len(maps),
+        sharey=True,
+        squeeze=False,
+    )
     for axis, (title, steps, values) in zip(axes[0], maps, strict=True):
         at, values = evenly(steps, values, MAP_COLUMNS)
         first = at[0]
@@ -407,7 +511,12 @@ def _image(
 
 def _colour_bar(figure: Any, image: Any, axes: Any) -> None:
     bar = figure.colorbar(
-        image, ax=axes, location="bottom", aspect=40, pad=0.02, ticks=MaxNLocator(4)
+        image,
+        ax=axes,
+        location="bottom",
+        aspect=40,
+        pad=0.02,
+        ticks=MaxNLocator(4),
     )
     bar.outline.set_visible(False)
 
@@ -425,7 +534,8 @@ def histogram(history: History, mechanism: str) -> str | None:
         return None
     together = _shares(histograms.counts.sum(axis=1))
     # before it acts, all multipliers are 1
-    acting = int(np.argmax((together > 0).sum(axis=1) > 1))
+    bins_used = (together > 0).sum(axis=1)
+    acting = int(np.argmax(bins_used > 1))
     bins = _shown(together[[acting, -1]])
     first = together[acting][bins]
     last = together[-1][bins]
@@ -441,14 +551,24 @@ def histogram(history: History, mechanism: str) -> str | None:
     if acting < len(histograms.steps) - 1:
         label = f"step {histograms.steps[acting]:.0f}"
         upper.step(
-            at, first, where="mid", color=COLOURS["fg"], linewidth=1.3, label=label
+            at,
+            first,
+            where="mid",
+            color=COLOURS["fg"],
+            linewidth=1.3,
+            label=label,
         )
     upper.set(ylabel="share of all channels")
     legend(upper)
     shares = _shares(histograms.counts[-1])[:, bins]
-    image = _image(lower, shares, (-0.5, len(at) - 0.5), vmin=0)
+    ends = (-0.5, len(at) - 0.5)
+    image = _image(lower, shares, ends, vmin=0)
     title = f"share of each layer's channels, step {histograms.steps[-1]:.0f}"
-    lower.set(xlabel="factor", ylabel="layer", title=title)
+    lower.set(
+        xlabel="factor",
+        ylabel="layer",
+        title=title,
+    )
     _label_bins(lower, histograms, bins)
     _colour_bar(figure, image, lower)
     title = f"Factors of {mechanism} over channels, and in every layer"
@@ -479,7 +599,13 @@ def _by_module(history: History, name: str, value: str, title: str) -> str | Non
         label = path.replace("layers/", "")
         upper.plot(*thin(steps, total), label=label, **line)
         layers = np.arange(values.shape[1])
-        lower.plot(layers, values[-1], marker="o", markersize=3, **line)
+        lower.plot(
+            layers,
+            values[-1],
+            marker="o",
+            markersize=3,
+            **line,
+        )
     upper.set(xlabel="step", ylabel=f"{value}, all layers")
     lower.set(xlabel="layer", ylabel=f"{value}, step {last:.0f}")
     for axis in (upper, lower):
@@ -488,14 +614,18 @@ def _by_module(history: History, name: str, value: str, title: str) -> str | Non
     if max(map(len, drawn)) < 24:
         columns = 3
     figure.legend(
-        loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2
+        loc="outside upper center",
+        ncols=columns,
+        columnspacing=1,
+        handlelength=1.2,
     )
     return to_svg(figure, name, title)
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
     """Returns counts [..., B + 1] divided by their row's sum."""
-    return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    totals = counts.sum(axis=-1, keepdims=True)
+    return counts / np.maximum(totals, 1)
 
 
 def _shown(shares: np.ndarray) -> slice:
@@ -506,7 +636,8 @@ def _shown(shares: np.ndarray) -> slice:
         return slice(0, bins)
     first = int(non_empty[0])
     last = int(non_empty[-1])
-    return slice(max(first - 1, 0), min(last + 2, bins))
+    start = max(first - 1, 0)
+    return slice(start, min(last + 2, bins))
 
 
 def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
@@ -532,7 +663,7 @@ def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
 
 TRAINING: dict[str, Plot] = {
     "metric": metric,
-    "loss": _line("loss", "training loss", "c1", noisy=True),
+    "loss": loss,
     "held_out_loss": held_out_loss,
     "rewards": rewards,
     "sampled_rewards": sampled_rewards,
@@ -543,9 +674,7 @@ TRAINING: dict[str, Plot] = {
         "groups_alike", "share of groups", "c3", zero=True, noisy=True
     ),
     "learning_rate": _line("learning_rate", "learning rate", "c1"),
-    "speed": _line(
-        "tokens_per_second", "tokens per second", "c3", zero=True, noisy=True
-    ),
+    "speed": speed,
     "gradient": _line("grad_norm", "gradient norm", "c1", zero=True, noisy=True),
     "adapters": partial(
         _by_module,

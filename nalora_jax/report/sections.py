@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,16 +98,22 @@ def _source(history: History) -> str:
         text += (
             " Both on the same examples, which were not used to select the checkpoint."
         )
-    chosen = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
-    if len(chosen) > 1 and chosen[-1]:
-        text += f" It was selected on {chosen[-1]} other examples"
-        if chosen[-1] < FEW:
+    selecting = [record for record in history.evals if record["step"] > 0]
+    count = None
+    if len(selecting) > 1:
+        count = selecting[-1]["eval"].get("n")
+    if count:
+        text += f" It was selected on {count} other examples"
+        if count < FEW:
             text += (
                 ", too few to distinguish checkpoints: the selection is mostly chance"
             )
         text += "."
     if history.unreached_step is not None:
         text += f" It is plain LoRA: mechanisms act from step {history.unreached_step}."
+    elif history.acting_steps is not None:
+        acted, steps = history.acting_steps
+        text += f" Mechanisms acted in {acted} of its {steps} steps."
     return text
 
 
@@ -162,10 +169,8 @@ def _verdict(
         interval = f"{paired['low']:+.3f} to {paired['high']:+.3f}"
         counts = f"{paired['gained']} gained, {paired['lost']} lost"
         p_value = f"p = {paired['p_value']:.2g}"
-        return (
-            f"{change} (95% of the difference, item by item: {interval}; "
-            f"{counts}, {p_value})."
-        )
+        change += f" (95% of the difference, item by item: {interval}; "
+        return f"{change}{counts}, {p_value})."
     first, second = scores
     if (
         first.low is None
@@ -187,16 +192,35 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
     ends = [record["eval"] for record in history.ends]
     losses = [values["loss"] for values in ends if values.get("loss") is not None]
     if len(losses) > 1:
-        change = f"{losses[0]:.3f} → {losses[-1]:.3f}"
+        before = losses[0]
+        after = losses[-1]
+        change = f"{before:.3f} → {after:.3f}"
         yield "Held-out loss", change, "before → after, lower is better"
-    speed = history.column("tokens_per_second")[1]
-    if np.isfinite(speed).any():
-        tokens = history.total("tokens")
+    rates = history.program_rate()[1]
+    if np.isfinite(rates).any():
         note = "median"
+        if max(history.program_sizes, default=1) > 1:
+            note += f", {describe_program(history.program_sizes)}"
+        tokens = history.total("tokens")
         if tokens:
-            note = f"median; {tokens:,.0f} tokens"
-        yield "Tokens per second", f"{np.nanmedian(speed):,.0f}", note
+            note += f"; {tokens:,.0f} tokens"
+        yield "Tokens per second", f"{np.nanmedian(rates):,.0f}", note
     yield from _costs(history)
+
+
+def describe_program(sizes: Sequence[int]) -> str:
+    """Returns the numbers of runs in the compiled programs as a phrase.
+
+    Example:
+      >>> describe_program([3]), describe_program([6, 1])
+      ('in a program of 3 runs', 'in programs of 6 and 1 runs')
+    """
+    numbers = " and ".join(map(str, sizes))
+    if len(sizes) > 1:
+        return f"in programs of {numbers} runs"
+    if sizes[0] == 1:
+        return "in a program of 1 run"
+    return f"in a program of {numbers} runs"
 
 
 def _costs(history: History) -> Iterator[tuple[str, str, str]]:
@@ -208,8 +232,11 @@ def _costs(history: History) -> Iterator[tuple[str, str, str]]:
             since = f" (since step {history.resumed[-1]})"
         else:
             since = ""
-        parts = ", ".join(f"{name} {duration(value)}" for name, value in stages.items())
-        yield f"Wall time{since}", duration(sum(stages.values())), parts
+        parts = []
+        for name, value in stages.items():
+            parts.append(f"{name} {duration(value)}")
+        total = duration(sum(stages.values()))
+        yield f"Wall time{since}", total, ", ".join(parts)
     device = history.last("peak_device_memory")
     host = history.last("peak_memory")
     if device:
@@ -242,7 +269,8 @@ def samples(history: History) -> list[dict[str, Any]]:
     after = {}
     if len(sampled) > 1:
         for sample in sampled[-1]["eval"]["samples"]:
-            after[str(sample["prompt"])] = sample
+            prompt = str(sample["prompt"])
+            after[prompt] = sample
     pairs = []
     for sample in sampled[0]["eval"]["samples"]:
         answers = [("before", sample)]
@@ -281,15 +309,19 @@ def _select_samples(
     items."""
     if not changes:
         return pairs[:SHOWN]
-    kinds: dict[str, list[list[Any]]] = {name: [] for name in changes}
+    kinds = defaultdict[str, list[list[Any]]](list)
     for answers in pairs:
         was_right = bool(answers[0][1].get("correct"))
         is_right = bool(answers[-1][1].get("correct"))
         kinds[_CHANGES[was_right, is_right]].append(answers)
     total = sum(changes.values())
-    counts = {name: SHOWN * count // total for name, count in changes.items()}
-    by_remainder = sorted(changes, key=lambda name: -(SHOWN * changes[name] % total))
-    for name in by_remainder[: SHOWN - sum(counts.values())]:
+    counts = {}
+    remainders = {}
+    for name, count in changes.items():
+        counts[name] = SHOWN * count // total
+        remainders[name] = SHOWN * count % total
+    left = SHOWN - sum(counts.values())
+    for name in sorted(changes, key=remainders.__getitem__, reverse=True)[:left]:
         counts[name] += 1
     selected = []
     for name in changes:
@@ -336,7 +368,8 @@ def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
     turns = []
     for turn in sample.get("turns") or []:
         if {"role", "text"} <= turn.keys():
-            turns.append((str(turn["role"]), _without_middle(str(turn["text"]))))
+            text = _without_middle(str(turn["text"]))
+            turns.append((str(turn["role"]), text))
     return turns
 
 
@@ -367,7 +400,10 @@ def read_rollouts(folder: Path) -> Rollouts:
     except OSError as error:
         remedy = "delete it: the report then has no samples of rollouts"
         raise NaloraError(
-            str(path), expected="samples by step", found=error, remedy=remedy
+            str(path),
+            expected="samples by step",
+            found=error,
+            remedy=remedy,
         ) from error
     groups: dict[int, list[dict[str, Any]]] = {}
     unreadable = 0
@@ -381,9 +417,12 @@ def read_rollouts(folder: Path) -> Rollouts:
         else:
             groups.setdefault(step, []).append(group)
     steps = sorted(groups)
-    spaced = np.linspace(0, len(steps) - 1, min(SHOWN, len(steps)))
-    shown = sorted({steps[round(index)] for index in spaced})
-    return Rollouts([{"step": s, "groups": groups[s]} for s in shown], unreadable)
+    count = min(SHOWN, len(steps))
+    spaced = np.linspace(0, len(steps) - 1, count)
+    shown = []
+    for step in sorted({steps[round(index)] for index in spaced}):
+        shown.append({"step": step, "groups": groups[step]})
+    return Rollouts(shown, unreadable)
 
 
 def _sample_group(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,7 +440,11 @@ def _sample_group(record: Mapping[str, Any]) -> dict[str, Any]:
             advantage = f"{sample['advantage']:+.3f}"
         completion = _clip(sample["completion"])
         samples.append(
-            {"completion": completion, "rewards": rewards, "advantage": advantage}
+            {
+                "completion": completion,
+                "rewards": rewards,
+                "advantage": advantage,
+            }
         )
     return {"prompt": _without_middle(str(record["prompt"])), "samples": samples}
 
@@ -471,7 +514,8 @@ def layer_labels(history: History, count: int) -> list[str]:
         towers = record.get("towers")
         if towers:
             for name, layers in towers.items():
-                labels += [f"{name} {layer}" for layer in range(int(layers))]
+                for layer in range(int(layers)):
+                    labels.append(f"{name} {layer}")
             break
     if len(labels) != count:
         return [str(layer) for layer in range(count)]
@@ -501,7 +545,10 @@ def read_needle(folder: Path) -> list[dict[str, Any]]:
         remedy = "delete it, or run nalora eval --needle again"
         expected = "results of nalora eval --needle"
         raise NaloraError(
-            str(path), expected=expected, found=error, remedy=remedy
+            str(path),
+            expected=expected,
+            found=error,
+            remedy=remedy,
         ) from error
 
 
@@ -511,7 +558,11 @@ def _needle_table(name: str, grid: Mapping[str, Any]) -> dict[str, Any]:
     interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}"
     counted = f"{interval}, {grid['n']} questions"
     title = f"{name.capitalize()}: {accuracy} ({counted}), by length and depth"
-    return {"title": title, "heads": heads, "rows": rows}
+    return {
+        "title": title,
+        "heads": heads,
+        "rows": rows,
+    }
 
 
 def needle_cells(grid: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -521,5 +572,6 @@ def needle_cells(grid: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in grid["rows"]:
         accuracies = [*row["cells"], row["accuracy"]]
         cells = [f"{accuracy:.2f}" for accuracy in accuracies]
-        rows.append([f"{row['length']:,}", *cells])
+        length = f"{row['length']:,}"
+        rows.append([length, *cells])
     return heads, rows

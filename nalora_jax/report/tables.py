@@ -23,8 +23,11 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     alignment = ["---"]
     for _ in heads[1:]:
         alignment.append("--:")
-    lines = [heads, alignment, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = []
+    for row in (heads, alignment, *rows):
+        cells = " | ".join(row)
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
 
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -35,11 +38,15 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
       tokens        0%    all
       512         1.00   0.98
     """
-    lines = [list(heads), *map(list, rows)]
-    longest = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [heads, *rows]
+    longest = []
+    for column in zip(*lines, strict=True):
+        longest.append(max(map(len, column)))
+    first_width = longest[0] + 3
     widths = [max(width + 2, 7) for width in longest[1:]]
     texts = []
-    for first, *others in lines:
-        cells = map(str.rjust, others, widths)
-        texts.append(first.ljust(longest[0] + 3) + "".join(cells))
+    for line in lines:
+        cells = map(str.rjust, line[1:], widths)
+        first = line[0].ljust(first_width)
+        texts.append(first + "".join(cells))
     return "\n".join(texts)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
+from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.job import Job, original
 from nalora_jax.train.machine import describe_device, versions
+from nalora_jax.train.mechanisms import first_step
 from nalora_jax.train.start import exportable_adapter
 from nalora_jax.weights.card import Card, write_card
 from nalora_jax.weights.hub import alias_of
@@ -47,8 +49,17 @@ def write_run_card(
         after=after,
         versions=versions(),
         device=describe_device(),
+        acting=_acting_steps(assembly.mechanisms, int(state.step)),
     )
     distributed.on_first_process(lambda: write_card(folder, card))
+
+
+def _acting_steps(mechanisms: Mechanisms, steps: int) -> tuple[int, int] | None:
+    """Returns in how many of the steps mechanisms acted, and the steps; None without mechanisms."""
+    first = first_step(mechanisms)
+    if not first:
+        return None
+    return max(steps - first + 1, 0), steps
 
 
 def base_card(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -17,12 +17,15 @@ STARTING = "  starting ..."
 
 
 class Progress:
-    """Display of loss, learning rate, tokens/s, misalignment and remaining time; a context manager.
+    """Display of a run's numbers at log steps (`step_columns`) and of the remaining time.
+
+    A context manager.
 
     Args:
       total: optimizer steps of the whole run.
       start: steps completed before (above 0 after a resume).
       console: output console; standard output by default.
+      hidden: names of numbers that the line leaves out; JSON lines have all.
       clock: seconds since any origin; replaced in tests.
 
     Example:
@@ -40,10 +43,12 @@ class Progress:
         *,
         start: int = 0,
         console: Console | None = None,
+        hidden: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total = total
         self._clock = clock
+        self._hidden = hidden
         self.console = console or Console(highlight=False)
         self._first: tuple[int, float] | None = None
         self._bar: RichProgress | None = None
@@ -84,7 +89,8 @@ class Progress:
                 {"step": step, "total": self.total} | numbers | {"seconds_left": left}
             )
             return
-        line = "".join(f"  {column}" for column in step_columns(values))
+        shown = {n: value for n, value in values.items() if n not in self._hidden}
+        line = "".join(f"  {column}" for column in step_columns(shown))
         if left is not None:
             line += f"  {duration(left)} left"
         self.say(f"step {step}/{self.total}{line}")
@@ -144,13 +150,14 @@ def step_columns(values: Mapping[str, float | None]) -> list[str]:
     """Returns the numbers of a log step, each with its name or unit.
 
     Example:
-      >>> step_columns({"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0,
-      "misalignment": 0.26}) ['loss 3.210', 'lr 1.0e-03', '1,234 tok/s', 'misalignment 0.260']
+      >>> step_columns({"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0})
+      ['loss 3.210', 'lr 1.0e-03', '1,234 tok/s']
     """
     formats = {
         "loss": "loss {:.3f}",
         "learning_rate": "lr {:.1e}",
         "tokens_per_second": "{:,.0f} tok/s",
+        "reward": "reward {:.3f}",
         "rewards_margin": "reward margin {:+.3f}",
         "rewards_accuracy": "preferred {:.0%}",
         "misalignment": "misalignment {:.3f}",

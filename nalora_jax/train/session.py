@@ -49,6 +49,7 @@ class Session:
       recorded: last recorded settings of a resumed run; {} otherwise.
       before: held-out metrics of the base model, once they are known.
       waits_for_writes: True if a checkpoint is written before the next step, not during it.
+      runs_in_program: number of runs that the compiled step trains; above 1 in a sweep.
     """
 
     job: Job
@@ -72,6 +73,7 @@ class Session:
             self.recorded = recorded_settings(output.folder)
         self.before: Mapping[str, Any] | None = None
         self.waits_for_writes = False
+        self.runs_in_program = 1
         self._given = callbacks
         self._begun: Mapping[str, Any] = {}
 
@@ -135,10 +137,16 @@ class Session:
             )
             self._begun = metrics.begun
             self.callbacks = Callbacks(metrics, self._given)
-            self.progress = Progress(config.steps, start=start, console=self.console)
+            hidden = []
+            if config.rl.rewards or not self.job.assembly.mechanisms.entries:
+                hidden = ["misalignment"]
+            self.progress = Progress(
+                config.steps, start=start, console=self.console, hidden=hidden
+            )
         self.closing.enter_context(self.callbacks)
         self.closing.enter_context(self.progress)
-        self.callbacks.start(_started(self.job, self.output, start))
+        started = _started(self.job, self.output, start, self.runs_in_program)
+        self.callbacks.start(started)
 
     @contextmanager
     def naming_checkpoints(self, config: RunConfig) -> Iterator[None]:
@@ -279,7 +287,7 @@ def say_counts(reported: int, choosing: int, *, chosen: bool) -> None:
         )
 
 
-def _started(job: Job, output: Output, start: int) -> Started:
+def _started(job: Job, output: Output, start: int, runs: int) -> Started:
     """Returns the facts about the run that callbacks get before its first step."""
     more: dict[str, Any] = {"data": dict(job.data.describe())}
     if job.inputs.in_turns is not None:
@@ -288,5 +296,7 @@ def _started(job: Job, output: Output, start: int) -> Started:
         more["base"] = job.loaded.origin.to_dict()
     if job.assembly.mechanisms.entries:
         more["mechanisms_from"] = first_step(job.assembly.mechanisms)
+    if runs > 1:
+        more["runs_in_program"] = runs
     settings = redacted(job.config.to_dict())
     return Started(output.folder, settings, start, versions(), describe_device(), more)

@@ -1,5 +1,4 @@
-"""Model cards: the README.md of an adapter or a merged model, with the front matter that the hub
-reads.
+"""Model cards: the README.md of an adapter or a merged model, with the hub's metadata.
 
 The text is in the template ``card.md.j2``.
 """
@@ -7,7 +6,6 @@ The text is in the template ``card.md.j2``.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +27,8 @@ class Card:
     """
 
     kind: Literal["adapter", "merged"]
-    base_model: (
-        str  # a hub id, or a path; of a copy, its original (`origin` names the copy)
-    )
+    # a hub id, or a path; of a copy, its original (`origin` names the copy)
+    base_model: str
     spec: AdapterSpec
     run: RunConfig | None = None  # settings of the training run, if this library ran it
     command: str = ""  # the command line as typed
@@ -42,20 +39,27 @@ class Card:
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""  # hardware of the training run
     origin: Origin | None = None  # the base's file, number formats and digest
-    resized: int = (
-        0  # rows of the embedding if tokens were added to the base; otherwise 0
-    )
+    resized: int = 0  # rows of the embedding if tokens were added to the base, else 0
+    # steps in which the run's mechanisms acted, of the adapter's steps; None if not known
+    acting: tuple[int, int] | None = None
     # RoPE fields of the base's config.json if the run changed them
     # (`models.rope_scaling.rope_settings`).
     rope: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Returns True if the adapter was exported before the run's mechanisms acted."""
+        return self.acting is not None and self.acting[0] == 0
 
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _RULES = {
     "hard": "a hard temporal-importance mask on the gate's updates",
     "soft": "a soft temporal-importance mask on the gate's updates",
+    "squared": "a soft temporal-importance mask with exponent 2 on the gate's updates",
     "curvature_cap": "a step scale by curvature",
     "homogeneity": "a step scale by homogeneity",
+    "delta": "importance by the gradient at the gate's pre-activations",
 }
 
 
@@ -65,66 +69,87 @@ def render_card(card: Card) -> str:
     The text shortens a local path of a base model or a data file to its last part. The front
     matter contains hub identifiers only, no paths.
     """
-    # a run needs them at its end only
-    from huggingface_hub import (
-        ModelCard,
-        ModelCardData,
-    )
+    # slow to import, and a run needs it at its end only
+    from huggingface_hub import ModelCard
 
     run = card.run
     origin = card.origin
-    merged = card.kind == "merged"
-    images = run is not None and bool(run.vision.task)
-    loadable = (origin and origin.copy_of) or card.base_model
-    first = "first adapter" if run and run.adapter else "base"
-    measured = {first: card.before, "with the adapter": card.after}
-    results = [
-        (name, metrics) for name, metrics in measured.items() if metrics is not None
-    ]
-    values: dict[str, Any] = {
-        function.__name__.lstrip("_"): function for function in _FUNCTIONS
-    }
+    loadable = card.base_model
+    if origin and origin.copy_of:
+        loadable = origin.copy_of
+    if not is_hub_id(loadable):
+        loadable = "path/to/the/base"
+    first = "base"
+    if run and run.adapter:
+        first = "first adapter"
+    results = []
+    for name, metrics in ((first, card.before), ("with the adapter", card.after)):
+        if metrics is not None:
+            results.append((name, metrics))
+    scores = [metrics.get("accuracy", metrics.get("recall")) for _, metrics in results]
+    values: dict[str, Any] = {}
+    for function in _FUNCTIONS:
+        values[function.__name__.lstrip("_")] = function
     if run is not None:
         values["mechanisms"] = [_mechanism(rule) for rule in run.mechanisms]
         values["settings"] = json.dumps(published(run.to_dict()), indent=2)
-    facts: dict[str, Any] = {}
-    if is_hub_id(card.base_model):
-        facts |= {
-            "base_model": card.base_model,
-            "base_model_relation": "finetune" if merged else "adapter",
-        }
-    if card.license:
-        # SPDX: Apache-2.0; on the hub: apache-2.0
-        facts["license"] = card.license.lower()
-    front_matter = ModelCardData(
-        library_name="transformers" if merged else "peft",
-        pipeline_tag="zero-shot-image-classification" if images else "text-generation",
-        tags=["nalora_jax", "na-lora", "lora", *(["dora"] * card.spec.dora)],
-        **facts,
-    )
+    versions = []
+    for name, version in sorted(card.versions.items()):
+        versions.append(markdown(f"{name} {version}"))
     written = ModelCard.from_template(
-        front_matter,
+        _front_matter(card),
         template_path=str(_TEMPLATE),
         card=card,
         run=run,
         origin=origin,
-        merged=merged,
-        images=images,
-        loadable=loadable if is_hub_id(loadable) else "path/to/the/base",
+        merged=card.kind == "merged",
+        images=_is_of_images(run),
+        loadable=loadable,
         results=results,
-        scored=any(
-            metrics.get("accuracy", metrics.get("recall")) is not None
-            for _, metrics in results
-        ),
+        scored=any(score is not None for score in scores),
         rope=json.dumps(dict(card.rope), indent=2),
         command=visible(published(card.command)),
-        versions=[
-            markdown(f"{name} {version}")
-            for name, version in sorted(card.versions.items())
-        ],
+        versions=versions,
         **values,
     )
     return f"{written}\n"
+
+
+def _front_matter(card: Card) -> Any:
+    """Returns the metadata that the hub reads (``huggingface_hub.ModelCardData``)."""
+    from huggingface_hub import ModelCardData
+
+    library = "peft"
+    relation = "adapter"
+    if card.kind == "merged":
+        library = "transformers"
+        relation = "finetune"
+    pipeline = "text-generation"
+    if _is_of_images(card.run):
+        pipeline = "zero-shot-image-classification"
+    tags = ["nalora_jax"]
+    if card.run and card.run.mechanisms and not card.is_plain:
+        tags.append("na-lora")
+    tags.append("lora")
+    if card.spec.dora:
+        tags.append("dora")
+    facts: dict[str, Any] = {}
+    if is_hub_id(card.base_model):
+        facts["base_model"] = card.base_model
+        facts["base_model_relation"] = relation
+    if card.license:
+        # SPDX: Apache-2.0; on the hub: apache-2.0
+        facts["license"] = card.license.lower()
+    return ModelCardData(
+        library_name=library,
+        pipeline_tag=pipeline,
+        tags=tags,
+        **facts,
+    )
+
+
+def _is_of_images(run: RunConfig | None) -> bool:
+    return run is not None and bool(run.vision.task)
 
 
 def write_card(folder: str | Path, card: Card) -> Path:
@@ -139,8 +164,12 @@ def write_card(folder: str | Path, card: Card) -> Path:
 
 
 def _mechanism(rule: str) -> str:
-    name = _RULES.get(rule.partition(":")[0], "the mechanism")
-    return f"{name} ({markdown(str(published(rule, 'mechanisms')))})"
+    """Returns what a rule does, with its settings; for a user's own rule only the settings."""
+    settings = markdown(str(published(rule, "mechanisms")))
+    name = rule.partition(":")[0]
+    if name not in _RULES:
+        return f"the rule {settings}"
+    return f"{_RULES[name]} ({settings})"
 
 
 # ---------------------------------------------------------------- functions of the template
@@ -159,7 +188,8 @@ def _link(name: str) -> str:
 
 def _span(values: tuple[int, ...] | tuple[float, ...]) -> str:
     """Formats the smallest and the largest value, or the only one."""
-    return " to ".join(f"{value:g}" for value in sorted({min(values), max(values)}))
+    ends = sorted({min(values), max(values)})
+    return " to ".join(f"{value:g}" for value in ends)
 
 
 def _cell(text: str) -> str:
@@ -168,13 +198,17 @@ def _cell(text: str) -> str:
 
 def _number(metrics: Mapping[str, Any], name: str, digits: int = 3) -> str:
     """Formats a measured number; "" if it was not measured."""
-    return "" if metrics.get(name) is None else f"{metrics[name]:.{digits}f}"
+    value = metrics.get(name)
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}"
 
 
 def _fenced(text: str, language: str) -> str:
     """Returns a code block whose fence is longer than any run of backticks in ``text``."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "```"
+    while fence in text:
+        fence += "`"
     return f"{fence}{language}\n{text}\n{fence}"
 
 

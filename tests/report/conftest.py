@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from html import unescape
 
 import numpy as np
 import pytest
@@ -89,6 +91,12 @@ def evaluation(step, accuracy, loss, samples=()):
         rows = [(*sample, sample[1] == sample[2]) for sample in samples]
         found["samples"] = [dict(zip(names, row, strict=True)) for row in rows]
     return {"step": step, "eval": found}
+
+
+def words_of(text):
+    """The text that a reader of the page sees."""
+    body = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
 def write_run(folder, records=None, config=None, **more):

@@ -6,14 +6,23 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from nalora_jax.__main__ import main
 from nalora_jax.config import OptimizerConfig, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.report.compare import group_runs, render_comparison, write_comparison
-from nalora_jax.report.history import read_history
-from tests.report.conftest import fake_records, write_run
+from nalora_jax.report.compare import (
+    compare_by_seed,
+    group_runs,
+    render_comparison,
+    write_comparison,
+)
+from nalora_jax.report.history import History, history_of, read_history
+from nalora_jax.report.html import render
+from nalora_jax.report.sections import tiles
+from tests.report.conftest import fake_records, words_of, write_run
 
 NALORA = RunConfig(
     steps=40,
@@ -77,3 +86,69 @@ def test_the_verb_writes_one_page(
     error = capsys.readouterr().err
     assert "expected the folder of a run, found a folder of 4 runs; give one of them" in error
     assert error.endswith(f"nalora report {tmp_path}/lora-0 {tmp_path}/lora-1 ...\n")
+
+
+def of_seed(folder: Path, config: RunConfig, seed: int, after: float, **more: int) -> History:
+    """A run of 40 steps with this seed, whose exported adapter has this accuracy."""
+    records = list(fake_records(40, layers=4, seed=seed))
+    result = next(record for record in records if "final" in record)
+    result["eval"]["accuracy"] = after
+    output = folder / f"{len(list(folder.iterdir()))}"
+    return read_history(write_run(output, records, replace(config, seed=seed), **more))
+
+
+def cells(page: str, head: str) -> list[str]:
+    return re.findall(rf'<td data-head="{head}">([^<]*)</td>', page)
+
+
+def test_tokens_per_second_are_those_of_the_program_with_its_number_of_runs(
+    tmp_path: Path,
+) -> None:
+    runs = [of_seed(tmp_path, NALORA, 0, 0.5, runs_in_program=3), of_seed(tmp_path, LORA, 0, 0.5)]
+    assert cells(render_comparison(runs), "tokens/s") == ["2,700 in a program of 3 runs", "900"]
+    page = words_of(render(runs[0]))
+    assert "Tokens per second 2,700 median, in a program of 3 runs; 40,000 tokens" in page
+    assert "Tokens per second 900 median; 40,000 tokens" in words_of(render(runs[1]))
+
+
+def test_a_resumed_run_has_the_rate_of_each_of_its_programs() -> None:
+    records = [
+        {"run": {}, "runs_in_program": 6},
+        {"step": 10, "tokens_per_second": 100.0},
+        {"resumed": {"step": 10, "runs_in_program": 2}},
+        {"step": 20, "tokens_per_second": 250.0},
+        {"resumed": {"step": 20}},
+        {"step": 30, "tokens_per_second": 400.0},
+    ]
+    history = history_of(records)
+    assert history.program_rate()[1].tolist() == [600.0, 500.0, 400.0]
+    tile = {name: note for name, _, note in tiles(history)}
+    assert tile["Tokens per second"] == "median, in programs of 6 and 2 and 1 runs"
+
+
+def test_runs_of_one_seed_are_compared_in_pairs(tmp_path: Path) -> None:
+    runs = [of_seed(tmp_path, NALORA, seed, 0.6 + 0.1 * seed) for seed in (0, 1, 2)]
+    runs += [of_seed(tmp_path, LORA, seed, 0.5 + 0.12 * seed) for seed in (3, 2, 1, 0)]
+    paired = compare_by_seed(group_runs(runs))
+    assert paired is not None
+    assert paired.reference == "LoRA"
+    differences = [0.06, 0.08, 0.1]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(differences), scale=stats.sem(differences))
+    interval = f"{low:+.3f} to {high:+.3f}"
+    by_seed = "2: +0.060, 1: +0.080, 0: +0.100"
+    assert paired.rows == [["NA-LoRA", "3", "+0.080", interval, by_seed]]
+    page = words_of(render_comparison(runs))
+    assert f"NA-LoRA 3 +0.080 {interval} {by_seed}" in page
+    assert compare_by_seed(group_runs(runs[2:5])) is None  # one shared seed
+    other_task = replace(LORA, data=replace(LORA.data, dataset="other"))
+    runs += [of_seed(tmp_path, other_task, seed, 0.5) for seed in (0, 1)]
+    assert "Paired by seed" not in render_comparison(runs)
+
+
+def test_the_page_says_in_how_many_exported_steps_mechanisms_acted(tmp_path: Path) -> None:
+    runs = [
+        of_seed(tmp_path, NALORA, 0, 0.5, mechanisms_from=31),
+        of_seed(tmp_path, LORA, 0, 0.5),
+    ]
+    assert cells(render_comparison(runs), "mechanisms acted in") == ["10 of 40 steps", "–"]
+    assert "Mechanisms acted in 10 of its 40 steps." in words_of(render(runs[0]))

@@ -3,24 +3,20 @@ images."""
 
 from __future__ import annotations
 
+import json
 import re
-from html import unescape
 
 import numpy as np
 import pytest
 
-from nalora_jax.config import LoRAConfig, LoRARule, RunConfig
+from nalora_jax.config import LoRAConfig, LoRARule, PreferenceConfig, RLConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.compare import render_comparison
 from nalora_jax.report.drawing import smooth
 from nalora_jax.report.history import history_of, read_history
 from nalora_jax.report.html import render, write_report
 from nalora_jax.report.sections import confusions, picture
-
-
-def words_of(text):
-    body = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
-    return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
+from tests.report.conftest import words_of
 
 
 def page_of(folder):
@@ -188,3 +184,84 @@ def test_smooth_is_the_mean_of_the_last_values():
     values[[2, 11]] = np.nan
     expected = [np.nanmean(values[max(0, i - 2) : i + 1]) for i in range(20)]
     np.testing.assert_allclose(smooth(values, 3), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_final_metrics_are_those_of_the_exported_adapter(make_run):
+    """The evaluation of the result, not the last or the best one during training."""
+    records = [of(0, 5.0, initial=True), of(0, 5.5), of(5, 2.0), of(10, 3.0)]
+    page = page_of(make_run([*records, of(5, 2.5, n=77, final=True)]))
+    assert "before 5.000 after 2.500 " in page
+    assert "-2.500, better. Measured on 77 held-out items." in page
+    assert "Held-out loss 5.000 → 2.500 before → after, lower is better" in page
+    assert "After: the adapter of step 5, which was exported." in page
+
+
+LOG_STEPS = [{"step": step, "loss": 0.01 * step} for step in (1, 2)]
+
+
+def test_the_loss_of_a_run_with_rewards_is_called_a_policy_loss(make_run):
+    config = RunConfig(rl=RLConfig(rewards=("number",)))
+    folder = make_run(LOG_STEPS, config)
+    page = page_of(folder)
+    assert "Policy loss" in page
+    assert "Mean negative log-likelihood per loss token" not in page
+    comparison = words_of(render_comparison([read_history(folder)]))
+    assert "Policy loss" in comparison
+    assert "Training loss" not in comparison
+
+
+@pytest.mark.parametrize(
+    ("config", "title"),
+    [
+        (RunConfig(), "Training loss"),
+        (RunConfig(preference=PreferenceConfig(loss="dpo")), "Preference loss"),
+    ],
+)
+def test_a_loss_has_the_name_of_its_objective(make_run, config, title):
+    titles = re.findall(r"(\w+ loss) ", page_of(make_run(LOG_STEPS, config)))
+    assert title in titles
+    assert len({"Training loss", "Preference loss", "Policy loss"} & set(titles)) == 1
+
+
+def group(step, values):
+    samples = [
+        {"completion": f"<{v}>", "rewards": {"number": v, "format": None}, "advantage": v - 0.5}
+        for v in values
+    ]
+    return {"step": step, "prompt": "2 + 2?", "samples": samples}
+
+
+def test_groups_of_samples_are_shown_side_by_side_with_their_advantages(make_run):
+    folder = make_run(LOG_STEPS)
+    earlier = {"step": 1, "prompt": "1 + 1?", "completion": "2", "rewards": {"number": 1.0}}
+    lines = [json.dumps(earlier), json.dumps(group(2, [0.25, 1.0]))]
+    (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
+    page = page_of(folder)
+    assert (
+        "Step 2 2 + 2? sample <0.25> number 0.25 format none advantage -0.250 "
+        "sample <1.0> number 1 format none advantage +0.500"
+    ) in page
+    assert "Step 1 1 + 1? sample 2 number 1 Step 2" in page
+    assert "could not be read" not in page
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[]",
+        b'{"step": 1}',
+        b"\xff",
+        b'{"step": Infinity, "prompt": "", "samples": []}',
+        b'{"step": 1, "prompt": "", "samples": [{"completion": "", "rewards": {"r": "x"}}]}',
+        b'{"step": 1, "prompt": "", "samples": 3}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_line_of_samples_is_left_out_with_a_note(make_run, line):
+    folder = make_run(LOG_STEPS)
+    lines = [json.dumps(group(1, [0.0])).encode(), line, json.dumps(group(2, [1.0])).encode()]
+    (folder / "rollouts.jsonl").write_bytes(b"\n".join(lines))
+    page = page_of(folder)
+    assert "Lines of the file that could not be read and are left out: 1." in page
+    assert all(shown in page for shown in ("<0.0>", "<1.0>"))

@@ -53,3 +53,11 @@ def test_as_json_every_line_is_an_object(monkeypatch):
     assert first == {"step": 10, "total": 30, "seconds_left": None} | numbers
     assert second["seconds_left"] == 5.0
     assert third == {"message": "[before] held-out accuracy 0.5"}
+
+
+def test_a_line_leaves_hidden_numbers_out_and_shows_the_reward():
+    console = Console(file=io.StringIO(), force_terminal=False, width=200)
+    with Progress(9, console=console, hidden=["misalignment"]) as progress:
+        progress.log(9, VALUES | {"reward": 0.5})
+    line = "step 9/9  loss 3.210  lr 1.0e-03  1,234 tok/s  reward 0.500\n"
+    assert console.file.getvalue() == line

@@ -8,6 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from nalora_jax.config import ComputeConfig, DataConfig, OptimizerConfig, RunConfig
+from nalora_jax.method.rules import MECHANISMS
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.card import Card, render_card, write_card
 from nalora_jax.weights.origin import Origin
@@ -99,6 +100,32 @@ CARDS: dict[str, tuple[Card, list[str], list[str]]] = {
         ["Trained with plain LoRA."],
         ["NA-LoRA"],
     ),
+    "mechanisms that acted in some steps": (
+        replace(CARD, acting=(5, 15)),
+        [
+            "Trained with NA-LoRA",
+            "They act in training only, here in 5 of 15 steps: the result is a plain adapter.",
+            "- na-lora",
+        ],
+        ["plain LoRA"],
+    ),
+    "an adapter of a step before mechanisms act": (
+        replace(CARD, acting=(0, 9)),
+        [
+            "Trained as plain LoRA: the run has a soft temporal-importance mask",
+            "but exported the adapter of step 9, before they act.",
+        ],
+        ["NA-LoRA", "na-lora"],
+    ),
+    "each rule by its name": (
+        replace(CARD, run=replace(RUN, mechanisms=("squared", "delta:q=0.5", "own:size=2"))),
+        [
+            "a soft temporal-importance mask with exponent 2 on the gate's updates (squared)",
+            "importance by the gradient at the gate's pre-activations (delta:q=0.5)",
+            "the rule own:size=2",
+        ],
+        ["the mechanism ("],
+    ),
     "no run": (BARE, ["base_model: org/base"], ["Measured result", "## Training"]),
 }
 
@@ -146,3 +173,12 @@ def test_no_name_is_read_as_markdown_or_html():
     allowed = "h1|h2|p|code|pre|table|thead|tbody|tr|th|td|details|summary"
     assert all(re.fullmatch(allowed, tag) for tag in tags), tags
     assert html.count("<details>") == 1
+
+
+def test_every_rule_of_the_package_has_a_description():
+    names = MECHANISMS.names()
+    builtin = [n for n in names if MECHANISMS.get(n).__module__.startswith("nalora_jax.")]
+    for name in builtin:
+        card = render_card(replace(CARD, run=replace(RUN, mechanisms=(name,))))
+        assert f"the rule {name}" not in card
+    assert len(builtin) >= 6

@@ -226,6 +226,7 @@ def _train_together(
     with ExitStack() as stack:
         for inputs, session in runs:
             stack.enter_context(session.closing)
+            session.runs_in_program = len(runs)
             placed = fits.layout.into(inputs.config)
             jobs.append(
                 built(

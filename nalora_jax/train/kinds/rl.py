@@ -62,7 +62,7 @@ from nalora_jax.weights.model_files import LoadedModel, open_files
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 4  # samples of a step in the run's file of samples
+_SHOWN = 4  # groups of a step in the run's file of samples
 _MISMATCH = 0.1  # total variation distance between generator and training program, before a warning
 _PATIENCE = (
     10  # rollouts in a row without a difference between rewards, before a warning
@@ -384,7 +384,7 @@ class RolloutStep:
             .astype(np.float32)
         )
         if self._is_shown(number):
-            self._write(number + 1, prompts, samples)
+            self._write(number + 1, prompts, samples, whole["advantages"])
         return self._rows(whole), figures
 
     def _is_shown(self, number: int) -> bool:
@@ -432,28 +432,49 @@ class RolloutStep:
             log_probs.append(np.asarray(distributed.fetch(scores)))
         return np.concatenate(log_probs)
 
-    def _write(self, step: int, prompts: Sequence[Prompt], samples: Samples) -> None:
-        """Appends some samples to the run's file."""
+    def _write(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        samples: Samples,
+        advantages: np.ndarray,
+    ) -> None:
+        """Appends some groups to the run's file, a line each.
+
+        Args:
+          step: that the samples train.
+          prompts: one of each group.
+          samples: of all groups.
+          advantages: of all samples, ``[rows]``.
+        """
         if jax.process_index() or self._file is None:
             return
-        rl = self._config.rl
-        tokenizer = self._sampler.tokenizer
+        size = self._config.rl.samples
         with self._file.open("a", encoding="utf-8") as file:
-            for row in range(min(_SHOWN, len(prompts))):
-                tokens, rewards = (
-                    x[row * rl.samples] for x in (samples.tokens, samples.rewards)
-                )
-                known = [
-                    None if math.isnan(reward) else reward
-                    for reward in rewards.tolist()
-                ]
-                shown = {
-                    "step": step,
-                    "prompt": prompts[row].text,
-                    "completion": tokenizer.decode(tokens[tokens >= 0].tolist()),
-                    "rewards": dict(zip(rl.rewards, known, strict=True)),
-                }
-                file.write(json.dumps(shown) + "\n")
+            for place, prompt in enumerate(prompts[:_SHOWN]):
+                group = []
+                for row in range(place * size, (place + 1) * size):
+                    group.append(self._shown_sample(samples, row, advantages[row]))
+                line = {"step": step, "prompt": prompt.text, "samples": group}
+                file.write(json.dumps(line) + "\n")
+
+    def _shown_sample(
+        self, samples: Samples, row: int, advantage: float
+    ) -> dict[str, Any]:
+        """Returns a sample's completion, rewards by name (None if unknown) and advantage."""
+        tokens = samples.tokens[row]
+        rewards: dict[str, float | None] = {}
+        for name, reward in zip(
+            self._config.rl.rewards, samples.rewards[row].tolist(), strict=True
+        ):
+            rewards[name] = None
+            if not math.isnan(reward):
+                rewards[name] = reward
+        return {
+            "completion": self._sampler.tokenizer.decode(tokens[tokens >= 0].tolist()),
+            "rewards": rewards,
+            "advantage": float(advantage),
+        }
 
 
 def _forget_samples(file: Path, step: int) -> None:
