@@ -108,6 +108,8 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(
     initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))
     assert initial["eval"]["loss"] == pytest.approx(result.before["loss"])
     assert final["eval"]["n"] == 4
+    card = (result.adapter / "README.md").read_text()
+    assert f"here in {final['step'] - 3} of {final['step']} steps: the result" in card
     assert final["eval"]["paired"]["n"] == 4
     others = [line for line in lines if "eval" in line and line not in (initial, final)]
     assert {line["step"] for line in others} == {0, 8, 16}

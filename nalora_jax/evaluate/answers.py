@@ -18,16 +18,21 @@ _NUMBER = re.compile(
 )
 
 
-def matches(answer: str, reference: str, normalise: Normalise) -> bool:
+def matches(
+    answer: str,
+    reference: str,
+    normalise: Normalise,
+) -> bool:
     """Returns True if both are equal and not empty after normalisation.
 
     If they are empty after normalisation, they must be equal without it.
     """
-    expected = normalise(reference)
     normalised = normalise(answer)
-    return normalised == expected and (
-        bool(normalised) or answer.strip() == reference.strip()
-    )
+    if normalised != normalise(reference):
+        return False
+    if normalised:
+        return True
+    return answer.strip() == reference.strip()
 
 
 def normalised_text(text: str) -> str:
@@ -39,7 +44,9 @@ def normalised_text(text: str) -> str:
       >>> normalised_text("  The Eiffel-Tower, Paris. ")
       'eiffeltower paris'
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    plain = text.lower().translate(_PUNCTUATION)
+    words = _ARTICLES.sub(" ", plain).split()
+    return " ".join(words)
 
 
 def last_number(text: str) -> str:
@@ -52,5 +59,8 @@ def last_number(text: str) -> str:
     numbers = _NUMBER.findall(text)
     if not numbers:
         return ""
-    number = format(Decimal(numbers[-1].replace(",", "")).normalize(), "f")
-    return "0" if number in ("-0", "+0") else number
+    digits = numbers[-1].replace(",", "")
+    number = format(Decimal(digits).normalize(), "f")
+    if number in ("-0", "+0"):
+        return "0"
+    return number

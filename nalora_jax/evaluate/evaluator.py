@@ -30,27 +30,32 @@ class Answer(Protocol):
 
     @property
     def text(self) -> str:
-        """The completion's text."""
+        """Returns the completion's text."""
 
     @property
     def reason(self) -> str:
-        """Why it ended: "stop", or "length" if it was cut."""
+        """Returns why it ended: "stop", or "length" if it was cut."""
 
 
 # Completes prompts of token ids, with the images of each if there are any, given a model's
 # variables.
 Answers = Callable[
-    [Mapping[str, Any], Sequence[Sequence[int]], Sequence[Any] | None], Sequence[Answer]
+    [
+        Mapping[str, Any],
+        Sequence[Sequence[int]],
+        Sequence[Any] | None,
+    ],
+    Sequence[Answer],
 ]
-# Makes it for a decoder, given the tokenizer, and the mesh of the weights if they are sharded.
+# Returns `Answers` of a decoder, given the tokenizer, and the mesh of the weights if they are
+# sharded.
 Answering = Callable[[Any, Any, Mesh | None], Answers]
 
 
 class Evaluator:
     """Evaluates one model with different adapters on the same examples; compiles once.
 
-    A subclass defines `records` and `summary`, and `samples` if a report shows some of its
-    examples.
+    A subclass defines `records`, `summary` and `samples`.
 
     Attributes:
       metric: name of the headline metric, a field of the summary.
@@ -71,14 +76,21 @@ class Evaluator:
         raise NotImplementedError
 
     def samples(
-        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+        self,
+        params: Any,
+        lora: Any | None,
+        records: Sequence[ItemRecord],
     ) -> dict[str, Any]:
-        """Returns ``samples``, a few examples with the model's answers, and what else a report
-        shows."""
+        """Returns ``samples``, a few examples with the model's answers, and other values for the
+        report."""
         raise NotImplementedError
 
     def measure(
-        self, params: Any, lora: Any | None, *, samples: bool = False
+        self,
+        params: Any,
+        lora: Any | None,
+        *,
+        samples: bool = False,
     ) -> dict[str, Any]:
         """Returns the summary of ``params`` with adapter ``lora``, with ``samples`` also
         `samples`."""
@@ -96,30 +108,31 @@ def describe(values: Mapping[str, Any]) -> str:
       >>> describe({"accuracy": 0.51, "low": 0.46, "high": 0.56, "loss": 3.6, "n": 400})
       'held-out accuracy 0.510 (95% interval 0.460 to 0.560, n 400), loss 3.600'
     """
-    interval = (
-        f"95% interval {values['low']:.3f} to {values['high']:.3f}, n {values['n']}"
-    )
+    ends = f"{values['low']:.3f} to {values['high']:.3f}"
+    interval = f"95% interval {ends}, n {values['n']}"
     if "recall" in values:
-        ways = ", ".join(
-            f"{name.replace('_', ' ')} {values[name]:.3f}"
-            for name in values
-            if "_recall_" in name
-        )
-        return f"held-out recall at 1 {values['recall']:.3f} ({interval}), {ways}"
+        text = f"held-out recall at 1 {values['recall']:.3f} ({interval})"
+        for name, value in values.items():
+            if "_recall_" in name:
+                text += f", {name.replace('_', ' ')} {value:.3f}"
+        return text
     if "rewards_margin" in values:
-        rewards = f"reward margin {values['rewards_margin']:+.3f}, preferred {values['rewards_accuracy']:.1%}"
-        return f"held-out preference loss {values['loss']:.4f} ({interval}), {rewards}"
+        text = f"held-out preference loss {values['loss']:.4f} ({interval})"
+        text += f", reward margin {values['rewards_margin']:+.3f}"
+        return f"{text}, preferred {values['rewards_accuracy']:.1%}"
     if "reward" in values:
-        each = [
-            f"{name.removeprefix('reward_')} {values[name]:.3f}"
-            for name in values
-            if name.startswith("reward_")
-        ]
-        more = f": {', '.join(each)}" if len(each) > 1 else ""
-        return f"held-out reward {values['reward']:.3f} ({interval}){more}"
+        text = f"held-out reward {values['reward']:.3f} ({interval})"
+        rewards = []
+        for name, value in values.items():
+            if name.startswith("reward_"):
+                rewards.append(f"{name.removeprefix('reward_')} {value:.3f}")
+        if len(rewards) > 1:
+            text += f": {', '.join(rewards)}"
+        return text
+    loss = f"loss {values['loss']:.3f}"
     if "accuracy" in values:
-        return f"held-out accuracy {values['accuracy']:.3f} ({interval}), loss {values['loss']:.3f}"
-    return f"held-out loss {values['loss']:.3f} ({interval})"
+        return f"held-out accuracy {values['accuracy']:.3f} ({interval}), {loss}"
+    return f"held-out {loss} ({interval})"
 
 
 def compare_records(
@@ -136,30 +149,30 @@ def compare_records(
     Raises:
       NaloraError: the two have other items.
     """
-    if [record.get("prompt") for record in other] != [
-        record.get("prompt") for record in model
-    ]:
-        remedy = "models whose tokenizers or chat templates differ read other prompts: give --no-chat"
+    if _values(other, "prompt") != _values(model, "prompt"):
         raise NaloraError(
             "--against",
             expected="answers to the same questions",
             found="other ones",
-            remedy=remedy,
+            remedy="models whose tokenizers or chat templates differ read other prompts: "
+            "give --no-chat",
         )
     differences: dict[str, Any] = {}
     if "loss" in model[0]:
-        before, after = (
-            [
-                np.array([record[name] for record in each], np.float64)
-                for name in ("loss", "tokens")
-            ]
-            for each in (other, model)
-        )
-        differences["loss"] = difference_of_means(*before, *after)
+        units = []
+        for records in (other, model):
+            for name in ("loss", "tokens"):
+                units.append(np.array(_values(records, name), np.float64))
+        differences["loss"] = difference_of_means(*units)
     if "correct" in model[0]:
-        right = ([record["correct"] for record in each] for each in (other, model))
-        differences["accuracy"] = compare(*right)
+        was_right = _values(other, "correct")
+        is_right = _values(model, "correct")
+        differences["accuracy"] = compare(was_right, is_right)
     return differences
+
+
+def _values(records: Sequence[ItemRecord], name: str) -> list[Any]:
+    return [record.get(name) for record in records]
 
 
 def describe_comparison(values: Mapping[str, Any]) -> str:
@@ -173,13 +186,14 @@ def describe_comparison(values: Mapping[str, Any]) -> str:
     if "accuracy" in values:
         parts.append(f"accuracy {describe_paired(values['accuracy'])}")
     loss = values["loss"]
-    parts.append(
-        f"loss {loss['difference']:+.4f} ({loss['low']:+.4f} to {loss['high']:+.4f})"
-    )
+    interval = f"{loss['low']:+.4f} to {loss['high']:+.4f}"
+    parts.append(f"loss {loss['difference']:+.4f} ({interval})")
     return ", ".join(parts)
 
 
 def describe_paired(values: Mapping[str, Any]) -> str:
-    """Returns a difference of shares with its interval and test; values as of `compare`."""
-    counts = f"{values['gained']} gained, {values['lost']} lost, McNemar p = {values['p_value']:.2g}"
-    return f"{values['difference']:+.3f} (95% interval {values['low']:+.3f} to {values['high']:+.3f}; {counts})"
+    """Returns a difference of shares with its interval and test; ``values`` are of `compare`."""
+    interval = f"95% interval {values['low']:+.3f} to {values['high']:+.3f}"
+    counts = f"{values['gained']} gained, {values['lost']} lost"
+    test = f"McNemar p = {values['p_value']:.2g}"
+    return f"{values['difference']:+.3f} ({interval}; {counts}, {test})"

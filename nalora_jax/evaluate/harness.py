@@ -8,10 +8,10 @@ results = simple_evaluate(harness_model(model, variables, tokenizer), tasks=["ar
 
 from __future__ import annotations
 
+import itertools
 import json
 import traceback
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +91,26 @@ class Requests:
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Returns log-likelihoods of whole texts, in windows of the context's length."""
-        windows = [
-            _windows(self._encode(request.args[0]), self._start, self._longest)
-            for request in requests
-        ]
-        scores = iter(self._scores([pair for text in windows for pair in text]))
-        return [sum((next(scores).log_prob for _ in text), 0.0) for text in windows]
+        pairs = []
+        texts = []  # of each window, the number of its text
+        for number, request in enumerate(requests):
+            ids = self._encode(request.args[0])
+            windows = _windows(ids, self._start, self._longest)
+            pairs += windows
+            texts += [number] * len(windows)
+        sums = [0.0] * len(requests)
+        for number, score in zip(texts, self._scores(pairs), strict=True):
+            sums[number] += score.log_prob
+        return sums
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Generates up to a request's stop texts; requests with equal settings share batches."""
+        batches: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            batches.setdefault(repr(request.args[1]), []).append(number)
         texts: dict[int, str] = {}
-        numbered = sorted(enumerate(requests), key=lambda item: repr(item[1].args[1]))
-        for _, same in groupby(numbered, key=lambda item: repr(item[1].args[1])):
-            batch = list(same)
-            options = generation_settings(batch[0][1].args[1])
+        for _, numbers in sorted(batches.items()):
+            options = generation_settings(requests[numbers[0]].args[1])
             room = self._longest - options["max_new_tokens"]
             if room < 1:
                 raise NaloraError(
@@ -112,15 +118,13 @@ class Requests:
                     expected=f"below {self._longest}",
                     found=options["max_new_tokens"],
                 )
-            prompts = [
-                self._encode(request.args[0])[-room:] or [self._start]
-                for _, request in batch
-            ]
+            prompts = []
+            for number in numbers:
+                ids = self._encode(requests[number].args[0])
+                prompts.append(ids[-room:] or [self._start])
             completions = self._generator.generate(prompts, **options)
-            texts |= {
-                index: text for (index, _), text in zip(batch, completions, strict=True)
-            }
-        return [texts[i] for i in range(len(requests))]
+            texts |= zip(numbers, completions, strict=True)
+        return [texts[number] for number in range(len(requests))]
 
     def apply_chat_template(
         self,
@@ -144,7 +148,8 @@ class Requests:
         """
         tokenizer = self._generator.tokenizer
         ids = tokenizer.encode(text)
-        if tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2:
+        bos = tokenizer.bos_id
+        if tokenizer.add_bos and ids[:2] == [bos, bos]:
             return ids[1:]
         return ids
 
@@ -154,9 +159,8 @@ class Requests:
         Trailing spaces of the context belong to the continuation.
         """
         if not context:
-            ids = self._generator.tokenizer.encode(continuation, special=False)[
-                -self._longest :
-            ]
+            ids = self._generator.tokenizer.encode(continuation, special=False)
+            ids = ids[-self._longest :]
             # A text that starts with the start token has its context already.
             if ids[:1] == [self._start] and len(ids) > 1:
                 return (ids[:1], ids[1:])
@@ -173,16 +177,25 @@ class Requests:
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
         """Returns scores in order; adjacent pairs with equal contexts are scored together."""
-        groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0])]
+        groups: list[list[tuple[list[int], list[int]]]] = []
+        for pair in pairs:
+            if not groups or groups[-1][0][0] != pair[0]:
+                groups.append([])
+            groups[-1].append(pair)
         generator = self._generator
         scored = score_groups(
-            generator.model, generator.variables, groups, mesh=generator.mesh
+            generator.model,
+            generator.variables,
+            groups,
+            mesh=generator.mesh,
         )
-        return [score for group in scored for score in group]
+        return list(itertools.chain(*scored))
 
 
 def _windows(
-    ids: list[int], start: int, longest: int
+    ids: list[int],
+    start: int,
+    longest: int,
 ) -> list[tuple[list[int], list[int]]]:
     """Splits ``ids`` into disjoint windows, each after one token of context.
 
@@ -195,7 +208,9 @@ def _windows(
     windows = []
     for begin in range(0, len(ids), longest):
         end = min(begin + longest, len(ids))
-        context = ids[max(0, end - longest - 1) : begin] if begin else [start]
+        context = [start]
+        if begin:
+            context = ids[max(0, end - longest - 1) : begin]
         windows.append((context, ids[begin:end]))
     return windows
 
@@ -210,25 +225,33 @@ def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         raise NaloraError(
             "generation_kwargs", expected="settings by name", found=repr(options)[:80]
         )
-    until = options.get("until") or ()
+    limit = options.get("max_new_tokens", 256)
+    stop = options.get("until") or ()
+    if isinstance(stop, str):
+        stop = (stop,)
+    temperature = options.get("temperature")
+    if not temperature:
+        temperature = float(bool(options.get("do_sample")))
     settings = {
-        "max_new_tokens": options.get(
-            "max_gen_toks", options.get("max_new_tokens", 256)
-        ),
-        "stop": (until,) if isinstance(until, str) else until,
-        "temperature": options.get("temperature")
-        or float(bool(options.get("do_sample"))),
+        "max_new_tokens": options.get("max_gen_toks", limit),
+        "stop": stop,
+        "temperature": temperature,
     }
     names = ["repetition_penalty"]
-    if settings["temperature"]:
+    if temperature:
         names += ["top_k", "top_p", "min_p"]
-    settings |= {name: options[name] for name in names if options.get(name) is not None}
+    for name in names:
+        if options.get(name) is not None:
+            settings[name] = options[name]
     try:
         Settings(**settings)
     except NaloraError as error:
         where = f"generation_kwargs: {error.where}"
         raise NaloraError(
-            where, expected=error.expected, found=error.found, remedy=error.remedy
+            where,
+            expected=error.expected,
+            found=error.found,
+            remedy=error.remedy,
         ) from error
     return settings
 
@@ -267,7 +290,10 @@ def run_harness(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    own_tasks = None
+    if folder is not None:
+        own_tasks = str(folder)
+    manager = TaskManager(include_path=own_tasks)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise NaloraError(
@@ -296,13 +322,13 @@ def run_harness(
             f"--harness {','.join(tasks)}",
             expected="tasks that the harness can load and run",
             found=f"{type(error).__name__}: {error}",
-            remedy="tasks come from the hub unless their YAML names local files; see docs/serving.md",
+            remedy="tasks come from the hub unless their YAML names local files; "
+            "see docs/serving.md",
         ) from error
     assert results is not None, "the harness returns None on other processes only"
-    samples = {
-        task: [_record(sample) for sample in rows]
-        for task, rows in results["samples"].items()
-    }
+    samples = {}
+    for task, rows in results["samples"].items():
+        samples[task] = list(map(_record, rows))
     return {
         "results": _plain(results["results"]),
         "versions": _plain(results.get("versions", {})),
@@ -340,16 +366,16 @@ def compare_samples(
     for rows in (other, model):
         ids.append([(sample["doc_id"], sample.get("filter")) for sample in rows])
     if ids[0] != ids[1] or not model:
-        items = "other items" if model else "no item"
+        items = "other items"
+        if not model:
+            items = "no item"
         raise NaloraError(
             "--against", expected="answers to the same items", found=items
         )
     differences: dict[str, Any] = {}
     for metric in model[0]["metrics"]:
-        before, after = (
-            np.array([row["metrics"].get(metric, np.nan) for row in rows])
-            for rows in (other, model)
-        )
+        before = _values(other, metric)
+        after = _values(model, metric)
         ones = np.ones_like(before)
         if set(np.unique([before, after])) <= {0.0, 1.0}:
             differences[metric] = compare(before, after)
@@ -358,17 +384,23 @@ def compare_samples(
     return differences
 
 
+def _values(samples: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
+    """Returns a metric of each sample, NaN where it is missing."""
+    return np.array([sample["metrics"].get(metric, np.nan) for sample in samples])
+
+
 def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields and numeric metrics of one of the harness's samples."""
-    metrics = ((name, sample[name]) for name in sample["metrics"])
-    numbers = {
-        name: float(x) for name, x in metrics if isinstance(x, int | float | np.number)
-    }
-    names = ("doc_id", "filter", "doc", "target", "arguments", "filtered_resps")
-    return {
-        **{name: _plain(sample[name]) for name in names if name in sample},
-        "metrics": numbers,
-    }
+    record: dict[str, Any] = {}
+    for name in ("doc_id", "filter", "doc", "target", "arguments", "filtered_resps"):
+        if name in sample:
+            record[name] = _plain(sample[name])
+    metrics = {}
+    for name in sample["metrics"]:
+        value = sample[name]
+        if isinstance(value, int | float | np.number):
+            metrics[name] = float(value)
+    return record | {"metrics": metrics}
 
 
 def _plain(value: Any) -> Any:

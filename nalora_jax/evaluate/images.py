@@ -52,22 +52,28 @@ class Images:
     def __getitem__(self, places: slice | Sequence[int]) -> list[Any]:
         """Returns the RGB images at some positions of the indices."""
         indices = self.indices[places].tolist()
+        records = self.source.read(indices)
         with ThreadPoolExecutor(_THREADS) as pool:
-            return list(
-                pool.map(self.source.opened, indices, self.source.read(indices))
-            )
+            return list(pool.map(self.source.opened, indices, records))
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))
 def _image_features(
-    model: DualEncoder, processor: ImageProcessor, variables: Any, batch: Any
+    model: DualEncoder,
+    processor: ImageProcessor,
+    variables: Any,
+    batch: Any,
 ) -> jax.Array:
     batch = batch | {"pixels": processor.normalise(batch["pixels"])}
     return normalised(model.apply(variables, batch, method="encode_image"))
 
 
 @partial(jax.jit, static_argnames=("model",))
-def _text_features(model: DualEncoder, variables: Any, batch: Any) -> jax.Array:
+def _text_features(
+    model: DualEncoder,
+    variables: Any,
+    batch: Any,
+) -> jax.Array:
     return normalised(model.apply(variables, batch, method="encode_text"))
 
 
@@ -91,17 +97,21 @@ class Encoders:
         """Returns normalised features ``[pictures, features]`` of RGB images, or of records batch
         by batch."""
         encode = partial(_image_features, self.model, self.processor, variables)
-        return _in_batches(
-            encode, len(pictures), lambda places: self.processor.batch(pictures[places])
-        )
+
+        def batch_of(places: slice) -> Mapping[str, np.ndarray]:
+            return self.processor.batch(pictures[places])
+
+        return _encode_in_batches(encode, len(pictures), batch_of)
 
     def texts(self, variables: Mapping[str, Any], texts: Sequence[str]) -> np.ndarray:
         """Returns normalised features ``[texts, features]``."""
         encode = partial(_text_features, self.model, variables)
         tokens = self.tokenizer(texts)
-        return _in_batches(
-            encode, len(texts), lambda places: {n: v[places] for n, v in tokens.items()}
-        )
+
+        def batch_of(places: slice) -> Mapping[str, np.ndarray]:
+            return {name: values[places] for name, values in tokens.items()}
+
+        return _encode_in_batches(encode, len(texts), batch_of)
 
     def classes(
         self,
@@ -113,35 +123,42 @@ class Encoders:
 
         The features of several templates are averaged and normalised again.
         """
-        prompts = [template.format(name) for name in names for template in templates]
-        features = self.texts(variables, prompts).reshape(
-            len(names), len(templates), -1
-        )
-        return np.asarray(normalised(jnp.asarray(features.mean(axis=1))))
+        prompts: list[str] = []
+        for name in names:
+            prompts += [template.format(name) for template in templates]
+        # [names * templates, features] -> [names, templates, features]
+        features = self.texts(variables, prompts)
+        by_name = features.reshape(len(names), len(templates), -1)
+        mean = jnp.asarray(by_name.mean(axis=1))
+        return np.asarray(normalised(mean))
 
     def logits(
-        self, variables: Mapping[str, Any], images: np.ndarray, texts: np.ndarray
+        self,
+        variables: Mapping[str, Any],
+        images: np.ndarray,
+        texts: np.ndarray,
     ) -> np.ndarray:
         """Returns scaled cosine similarities ``[images, texts]`` of normalised features."""
-        scale, bias = self.model.apply(variables, method="temperature")
-        return images @ texts.T * float(distributed.fetch(scale)) + float(
-            distributed.fetch(bias)
-        )
+        on_devices = self.model.apply(variables, method="temperature")
+        scale, bias = map(distributed.fetch, on_devices)
+        return images @ texts.T * float(scale) + float(bias)
 
 
-def _in_batches(
-    encode: Any, count: int, batch_of: Callable[[slice], Mapping[str, np.ndarray]]
+def _encode_in_batches(
+    encode: Any,
+    count: int,
+    batch_of: Callable[[slice], Mapping[str, np.ndarray]],
 ) -> np.ndarray:
     """Returns the features of ``count`` items; the last batch is padded to the same shape."""
     features = []
     for start in range(0, count, _BATCH):
         size = min(_BATCH, count - start)
-        batch = batch_of(slice(start, start + size))
-        wide = {
-            n: np.concatenate([v, np.repeat(v[:1], _BATCH - size, axis=0)])
-            for n, v in batch.items()
-        }
-        features.append(distributed.fetch(encode(wide))[:size])
+        batch = {}
+        for name, values in batch_of(slice(start, start + size)).items():
+            padding = np.repeat(values[:1], _BATCH - size, axis=0)
+            batch[name] = np.concatenate([values, padding])
+        encoded = distributed.fetch(encode(batch))
+        features.append(encoded[:size])
     return np.concatenate(features)
 
 
@@ -170,7 +187,8 @@ class ClassEvaluator(Evaluator):
         self._encoders = encoders
         self._images = images
         self._labels = labels
-        self._classes, self._templates = tuple(classes), tuple(templates)
+        self._classes = tuple(classes)
+        self._templates = tuple(templates)
         self.digest = images.digest
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
@@ -180,67 +198,72 @@ class ClassEvaluator(Evaluator):
         features = self._encoders.images(variables, self._images)
         classes = self._encoders.classes(variables, self._classes, self._templates)
         logits = self._encoders.logits(variables, features, classes)
-        labels = self._labels.tolist()
-        predicted = logits.argmax(axis=1).tolist()
-        return [
-            {
+        columns = zip(
+            self._images.places(),
+            self._labels.tolist(),
+            logits.argmax(axis=1).tolist(),
+            _losses(logits, self._labels),
+            strict=True,
+        )
+        records = []
+        for place, label, answer, loss in columns:
+            record = {
                 "prompt": place,
                 "label": label,
                 "answer": answer,
                 "correct": label == answer,
                 "loss": loss,
             }
-            for place, label, answer, loss in zip(
-                self._images.places(),
-                labels,
-                predicted,
-                _losses(logits, self._labels),
-                strict=True,
-            )
-        ]
+            records.append(record)
+        return records
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns ``accuracy`` with ``low`` and ``high`` (95%), ``loss``, ``n`` and ``chance``."""
         right = sum(record["correct"] for record in records)
         count = len(records)
         low, high = wilson(right, count)
-        loss = float(np.mean([record["loss"] for record in records]))
-        values = {
+        losses = [record["loss"] for record in records]
+        return {
             "accuracy": right / count,
             "low": low,
             "high": high,
-            "loss": loss,
+            "loss": float(np.mean(losses)),
             "n": count,
+            "chance": 1 / len(self._classes),
         }
-        return values | {"chance": 1 / len(self._classes)}
 
     def samples(
-        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+        self,
+        params: Any,
+        lora: Any | None,
+        records: Sequence[ItemRecord],
     ) -> dict[str, Any]:
         """Returns a few images with their predictions, and ``right`` of every image.
 
         For up to 60 classes also ``classes`` with the ``confusion`` matrix ``[true, predicted]``.
         """
-        shown = [
-            dict(record)
-            | {
-                "answer": self._classes[record["answer"]],
-                "expected": self._classes[record["label"]],
-            }
-            for record in records
-        ]
+        named = []
+        for record in records:
+            answer = self._classes[record["answer"]]
+            expected = self._classes[record["label"]]
+            named.append(
+                {
+                    **record,
+                    "answer": answer,
+                    "expected": expected,
+                }
+            )
         values = {
-            "samples": _shown(self._images, shown),
+            "samples": _select_samples(self._images, named),
             "right": [record["correct"] for record in records],
         }
-        if (count := len(self._classes)) <= _MOST_CLASSES:
-            matrix = np.zeros((count, count), int)
-            np.add.at(
-                matrix,
-                ([r["label"] for r in records], [r["answer"] for r in records]),
-                1,
-            )
-            values |= {"classes": list(self._classes), "confusion": matrix.tolist()}
+        count = len(self._classes)
+        if count <= _MOST_CLASSES:
+            confusion = np.zeros((count, count), int)
+            for record in records:
+                confusion[record["label"], record["answer"]] += 1
+            values["classes"] = list(self._classes)
+            values["confusion"] = confusion.tolist()
         return values
 
 
@@ -251,9 +274,14 @@ class RetrievalEvaluator(Evaluator):
     mode = "max"
 
     def __init__(
-        self, encoders: Encoders, images: Images, captions: Sequence[str]
+        self,
+        encoders: Encoders,
+        images: Images,
+        captions: Sequence[str],
     ) -> None:
-        self._encoders, self._images, self._captions = encoders, images, list(captions)
+        self._encoders = encoders
+        self._images = images
+        self._captions = list(captions)
         self.digest = images.digest
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
@@ -267,18 +295,20 @@ class RetrievalEvaluator(Evaluator):
         images = self._encoders.images(variables, self._images)
         texts = self._encoders.texts(variables, self._captions)
         logits = self._encoders.logits(variables, images, texts)
-        own = np.arange(len(logits))
+        matching = np.arange(len(logits))
+        losses = [_losses(logits, matching), _losses(logits.T, matching)]
         columns = zip(
             self._images.places(),
             self._captions,
             logits.argmax(axis=1).tolist(),
             own_ranks(logits).tolist(),
             own_ranks(logits.T).tolist(),
-            np.mean([_losses(logits, own), _losses(logits.T, own)], axis=0).tolist(),
+            np.mean(losses, axis=0).tolist(),
             strict=True,
         )
-        return [
-            {
+        records = []
+        for place, caption, best, of_image, of_text, loss in columns:
+            record = {
                 "prompt": place,
                 "expected": caption,
                 "answer": self._captions[best],
@@ -287,8 +317,8 @@ class RetrievalEvaluator(Evaluator):
                 "text_to_image": of_text,
                 "loss": loss,
             }
-            for place, caption, best, of_image, of_text, loss in columns
-        ]
+            records.append(record)
+        return records
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns the retrieval metrics.
@@ -297,46 +327,50 @@ class RetrievalEvaluator(Evaluator):
           ``recall`` at 1 (mean of both directions), ``low``, ``high`` (95%), ``<way>_recall_1`` and
           ``_5``, ``n``, ``loss``.
         """
-        ranks = {way: np.array([record[way] for record in records]) for way in _WAYS}
-        recalls = {
-            f"{way}_recall_{k}": float((of_way < k).mean())
-            for way, of_way in ranks.items()
-            for k in (1, 5)
-        }
-        hits = np.mean([of_way < 1 for of_way in ranks.values()], axis=0)
+        recalls = {}
+        first = []
+        for way in _WAYS:
+            ranks = np.array([record[way] for record in records])
+            for k in (1, 5):
+                recalls[f"{way}_recall_{k}"] = float((ranks < k).mean())
+            first.append(ranks < 1)
+        hits = np.mean(first, axis=0)
         low, high = bootstrap(hits)
-        values = {
+        losses = [record["loss"] for record in records]
+        return {
             "recall": float(hits.mean()),
             "low": low,
             "high": high,
             **recalls,
             "n": len(hits),
+            "loss": float(np.mean(losses)),
         }
-        return values | {"loss": float(np.mean([record["loss"] for record in records]))}
 
     def samples(
-        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+        self,
+        params: Any,
+        lora: Any | None,
+        records: Sequence[ItemRecord],
     ) -> dict[str, Any]:
         """Returns a few images with their best captions."""
-        return {"samples": _shown(self._images, records)}
+        return {"samples": _select_samples(self._images, records)}
 
 
 def _losses(logits: np.ndarray, targets: np.ndarray) -> list[float]:
     """Returns the cross-entropy of every row of ``logits`` with its target column."""
     chosen = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    losses: list[float] = (
-        np.asarray(jax.nn.logsumexp(jnp.asarray(logits), axis=1)) - chosen
-    ).tolist()
+    total = jax.nn.logsumexp(jnp.asarray(logits), axis=1)
+    losses: list[float] = (np.asarray(total) - chosen).tolist()
     return losses
 
 
-def _shown(images: Images, records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
+def _select_samples(
+    images: Images, records: Sequence[ItemRecord]
+) -> list[dict[str, Any]]:
     """Returns a few images, evenly spaced, with their answers as an evaluation reports them."""
-    places = (
-        np.linspace(0, len(records) - 1, min(_SAMPLES, len(records)))
-        .astype(int)
-        .tolist()
-    )
+    count = min(_SAMPLES, len(records))
+    spaced = np.linspace(0, len(records) - 1, count)
+    places = spaced.astype(int).tolist()
     samples = []
     for place, image in zip(places, images[places], strict=True):
         record = records[place]
@@ -359,4 +393,5 @@ def thumbnail(image: Any) -> str:
     """Returns a small PNG as a data URL, for pages without external files."""
     buffer = io.BytesIO()
     resized_to(image, _THUMBNAIL).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    encoded = base64.b64encode(buffer.getvalue())
+    return "data:image/png;base64," + encoded.decode()

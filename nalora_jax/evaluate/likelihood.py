@@ -1,11 +1,10 @@
 """Log-likelihoods of continuations, for multiple choice, perplexity and the harness.
 
 Shared contexts are computed once for all continuations. A group is a list of (context,
-continuation)
-pairs whose texts share a prefix: the choices of a question. Its *stem* is the shared prefix,
-computed once. Its *tails* are the remaining tokens of each text; a tail attends to the stem, but
-not to other tails. Stems of several groups are packed into one row, and their tails into rows
-called lanes, as many as the largest number of tails of a group:
+continuation) pairs whose texts share a prefix: the choices of a question. Its *stem* is the shared
+prefix, computed once. Its *tails* are the remaining tokens of each text; a tail attends to the
+stem, but not to other tails. Stems of several groups are packed into one row, and their tails into
+rows called lanes, as many as the largest number of tails of a group:
 
     stem row      s s s s s t t t t u u u .          three groups s, t, u; "." is padding
     lane 0        s s t u u .                        first tails
@@ -103,12 +102,13 @@ def score_groups(
                 found=length,
                 remedy="drop or shorten long items",
             )
-    sized = [
-        split_group(index, pairs, switch) for index, pairs in enumerate(fitting)
-    ] or splits
+    sized = splits
+    if fitting:
+        sized = [split_group(index, of, switch) for index, of in enumerate(fitting)]
     layout = choose_layout(sized, tokens=batch_tokens, shards=prompt_shards(mesh))
     variables = prepare(variables, model.numerics, tables=False)
-    model = for_rows(model, mesh, 0 if layout.stem else layout.tail)
+    if not layout.stem:
+        model = for_rows(model, mesh, layout.tail)
     count = sum(map(len, groups))
     sums, tokens, hits = np.zeros((3, count))
     with counting("evaluating", count) as done:
@@ -116,15 +116,17 @@ def score_groups(
             scored = batch.owner >= 0
             placed = place_batch((batch.stem, batch.tails, batch.targets, scored), mesh)
             log_probs, greedy = map(fetch, _stems_and_tails(model, variables, *placed))
-            who = batch.owner[scored]
-            sums += np.bincount(
-                who, log_probs[scored].astype(np.float64), minlength=count
-            )
-            tokens += np.bincount(who, minlength=count)
-            hits += np.bincount(who, greedy[scored], minlength=count)
-            done(len(np.unique(who)))
+            owners = batch.owner[scored]
+            scored_log_probs = log_probs[scored].astype(np.float64)
+            sums += np.bincount(owners, scored_log_probs, minlength=count)
+            tokens += np.bincount(owners, minlength=count)
+            hits += np.bincount(owners, greedy[scored], minlength=count)
+            done(len(np.unique(owners)))
     scores = map(
-        Score, sums.tolist(), tokens.astype(int).tolist(), (hits == tokens).tolist()
+        Score,
+        sums.tolist(),
+        tokens.astype(int).tolist(),
+        (hits == tokens).tolist(),
     )
     return [list(itertools.islice(scores, len(pairs))) for pairs in groups]
 
@@ -150,11 +152,13 @@ def _stems_and_tails(
     Both have the shape ``[rows, lanes, tail]``.
     """
     lanes, tail = targets.shape[1:]
-    tokens, positions, segments = (
-        tails[name].reshape(-1, tail) for name in ("tokens", "positions", "segments")
-    )
+    # [rows, lanes, tail] -> [rows * lanes, tail]
     call = partial(
-        model.apply, variables, tokens, positions=positions, segment_ids=segments
+        model.apply,
+        variables,
+        tails["tokens"].reshape(-1, tail),
+        positions=tails["positions"].reshape(-1, tail),
+        segment_ids=tails["segments"].reshape(-1, tail),
     )
     rows, size = stem["tokens"].shape
     if size == 0:
@@ -168,10 +172,10 @@ def _stems_and_tails(
             segment_ids=stem["segments"],
             cache=init_cache(model.config, rows, 0, model.numerics),
         )
-        hidden, _ = call(cache=repeat(grow(cache, max(size, tail)), lanes))
-    return target_log_probs(
-        model, variables, hidden.reshape(*targets.shape, -1), targets, scored
-    )
+        cache = grow(cache, max(size, tail))
+        hidden, _ = call(cache=repeat(cache, lanes))
+    hidden = hidden.reshape(*targets.shape, -1)
+    return target_log_probs(model, variables, hidden, targets, scored)
 
 
 def target_log_probs(
@@ -201,34 +205,31 @@ def target_log_probs(
     targets = targets.reshape(n)
     scored = scored.reshape(n)
     # Scored positions first, so that only the chunks with scored positions are computed.
-    order = jnp.pad(
-        jnp.argsort(~scored, stable=True), (0, -n % rows), constant_values=n
-    )
+    order = jnp.argsort(~scored, stable=True)
+    order = jnp.pad(order, (0, -n % rows), constant_values=n)
     chunks = (jnp.sum(scored) + rows - 1) // rows
 
     def body(
         i: jax.Array, results: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         index = lax.dynamic_slice(order, (i * rows,), (rows,))
-        logits = model.apply(
-            variables, jnp.take(flat, index, axis=0, mode="clip"), method="unembed"
-        )
+        rows_hidden = jnp.take(flat, index, axis=0, mode="clip")
+        logits = model.apply(variables, rows_hidden, method="unembed")
         chosen = jnp.take(targets, index, mode="clip")
         picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
         top = jnp.max(logits, axis=-1)
-        log_prob = (
-            picked - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
-        )
+        total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
+        log_prob = picked - top - jnp.log(total)
         log_probs, greedy = results
-        return log_probs.at[index].set(log_prob, mode="drop"), greedy.at[index].set(
-            picked >= top, mode="drop"
-        )
+        log_probs = log_probs.at[index].set(log_prob, mode="drop")
+        greedy = greedy.at[index].set(picked >= top, mode="drop")
+        return log_probs, greedy
 
     start = jnp.zeros((n,), jnp.float32), jnp.zeros((n,), bool)
     log_probs, greedy = lax.fori_loop(0, chunks, body, start)
-    return jnp.where(scored, log_probs, 0.0).reshape(shape), (scored & greedy).reshape(
-        shape
-    )
+    log_probs = jnp.where(scored, log_probs, 0.0)
+    greedy = scored & greedy
+    return log_probs.reshape(shape), greedy.reshape(shape)
 
 
 # ---------------------------------------------------------------- packing
@@ -267,7 +268,8 @@ class ScoringBatch(NamedTuple):
     # tokens, positions, segments: int32 [rows, lanes, tail]
     tails: dict[str, np.ndarray]
     targets: np.ndarray  # int32 [rows, lanes, tail]
-    owner: np.ndarray  # int32 [rows, lanes, tail]: number of a scored target's pair in all groups, -1 elsewhere
+    # int32 [rows, lanes, tail]: number of a scored target's pair in all groups, -1 elsewhere
+    owner: np.ndarray
 
 
 class ScoringRow:
@@ -280,27 +282,24 @@ class ScoringRow:
         self.arrays = ScoringBatch(_empty(layout.stem), _empty(*shape), targets, owner)
         self._groups = 0
         self._filled = 0
-        self._used = [0] * layout.lanes
+        self._used = np.zeros(layout.lanes, int)  # tokens by lane
 
     def add(self, group: Split, number: int) -> bool:
         """Adds ``group`` if it fits, assigning longer tails to emptier lanes; ``number`` is its
         first pair's."""
         stem, tails, targets, owner = self.arrays
-        order = sorted(range(len(group.tails)), key=lambda i: -len(group.tails[i]))
-        emptiest = sorted(range(len(self._used)), key=lambda lane: self._used[lane])
-        ends = [
-            (i, lane, self._used[lane] + len(group.tails[i]))
-            for i, lane in zip(order, emptiest, strict=False)
-        ]
+        sizes = np.array([len(tail) for tail in group.tails])
+        longest = np.argsort(-sizes, kind="stable")
+        lanes = np.argsort(self._used, kind="stable")[: len(sizes)]
+        ends = self._used[lanes] + sizes[longest]
         filled = self._filled + len(group.stem)
-        if filled > stem["tokens"].shape[0] or any(
-            end > targets.shape[1] for _, _, end in ends
-        ):
+        if filled > stem["tokens"].shape[0] or ends.max() > targets.shape[1]:
             return False
         self._groups += 1
         _write(stem, (slice(self._filled, filled),), group.stem, 0, self._groups)
         self._filled = filled
-        for i, lane, end in ends:
+        columns = zip(longest.tolist(), lanes.tolist(), ends.tolist(), strict=True)
+        for i, lane, end in columns:
             tail = slice(self._used[lane], end)
             _write(tails, (lane, tail), group.tails[i], len(group.stem), self._groups)
             targets[lane, tail] = group.targets[i]
@@ -309,7 +308,11 @@ class ScoringRow:
         return True
 
 
-def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) -> Split:
+def split_group(
+    index: int,
+    pairs: Sequence[Pair],
+    switch: int | None = None,
+) -> Split:
     """Returns the stem and the tails of one group.
 
     Example (context [5, 6, 7], continuations [8] and [9, 8]):
@@ -324,9 +327,8 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
     Raises:
       NaloraError: there is no pair, or a context or a continuation is empty.
     """
-    if not pairs or not all(
-        len(context) and len(continuation) for context, continuation in pairs
-    ):
+    sizes = [min(map(len, pair)) for pair in pairs]
+    if min(sizes, default=0) == 0:
         raise NaloraError(
             f"evaluation item {index}",
             expected="at least one token of context and one to score",
@@ -338,7 +340,8 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
     shared = _common_prefix([text[:shortest] for text in texts])
     # The last shared token stays in the tails; `shared` is 0 if the first tokens differ.
     cut = max(shared - 1, 0)
-    if len(texts) == 1 or (switch is not None and max(map(len, texts)) - 1 > switch):
+    longest = max(map(len, texts)) - 1
+    if len(texts) == 1 or (switch is not None and longest > switch):
         cut = 0
     return Split(
         index,
@@ -350,17 +353,21 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
 
 
 def _common_prefix(texts: Sequence[list[int]]) -> int:
-    # their common prefix equals the prefix shared by all
+    """Returns the number of tokens that all texts share."""
+    # The prefix that the first and the last in lexical order share is that of all.
     first = min(texts)
     last = max(texts)
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-        min(len(first), len(last)),
-    )
+    for place, (a, b) in enumerate(zip(first, last, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(last))
 
 
 def choose_layout(
-    splits: Sequence[Split], *, tokens: int, shards: int = 1
+    splits: Sequence[Split],
+    *,
+    tokens: int,
+    shards: int = 1,
 ) -> ScoringLayout:
     """Returns shapes that fit all groups with little padding.
 
@@ -370,23 +377,31 @@ def choose_layout(
       shards: divisor of the number of rows.
     """
     lanes = max(len(split.tails) for split in splits)
-    longest_stem = max(len(split.stem) for split in splits)
-    longest_tail = max(len(tail) for split in splits for tail in split.tails)
-    stems = sum(len(split.stem) for split in splits)
-    tails = sum(len(tail) for split in splits for tail in split.tails) / lanes
+    stem_sizes = [len(split.stem) for split in splits]
+    tail_sizes: list[int] = []
+    for split in splits:
+        tail_sizes += map(len, split.tails)
+    stems = sum(stem_sizes)
+    tails = sum(tail_sizes) / lanes
     # Longer rows have less padding, but their attention costs more: 256 and 512 are a compromise.
-    stem = _rounded(max(longest_stem, min(256, stems)))  # 0 without shared prefixes
-    tail = _rounded(
-        max(longest_tail, min(1.05 * tails * (stem / stems if stems else 1), 512))
-    )
-    needed = max(-(-stems // max(stem, 1)), int(-(-tails // tail)))
+    stem = _round_up(max(*stem_sizes, min(256, stems)))  # 0 without shared prefixes
+    # tokens of the tails in a lane whose stems share a row
+    tails_of_row = 1.05 * tails
+    if stems:
+        tails_of_row *= stem / stems
+    tail = _round_up(max(*tail_sizes, min(tails_of_row, 512)))
+    stem_rows = -(-stems // max(stem, 1))
+    tail_rows = int(-(-tails // tail))
+    needed = max(stem_rows, tail_rows)
     rows = min(max(1, tokens // max(stem, tail)), needed)
     return ScoringLayout(-(-rows // shards) * shards, stem, lanes, tail)
 
 
-def _rounded(size: float) -> int:
+def _round_up(size: float) -> int:
     """Rounds up to a multiple of 8, or of 32 above 128, for few distinct shapes."""
-    step = 8 if size <= 128 else 32
+    step = 8
+    if size > 128:
+        step = 32
     return int(-(-size // step) * step)
 
 
@@ -396,25 +411,34 @@ def make_batches(
     """Yields batches of all groups: longest first, each in the first open row with room."""
     rows: list[ScoringRow] = []
     open_rows: list[ScoringRow] = []
-    first = np.cumsum([0, *(len(split.tails) for split in splits)]).tolist()
-    numbered = zip(splits, first, strict=False)
-    for split, number in sorted(
-        numbered, key=lambda pair: -len(pair[0].stem) - max(map(len, pair[0].tails))
-    ):
+    numbered = []
+    number = 0
+    for split in splits:
+        numbered.append((split, number))
+        number += len(split.tails)
+    numbered.sort(key=lambda pair: -_longest_text(pair[0]))
+    for split, number in numbered:
         if not any(row.add(split, number) for row in open_rows):
             rows.append(ScoringRow(layout))
             fits = rows[-1].add(split, number)
             assert fits, "the layout holds every group"
             open_rows = [*open_rows, rows[-1]][-_OPEN_ROWS:]
-    rows += [ScoringRow(layout)] * (-len(rows) % layout.rows)
+    while len(rows) % layout.rows:
+        rows.append(ScoringRow(layout))
     for start in range(0, len(rows), layout.rows):
         arrays = (row.arrays for row in rows[start : start + layout.rows])
         yield jax.tree.map(lambda *of_rows: np.stack(of_rows), *arrays)
 
 
+def _longest_text(split: Split) -> int:
+    return len(split.stem) + max(map(len, split.tails))
+
+
 def _empty(*shape: int) -> dict[str, np.ndarray]:
     return {
-        name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segments")
+        "tokens": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "segments": np.zeros(shape, np.int32),
     }
 
 
@@ -433,17 +457,18 @@ def _write(
 _LEAST_BLOCK = 128  # tokens; shorter rows are computed on every device
 
 
-def for_rows(model: Decoder, mesh: Mesh | None, seq: int) -> Decoder:
-    """Returns ``model`` for rows of ``seq`` tokens without a cache; its result has parts of long
-    rows."""
-    splits = all(
-        stack.config.mixer is None or stack.config.mixer.splits_rows
-        for stack in stacks(model.config)
-    )
-    if (
-        context_size(mesh) == 1
-        or not splits
-        or seq < 2 * context_size(mesh) * _LEAST_BLOCK
-    ):
+def for_rows(
+    model: Decoder,
+    mesh: Mesh | None,
+    seq: int,
+) -> Decoder:
+    """Returns ``model`` for rows of ``seq`` tokens without a cache; long rows are split over
+    devices."""
+    devices = context_size(mesh)
+    if devices == 1 or seq < 2 * devices * _LEAST_BLOCK:
         return model
+    for stack in stacks(model.config):
+        mixer = stack.config.mixer
+        if mixer is not None and not mixer.splits_rows:
+            return model
     return model.clone(activation_sharding=row_sharding(mesh))

@@ -1,5 +1,4 @@
-"""Exact match of generated completions with references, and accuracy of needle retrieval by length
-and depth.
+"""Exact match of generated completions, and accuracy of needle retrieval by length and depth.
 
 The texts of needle retrieval come from `nalora_jax.data.tasks`, with lengths in tokens of the
 model, the question included. Every model with the same tokenizer gets the same texts.
@@ -55,18 +54,18 @@ def exact_match(
         raise NaloraError(
             "evaluation data", expected="at least one question", found="none"
         )
-    answers = generator.generate(
-        [item.prompt_ids for item in items], batch_size=batch_size, **settings
-    )
-    return [
-        {
+    prompts = [item.prompt_ids for item in items]
+    answers = generator.generate(prompts, batch_size=batch_size, **settings)
+    records = []
+    for item, answer in zip(items, answers, strict=True):
+        record = {
             "prompt": item.prompt,
             "expected": item.completion,
             "answer": answer,
             "correct": matches(answer, item.completion, normalise),
         }
-        for item, answer in zip(items, answers, strict=True)
-    ]
+        records.append(record)
+    return records
 
 
 # ---------------------------------------------------------------- needles
@@ -103,12 +102,21 @@ def needle_items(
         return len(tokenizer.encode(sentence, special=False))
 
     def sized(
-        length: int, depth: int, number: int, room: int
+        length: int,
+        depth: int,
+        number: int,
+        room: int,
     ) -> tuple[CompletionItem, int]:
         """Returns a question in a text of about ``room`` tokens, and its number of tokens."""
         records = [needle_record(haystack, length, depth, number, size, room)]
         source = {"needle": RecordsSource("needle", records)}
-        (item,) = eval_examples(data, tokenizer, split="needle", limit=0, source=source)
+        (item,) = eval_examples(
+            data,
+            tokenizer,
+            split="needle",
+            limit=0,
+            source=source,
+        )
         assert isinstance(item, CompletionItem)
         return item, len(item.prompt_ids) + len(item.completion_ids)
 
@@ -140,29 +148,39 @@ def needle_answers(
     Raises:
       NaloraError: a length exceeds the model's context.
     """
-    if max(questions) + _NEW_TOKENS > generator.max_length:
+    room = generator.max_length - _NEW_TOKENS
+    if max(questions) > room:
         raise NaloraError(
             "--needle",
-            expected=f"lengths of at most {generator.max_length - _NEW_TOKENS} tokens, for the model's context",
+            expected=f"lengths of at most {room} tokens, for the model's context",
             found=max(questions),
             remedy="a run with --model.rope-scaling has a longer context",
         )
     records = []
     for length, items in questions.items():
-        options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "stop": ("\n",)}
-        options["batch_size"] = max(1, min(16, _BATCH_TOKENS // length))
-        for number, record in enumerate(
-            exact_match(generator, items, normalise=first_number, **options)
-        ):
+        answered = exact_match(
+            generator,
+            items,
+            normalise=first_number,
+            batch_size=max(1, min(16, _BATCH_TOKENS // length)),
+            max_new_tokens=_NEW_TOKENS,
+            stop=("\n",),
+        )
+        for number, record in enumerate(answered):
             del record["prompt"]  # as long as the context
             depth = DEPTHS[number * len(DEPTHS) // len(items)]
-            records.append({"length": length, "depth": depth, **record})
+            records.append(
+                {
+                    "length": length,
+                    "depth": depth,
+                    **record,
+                }
+            )
     return records
 
 
 def needle_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the accuracies as JSON values: by cell, by length and of all with their 95%
-    intervals."""
+    """Returns accuracies as JSON values: by cell, and by length and of all with 95% intervals."""
     rows = []
     for length in dict.fromkeys(record["length"] for record in records):
         of_length = [record for record in records if record["length"] == length]
@@ -171,19 +189,27 @@ def needle_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             correct = [r["correct"] for r in of_length if r["depth"] == depth]
             cells.append(float(np.mean(correct)))
         rows.append({"length": length, "cells": cells} | _accuracy(of_length))
-    return (
-        {"depths": list(DEPTHS), "rows": rows}
-        | _accuracy(records)
-        | {"n": len(records)}
-    )
+    return {
+        "depths": list(DEPTHS),
+        "rows": rows,
+        **_accuracy(records),
+        "n": len(records),
+    }
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     right = sum(record["correct"] for record in records)
     low, high = wilson(right, len(records))
-    return {"accuracy": right / len(records), "low": low, "high": high}
+    return {
+        "accuracy": right / len(records),
+        "low": low,
+        "high": high,
+    }
 
 
 def first_number(text: str) -> str:
     """Returns the first run of digits in a text, or "" if there is none."""
-    return next(iter(re.findall(r"\d+", text)), "")
+    found = re.search(r"\d+", text)
+    if found is None:
+        return ""
+    return found.group()

@@ -59,20 +59,19 @@ class PreferenceEvaluator(Evaluator):
         self._config = config
         self._mesh = mesh
         self._reference: np.ndarray | None = None
-        self._tokens = np.array(
-            [
-                [len(example.divided[1]) for example in (p.chosen, p.rejected)]
-                for p in pairs
-            ]
-        )
+        lengths = []
+        for pair in pairs:
+            chosen = pair.chosen.divided[1]
+            rejected = pair.rejected.divided[1]
+            lengths.append((len(chosen), len(rejected)))
+        self._tokens = np.array(lengths)
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
         """Returns ``prompt``, ``loss``, ``rewards_chosen`` and ``rewards_rejected`` of every
         pair."""
         if self._reference is None:
-            self._reference = self._scores(
-                self._model.clone(adapters=AdapterSpec()), {"params": params}
-            )
+            base = self._model.clone(adapters=AdapterSpec())
+            self._reference = self._scores(base, {"params": params})
         if lora is None:
             scores = self._reference
         else:
@@ -83,20 +82,20 @@ class PreferenceEvaluator(Evaluator):
         rewards = self._config.beta * ratios
         margin = rewards[:, 0] - rewards[:, 1]
         smoothing = self._config.label_smoothing
-        losses = (1 - smoothing) * np.logaddexp(
-            0.0, -margin
-        ) + smoothing * np.logaddexp(0.0, margin)
-        return [
-            {
+        kept = np.logaddexp(0.0, -margin)
+        swapped = np.logaddexp(0.0, margin)
+        losses = (1 - smoothing) * kept + smoothing * swapped
+        records = []
+        for row, pair in enumerate(self._pairs):
+            chosen, rejected = rewards[row].tolist()
+            record = {
                 "prompt": pair.prompt,
-                "loss": loss,
+                "loss": losses[row].item(),
                 "rewards_chosen": chosen,
                 "rewards_rejected": rejected,
             }
-            for pair, loss, (chosen, rejected) in zip(
-                self._pairs, losses.tolist(), rewards.tolist(), strict=True
-            )
-        ]
+            records.append(record)
+        return records
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns means over pairs.
@@ -122,7 +121,10 @@ class PreferenceEvaluator(Evaluator):
         }
 
     def samples(
-        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+        self,
+        params: Any,
+        lora: Any | None,
+        records: Sequence[ItemRecord],
     ) -> dict[str, Any]:
         """Returns a few prompts with the model's completion and the chosen one."""
         sampled = self._pairs[:SAMPLES]
@@ -131,19 +133,21 @@ class PreferenceEvaluator(Evaluator):
         )
         prompts = [pair.chosen.divided[0] for pair in sampled]
         answers = generator.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
-        return {
-            "samples": [
-                {
-                    "prompt": pair.prompt,
-                    "answer": answer.strip(),
-                    "expected": pair.texts[0].strip(),
-                }
-                for pair, answer in zip(sampled, answers, strict=True)
-            ]
-        }
+        samples = []
+        for pair, answer in zip(sampled, answers, strict=True):
+            sample = {
+                "prompt": pair.prompt,
+                "answer": answer.strip(),
+                "expected": pair.texts[0].strip(),
+            }
+            samples.append(sample)
+        return {"samples": samples}
 
     def _scores(self, model: Decoder, variables: Mapping[str, Any]) -> np.ndarray:
         """Returns log-probabilities ``[pairs, 2]`` of both completions, chosen first."""
         groups = [[pair.chosen.divided, pair.rejected.divided] for pair in self._pairs]
         scored = score_groups(model, variables, groups, mesh=self._mesh)
-        return np.array([[score.log_prob for score in row] for row in scored])
+        log_probs = [
+            (chosen.log_prob, rejected.log_prob) for chosen, rejected in scored
+        ]
+        return np.array(log_probs)

@@ -185,7 +185,7 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
     if "eval" in record and "step" not in record:
         raise NaloraError(
             f"{where}: eval",
-            expected="a step with the evaluation",
+            expected="the step of the evaluation",
             found="none",
         )
 
@@ -212,12 +212,26 @@ def check_evaluation(values: Any, where: str) -> None:
 Check = Callable[[Any, str], None]
 
 
-def _error(where: str, expected: str, value: object) -> NaloraError:
+def _error(
+    where: str,
+    expected: str,
+    value: object,
+) -> NaloraError:
     remedy = "the file was edited or damaged: restore that line, or delete it"
-    return NaloraError(where, expected=expected, found=repr(value)[:100], remedy=remedy)
+    return NaloraError(
+        where,
+        expected=expected,
+        found=repr(value)[:100],
+        remedy=remedy,
+    )
 
 
-def _that(expected: str, holds: Callable[[Any], bool], *, null: bool = True) -> Check:
+def _that(
+    expected: str,
+    holds: Callable[[Any], bool],
+    *,
+    null: bool = True,
+) -> Check:
     """Returns the check that a value ``holds``, or is null."""
 
     def check(value: Any, where: str) -> None:
@@ -366,9 +380,7 @@ def _histogram(value: Any, where: str) -> None:
 def _histograms(value: Any, where: str) -> None:
     _fields({}, other=_histogram)(value, where)
     if len(value or ()) > _MAX_HISTOGRAMS:
-        raise _error(
-            where, f"those of at most {_MAX_HISTOGRAMS} mechanisms", list(value)
-        )
+        raise _error(where, f"at most {_MAX_HISTOGRAMS} mechanisms", list(value))
 
 
 _NUMBERS = _fields({}, other=_NUMBER)
@@ -390,12 +402,21 @@ _LINE: Mapping[str, Check] = {
     "versions": _fields({}),
     "base": _fields({}, other=_TEXT),
     "resumed": _fields(
-        {"step": _COUNT, "begun": _NUMBERS, "runs_in_program": _OR_COUNT},
+        {
+            "step": _COUNT,
+            "begun": _NUMBERS,
+            "runs_in_program": _OR_COUNT,
+        },
         needed=("step",),
         null=False,
     ),
     "done": _fields(
-        {"step": _OR_COUNT, "best_step": _OR_COUNT, "seconds": _NUMBERS}, null=False
+        {
+            "step": _OR_COUNT,
+            "best_step": _OR_COUNT,
+            "seconds": _NUMBERS,
+        },
+        null=False,
     ),
     "step": _COUNT,
     "eval": check_evaluation,

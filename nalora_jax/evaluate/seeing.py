@@ -1,4 +1,4 @@
-"""Held-out loss of a vision-language model on reference completions of prompts with images."""
+"""Evaluates a vision-language model by the loss of reference completions of prompts with images."""
 
 from __future__ import annotations
 
@@ -40,26 +40,22 @@ class SeeingEvaluator(TextEvaluator):
         *,
         mesh: Mesh | None = None,
     ) -> None:
-        super().__init__(
-            model, answering(model, tokenizer, mesh, processor), items, mesh=mesh
-        )
+        answers = answering(model, tokenizer, mesh, processor)
+        super().__init__(model, answers, items, mesh=mesh)
         assert tokenizer.images is not None
         self._processor: Any = processor
         self._image = tokenizer.images.expansion
-        self._pixels = {
-            id(item): [
-                processor(opened(i, "image", MAX_PIXELS))["pixels"] for i in item.images
-            ]
-            for item in items
-        }
+        for item in items:
+            pixels = self._pixels[id(item)] = []
+            for image in item.images:
+                processed = processor(opened(image, "image", MAX_PIXELS))
+                pixels.append(processed["pixels"])
 
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
         items = self.completions
         rows = bucket(min(_BATCH, len(items)), multiple=prompt_shards(self._mesh))
-        seq = bucket(
-            max(len(item.prompt_ids) + len(item.completion_ids) for item in items) - 1,
-            minimum=16,
-        )
+        lengths = [len(item.prompt_ids) + len(item.completion_ids) for item in items]
+        seq = bucket(max(lengths) - 1, minimum=16)
         images = max(1, *map(len, self._pixels.values()))
         variables = prepare(variables, self._model.numerics, tables=False)
         scores: list[list[Score]] = []
@@ -72,48 +68,60 @@ class SeeingEvaluator(TextEvaluator):
             sums = fetch(log_probs).astype(np.float64).sum(axis=1)
             counts = batch["scored"].sum(axis=1)
             hits = fetch(greedy).sum(axis=1) == counts
-            scores += [
-                [Score(*row)]
-                for row in zip(
-                    sums.tolist(), counts.tolist(), hits.tolist(), strict=True
-                )
-            ]
+            columns = zip(sums.tolist(), counts.tolist(), hits.tolist(), strict=True)
+            for log_prob, tokens, greedy_row in columns:
+                scores.append([Score(log_prob, tokens, greedy_row)])
         return scores[: len(items)]
 
     def _batch(
-        self, items: Sequence[CompletionItem], rows: int, seq: int, images: int
+        self,
+        items: Sequence[CompletionItem],
+        rows: int,
+        seq: int,
+        images: int,
     ) -> dict[str, np.ndarray]:
         """Returns arrays ``[rows, seq]``, and ``pixels`` of up to ``images`` images of each row."""
-        batch = {
-            name: np.zeros((rows, seq), np.int32)
-            for name in ("tokens", "targets", "segments", "scored")
-        }
-        batch["pixels"] = np.zeros((rows, images, *self._processor.output, 3), np.uint8)
+        shape = (rows, seq)
+        tokens = np.zeros(shape, np.int32)
+        targets = np.zeros(shape, np.int32)
+        segments = np.zeros(shape, np.int32)
+        scored = np.zeros(shape, bool)
+        pixels = np.zeros((rows, images, *self._processor.output, 3), np.uint8)
         for row, item in enumerate(items):
             ids = [*item.prompt_ids, *item.completion_ids]
             last = len(ids) - 1
-            batch["tokens"][row, :last], batch["targets"][row, :last] = (
-                ids[:-1],
-                ids[1:],
-            )
-            (
-                batch["segments"][row, :last],
-                batch["scored"][row, len(item.prompt_ids) - 1 : last],
-            ) = 1, 1
+            tokens[row, :last] = ids[:-1]
+            targets[row, :last] = ids[1:]
+            segments[row, :last] = 1
+            scored[row, len(item.prompt_ids) - 1 : last] = True
             for place, image in enumerate(self._pixels[id(item)]):
-                batch["pixels"][row, place] = image
-        return batch | {"scored": batch["scored"] > 0}
+                pixels[row, place] = image
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "segments": segments,
+            "scored": scored,
+            "pixels": pixels,
+        }
 
 
 def evaluator_of(
-    loaded: LoadedModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None
+    loaded: LoadedModel,
+    model: Decoder,
+    items: Sequence[Item],
+    mesh: Mesh | None = None,
 ) -> TextEvaluator:
     """Returns the evaluator of a loaded model: with images if it has an image processor."""
+    tokenizer = loaded.tokenizer
     if loaded.processor is None:
-        return TextEvaluator(
-            model, answering(model, loaded.tokenizer, mesh), items, mesh=mesh
-        )
-    return SeeingEvaluator(model, loaded.tokenizer, items, loaded.processor, mesh=mesh)  # type: ignore[arg-type]
+        return TextEvaluator(model, answering(model, tokenizer, mesh), items, mesh=mesh)
+    return SeeingEvaluator(
+        model,
+        tokenizer,
+        items,  # type: ignore[arg-type]
+        loaded.processor,
+        mesh=mesh,
+    )
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))

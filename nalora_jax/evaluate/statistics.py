@@ -31,9 +31,14 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     z = NormalDist().inv_cdf(0.975)
     share = successes / n
     center = (2 * n * share + z**2) / (2 * (n + z**2))
-    half_width = z * math.sqrt(4 * n * share * (1 - share) + z**2) / (2 * (n + z**2))
-    low = 0.0 if successes == 0 else center - half_width
-    high = 1.0 if successes == n else center + half_width
+    spread = math.sqrt(4 * n * share * (1 - share) + z**2)
+    half_width = z * spread / (2 * (n + z**2))
+    low = center - half_width
+    high = center + half_width
+    if successes == 0:
+        low = 0.0
+    if successes == n:
+        high = 1.0
     return low, high
 
 
@@ -52,10 +57,9 @@ def bootstrap(
       weights: one weight per unit (a document's tokens); 1 by default, which gives the plain mean.
       resamples: number of bootstrap samples.
     """
-    counts = np.ones(len(values)) if weights is None else weights
-    return _interval(
-        resamples, lambda values, weights: values / weights, values, counts
-    )
+    if weights is None:
+        weights = np.ones(len(values))
+    return _interval(resamples, np.divide, values, weights)
 
 
 def difference_of_means(
@@ -76,14 +80,18 @@ def difference_of_means(
     """
 
     def difference(
-        first: Any, first_weight: Any, second: Any, second_weight: Any
+        first: Any,
+        first_weight: Any,
+        second: Any,
+        second_weight: Any,
     ) -> Any:
         return second / second_weight - first / first_weight
 
     units = (values, weights, other_values, other_weights)
     low, high = _interval(_PAIRED, difference, *units)
+    totals = [unit.sum() for unit in units]
     return {
-        "difference": float(difference(*(unit.sum() for unit in units))),
+        "difference": float(difference(*totals)),
         "low": low,
         "high": high,
     }
@@ -98,17 +106,19 @@ def _interval(
     arrays = [np.asarray(array, np.float64) for array in units]
     n = arrays[0].size
     assert {array.shape for array in arrays} == {(n,)}
-    if n < 2:
-        if n:
-            only = float(statistic(*(array[0] for array in arrays)))
-        else:
-            only = math.nan
+    if n == 0:
+        return math.nan, math.nan
+    if n == 1:
+        only = float(statistic(*np.concatenate(arrays)))
         return only, only
+
+    def of_sums(*samples: Any, axis: int) -> Any:
+        sums = [sample.sum(axis=axis) for sample in samples]
+        return statistic(*sums)
+
     interval = stats.bootstrap(
         arrays,
-        lambda *samples, axis: statistic(
-            *(sample.sum(axis=axis) for sample in samples)
-        ),
+        of_sums,
         paired=True,
         vectorized=True,
         n_resamples=resamples,
@@ -143,11 +153,12 @@ def compare(before: Any, after: Any) -> dict[str, Any]:
         # Resampling questions is equivalent to a multinomial draw of the three counts.
         shares = np.array([gained, lost, n - gained - lost]) / n
         counts = np.random.default_rng(0).multinomial(n, shares, size=_PAIRED)
-        low, high = np.percentile(
-            (counts[:, 0] - counts[:, 1]) / n, [2.5, 97.5]
-        ).tolist()
-    values = {"difference": (gained - lost) / max(n, 1), "low": low, "high": high}
-    return values | {
+        differences = (counts[:, 0] - counts[:, 1]) / n
+        low, high = np.percentile(differences, [2.5, 97.5]).tolist()
+    return {
+        "difference": (gained - lost) / max(n, 1),
+        "low": low,
+        "high": high,
         "p_value": mcnemar(gained, lost),
         "gained": gained,
         "lost": lost,

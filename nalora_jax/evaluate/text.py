@@ -53,7 +53,9 @@ class TextEvaluator(Evaluator):
         self.choices = [item for item in items if isinstance(item, ChoiceItem)]
         self.completions = [item for item in items if isinstance(item, CompletionItem)]
         if bool(self.choices) == bool(self.completions):
-            actual = "both" if self.choices else "no questions"
+            actual = "no questions"
+            if self.choices:
+                actual = "both"
             raise NaloraError(
                 "evaluation data",
                 expected="questions with choices, or all without",
@@ -62,18 +64,19 @@ class TextEvaluator(Evaluator):
         self._model = model
         self._mesh = mesh
         self._answers = answers
-        # Of `nalora_jax.evaluate.seeing`: an image in a prompt's text, and pixels by the id of an
-        #   item.
-        self._image, self._pixels = "", dict[int, list[np.ndarray]]()
-        self._fitting = [
-            item
-            for item in fitting
-            if isinstance(item, ChoiceItem) == bool(self.choices)
-        ]
+        # of `nalora_jax.evaluate.seeing`: an image's text in a prompt, pixels by the id of an item
+        self._image = ""
+        self._pixels: dict[int, list[np.ndarray]] = {}
+        self._items: Sequence[Item] = self.completions
+        kind: type[Item] = CompletionItem
+        self.metric = "loss"
+        self.mode = "min"
         if self.choices:
-            self.metric, self.mode = ("accuracy", "max")
-        else:
-            self.metric, self.mode = ("loss", "min")
+            self._items = self.choices
+            kind = ChoiceItem
+            self.metric = "accuracy"
+            self.mode = "max"
+        self._fitting = [item for item in fitting if isinstance(item, kind)]
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
         """Scores the choices or the reference completions after their prompts.
@@ -90,40 +93,34 @@ class TextEvaluator(Evaluator):
           NaloraError: a question has an empty prompt or choice.
         """
         scores = self._scores(variables_of(params, lora))
+        records: list[dict[str, Any]] = []
         if not self.choices:
-            return [
-                {
-                    "item": number,
-                    "prompt": item.prompt,
-                    "completion": item.completion,
+            for completion, (score,) in zip(self.completions, scores, strict=True):
+                record = {
+                    "item": len(records),
+                    "prompt": completion.prompt,
+                    "completion": completion.completion,
                     "loss": -score.log_prob,
                     "tokens": score.tokens,
                 }
-                for number, (item, (score,)) in enumerate(
-                    zip(self.completions, scores, strict=True)
-                )
-            ]
-        records = []
-        for number, (item, row) in enumerate(zip(self.choices, scores, strict=True)):
+                records.append(record)
+            return records
+        for item, row in zip(self.choices, scores, strict=True):
             sizes = [max(len(choice.strip()), 1) for choice in item.choices]
             log_probs = [score.log_prob for score in row]
             answer = int(np.argmax(np.divide(log_probs, sizes)))
-            values = {
-                "item": number,
+            record = {
+                "item": len(records),
                 "prompt": item.prompt,
                 "choices": item.choices,
                 "log_probs": log_probs,
-            }
-            values |= {
                 "gold": item.gold,
                 "answer": answer,
                 "correct": answer == item.gold,
-            }
-            values |= {
                 "loss": -row[item.gold].log_prob,
                 "tokens": row[item.gold].tokens,
             }
-            records.append(values)
+            records.append(record)
         return records
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
@@ -155,52 +152,44 @@ class TextEvaluator(Evaluator):
             }
         right = sum(record["correct"] for record in records)
         low, high = wilson(right, count)
-        most_likely = [
-            int(np.argmax(record["log_probs"])) == record["gold"] for record in records
-        ]
+        likeliest = [int(np.argmax(record["log_probs"])) for record in records]
+        golds = [record["gold"] for record in records]
+        right_by_sum = int(np.sum(np.equal(likeliest, golds)))
+        chances = [1 / len(record["choices"]) for record in records]
         return {
             "accuracy": right / count,
             "low": low,
             "high": high,
-            "accuracy_per_choice": sum(most_likely) / count,
+            "accuracy_per_choice": right_by_sum / count,
             "loss": loss,
             "n": count,
-            "chance": sum(1 / len(record["choices"]) for record in records) / count,
+            "chance": sum(chances) / count,
         }
 
     def samples(
-        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+        self,
+        params: Any,
+        lora: Any | None,
+        records: Sequence[ItemRecord],
     ) -> dict[str, Any]:
         """Returns answers to some items; of multiple choice also ``right``, a bool for every
         item."""
         if self.choices:
-            samples = [
-                {
-                    "prompt": record["prompt"],
-                    "answer": record["choices"][record["answer"]].strip(),
-                    "expected": record["choices"][record["gold"]].strip(),
-                    "correct": record["correct"],
-                }
-                for record in records[:_CHOICES]
-            ]
-            return {
-                "samples": samples,
-                "right": [record["correct"] for record in records],
-            }
+            right = [record["correct"] for record in records]
+            return {"samples": _choice_samples(records[:_CHOICES]), "right": right}
         if self._answers is None:
             return {}
         sampled = self.completions[:SAMPLES]
-        pixels = self._pixels
-        image = self._image
-        images = [pixels[id(item)] for item in sampled] if pixels else None
-        answers = self._answers(
-            variables_of(params, lora), [item.prompt_ids for item in sampled], images
-        )
+        prompts = [item.prompt_ids for item in sampled]
+        images = None
+        if self._pixels:
+            images = [self._pixels[id(item)] for item in sampled]
+        answers = self._answers(variables_of(params, lora), prompts, images)
         samples = []
         for item, answer in zip(sampled, answers, strict=True):
             prompt = item.prompt
-            if image:
-                prompt = prompt.replace(image, "[image]")
+            if self._image:
+                prompt = prompt.replace(self._image, "[image]")
             sample = {
                 "prompt": prompt,
                 "turns": [{"role": role, "text": text} for role, text in item.turns],
@@ -213,13 +202,30 @@ class TextEvaluator(Evaluator):
 
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
         """Returns the scores of every item's choices, or of its completion alone."""
-        groups, fits = (
-            list(map(_pairs, items))
-            for items in (self.choices or self.completions, self._fitting)
-        )
+        groups = list(map(_pairs, self._items))
+        fitting = list(map(_pairs, self._fitting))
         return score_groups(
-            self._model, variables, groups, fitting=fits, mesh=self._mesh
+            self._model,
+            variables,
+            groups,
+            fitting=fitting,
+            mesh=self._mesh,
         )
+
+
+def _choice_samples(records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
+    """Returns questions with the texts of their answers."""
+    samples = []
+    for record in records:
+        choices = record["choices"]
+        sample = {
+            "prompt": record["prompt"],
+            "answer": choices[record["answer"]].strip(),
+            "expected": choices[record["gold"]].strip(),
+            "correct": record["correct"],
+        }
+        samples.append(sample)
+    return samples
 
 
 def _pairs(item: Any) -> list[Pair]:

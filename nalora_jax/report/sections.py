@@ -188,7 +188,7 @@ def _verdict(
 
 
 def tiles(history: History) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, value, note) of the small boxes at the top."""
+    """Yields (name, value, note) of the tiles below the headline: loss, speed, time and memory."""
     ends = [record["eval"] for record in history.ends]
     losses = [values["loss"] for values in ends if values.get("loss") is not None]
     if len(losses) > 1:
@@ -209,7 +209,7 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
 
 
 def describe_program(sizes: Sequence[int]) -> str:
-    """Returns the numbers of runs in the compiled programs as a phrase.
+    """Returns a phrase with the numbers of runs in the compiled programs.
 
     Example:
       >>> describe_program([3]), describe_program([6, 1])
@@ -283,7 +283,7 @@ def samples(history: History) -> list[dict[str, Any]]:
 
 
 def changes(history: History) -> dict[str, int]:
-    """Returns the number of items by what training changed; {} without paired items."""
+    """Returns the number of gained, lost, right and wrong items; {} without paired items."""
     values = history.final.get("eval", {})
     paired = values.get("paired") or {}
     accuracy = values.get("accuracy")

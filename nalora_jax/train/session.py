@@ -137,11 +137,11 @@ class Session:
             )
             self._begun = metrics.begun
             self.callbacks = Callbacks(metrics, self._given)
-            hidden = []
-            if config.rl.rewards or not self.job.assembly.mechanisms.entries:
-                hidden = ["misalignment"]
             self.progress = Progress(
-                config.steps, start=start, console=self.console, hidden=hidden
+                config.steps,
+                start=start,
+                console=self.console,
+                hidden=hidden_numbers(config),
             )
         self.closing.enter_context(self.callbacks)
         self.closing.enter_context(self.progress)
@@ -265,6 +265,13 @@ def open_session(
 def way_on(config: RunConfig) -> str:
     """Returns the options that resume a stopped run."""
     return f"continue with --output {config.output} --resume"
+
+
+def hidden_numbers(config: RunConfig) -> list[str]:
+    """Returns the names of numbers that the line of a log step leaves out."""
+    if config.rl.rewards or not config.mechanisms:
+        return ["misalignment"]
+    return []
 
 
 def say_counts(reported: int, choosing: int, *, chosen: bool) -> None:

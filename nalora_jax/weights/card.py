@@ -164,7 +164,7 @@ def write_card(folder: str | Path, card: Card) -> Path:
 
 
 def _mechanism(rule: str) -> str:
-    """Returns what a rule does, with its settings; for a user's own rule only the settings."""
+    """Returns a rule's description with its settings; of a user's own rule the settings alone."""
     settings = markdown(str(published(rule, "mechanisms")))
     name = rule.partition(":")[0]
     if name not in _RULES:

@@ -7,7 +7,9 @@ import json
 
 from rich.console import Console
 
+from nalora_jax.config import RLConfig, RunConfig
 from nalora_jax.train.progress import Progress
+from nalora_jax.train.session import hidden_numbers
 
 VALUES = {"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26}
 
@@ -61,3 +63,9 @@ def test_a_line_leaves_hidden_numbers_out_and_shows_the_reward():
         progress.log(9, VALUES | {"reward": 0.5})
     line = "step 9/9  loss 3.210  lr 1.0e-03  1,234 tok/s  reward 0.500\n"
     assert console.file.getvalue() == line
+
+
+def test_misalignment_is_hidden_for_plain_lora_and_for_rewards():
+    assert hidden_numbers(RunConfig()) == []
+    for config in (RunConfig(mechanisms=()), RunConfig(rl=RLConfig(rewards=("number",)))):
+        assert hidden_numbers(config) == ["misalignment"]

@@ -82,9 +82,7 @@ def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, c
     written = json.loads((result.adapter / "adapter_config.json").read_text())
     assert (written["trainable_token_indices"], written["modules_to_save"]) == ([29, 28, 3], None)
     card = (result.adapter / "README.md").read_text()
-    assert (
-        "Trained rows beside them, one a token, and part of its files: 3 of embed_tokens." in card
-    )
+    assert "Its files also have trained rows of tables, one per token: 3 of embed_tokens." in card
     assert "base.resize_token_embeddings(30)" in card
 
     model = load(result.folder, dtype="float32")

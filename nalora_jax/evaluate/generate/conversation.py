@@ -67,19 +67,21 @@ class Conversation:
             raise NaloraError(
                 "message", expected=f"no {tokens.token} in it", found=repr(text)[:80]
             )
-        parts = Parts(
-            [*[{"type": "image"}] * len(images), {"type": "text", "text": text}]
-        )
-        question: Message = {"role": "user", "content": parts if images else text}
+        question: Message = {"role": "user", "content": text}
+        if images:
+            parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
+            parts.append({"type": "text", "text": text})
+            question["content"] = Parts(parts)
         pictures = [*self.images, *images]
         prompt = chat_tokens(generator.tokenizer, [*self.messages, question])
         pieces = generator.stream(prompt, images=pictures, **settings)
         answer: Message = {"role": "assistant", "content": ""}
         self.turns += [question, answer]
         self.images = pictures
-        return self._taken(pieces, answer)
+        return self._record(pieces, answer)
 
-    def _taken(self, pieces: Iterator[str], answer: Message) -> Iterator[str]:
+    def _record(self, pieces: Iterator[str], answer: Message) -> Iterator[str]:
+        """Yields the pieces, and adds each to the answer."""
         for piece in pieces:
             answer["content"] += piece
             yield piece
@@ -95,9 +97,8 @@ def chat_tokens(
     Raises:
       NaloraError: the model has no chat template, or its template rejects the messages.
     """
-    return tokenizer.encode(
-        tokenizer.render_chat(messages, add_generation_prompt=True), special=False
-    )
+    text = tokenizer.render_chat(messages, add_generation_prompt=True)
+    return tokenizer.encode(text, special=False)
 
 
 def read_messages(path: Path) -> list[Message]:
@@ -115,11 +116,13 @@ def read_messages(path: Path) -> list[Message]:
     if isinstance(parsed, dict):
         parsed = parsed.get("messages")
     if not isinstance(parsed, list) or not parsed:
-        expected = 'a list of messages, or an object with "messages"'
+        found = "none"
+        if parsed:
+            found = f"a {type(parsed).__name__}"
         raise NaloraError(
             f"--messages {path}",
-            expected=expected,
-            found=f"a {type(parsed).__name__}" if parsed else "none",
+            expected='a list of messages, or an object with "messages"',
+            found=found,
         )
     for number, message in enumerate(parsed):
         where = f"{path}: messages[{number}]"
@@ -132,7 +135,7 @@ def read_messages(path: Path) -> list[Message]:
         check_role(text_field(message, "role", where), where)
         text_field(message, "content", where)
     if parsed[-1]["role"] == "assistant":
-        remedy = "leave out the last message: it is what the model is asked for"
+        remedy = "leave out the last message: the model generates it"
         raise NaloraError(
             f"--messages {path}",
             expected="a user's message last",

@@ -53,24 +53,18 @@ class Settings(GenerationConfig):
     def __post_init__(self) -> None:
         """Raises a NaloraError that names the first setting out of range."""
         for name, allowed in ranges(Settings).items():
-            require_setting(
-                name,
-                allowed.holds(getattr(self, name)),
-                str(allowed),
-                getattr(self, name),
-            )
-        texts = isinstance(self.stop, Sequence) and all(
-            isinstance(text, str) for text in self.stop
-        )
-        require_setting("stop", texts, "a text, or texts", self.stop)
+            value = getattr(self, name)
+            require_setting(name, allowed.holds(value), str(allowed), value)
+        valid = isinstance(self.stop, Sequence)
+        if valid:
+            valid = all(isinstance(text, str) for text in self.stop)
+        require_setting("stop", valid, "a text, or texts", self.stop)
+        seeds: Any = [self.seed]
         if isinstance(self.seed, Sequence | np.ndarray):
             seeds = self.seed
-        else:
-            seeds = [self.seed]
         valid = all(isinstance(seed, Integral) for seed in seeds)
-        require_setting(
-            "seed", valid, "a whole number, or one for each prompt", self.seed
-        )
+        expected = "a whole number, or one for each prompt"
+        require_setting("seed", valid, expected, self.seed)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -92,7 +86,12 @@ class Settings(GenerationConfig):
         return tuple(self.seed)
 
 
-def require_setting(setting: str, holds: bool, expected: str, value: object) -> None:
+def require_setting(
+    setting: str,
+    holds: bool,
+    expected: str,
+    value: object,
+) -> None:
     """Raises a NaloraError unless the setting ``holds``."""
     if not holds:
         raise NaloraError(setting, expected=expected, found=value)
@@ -107,17 +106,20 @@ def with_options(settings: type) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        named = [
-            p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD
-        ]
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        options = [
-            inspect.Parameter(
-                option.name, keyword, default=option.default, annotation=option.type
+        parameters = []
+        for parameter in signature.parameters.values():
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                parameters.append(parameter)
+        for option in fields(settings):
+            parameter = inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=option.type,
             )
-            for option in fields(settings)
-        ]
-        function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+            parameters.append(parameter)
+        documented: Any = function
+        documented.__signature__ = signature.replace(parameters=parameters)
         return function
 
     return decorate
@@ -149,9 +151,7 @@ class TextStream:
         # specially.
         self._start = 0
         self._complete = 0  # tokens before this end in a whole character
-        self._shown = (
-            0  # characters of the text since `_start` that were returned or held back
-        )
+        self._shown = 0  # characters since `_start` that were returned or held back
         self._held = ""  # possibly the beginning of a stop string
         self.stopped = False
 
@@ -171,30 +171,39 @@ class TextStream:
     def _take(self, *, final: bool) -> str:
         """Returns new characters of the decoded text, up to the first incomplete one."""
         text = self._tokenizer.decode(self.ids[self._start :])
-        stable = text if final else text.rstrip(_REPLACEMENT)
+        stable = text
+        if not final:
+            stable = text.rstrip(_REPLACEMENT)
         piece = stable[self._shown :]
         self._shown = max(self._shown, len(stable))
         if len(stable) == len(text):
-            self._start, self._complete = self._complete, len(self.ids)
+            self._start = self._complete
+            self._complete = len(self.ids)
             self._shown = len(self._tokenizer.decode(self.ids[self._start :]))
         return piece
 
     def _release(self, piece: str, *, final: bool) -> str:
+        """Returns the text up to a stop string, or up to the possible beginning of one."""
         text = self._held + piece
         ends = [text.find(stop) for stop in self._stop if stop in text]
         if ends:
             self.stopped = True
             self._held = ""
             return text[: min(ends)]
-        begun = (
-            stop[:size]
-            for stop in self._stop
-            for size in range(1, len(stop))
-            if not final
-        )
-        held = max((len(start) for start in begun if text.endswith(start)), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        held = 0
+        if not final:
+            held = max((_begun(text, stop) for stop in self._stop), default=0)
+        end = len(text) - held
+        self._held = text[end:]
+        return text[:end]
+
+
+def _begun(text: str, stop: str) -> int:
+    """Returns the number of characters at the end of a text that may begin a stop string."""
+    for size in range(len(stop) - 1, 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
 
 
 def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
@@ -202,18 +211,14 @@ def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
 
     Decoded text has no special tokens, so such a string can only be detected by the token.
     """
-    added = tokenizer.backend.get_added_tokens_decoder().items()
-    special = {
-        number: token.content
-        for number, token in added
-        if token.special and token.content
-    }
-    texts = tuple(stop.lstrip() for stop in stops)
-    begun = set()
-    for number, content in special.items():
-        if any(text.startswith(content) for text in texts):
-            begun.add(number)
-    return frozenset(begun)
+    texts = [stop.lstrip() for stop in stops]
+    ids = set()
+    for number, token in tokenizer.backend.get_added_tokens_decoder().items():
+        if not token.special or not token.content:
+            continue
+        if any(text.startswith(token.content) for text in texts):
+            ids.add(number)
+    return frozenset(ids)
 
 
 # ---------------------------------------------------------------- generation
@@ -317,16 +322,13 @@ class Generator:
 
         It does not compile.
         """
-        variables = {
-            name: tree for name, tree in self.variables.items() if name != "lora"
-        }
+        variables = dict(self.variables)
+        variables.pop("lora", None)
         if lora is not None:
             variables["lora"] = lora
         generator = copy.copy(self)
-        generator.variables, generator._weights = (
-            variables,
-            view_weights(self.model, variables),
-        )
+        generator.variables = variables
+        generator._weights = view_weights(self.model, variables)
         return generator
 
     @with_options(Settings)
@@ -352,7 +354,10 @@ class Generator:
             prompt's number of images differs from the number in its tokens.
         """
         completions = self.complete(
-            prompts, batch_size=batch_size, images=images, **settings
+            prompts,
+            batch_size=batch_size,
+            images=images,
+            **settings,
         )
         return [completion.text for completion in completions]
 
@@ -371,13 +376,9 @@ class Generator:
         seeds = chosen.seeds(len(ids))
         require_setting("batch_size", batch_size >= 1, "at least 1", batch_size)
         if images is None:
-            images = [()] * len(ids)
-        require_setting(
-            "images",
-            len(images) == len(ids),
-            f"those of each of {len(ids)} prompts",
-            len(images),
-        )
+            images = [() for _ in ids]
+        expected = f"a list of images for each of {len(ids)} prompts"
+        require_setting("images", len(images) == len(ids), expected, len(images))
         for number, (row, images_of_row) in enumerate(zip(ids, images, strict=True)):
             self._check_images(row, images_of_row, f"prompt {number}")
         # batches of similar lengths
@@ -385,13 +386,12 @@ class Generator:
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            images_of_batch = [images[i] for i in rows]
             batch = _Batch(
                 self,
-                [ids[i] for i in rows],
-                chosen,
-                [seeds[i] for i in rows],
-                images_of_batch,
+                ids=[ids[i] for i in rows],
+                settings=chosen,
+                seeds=[seeds[i] for i in rows],
+                images=[images[i] for i in rows],
             )
             completions |= zip(rows, batch.run(), strict=True)
         return [completions[i] for i in range(len(ids))]
@@ -411,20 +411,30 @@ class Generator:
         batch = _Batch(self, [ids], chosen, chosen.seeds(1), [images])
         return (pieces[0] for pieces in batch.pieces(_STREAM_TOKENS) if pieces[0])
 
-    def _check_images(self, ids: Sequence[int], images: Images, where: str) -> None:
+    def _check_images(
+        self,
+        ids: Sequence[int],
+        images: Images,
+        where: str,
+    ) -> None:
+        """Raises an error unless the prompt has the image tokens of its images."""
         tokens = self.tokenizer.images
+        count = len(images)
         if tokens is None or self.processor is None:
+            found = f"{count} for a language model"
             require_setting(
-                "images",
-                not images,
-                "a model that sees, for images",
-                f"{len(images)} for a language model",
+                "images", not images, "a model that sees, for images", found
             )
-        elif (places := ids.count(tokens.token_id)) != len(images) * tokens.count:
-            expected = f"{tokens.count} tokens {tokens.token!r} for each of {len(images)} images"
+            return
+        places = ids.count(tokens.token_id)
+        if places != count * tokens.count:
+            expected = (
+                f"{tokens.count} tokens {tokens.token!r} for each of {count} images"
+            )
             raise NaloraError(where, expected=expected, found=places)
 
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
+        """Returns the checked token ids of a prompt."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
@@ -434,7 +444,7 @@ class Generator:
                 where,
                 expected="a text",
                 found="an empty one",
-                remedy="write a prompt to go on from",
+                remedy="write a prompt to continue",
             )
         vocab = self.model.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocab:
@@ -475,22 +485,18 @@ class _Batch:
         seeds: Sequence[int],
         images: Sequence[Images],
     ) -> None:
-        self._generator, self._count, self._seeing = generator, len(ids), any(images)
-        self._limits = np.array(
-            [
-                min(settings.max_new_tokens, generator.max_length - len(row))
-                for row in ids
-            ]
-        )
-        chosen = settings.stop_ids
-        if chosen is None:
-            chosen = generator.tokenizer.eos_ids
-        self._stop_ids = frozenset(chosen) | special_stops(
-            generator.tokenizer, settings.stop_texts
-        )
-        self._streams = [
-            TextStream(generator.tokenizer, settings.stop_texts) for _ in ids
-        ]
+        self._generator = generator
+        self._count = len(ids)
+        self._seeing = any(images)
+        rooms = [generator.max_length - len(row) for row in ids]
+        self._limits = np.minimum(settings.max_new_tokens, rooms)
+        tokenizer = generator.tokenizer
+        stop_texts = settings.stop_texts
+        stop_ids = settings.stop_ids
+        if stop_ids is None:
+            stop_ids = tokenizer.eos_ids
+        self._stop_ids = frozenset(stop_ids) | special_stops(tokenizer, stop_texts)
+        self._streams = [TextStream(tokenizer, stop_texts) for _ in ids]
         self._ended = np.zeros(len(ids), bool)  # by a stop token or text
         self._prompt_ids = ids
         mesh = generator.mesh
@@ -525,18 +531,17 @@ class _Batch:
 
     def run(self) -> list[Completion]:
         """Generates all tokens of all rows."""
-        texts = [""] * self._count
-        for pieces in self.pieces(_BATCH_TOKENS):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        texts = map("".join, zip(*self.pieces(_BATCH_TOKENS), strict=True))
         decode = self._generator.tokenizer.decode
         completions = []
         for text, stream, ended in zip(texts, self._streams, self._ended, strict=True):
             ids = stream.ids
             while stream.stopped and ids and len(decode(ids)) > len(text):
                 ids = ids[:-1]
-            completions.append(
-                Completion(text, tuple(ids), "stop" if ended else "length")
-            )
+            reason: Literal["stop", "length"] = "length"
+            if ended:
+                reason = "stop"
+            completions.append(Completion(text, tuple(ids), reason))
         return completions
 
     def pieces(self, tokens: int) -> Iterator[list[str]]:
@@ -551,20 +556,23 @@ class _Batch:
             counts = np.array([len(stream.ids) for stream in self._streams])
             finished = self._ended | (counts >= self._limits)
             if finished.all() or count >= limit:
-                yield [
-                    p + stream.finish()
-                    for p, stream in zip(pieces, self._streams, strict=True)
-                ]
+                for row, stream in enumerate(self._streams):
+                    pieces[row] += stream.finish()
+                yield pieces
                 return
             yield pieces
-            if steps := min(tokens, limit - count, self._steps_before_switch(finished)):
-                padded = place_batch(
-                    np.pad(finished, (0, state.token.shape[0] - self._count)),
-                    generator.mesh,
-                )
-                arguments = state, self._prompts, padded, np.int32(steps)
+            steps = min(tokens, limit - count, self._steps_before_switch(finished))
+            if steps:
+                spare_rows = state.token.shape[0] - self._count
+                padded = np.pad(finished, (0, spare_rows))
                 state, new = decode(
-                    generator.model, generator._weights, *arguments, size=_BATCH_TOKENS
+                    generator.model,
+                    generator._weights,
+                    state,
+                    self._prompts,
+                    place_batch(padded, generator.mesh),
+                    np.int32(steps),
+                    size=_BATCH_TOKENS,
                 )
                 new_tokens = fetch(new)[:, :steps]
             else:
@@ -577,19 +585,15 @@ class _Batch:
         """Processes the prompts and ``count`` generated tokens, and generates one more token."""
         generator = self._generator
         prompts = self._prompts
-        ids = [
-            [*ids, *stream.ids]
-            for ids, stream in zip(self._prompt_ids, self._streams, strict=True)
-        ]
+        ids = []
+        for prompt_ids, stream in zip(self._prompt_ids, self._streams, strict=True):
+            ids.append([*prompt_ids, *stream.ids])
         chunk = self._chunk(ids)
         if count:
             rows = self._padded(ids, prompts.tokens.shape[0])
             prompts = replace(prompts, **place_batch(rows, generator.mesh))
-        slots = padded_length(
-            prompts.tokens.shape[1] + int(self._limits.max()) - count,
-            minimum=32,
-            chunk=chunk,
-        )
+        length = prompts.tokens.shape[1] + int(self._limits.max()) - count
+        slots = padded_length(length, minimum=32, chunk=chunk)
         return prefill(
             generator.model,
             generator._weights,
@@ -602,7 +606,9 @@ class _Batch:
     def _chunk(self, ids: Sequence[list[int]]) -> int:
         """Returns the tokens of each prompt to process at a time; 0: all."""
         chunk = self._generator.prefill_chunk
-        return chunk if max(map(len, ids)) > chunk else 0
+        if max(map(len, ids)) <= chunk:
+            return 0
+        return chunk
 
     def _padded(self, ids: Sequence[list[int]], batch: int) -> dict[str, np.ndarray]:
         """Returns `padded_rows` of prompts, which have gaps if an image would be in two chunks."""
@@ -621,25 +627,24 @@ class _Batch:
         switch = switch_length(self._generator.model.config.ropes)
         if switch is None:
             return _BATCH_TOKENS
-        lengths = [
-            len(self._prompt_ids[row]) + len(self._streams[row].ids)
-            for row in np.flatnonzero(~finished).tolist()
-        ]
-        return min(
-            (switch + 1 - length for length in lengths if length <= switch + 1),
-            default=_BATCH_TOKENS,
-        )
+        steps = _BATCH_TOKENS
+        columns = zip(self._prompt_ids, self._streams, finished, strict=True)
+        for prompt_ids, stream, ended in columns:
+            left = switch + 1 - len(prompt_ids) - len(stream.ids)
+            if left >= 0 and not ended:
+                steps = min(steps, left)
+        return steps
 
     def _take(self, row: int, new_tokens: np.ndarray) -> str:
         """Returns the text of a row's new tokens, up to its end."""
         if self._ended[row]:
             return ""
         stream = self._streams[row]
-        tokens = new_tokens[: self._limits[row] - len(stream.ids)].tolist()
-        count = next(
-            (i for i, token in enumerate(tokens) if token in self._stop_ids),
-            len(tokens),
-        )
+        room = self._limits[row] - len(stream.ids)
+        tokens = new_tokens[:room].tolist()
+        count = 0
+        while count < len(tokens) and tokens[count] not in self._stop_ids:
+            count += 1
         piece = stream.push(tokens[:count])
         self._ended[row] = count < len(tokens) or stream.stopped
         return piece

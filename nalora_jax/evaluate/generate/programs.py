@@ -1,17 +1,16 @@
-"""The compiled programs of generation: prefill, then decoding of several tokens a call; or whole
-groups of samples.
+"""The compiled programs of generation: prefill and decoding of several tokens, or whole groups.
 
-Both take weights, adapters, settings and the number of steps as arguments, so that a change of
+They take weights, adapters, settings and the number of steps as arguments, so that a change of
 these does not compile another program. Programs are specialised to shapes only, and `bucket` keeps
 their number small.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -71,33 +70,33 @@ class State:
     token: jax.Array  # int32 [batch], the newest, not yet in the cache
     done: jax.Array  # bool [batch]
     step: jax.Array  # int32 [], tokens generated so far
-    seen: jax.Array | None = (
-        None  # bool [batch, vocab], tokens of the text, with a repetition penalty
-    )
+    # bool [batch, vocab], tokens of the text, with a repetition penalty
+    seen: jax.Array | None = None
 
 
 def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
     """Converts ``{"params": ...}``, optionally with ``"lora"``, to the programs' layout."""
-    head: dict[str, Any] = {
-        "params": {
-            name: leaf for name, leaf in variables["params"].items() if name in _HEAD
-        }
-    }
-    if trained := {
-        name: leaf for name, leaf in variables.get("lora", {}).items() if name in _HEAD
-    }:
+    head = {"params": _of_head(variables["params"])}
+    trained = _of_head(variables.get("lora", {}))
+    if trained:
         head["lora"] = trained
     return Weights(prepare(variables, model.numerics), head)
 
 
+def _of_head(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in tree.items() if name in _HEAD}
+
+
 @partial(jax.jit, static_argnames=("model", "processor"))
 def see(
-    model: Decoder, processor: ImageProcessor, weights: Weights, pixels: Array
+    model: Decoder,
+    processor: ImageProcessor,
+    weights: Weights,
+    pixels: Array,
 ) -> jax.Array:
     """Returns image-token features of uint8 pixels ``[batch, images, height, width, 3]``."""
-    features: jax.Array = model.apply(
-        weights.body, processor.normalise(jnp.asarray(pixels)), method="see"
-    )
+    normalised = processor.normalise(jnp.asarray(pixels))
+    features: jax.Array = model.apply(weights.body, normalised, method="see")
     return features
 
 
@@ -128,18 +127,23 @@ def prefill(
         last, cache = _at_once(model, weights, prompts)
     step = jnp.asarray(step)
     logits = model.apply(weights.head, last, method="unembed")
-    seen_so_far = seen_tokens(
-        prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1]
-    )
-    token = next_tokens(logits, prompts.sampling, step, seen_so_far)
-    done = _stops(token, prompts.stop_ids) | ~prompts.live
+    vocab = logits.shape[-1]
+    seen = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, vocab)
+    token = next_tokens(logits, prompts.sampling, step, seen)
+    done = _is_stop(token, prompts.stop_ids) | ~prompts.live
     return State(
-        grow(cache, slots), token, done, step + 1, with_token(seen_so_far, token)
+        cache=grow(cache, slots),
+        token=token,
+        done=done,
+        step=step + 1,
+        seen=with_token(seen, token),
     )
 
 
 def _at_once(
-    model: Decoder, weights: Weights, prompts: Prompts
+    model: Decoder,
+    weights: Weights,
+    prompts: Prompts,
 ) -> tuple[jax.Array, Cache]:
     """Returns ``[batch, d_model]`` of the prompts' last tokens, and their cache."""
     batch = prompts.tokens.shape[0]
@@ -150,15 +154,23 @@ def _at_once(
         cache=init_cache(model.config, batch, 0, model.numerics),
         features=prompts.features,
     )
-    return jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[
-        :, 0
-    ], cache
+    last = prompts.lengths - 1
+    return _take_rows(hidden, last), cache
+
+
+def _take_rows(hidden: jax.Array, places: Array) -> jax.Array:
+    """Returns ``[batch, d_model]`` of ``[batch, seq, d_model]`` at one place of each row."""
+    return jnp.take_along_axis(hidden, places[:, None, None], axis=1)[:, 0]
 
 
 def _in_chunks(
-    model: Decoder, weights: Weights, prompts: Prompts, slots: int, chunk: int
+    model: Decoder,
+    weights: Weights,
+    prompts: Prompts,
+    slots: int,
+    chunk: int,
 ) -> tuple[jax.Array, Cache]:
-    """Returns the same, of ``chunk`` tokens of every prompt at a time."""
+    """Returns the result of `_at_once`, processing ``chunk`` tokens of every prompt at a time."""
     tokens = jnp.asarray(prompts.tokens)
     lengths = jnp.asarray(prompts.lengths)
     segments = _segments(prompts)
@@ -166,19 +178,19 @@ def _in_chunks(
 
     def step(i: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
         last, cache = carry
+        start = i * chunk
         hidden, cache = model.apply(
             weights.body,
-            of_chunk(jnp.maximum(tokens, 0), i * chunk),
-            segment_ids=of_chunk(segments, i * chunk),
+            of_chunk(jnp.maximum(tokens, 0), start),
+            segment_ids=of_chunk(segments, start),
             cache=cache,
-            features=_features_from(model, prompts, i * chunk, chunk),
+            features=_features_from(model, prompts, start, chunk),
             lengths=jnp.sum(segments, axis=1),
         )
-        place = lengths - 1 - i * chunk
-        here = jnp.take_along_axis(
-            hidden, jnp.clip(place, 0, chunk - 1)[:, None, None], axis=1
-        )[:, 0]
-        return jnp.where(((place >= 0) & (place < chunk))[:, None], here, last), cache
+        place = lengths - 1 - start
+        here = _take_rows(hidden, jnp.clip(place, 0, chunk - 1))
+        is_here = (place >= 0) & (place < chunk)
+        return jnp.where(is_here[:, None], here, last), cache
 
     cache = init_cache(model.config, tokens.shape[0], slots, model.numerics)
     last = jnp.zeros((tokens.shape[0], model.config.d_model), model.numerics.result)
@@ -190,12 +202,16 @@ def _in_chunks(
 def _segments(prompts: Prompts) -> jax.Array:
     """Returns 1 for the prompts' tokens, and 0 for padding and gaps: int ``[batch, seq]``."""
     tokens = jnp.asarray(prompts.tokens)
-    within = jnp.arange(tokens.shape[1])[None] < jnp.asarray(prompts.lengths)[:, None]
+    lengths = jnp.asarray(prompts.lengths)
+    within = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     return (within & (tokens >= 0)).astype(jnp.int32)
 
 
 def _features_from(
-    model: Decoder, prompts: Prompts, start: jax.Array, chunk: int
+    model: Decoder,
+    prompts: Prompts,
+    start: jax.Array,
+    chunk: int,
 ) -> jax.Array | None:
     """Returns the features of the image tokens of every row starting at the token ``start``.
 
@@ -207,13 +223,11 @@ def _features_from(
     features = jnp.asarray(prompts.features)
     assert sight is not None
     tokens = jnp.asarray(prompts.tokens)
-    earlier = (tokens == sight.image_token) & (
-        jnp.arange(tokens.shape[1])[None] < start
-    )
-    index = (
-        jnp.sum(earlier, axis=1)[:, None]
-        + jnp.arange(min(chunk, features.shape[1]))[None]
-    )
+    is_earlier = jnp.arange(tokens.shape[1])[None] < start
+    earlier = (tokens == sight.image_token) & is_earlier
+    first = jnp.sum(earlier, axis=1)
+    places = jnp.arange(min(chunk, features.shape[1]))
+    index = first[:, None] + places[None]
     return jnp.take_along_axis(features, index[..., None], axis=1, mode="fill")
 
 
@@ -253,15 +267,16 @@ def decode(
         logits = model.apply(weights.head, hidden[:, 0], method="unembed")
         token = next_tokens(logits, prompts.sampling, state.step, state.seen)
         column = jnp.where(state.done, NO_TOKEN, token)[:, None]
-        new_tokens = lax.dynamic_update_slice(
-            new_tokens, column, (jnp.zeros_like(i), i)
+        at = (jnp.zeros_like(i), i)
+        new_tokens = lax.dynamic_update_slice(new_tokens, column, at)
+        state = State(
+            cache=cache,
+            token=token,
+            done=state.done | _is_stop(token, prompts.stop_ids),
+            step=state.step + 1,
+            seen=with_token(state.seen, token),
         )
-        done = state.done | _stops(token, prompts.stop_ids)
-        return (
-            i + 1,
-            State(cache, token, done, state.step + 1, with_token(state.seen, token)),
-            new_tokens,
-        )
+        return i + 1, state, new_tokens
 
     def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
         i, state, _ = carry
@@ -269,15 +284,19 @@ def decode(
 
     new_tokens = jnp.full((state.token.shape[0], size), NO_TOKEN, jnp.int32)
     state = replace(state, done=state.done | finished)
-    _, state, new_tokens = lax.while_loop(
-        unfinished, body, (jnp.zeros((), jnp.int32), state, new_tokens)
-    )
+    start = (jnp.zeros((), jnp.int32), state, new_tokens)
+    _, state, new_tokens = lax.while_loop(unfinished, body, start)
     return state, new_tokens
 
 
 @partial(jax.jit, static_argnames=("model", "samples", "limit"))
 def sample_groups(
-    model: Decoder, weights: Weights, prompts: Prompts, *, samples: int, limit: int
+    model: Decoder,
+    weights: Weights,
+    prompts: Prompts,
+    *,
+    samples: int,
+    limit: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Samples several completions of every prompt in one call.
 
@@ -298,10 +317,11 @@ def sample_groups(
       token at its temperature, before top-k, top-p and min-p; 0 after the end.
     """
     last, cache = _at_once(model, weights, prompts)
-    cache = grow(repeat(cache, samples), jnp.asarray(prompts.tokens).shape[1] + limit)
-    logits = model.apply(
-        weights.head, jnp.repeat(last, samples, axis=0), method="unembed"
-    )
+    slots = prompts.tokens.shape[1] + limit
+    cache = grow(repeat(cache, samples), slots)
+    last = jnp.repeat(last, samples, axis=0)
+    logits = model.apply(weights.head, last, method="unembed")
+    temperature = jnp.asarray(prompts.sampling.temperature)
     done = ~jnp.repeat(jnp.asarray(prompts.live), samples)
     tokens = jnp.full((done.shape[0], limit), NO_TOKEN, jnp.int32)
     log_probs = jnp.zeros((done.shape[0], limit), jnp.float32)
@@ -309,20 +329,15 @@ def sample_groups(
     def body(carry: Any) -> Any:
         i, cache, logits, done, tokens, log_probs = carry
         token = next_tokens(logits, prompts.sampling, i)
-        scaled = (
-            logits.astype(jnp.float32)
-            / jnp.asarray(prompts.sampling.temperature)[:, None]
-        )
+        scaled = logits.astype(jnp.float32) / temperature[:, None]
         picked = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
         log_prob = picked - jax.nn.logsumexp(scaled, axis=1)
         at = (jnp.zeros_like(i), i)
-        tokens = lax.dynamic_update_slice(
-            tokens, jnp.where(done, NO_TOKEN, token)[:, None], at
-        )
-        log_probs = lax.dynamic_update_slice(
-            log_probs, jnp.where(done, 0.0, log_prob)[:, None], at
-        )
-        done = done | _stops(token, prompts.stop_ids)
+        column = jnp.where(done, NO_TOKEN, token)[:, None]
+        tokens = lax.dynamic_update_slice(tokens, column, at)
+        column = jnp.where(done, 0.0, log_prob)[:, None]
+        log_probs = lax.dynamic_update_slice(log_probs, column, at)
+        done = done | _is_stop(token, prompts.stop_ids)
         hidden, cache = model.apply(weights.body, token[:, None], cache=cache)
         logits = model.apply(weights.head, hidden[:, 0], method="unembed")
         return i + 1, cache, logits, done, tokens, log_probs
@@ -335,7 +350,7 @@ def sample_groups(
     return tokens, log_probs
 
 
-def _stops(token: jax.Array, stop_ids: Array) -> jax.Array:
+def _is_stop(token: jax.Array, stop_ids: Array) -> jax.Array:
     """Returns True for ``[batch]`` tokens that are stop ids."""
     return jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
 
@@ -346,7 +361,12 @@ def _stops(token: jax.Array, stop_ids: Array) -> jax.Array:
 GAP = -1
 
 
-def bucket(size: int, *, minimum: int = 1, multiple: int = 1) -> int:
+def bucket(
+    size: int,
+    *,
+    minimum: int = 1,
+    multiple: int = 1,
+) -> int:
     """Returns the smallest number of the form ``2^n`` or ``3 * 2^n`` that is at least ``size``.
 
     At most a third of the result is padding.
@@ -367,7 +387,12 @@ def bucket(size: int, *, minimum: int = 1, multiple: int = 1) -> int:
     return -(-rounded // multiple) * multiple
 
 
-def padded_length(size: int, *, minimum: int, chunk: int = 0) -> int:
+def padded_length(
+    size: int,
+    *,
+    minimum: int,
+    chunk: int = 0,
+) -> int:
     """Returns ``size`` rounded up to a `bucket`; with ``chunk``, to a multiple at most 1/8 larger.
 
     Example:
@@ -395,18 +420,21 @@ def padded_rows(
     """
     if chunk and uncut is not None:
         ids = [_with_uncut_runs(row, uncut, chunk) for row in ids]
-    tokens = np.zeros(
-        (batch, padded_length(max(map(len, ids)), minimum=16, chunk=chunk)), np.int32
-    )
+    longest = max(map(len, ids))
+    seq = padded_length(longest, minimum=16, chunk=chunk)
+    tokens = np.zeros((batch, seq), np.int32)
+    lengths = np.ones(batch, np.int32)
     for row, values in enumerate(ids):
+        lengths[row] = len(values)
         tokens[row, : len(values)] = values
-    return {
-        "tokens": tokens,
-        "lengths": np.array([*map(len, ids), *[1] * (batch - len(ids))], np.int32),
-    }
+    return {"tokens": tokens, "lengths": lengths}
 
 
-def _with_uncut_runs(ids: Sequence[int], token: int, chunk: int) -> list[int]:
+def _with_uncut_runs(
+    ids: Sequence[int],
+    token: int,
+    chunk: int,
+) -> list[int]:
     """Returns ``ids`` with gaps (`GAP`), so that no run of ``token`` crosses a multiple of
     ``chunk``.
 
@@ -418,7 +446,7 @@ def _with_uncut_runs(ids: Sequence[int], token: int, chunk: int) -> list[int]:
       [5, 5, -1, -1, 7, 7, 7, 5]
     """
     row: list[int] = []
-    for is_run, values in groupby(ids, key=lambda value: value == token):
+    for is_run, values in itertools.groupby(ids, key=lambda value: value == token):
         run = list(values)
         left = -len(row) % chunk
         if is_run and len(run) > chunk:
@@ -430,6 +458,6 @@ def _with_uncut_runs(ids: Sequence[int], token: int, chunk: int) -> list[int]:
                 remedy="use larger chunks",
             )
         if is_run and len(run) > left:
-            row += [GAP] * left
+            row += itertools.repeat(GAP, left)
         row += run
     return row

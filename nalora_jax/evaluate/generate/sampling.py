@@ -33,9 +33,8 @@ class Sampling:
     top_p: Array  # float32 [batch]; kept probability, 1: all
     min_p: Array  # float32 [batch]; minimum probability relative to the maximum, 0: all
     seed: Array  # uint32 [batch]
-    repetition: Array | None = (
-        None  # float32 [batch], penalty of tokens in the text; None: 1 for all rows
-    )
+    # float32 [batch], penalty of tokens in the text; None: 1 for all rows
+    repetition: Array | None = None
 
 
 def make_sampling(
@@ -49,21 +48,26 @@ def make_sampling(
     seeds: Sequence[int] = (0,),
 ) -> Sampling:
     """Returns equal settings for all rows, with ``seeds`` by row; the last seed is repeated."""
-    rows = [*seeds, *[seeds[-1]] * (batch - len(seeds))][:batch]
+    words = np.array([seed & 0xFFFFFFFF for seed in seeds], np.uint32)
+    rows = np.minimum(np.arange(batch), len(seeds) - 1)
+    repetition = None
+    if repetition_penalty != 1:
+        repetition = np.full((batch,), repetition_penalty, np.float32)
     return Sampling(
         temperature=np.full((batch,), temperature, np.float32),
         top_k=np.full((batch,), top_k, np.int32),
         top_p=np.full((batch,), top_p, np.float32),
         min_p=np.full((batch,), min_p, np.float32),
-        seed=np.array([seed & 0xFFFFFFFF for seed in rows], np.uint32),
-        repetition=None
-        if repetition_penalty == 1
-        else np.full((batch,), repetition_penalty, np.float32),
+        seed=words[rows],
+        repetition=repetition,
     )
 
 
 def seen_tokens(
-    sampling: Sampling, tokens: Array, lengths: Array, vocab: int
+    sampling: Sampling,
+    tokens: Array,
+    lengths: Array,
+    vocab: int,
 ) -> jax.Array | None:
     """Returns True for tokens that occur in a prompt; None without a repetition penalty.
 
@@ -80,13 +84,11 @@ def seen_tokens(
         return None
     batch, seq = tokens.shape
     # Padding gets an id outside of the vocabulary, which the update drops.
-    real = (jnp.arange(seq)[None] < lengths[:, None]) & (tokens >= 0)
-    ids = jnp.where(real, tokens, vocab)
-    return (
-        jnp.zeros((batch, vocab), bool)
-        .at[jnp.arange(batch)[:, None], ids]
-        .set(True, mode="drop")
-    )
+    within = jnp.arange(seq)[None] < lengths[:, None]
+    ids = jnp.where(within & (tokens >= 0), tokens, vocab)
+    rows = jnp.arange(batch)[:, None]
+    none = jnp.zeros((batch, vocab), bool)
+    return none.at[rows, ids].set(True, mode="drop")
 
 
 def with_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
@@ -118,9 +120,8 @@ def next_tokens(
     if seen is not None:
         # Keskar et al., arXiv 1909.05858, as in transformers: seen tokens become less likely.
         penalty = jnp.asarray(sampling.repetition)[:, None]
-        logits = jnp.where(
-            seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits
-        )
+        penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
+        logits = jnp.where(seen, penalised, logits)
     greedy = likeliest(logits)
     drawn = lax.cond(
         jnp.any(sampling.temperature > 0),
@@ -130,22 +131,22 @@ def next_tokens(
     return jnp.where(sampling.temperature > 0, drawn, greedy)
 
 
-def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
-    scaled = (
-        logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
-    )
+def _draw(
+    logits: jax.Array,
+    sampling: Sampling,
+    step: jax.Array,
+) -> jax.Array:
+    """Returns one sampled token of each row, by the Gumbel-max trick."""
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    scaled = logits / temperature[:, None]
     allowed = kept_tokens(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
 
     def gumbel(seed: jax.Array) -> jax.Array:
-        return jax.random.gumbel(
-            jax.random.fold_in(jax.random.key(seed), step),
-            logits.shape[-1:],
-            jnp.float32,
-        )
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
-    noisy = jnp.where(allowed, scaled, -jnp.inf) + jax.vmap(gumbel)(
-        jnp.asarray(sampling.seed)
-    )
+    noise = jax.vmap(gumbel)(jnp.asarray(sampling.seed))
+    noisy = jnp.where(allowed, scaled, -jnp.inf) + noise
     return likeliest(noisy)
 
 
@@ -156,16 +157,19 @@ def likeliest(logits: jax.Array) -> jax.Array:
     times slower).
     """
     vocab = logits.shape[-1]
-    at = jnp.where(
-        logits == jnp.max(logits, axis=-1, keepdims=True),
-        jnp.arange(vocab, dtype=jnp.int32)[None],
-        vocab,
-    )
+    indices = jnp.arange(vocab, dtype=jnp.int32)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    at = jnp.where(logits == largest, indices[None], vocab)
     # within the vocabulary even if all are NaN
     return jnp.minimum(jnp.min(at, axis=-1), vocab - 1)
 
 
-def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.Array:
+def kept_tokens(
+    logits: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+) -> jax.Array:
     """Returns True for tokens to sample from.
 
     They are the smallest set of the ``top_k`` most likely tokens with probability ``top_p``,
@@ -191,7 +195,8 @@ def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.
     def nucleus(within: jax.Array) -> jax.Array:
         mass = jnp.where(within, p, 0.0)
         # An infinite limit keeps all; the sum as limit could drop the last token by rounding.
-        limit = jnp.where(top_p < 1, top_p * jnp.sum(mass, axis=-1), jnp.inf)
+        total = jnp.sum(mass, axis=-1)
+        limit = jnp.where(top_p < 1, top_p * total, jnp.inf)
         return within & (p >= _threshold(p, mass, limit))
 
     within = lax.cond(jnp.any(top_k > 0), first_k, lambda: jnp.ones_like(p, bool))
@@ -199,7 +204,11 @@ def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.
     return within & (p >= jnp.asarray(min_p)[:, None])
 
 
-def _threshold(p: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+def _threshold(
+    p: jax.Array,
+    weights: jax.Array,
+    limit: jax.Array,
+) -> jax.Array:
     """Returns the smallest t for which the weights of ``p > t`` sum to less than ``limit``.
 
     ``limit`` is ``[batch]``, the result ``[batch, 1]``.
@@ -211,10 +220,14 @@ def _threshold(p: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
     ) -> tuple[jax.Array, jax.Array]:
         low, high = ends  # the result is in [low, high]
         middle = (low + high) // 2
-        above = jnp.sum(jnp.where(bits > middle[:, None], weights, 0.0), axis=-1)
+        is_above = bits > middle[:, None]
+        above = jnp.sum(jnp.where(is_above, weights, 0.0), axis=-1)
         holds = above < limit
-        return jnp.where(holds, low, middle + 1), jnp.where(holds, middle, high)
+        low = jnp.where(holds, low, middle + 1)
+        high = jnp.where(holds, middle, high)
+        return low, high
 
-    start = jnp.zeros(p.shape[:1], jnp.int32)
-    low, _ = lax.fori_loop(0, _ONE_BITS.bit_length(), halve, (start, start + _ONE_BITS))
+    zero = jnp.zeros(p.shape[:1], jnp.int32)
+    ends = (zero, zero + _ONE_BITS)
+    low, _ = lax.fori_loop(0, _ONE_BITS.bit_length(), halve, ends)
     return lax.bitcast_convert_type(low, jnp.float32)[:, None]

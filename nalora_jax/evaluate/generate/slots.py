@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.errors import NaloraError
@@ -43,9 +42,9 @@ class AdapterSlot:
         """Returns the slot of a base for adapters of at most ``rank``."""
         targets = []
         for path, shape in sorted(projection_shapes(config).items()):
-            targets.append(
-                (path, TargetSpec.even(min(rank, *shape[-2:]), depths(config)[path]))
-            )
+            largest = min(rank, *shape[-2:])
+            target = TargetSpec.even(largest, depths(config)[path])
+            targets.append((path, target))
         return AdapterSlot(config, AdapterSpec(tuple(targets)))
 
     @staticmethod
@@ -81,23 +80,26 @@ class AdapterSlot:
         tables = flatten(lora)
         leaves = {}
         for path, target in self.spec.targets:
-            *lead, d_in, d_out = (
-                len(target.ranks),
-                *projection_shapes(self.config)[path],
-            )
+            *experts, d_in, d_out = projection_shapes(self.config)[path]
+            lead = (len(target.ranks), *experts)
             a = jnp.zeros((*lead, d_in, 0))
             b = jnp.zeros((*lead, 0, d_out))
             if spec.target(path) is not None:
-                a, b = (
-                    jnp.asarray(tables[f"{path}/{name}"], jnp.float32) for name in "ab"
-                )
-                b = b * np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
+                a = jnp.asarray(tables[f"{path}/a"], jnp.float32)
+                b = jnp.asarray(tables[f"{path}/b"], jnp.float32)
+                # [layers] -> [layers, 1, ...]
+                scales = jnp.expand_dims(spec.scales(path), range(1, b.ndim))
+                b = b * scales
             if a.shape[-1] > target.rank:
-                expected = f"at most {target.rank}"
-                remedy = "make the slot with a larger rank"
                 raise NaloraError(
-                    f"{path}: rank", expected=expected, found=a.shape[-1], remedy=remedy
+                    f"{path}: rank",
+                    expected=f"at most {target.rank}",
+                    found=a.shape[-1],
+                    remedy="make the slot with a larger rank",
                 )
-            leaves[f"{path}/a"], leaves[f"{path}/b"] = pad_rank(a, b, target.rank)
-        leaves |= {TABLES[name]: tables[TABLES[name]] for name in spec.saved}
+            a, b = pad_rank(a, b, target.rank)
+            leaves[f"{path}/a"] = a
+            leaves[f"{path}/b"] = b
+        for name in spec.saved:
+            leaves[TABLES[name]] = tables[TABLES[name]]
         return unflatten(leaves)

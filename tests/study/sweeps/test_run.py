@@ -82,6 +82,9 @@ def test_each_run_leaves_what_its_solo_run_leaves(
         for f in (folder, alone.folder)
     ]
     assert listings[0] == listings[1]
+    assert tiny.lines(folder)[0]["runs_in_program"] == len(RATES)
+    assert "runs_in_program" not in tiny.lines(alone.folder)[0]
+    assert f"in a program of {len(RATES)} runs" in Path(swept.page).read_text()
 
 
 def test_a_run_that_diverges_is_frozen_and_reported(swept: SweepResult) -> None:
