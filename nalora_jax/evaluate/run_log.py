@@ -30,7 +30,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             # A last line without a newline is a truncated object, unless only its newline is
             # damaged.
-            is_syntax = isinstance(error, json.JSONDecodeError)
-            is_whole = is_syntax and error.msg == "Extra data"
-            if number == len(lines) and is_syntax and not is_whole:
+            is_torn = (
+                isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
+            )
+            if number == len(lines) and is_torn:
                 break
             raise NaloraError(
                 f"{path}: line {number}",
@@ -343,7 +344,7 @@ def _rows(rows: Any, where: str) -> None:
         raise _error(
             where, f"a list with an entry for every layer, at most {_MAX_LAYERS}", rows
         )
-    numbers = rows
+    numbers: Iterable[Any] = rows
     nested = [row for row in rows if isinstance(row, list)]
     if nested:
         lengths = set(map(len, nested))

@@ -42,6 +42,9 @@ _SETTINGS = 3  # settings in a label
 # also the maximum number of groups
 _GROUP_COLOURS = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
 _MISSING = "–"
+_ACTING = (
+    "mechanisms acted in"  # head of a column, which is left out if no group has a value
+)
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,13 @@ def render_comparison(runs: Sequence[History]) -> str:
     title = f"{len(runs)} runs, {len(groups)} settings"
     if len(groups) == 1:
         title = f"{len(runs)} runs, 1 setting"
+    columns = [_row(group) for group in groups]
+    if all(cells[_ACTING] == _MISSING for cells in columns):
+        for cells in columns:
+            del cells[_ACTING]
     rows = []
-    for group in groups:
-        cells = list(_row(group).values())
-        rows.append((group.label, f"var(--{group.colour})", cells))
+    for group, cells in zip(groups, columns, strict=True):
+        rows.append((group.label, f"var(--{group.colour})", list(cells.values())))
     settings = []
     for name in differing:
         values = [group.settings.get(name, _MISSING) for group in groups]
@@ -109,7 +115,7 @@ def render_comparison(runs: Sequence[History]) -> str:
     return template("compare.html.j2").render(
         css=Markup(resource("style.css")),
         title=title,
-        heads=list(_row(groups[0])),
+        heads=list(columns[0]),
         rows=rows,
         metric=groups[0].metric,
         apart=of_task,
@@ -238,7 +244,7 @@ def _row(group: Group) -> dict[str, str]:
         "difference": _spread(differences, "{:+.3f}".format),
         "loss after": _spread(losses),
         "exported step": ", ".join(exported),
-        "mechanisms acted in": ", ".join(acting),
+        _ACTING: ", ".join(acting),
         "misalignment": _spread([run.last("misalignment") for run in group.runs]),
         "tokens/s": _program_rates(group),
         "time": _spread([run.total("seconds") for run in group.runs], duration),
@@ -401,8 +407,8 @@ def _column(run: History, name: str) -> tuple[np.ndarray, np.ndarray]:
     log steps."""
     if name == "metric":
         at = [score.step for score in run.scores]
-        values = [score.value for score in run.scores]
-        return np.array(at, float), np.array(values)
+        scores = [score.value for score in run.scores]
+        return np.array(at, float), np.array(scores)
     if name in plots.LOSSES:
         return run.column("loss")
     if name != "feature":

@@ -123,7 +123,7 @@ def metric(history: History, axis: Any) -> str | None:
     return name
 
 
-@_plot("tokens-per-second", "Tokens per second over the steps", "", zero=True)
+@_plot("tokens-per-second", "tokens per second over the steps", "", zero=True)
 def speed(history: History, axis: Any) -> str:
     """Plots tokens per second of the compiled program."""
     _draw_noisy(axis, *history.program_rate(), "c3")

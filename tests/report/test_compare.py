@@ -152,3 +152,4 @@ def test_the_page_says_in_how_many_exported_steps_mechanisms_acted(tmp_path: Pat
     ]
     assert cells(render_comparison(runs), "mechanisms acted in") == ["10 of 40 steps", "–"]
     assert "Mechanisms acted in 10 of its 40 steps." in words_of(render(runs[0]))
+    assert "mechanisms acted in" not in render_comparison(runs[1:])
