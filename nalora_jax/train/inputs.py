@@ -76,14 +76,9 @@ def settled(config: RunConfig, width: int, examples: int, noun: str) -> RunConfi
     if config.epochs:
         batch = config.train.batch_size
         steps = max(1, math.ceil(config.epochs * examples / batch))
-        log.info(
-            "%g epochs of %d %s: %d steps of %d",
-            config.epochs,
-            examples,
-            noun,
-            steps,
-            batch,
-        )
+        unit = "epoch" if config.epochs == 1 else "epochs"
+        message = "%g %s of %d %s: %d steps of %d"
+        log.info(message, config.epochs, unit, examples, noun, steps, batch)
         config = replace(config, steps=steps)
     if not config.optimizer.learning_rate:
         config = with_learning_rate(config, width)

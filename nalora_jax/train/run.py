@@ -263,33 +263,31 @@ def restore(job: Job, session: Session) -> TrainState:
     if session.output.resumes:
         state, position = session.checkpointer.restore("latest", state)
         session.batches.set_state(position)
-        _log_resumption(
-            config, int(state.step), session.recorded.get("steps", config.steps)
-        )
+        steps = session.recorded.get("steps", config.steps)
+        _log_resumption(config, int(state.step), steps, session.label)
         session.before = _known_before(session.output, job.inputs.questions)
     session.begin(int(state.step))
     return state
 
 
-def _log_resumption(config: RunConfig, start: int, steps: int) -> None:
+def _log_resumption(config: RunConfig, start: int, steps: int, label: str) -> None:
     """Logs the step that a run resumes from; warns if its learning rates change.
 
     Args:
       config: its settings.
       start: the step.
       steps: its number of steps before it was stopped.
+      label: see `Session`.
     """
     last = ", the last one: no step is left" if start == config.steps else ""
-    log.info("resumed from step %d%s", start, last)
+    log.info("%sresumed from step %d%s", label, start, last)
     if steps != config.steps:
-        was, now = (
-            float(make_schedule(config.optimizer, total)(start))
-            for total in (steps, config.steps)
-        )
+        rate_before = float(make_schedule(config.optimizer, steps)(start))
+        rate = float(make_schedule(config.optimizer, config.steps)(start))
         log.warning(
-            "--steps %d instead of %d: the learning-rate schedule spans the steps, so it goes on at %.2e where it "
-            "was at %.2e; the result is not that of an uninterrupted run",
-            *(config.steps, steps, now, was),
+            "%s--steps %d instead of %d: the learning-rate schedule spans the steps, so it goes on "
+            "at %.2e where it was at %.2e; the result is not that of an uninterrupted run",
+            *(label, config.steps, steps, rate, rate_before),
         )
 
 
@@ -389,7 +387,8 @@ def best_state(job: Job, result: loop.FitResult, session: Session) -> TrainState
     if step is None or step == result.step:
         return result.state
     state, _ = session.checkpointer.restore("best", job.assembly.state)
-    log.info("the best evaluation was at step %d: exporting that one", int(state.step))
+    message = "%sthe best evaluation was at step %d: exporting that one"
+    log.info(message, session.label, int(state.step))
     return state
 
 
@@ -425,8 +424,10 @@ def finish(
     session.progress.say(f"after (step {best}): {describe(after)}")
     first = first_step(job.assembly.mechanisms)
     if best < first:
-        message = "the exported adapter of step %d is that of plain LoRA: mechanisms act from step %d"
-        log.warning(message, best, first)
+        log.warning(
+            "%sthe exported adapter of step %d is that of plain LoRA: mechanisms act from step %d",
+            *(session.label, best, first),
+        )
     spent.end("evaluating the result")
     adapter = folder / ADAPTER
     after = after | {"step": best}

@@ -43,8 +43,10 @@ class Session:
       stop: stop requests.
       callbacks: its callbacks.
       console: of its messages; the terminal, with a progress bar, by default.
+      name: precedes its log messages if other runs train with it.
 
     Attributes:
+      label: start of the log messages about this run alone; "" if no other run trains.
       closing: closes what the run opens: checkpoints, callbacks, progress bar.
       recorded: last recorded settings of a resumed run; {} otherwise.
       before: held-out metrics of the base model, once they are known.
@@ -63,10 +65,12 @@ class Session:
         stop: StopSignals,
         callbacks: Sequence[Callback],
         console: Console | None = None,
+        name: str = "",
     ) -> None:
         self.output = output
         self.stop = stop
         self.console = console
+        self.label = f"{name}: " if name else ""
         self.closing = ExitStack()
         self.recorded: Mapping[str, Any] = {}
         if output.resumes:
@@ -248,18 +252,19 @@ def open_session(
     stop: StopSignals,
     callbacks: Sequence[Callback],
     console: Console | None = None,
+    name: str = "",
 ) -> Iterator[Session]:
     """Locks the folder of a run. Its stages open more, which the caller closes by ``closing``.
 
     Args:
       config: the run's settings, with the folder.
-      stop, callbacks, console: see `Session`.
+      stop, callbacks, console, name: see `Session`.
 
     Raises:
       NaloraError: see `nalora_jax.train.output.open_output`.
     """
     with open_output(config.output, config.resume) as output:
-        yield Session(output, stop, callbacks, console)
+        yield Session(output, stop, callbacks, console, name)
 
 
 def way_on(config: RunConfig) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 
-from nalora_jax.config import DataConfig
-from nalora_jax.train.inputs import open_records
+from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.train.inputs import open_records, settled
 
 
 def test_evaluation_on_what_is_trained_on_is_warned_of(tmp_path, caplog) -> None:
@@ -25,3 +26,11 @@ def test_evaluation_on_what_is_trained_on_is_warned_of(tmp_path, caplog) -> None
         caplog.clear()
         open_records(DataConfig(dataset=str(data), train_split="train", eval_split=eval_split))
         assert ("holds the records that are trained on" in caplog.text) == warned
+
+
+def test_one_epoch_is_logged_in_the_singular(caplog) -> None:
+    caplog.set_level(logging.INFO)
+    steps = [settled(RunConfig(epochs=epochs), 64, 40, "rows").steps for epochs in (1, 1.5)]
+    assert steps == [5, 8]
+    messages = [message for message in caplog.messages if "epoch" in message]
+    assert messages == ["1 epoch of 40 rows: 5 steps of 8", "1.5 epochs of 40 rows: 8 steps of 8"]

@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from nalora_jax.common import buckets, digests, redaction
+from nalora_jax.common import buckets, digests, notes, redaction
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format
 from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
@@ -127,7 +127,7 @@ def sweep(
     first = configs[0].output
     folder = str(epath.Path(buckets.url(first) or first).parent)
     results: _Results = {}
-    with attended() as stop, ExitStack() as stack:
+    with attended() as stop, notes.logged_once(), ExitStack() as stack:
         runs = [_opened(config, data, format, stop, stack) for config in configs]
         distributed.on_first_process(locked)
         groups = values.grouped(runs, _key)
@@ -173,10 +173,12 @@ def _opened(
     """Locks the folder of a run and reads its settings, files and data."""
     config, source = checked_settings(config, data, format, None)
     resume: bool | Literal["auto"] = "auto" if config.resume else False
-    console = _Named(Path(config.output).name)
+    name = Path(config.output).name
     callbacks = make_callbacks(config.callbacks)
     session = stack.enter_context(
-        open_session(replace(config, resume=resume), stop, callbacks, console)
+        open_session(
+            replace(config, resume=resume), stop, callbacks, _Named(name), name
+        )
     )
     return _Run(
         read_inputs(config, kinds.run_kind(config), start, answering, session, source),

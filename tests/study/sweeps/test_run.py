@@ -121,6 +121,12 @@ def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
     )
     assert '"sha256": ' in (tmp_path / "out" / "sweep.json").read_text()
     assert main(["train", "--resume", str(tmp_path / "out"), "--mesh.runs-per-device", "1"]) == 0
+    messages = capsys.readouterr().err.splitlines()
+    data_notes = [message for message in messages if "training data:" in message]
+    assert len(data_notes) == 1
+    assert [message for message in messages if "resumed from step" in message] == [
+        f"learning-rate-{rate}: resumed from step 3" for rate in ("0.02", "0.01")
+    ]
     for folder, rate in zip(swept.runs, ("0.02", "0.01"), strict=True):
         resumed = tmp_path / "out" / f"learning-rate-{rate}"
         _assert_equal(resumed, Path(folder))
