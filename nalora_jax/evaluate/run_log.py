@@ -13,7 +13,8 @@ The key distinguishes the kinds of lines:
 Means are weighted by target tokens. A log step includes the metrics of
 `nalora_jax.train.state_metrics.StateMetrics`. A resumed run removes the line of the step where it
 was stopped, and includes its numbers, which are stored in ``"resumed": {"begun": {...}}``, in its
-next log step.
+next log step. ``"resumed": {"lost_after": 40}`` is the last step before lines that a machine lost
+without copying them to a store.
 
 The evaluations before training and of the exported adapter may contain ``"samples": [{"prompt",
 "answer", "expected", "correct"}]``, the last two optional.
@@ -407,6 +408,7 @@ _LINE: Mapping[str, Check] = {
             "step": _COUNT,
             "begun": _NUMBERS,
             "runs_in_program": _OR_COUNT,
+            "lost_after": _OR_COUNT,
         },
         needed=("step",),
         null=False,

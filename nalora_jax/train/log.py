@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import FILE, read_metrics, to_json
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
 
+log = logging.getLogger(__name__)
+
 
 class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
     """The log ``folder/metrics.jsonl`` of a run; a context manager that closes the file.
@@ -38,6 +41,7 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
     Attributes:
       begun: the line of the step where the resumed run was stopped, if its next log step includes
         those steps; else empty.
+      lost_after: last step in the log of a resumed run if lines up to its checkpoint are missing.
 
     Raises:
       NaloraError: a new run's folder contains a log, or the log to resume is damaged before its
@@ -59,8 +63,14 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         self._resume = resume
         earlier: list[dict[str, Any]] = []
         self.begun: dict[str, Any] = {}
+        self.lost_after: int | None = None
         if resume is not None:
             earlier, self.begun = _rewind(self.path, resume, goes_on=goes_on)
+            last = max(map(_step, earlier), default=0)
+            if last < resume and not self.begun:  # a step with a checkpoint has a line
+                self.lost_after = last
+                message = "%s: the lines of steps %d to %d are lost"
+                log.warning(message, self.path, last + 1, resume)
         self._has_header = any("run" in record for record in earlier)
         self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
@@ -76,6 +86,8 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         machine = {"versions": dict(versions), "device": device}
         if self.begun:
             more["begun"] = self.begun
+        if self.lost_after is not None:
+            more["lost_after"] = self.lost_after
         if self._has_header:
             self.write({"resumed": {"step": self._resume, **machine, **more}})
         else:
@@ -172,9 +184,8 @@ def _rewind(
                     if isinstance(value, int | float)
                 }
                 earlier.remove(record)
-    write_atomically(
-        path, "".join(json.dumps(seal(record)) + "\n" for record in earlier)
-    )
+    lines = [json.dumps(seal(record)) + "\n" for record in earlier]
+    write_atomically(path, "".join(lines))
     return earlier, begun
 
 

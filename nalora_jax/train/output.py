@@ -18,7 +18,8 @@ first fetches the files of the store. Other processes fetch them too, but write 
 In Google's store, all processes write checkpoints directly, through Orbax, and a commit file
 completes each; they are never copied. In other stores, one process copies its checkpoints like the
 other files. The digests are copied first, so that an incomplete copy is detected as damaged, and
-the previous checkpoint is restored.
+the previous checkpoint is restored. The log reaches every store before the checkpoints whose steps
+it contains, so that the log of a resumed run is complete.
 
 Paths are etils' `epath`, which supports ``gs://`` and ``s3://`` through fsspec's packages.
 """
@@ -92,6 +93,14 @@ class Output:
     def checkpoints(self) -> Any:
         """Returns the folder of checkpoints, in `common`."""
         return self.common / CHECKPOINTS
+
+    def copy_log(self) -> None:
+        """Copies the log to the store, before a checkpoint of its last step is written there."""
+        mirror = self.mirror
+        if mirror is None or CHECKPOINTS not in mirror.without:
+            return  # there, a copy of the folder brings log and checkpoints in this order
+        if jax.process_index() == 0:
+            mirror.try_to_push()
 
     def share(self, name: str) -> None:
         """Makes folder ``name`` of the first process readable in all processes; all call it."""
@@ -384,6 +393,7 @@ class Mirror:
     # Size and time of each file at its last copy.
     _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     _copies: threading.Lock = field(default_factory=threading.Lock)
+    _failed: bool = False  # True if the last copy failed
 
     def claim(self) -> None:
         """Records in the store that this machine writes there.
@@ -432,10 +442,7 @@ class Mirror:
             states = {
                 name: _state(self.folder / name) for name in finished(self.folder)
             }
-            # Digests first: they list the files that have to follow.
-            for name in sorted(
-                states, key=lambda name: (Path(name).name != DIGESTS, name)
-            ):
+            for name in sorted(states, key=_order_of_copies):
                 if self._copied.get(name) != states[name]:
                     epath.Path(self.folder / name).copy(
                         self.store / name, overwrite=True
@@ -444,6 +451,20 @@ class Mirror:
             for name in self._copied.keys() - states.keys():
                 (self.store / name).unlink(missing_ok=True)
                 del self._copied[name]
+
+    def try_to_push(self) -> None:
+        """Copies like `push`; warns if the store cannot be written, once until it can again."""
+        try:
+            self.push()
+            self._failed = False
+        except FileNotFoundError:  # the run removed a file during the copy
+            return
+        except Exception as error:
+            # Stores raise any type; the last copy of a run does not suppress it.
+            if not self._failed:
+                message = "%s cannot be written (%s); trying again"
+                log.warning(message, self.where, error)
+            self._failed = True
 
     def names(self) -> list[str]:
         """Returns the names of the run's files in the store."""
@@ -477,21 +498,15 @@ def finished(folder: Path) -> list[str]:
 
 
 def _keep_copying(mirror: Mirror, stop: threading.Event) -> None:
-    warned = False
     while not stop.wait(_EVERY):
-        try:
-            mirror.push()
-            warned = False
-        except FileNotFoundError:  # the run removed a file during the copy
-            continue
-        except (
-            Exception
-        ) as error:  # stores raise any type; the last copy does not suppress it
-            if not warned:
-                log.warning(
-                    "%s cannot be written (%s); trying again", mirror.where, error
-                )
-            warned = True
+        mirror.try_to_push()
+
+
+def _order_of_copies(name: str) -> tuple[bool, bool, str]:
+    """Returns the sort key of a file: digests, which list the files that have to follow, then the
+    log and other files, then the checkpoints of steps in that log."""
+    is_digest = Path(name).name == DIGESTS
+    return not is_digest, name.startswith(f"{CHECKPOINTS}/"), name
 
 
 def store_folder(where: str) -> epath.Path:

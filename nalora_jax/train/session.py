@@ -236,6 +236,7 @@ class Session:
         metrics = None
         if measured is not None and step >= config.adalora.settled_at(config.steps):
             metrics = measured.metrics
+        self.output.copy_log()
         self.checkpointer.save(step, state, self.batches.get_state(), metrics)
         if self.waits_for_writes:
             self.checkpointer.wait()

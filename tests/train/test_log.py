@@ -65,6 +65,19 @@ def test_resume_drops_what_comes_after_the_restored_step(tmp_path):
     assert records[4]["loss"] == 9.0
 
 
+def test_lines_lost_before_the_checkpoint_are_named(tmp_path, caplog):
+    write_steps(tmp_path, [10, 20])
+    with MetricsLog(tmp_path, resume=40) as log:
+        log.start({"steps": 100}, **MACHINE)
+    assert "metrics.jsonl: the lines of steps 21 to 40 are lost" in caplog.text
+    resumed = read_metrics(tmp_path / "metrics.jsonl")[-1]["resumed"]
+    assert resumed == {"step": 40, "lost_after": 20, **MACHINE}
+    caplog.clear()
+    with MetricsLog(tmp_path, resume=40) as log:
+        log.start({"steps": 100}, **MACHINE)
+    assert caplog.text == ""
+
+
 def test_a_line_that_a_crash_tore_is_dropped(tmp_path):
     write_steps(tmp_path, [10, 20])
     path = tmp_path / "metrics.jsonl"

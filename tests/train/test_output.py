@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -21,10 +22,15 @@ from orbax.checkpoint import path as ocp_path
 
 from nalora_jax.common import buckets, locks
 from nalora_jax.common.locks import RUN_LOCK as LOCK
+from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.train import output as output_module
+from nalora_jax.train.callbacks import Callbacks
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
 from nalora_jax.train.output import HOLDER, Resume, open_output
+from nalora_jax.train.preemption import StopSignals
+from nalora_jax.train.session import Session
 from tests import tiny
 
 
@@ -179,6 +185,36 @@ def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(st
         assert (float(state["x"][0]), data) == (1.0, {"row": 1})
         save(again.folder, 5, 6)  # two are kept
     assert not [name for name in store if f"{FOLDER}/1/" in name]
+
+
+def test_the_log_is_in_the_store_before_the_checkpoints_of_its_steps(store):
+    with open_output(URL, False) as output:
+        (output.folder / "metrics.jsonl").write_text("one\n")
+        save(output.folder, 1)
+        (output.folder / "zoo.txt").write_text("last by name")
+    order = [path.removeprefix("/bucket/run/") for path in store]
+    of_checkpoint = [path for path in order if path.startswith(f"{FOLDER}/1/")]
+    last_file = of_checkpoint[-1]
+    assert not last_file.endswith("digests.json")
+    assert order.index("metrics.jsonl") < order.index("zoo.txt") < order.index(last_file)
+
+
+def test_checkpoints_written_directly_to_the_store_follow_the_log(store, monkeypatch):
+    """As in `gs://`; the copies every 30 seconds are too late if the machine goes."""
+    monkeypatch.setattr(output_module, "_DIRECT", "s3://")
+    with open_output(URL, False) as output:
+        session = Session(output, StopSignals(), ())
+        stored = "/bucket/run/metrics.jsonl"
+
+        def save(step: int, *state: object) -> None:
+            assert store[stored].getvalue() == b"line of step 5\n"
+
+        session.job = SimpleNamespace(config=RunConfig())
+        session.batches = SimpleNamespace(get_state=dict)
+        session.checkpointer = SimpleNamespace(save=save, folder=output.checkpoints)
+        session.callbacks = Callbacks(None)
+        (output.folder / "metrics.jsonl").write_text("line of step 5\n")
+        session.save(5, None, None)
 
 
 def test_a_store_that_holds_a_run_or_that_another_machine_writes_to_is_refused(store):
