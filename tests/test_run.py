@@ -413,32 +413,32 @@ def test_a_scaling_that_shortens_the_context_is_refused(long_rows, capsys):
 
 EXAMPLE = {"prompt": "a more", "completion": " z"}
 # A part of the message, and its cause: flags, or the ninth example of the data.
-REFUSED: dict[str, Any] = {
-    "'nothing', which matches nothing": "--lora.rules nothing:4",
-    "missing.jsonl": "--data.dataset missing.jsonl",
-    "--mesh.tensor: expected a divisor of the model": "--mesh.tensor 4",
-    "--train.batch-size": "--mesh.data 4",
-    "chat template": "--data.chat",
-    "--resume: expected a checkpoint": "--resume",
-    "data.jsonl:9: completion: expected an answer": {"prompt": "a", "completion": ""},
-    "the model's context": {"prompt": "a " * 80, "completion": " z"},
-}
+# Options, one record of the data, and a part of the message.
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("--lora.rules nothing:4", EXAMPLE, "'nothing', which matches nothing"),
+    ("--data.dataset missing.jsonl", EXAMPLE, "missing.jsonl"),
+    ("--mesh.tensor 4", EXAMPLE, "--mesh.tensor: expected a divisor of the model"),
+    ("--mesh.data 4", EXAMPLE, "--train.batch-size"),
+    ("--data.chat", EXAMPLE, "chat template"),
+    ("--resume", EXAMPLE, "--resume: expected a checkpoint"),
+    ("", {"prompt": "a", "completion": ""}, "data.jsonl:9: completion: expected an answer"),
+    ("--data.max-length 128", {"prompt": "a " * 80, "completion": " z"}, "the model's context"),
+]
 
 
-@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize(("options", "record", "message"), REFUSED)
 def test_what_cannot_run_is_one_line_and_exit_code_2(
-    settings, tmp_path, monkeypatch, message, capsys
+    settings, tmp_path, monkeypatch, options, record, message, capsys
 ):
     """Before weights are read."""
-    cause, output, data = REFUSED[message], tmp_path / "out", tmp_path / "data.jsonl"
+    output, data = tmp_path / "out", tmp_path / "data.jsonl"
     monkeypatch.setattr(text, "load_weights", None)
-    examples = [EXAMPLE] * 8 + [cause if isinstance(cause, dict) else EXAMPLE] + [EXAMPLE] * 13
+    examples = [*[EXAMPLE] * 8, record, *[EXAMPLE] * 13]
     data.write_text("".join(json.dumps(line) + "\n" for line in examples))
     flags = (
         f"train --model {settings.model} --output {output} --steps 1 --mesh.data 1 --compute.no-compilation-cache"
         f" --train.batch-size 2 --data.dataset {data} --data.train-split train[:90%]"
-        " --data.eval-split train[90%:] --data.too-long error"
-        f" --data.max-length {128 if 'context' in message else 16} {cause if isinstance(cause, str) else ''}"
+        f" --data.eval-split train[90%:] --data.too-long error --data.max-length 16 {options}"
     )
     assert main(flags.split()) == 2
     error = capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_settings_that_do_not_may_change(tmp_path):
     config = RunConfig().to_dict() | {"mechanisms": ["curvature_cap:tau=0.1", "soft"]}
     del config["lora"]["dora"]
     with Checkpointer(tmp_path, fingerprint="sha256:aa", config=config) as checkpoints:
-        checkpoints.save(1, X, {})
+        checkpoints.save(1, X, {"row": 8})
     moved = RunConfig(
         model="elsewhere",
         output="b",
@@ -143,7 +143,9 @@ def test_settings_that_do_not_may_change(tmp_path):
         mechanisms=("curvature_cap", "soft:power=1.0"),
     )
     with opened(tmp_path, moved) as checkpoints:
-        checkpoints.restore("latest", X)
+        restored, data = checkpoints.restore("latest", jax.tree.map(jnp.zeros_like, X))
+    assert_same_bits(restored, X)
+    assert data == {"row": 8}
 
 
 def test_a_setting_newer_than_the_run_counts_as_its_default(tmp_path):
@@ -162,7 +164,8 @@ def test_an_imported_file_is_the_same_by_its_digest_and_not_by_its_path(tmp_path
         checkpoints.save(1, X, {})
     moved = RunConfig(imports=("/home/me@work/loud.py@0123456789ab",))
     with opened(tmp_path, moved) as checkpoints:
-        checkpoints.restore("latest", X)
+        restored, _ = checkpoints.restore("latest", jax.tree.map(jnp.zeros_like, X))
+    assert_same_bits(restored, X)
     changed = RunConfig(imports=("loud.py@ba9876543210",))
     with opened(tmp_path, changed) as checkpoints, pytest.raises(NaloraError, match="imports"):
         checkpoints.restore("latest", X)
@@ -205,6 +208,7 @@ def test_one_flipped_bit_anywhere_in_the_newest_is_found_and_the_one_before_take
     saved_twice(tmp_path / "whole")
     files = [path for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file()]
     names = [path.relative_to(tmp_path / "whole") for path in files]
+    assert {name.parts[1] for name in names} == {"state", "data", "run", "metrics", *NOTES}
     positions = np.random.default_rng(0).integers(0, 2**31, len(names)).tolist()
     for number, (name, position) in enumerate(zip(names, positions, strict=True)):
         folder = tmp_path / str(number) / FOLDER

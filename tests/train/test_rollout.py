@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import jax
@@ -40,13 +39,11 @@ class Counting:
         self.calls += 1
         if self.calls == self.fails_at:
             raise KeyboardInterrupt
-        return len(completion) + record["answer"] / 100
+        return length_reward(prompt, completion, record)
 
 
-def rewarded(reward: Counting) -> tuple[str]:
-    """The name of a reward, which is a function of a module."""
-    vars(sys.modules[__name__])["counting"] = reward
-    return (f"{__name__}:counting",)
+def length_reward(prompt, completion, record) -> float:
+    return len(completion) + record["answer"] / 100
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +59,8 @@ def lora(assembly):
 @pytest.fixture(scope="module")
 def sampler(assembly, tokenizer) -> Sampler:
     made, _ = assembly
-    rl = RLConfig(
-        samples=SAMPLES, max_new_tokens=LIMIT, temperature=0.9, rewards=rewarded(Counting())
-    )
+    rewards = (f"{__name__}:length_reward",)
+    rl = RLConfig(samples=SAMPLES, max_new_tokens=LIMIT, temperature=0.9, rewards=rewards)
     options = {"prompts": len(TEXTS), "seed": 3, "longest": 6, "rows": 8}
     return Sampler(rl, made.eval_model, made.params, tokenizer, made.mesh, **options)
 
@@ -100,13 +96,16 @@ def test_a_rollout_is_a_function_of_seed_step_and_adapter(sampler, tokenizer, as
     np.testing.assert_allclose(first.rewards[:, 0], expected)
 
 
-def test_groups_that_are_complete_are_not_sampled_again(sampler, asked, lora, tmp_path) -> None:
+def test_groups_that_are_complete_are_not_sampled_again(
+    sampler, asked, lora, tmp_path, monkeypatch
+) -> None:
     """A run is interrupted in the reward of the second program's third sample."""
     folder, whole = tmp_path / "rollouts", sampler(lora, 2, asked)
 
     def stored(reward: Counting, lora=lora) -> Samples:
-        rewarded(reward)
-        return replace(sampler, folder=folder)(lora, 2, asked)
+        of_step = replace(sampler, folder=folder)
+        monkeypatch.setattr(of_step._scorer, "_rewards", [reward])
+        return of_step(lora, 2, asked)
 
     with pytest.raises(KeyboardInterrupt):
         stored(Counting(fails_at=2 * SAMPLES + 3))
