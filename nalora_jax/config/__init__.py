@@ -1,4 +1,4 @@
-"""A run's settings: frozen dataclasses that define every default and comment every field.
+"""A run's settings: frozen dataclasses with the default and a comment of every field.
 
 The command line (``train.py``, ``nalora train``) is generated from these classes, including the
 comments. An experiment in ``configs/`` is a Python file whose ``config()`` returns a `RunConfig`
@@ -29,9 +29,9 @@ from nalora_jax.config.settings import (
 from nalora_jax.config.structured import ranges
 
 __all__ = [
-    "RANGES", "AdaLoRAConfig", "ComputeConfig", "DataConfig", "DebugConfig", "LoRAConfig", "LoRARule",
-    "MeshConfig", "OptimizerConfig", "PreferenceConfig", "RLConfig", "Remat", "RunConfig", "TrainConfig",
-    "VisionConfig", "check", "config_from_dict",
+    "RANGES", "AdaLoRAConfig", "ComputeConfig", "DataConfig", "DebugConfig", "LoRAConfig",
+    "LoRARule", "MeshConfig", "OptimizerConfig", "PreferenceConfig", "RLConfig", "Remat",
+    "RunConfig", "TrainConfig", "VisionConfig", "check", "config_from_dict",
 ]  # fmt: skip
 
 RANGES = ranges(RunConfig)  # of every number of a run, by dotted name

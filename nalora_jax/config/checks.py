@@ -33,7 +33,10 @@ def check(config: RunConfig) -> RunConfig:
       NaloraError: names the flag, the expected value and the actual one.
     """
     if not isinstance(config, RunConfig):
-        remedy = "RunConfig(steps=100, lora=LoRAConfig(...)); config_from_dict makes one of nested dicts"
+        remedy = (
+            "RunConfig(steps=100, lora=LoRAConfig(...)); config_from_dict makes one of nested "
+            "dicts"
+        )
         found = f"a {type(config).__name__}"
         raise NaloraError("config", expected="a RunConfig", found=found, remedy=remedy)
     if (wrong := first_wrong(config, lenient=True)) is not None:
@@ -75,7 +78,9 @@ def _limits(config: RunConfig) -> Iterator[_Limits]:
     decoders = {"vision.task": ("", "chat")}
     plain = {"vision.task": ("",), "preference.loss": ("none",)}
     if config.rl.rewards:
-        inits = UNCHANGED if config.rl.beta else (*UNCHANGED, "pissa")
+        inits: tuple[str, ...] = (*UNCHANGED, "pissa")
+        if config.rl.beta:
+            inits = UNCHANGED
         others = {
             "adalora.target_rank": (0,),
             "lora.dropout": (0.0,),
@@ -124,7 +129,10 @@ def _limits(config: RunConfig) -> Iterator[_Limits]:
         )
     if task == "contrast":
         remedy = "use a smaller batch, more devices, or --compute.remat full"
-        cause = '--vision.task "contrast": pairs are told apart from those of their micro-batch only'
+        cause = (
+            '--vision.task "contrast": pairs are told apart from those of their micro-batch '
+            "only"
+        )
         yield _Limits(cause, {"train.accumulate": (1,)}, remedy)
 
 
@@ -133,8 +141,8 @@ def _shown(value: Any) -> str:
 
 
 def _check_run(config: RunConfig) -> None:
-    """Checks the steps, the rows of a batch, and the settings of optimizer, images, rewards and
-    AdaLoRA."""
+    """Checks paths, the traced steps, the rows of a batch, and the settings of optimizer, images,
+    rewards and AdaLoRA."""
     check_path("--output", config.output)
     if config.adapter:
         check_path("--adapter", config.adapter)
@@ -202,7 +210,10 @@ def _check_run(config: RunConfig) -> None:
         )
     if adalora.target_rank:
         highest = max(rule.rank for rule in config.lora.rules)
-        below = f"less than the ranks that the adapters begin with (--lora.rules, at most {highest})"
+        below = (
+            "less than the ranks that the adapters begin with (--lora.rules, at most "
+            f"{highest})"
+        )
         require(
             "--adalora.target-rank",
             adalora.target_rank < highest,
@@ -255,7 +266,10 @@ def _check_tokens(config: RunConfig) -> None:
     require("--data.add-tokens", not both, expected, ", ".join(map(repr, both)))
     if data.add_tokens or data.add_special_tokens:
         trained = saved == {"embed_tokens", "lm_head"} or bool(ids)
-        expected = "embed_tokens lm_head beside added tokens, whose rows are new (or --lora.trainable-token-indices)"
+        expected = (
+            "embed_tokens lm_head beside added tokens, whose rows are new (or "
+            "--lora.trainable-token-indices)"
+        )
         require(
             "--lora.modules-to-save",
             trained,
@@ -295,7 +309,9 @@ def check_path(flag: str, path: object) -> None:
       NaloraError: names the flag.
     """
     text = str(path)
-    shown = repr(text[:80]) + ("..." if len(text) > 80 else "")
+    shown = repr(text[:80])
+    if len(text) > 80:
+        shown += "..."
     require(flag, is_valid_path(text), "a path whose parts have 1 to 255 bytes", shown)
     where = buckets.url(text)
     if where is not None and not buckets.is_url(where):
@@ -304,15 +320,11 @@ def check_path(flag: str, path: object) -> None:
 
 def is_valid_path(text: str) -> bool:
     """Returns True if a file system accepts ``text`` as a path."""
-    longest = max(
-        (len(name.encode(errors="replace")) for name in Path(text).parts), default=0
-    )
-    return (
-        bool(text.strip())
-        and "\0" not in text
-        and longest <= 255
-        and len(text.encode(errors="replace")) < 4096
-    )
+    if not text.strip() or "\0" in text:
+        return False
+    lengths = [len(name.encode(errors="replace")) for name in Path(text).parts]
+    longest = max(lengths, default=0)
+    return longest <= 255 and len(text.encode(errors="replace")) < 4096
 
 
 def require(flag: str, holds: bool, expected: str, value: object) -> None:

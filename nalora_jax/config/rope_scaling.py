@@ -74,11 +74,14 @@ def _value(name: str, text: str, where: str) -> bool | int | float:
         value = None
     if name == "truncate" and isinstance(value, bool):
         return value
-    fits = isinstance(
-        value, int if name == ORIGINAL else int | float
-    ) and not isinstance(value, bool)
+    kind: Any = int | float
+    if name == ORIGINAL:
+        kind = int
+    fits = isinstance(value, kind) and not isinstance(value, bool)
     if name == "truncate" or not fits or not 0 <= value < 2**30:
         special = {"truncate": "true or false", ORIGINAL: "a whole number of tokens"}
         expected = f"{special.get(name, 'a number of 0 or more')} as {name}"
         raise NaloraError(f"{FLAG} {where}", expected=expected, found=repr(text[:40]))
-    return value if name == ORIGINAL else float(value)
+    if name == ORIGINAL:
+        return value
+    return float(value)

@@ -1,4 +1,4 @@
-"""The settings of a run: frozen dataclasses that define every default and comment every field.
+"""The settings of a run: frozen dataclasses with the default and a comment of every field.
 
 The command line is generated from these classes, including the comments; numbers have their range
 in their annotation. The defaults are the main job: SmolLM2-135M-Instruct on SocialIQA, on two CPU
@@ -71,12 +71,10 @@ class LoRARule:
         try:
             if match is None:
                 raise ValueError
-            alpha = match["alpha"]
-            return cls(
-                match["pattern"],
-                int(match["rank"]),
-                None if alpha is None else float(alpha),
-            )
+            alpha = None
+            if match["alpha"] is not None:
+                alpha = float(match["alpha"])
+            return cls(match["pattern"], int(match["rank"]), alpha)
         except ValueError:
             expected = "PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16'"
             raise NaloraError("rule", expected=expected, found=repr(text)) from None
@@ -161,7 +159,9 @@ class AdaLoRAConfig:
 
         Without AdaLoRA it is 0.
         """
-        return self.steps(total)[1] if self.target_rank else 0
+        if not self.target_rank:
+            return 0
+        return self.steps(total)[1]
 
 
 @dataclass(frozen=True)
@@ -345,13 +345,15 @@ class ComputeConfig:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a base weight that is not quantized."""
+        """Returns the bytes of a base weight that is not quantized."""
         return {"bfloat16": 2, "float32": 4}[self.dtype]
 
     @property
     def quantized(self) -> Literal["int8", "nf4", "mxfp4"] | None:
-        """The storage of the projections; None if they are not quantized."""
-        return None if self.quantize == "none" else self.quantize
+        """Returns the storage of the projections; None if they are not quantized."""
+        if self.quantize == "none":
+            return None
+        return self.quantize
 
 
 @dataclass(frozen=True)
@@ -486,7 +488,7 @@ class RLConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How a completion is sampled, by the definitions of transformers."""
+    """Settings of sampling, as transformers defines them."""
 
     # Maximum number of generated tokens; fewer at the end of the context.
     max_new_tokens: Annotated[int, TOKENS] = 128

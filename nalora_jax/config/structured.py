@@ -54,17 +54,22 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         """Returns True if ``value`` is in the range; nan and infinities never are."""
-        kind: Any = Integral if self.noun == "a whole number" else Real
+        kind: Any = Real
+        if self.noun == "a whole number":
+            kind = Integral
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
         low, high = (float(edge) for edge in self.interval[1:-1].split(","))
-        above = value > low if self.interval[0] == "(" else value >= low
-        below = value < high if self.interval[-1] == ")" else value <= high
+        above = value > low or (value == low and self.interval[0] == "[")
+        below = value < high or (value == high and self.interval[-1] == "]")
         return bool((above and below) or value == self.also)
 
     def __str__(self) -> str:
         """Returns the range as text for an error message."""
-        return f"{'' if self.also is None else f'{self.also} or '}{self.noun} in {self.interval}"
+        text = f"{self.noun} in {self.interval}"
+        if self.also is None:
+            return text
+        return f"{self.also} or {text}"
 
 
 _INDEX = 2**31 - 1  # the largest int32, JAX's integer type
@@ -120,8 +125,9 @@ def check_ranges(values: object, where: str = "--") -> None:
     for name, allowed in ranges(type(values)).items():
         value: Any = reduce(getattr, name.split("."), values)
         if value is not None and not allowed.holds(value):
-            place = where + (name.replace("_", "-") if where == "--" else name)
-            raise NaloraError(place, expected=allowed, found=value)
+            if where == "--":
+                name = name.replace("_", "-")
+            raise NaloraError(where + name, expected=allowed, found=value)
 
 
 # ---------------------------------------------------------------- types
@@ -159,15 +165,13 @@ def first_wrong(
             lenient and has_type(_plain(value), hint)
         ):
             return WrongType(name, hint, value)
-        parts = enumerate(value) if isinstance(value, tuple) else ()
-        for place, item in (
-            (f"{name}.", value),
-            *((f"{name}[{index}].", item) for index, item in parts),
-        ):
-            if (
-                is_dataclass(item)
-                and (wrong := first_wrong(item, place, lenient=lenient)) is not None
-            ):
+        parts = {f"{name}.": value}
+        if isinstance(value, tuple):
+            parts |= {f"{name}[{index}].": item for index, item in enumerate(value)}
+        for place, item in parts.items():
+            if not is_dataclass(item):
+                continue
+            if (wrong := first_wrong(item, place, lenient=lenient)) is not None:
                 return wrong
     return None
 
@@ -255,7 +259,7 @@ def structured(
     for name, value in table.items():
         place = f"{where}{name}"
         if name in entries:
-            inner = None if base is None else getattr(base, name)
+            inner = getattr(base, name, None)
             values[name] = _read(hints[name], value, place, inner, ignore_unknown)
         elif not ignore_unknown:
             raise unknown(place, str(name), entries, f"a field of {kind.__name__}")
@@ -274,7 +278,9 @@ def structured(
 def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) -> Any:
     """Returns a value of a table with the type of its field."""
     extras = getattr(hint, "__metadata__", ())
-    kind = get_args(hint)[0] if extras else hint
+    kind = hint
+    if extras:
+        kind = get_args(hint)[0]
     origin = get_origin(kind)
     inner = get_args(kind)
     if is_dataclass(kind):
@@ -298,7 +304,9 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
         return kind(0)
     read = partial(_read, base=None, ignore_unknown=ignore_unknown)
     if origin is tuple and isinstance(value, list | tuple):
-        hints = [inner[0]] * len(value) if inner[1:] == (...,) else inner
+        hints = inner
+        if inner[1:] == (...,):
+            hints = (inner[0],) * len(value)
         if len(hints) == len(value):
             pairs = enumerate(zip(hints, value, strict=True))
             return tuple(
@@ -310,7 +318,9 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
             name: read(inner[1], item, f"{place}.{name}")
             for name, item in value.items()
         }
-    kinds = inner if origin in (Union, UnionType) else (kind,)
+    kinds = (kind,)
+    if origin in (Union, UnionType):
+        kinds = inner
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             value = float(value)
@@ -400,15 +410,16 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
         candidate.lstrip("-").rpartition(".")[2]: candidate
         for candidate in reversed(names)
     }
-    return next(
-        iter(
-            [candidate for candidate in names if candidate.startswith(name)]
-            or difflib.get_close_matches(name, names, 1, 0.8)
-            or [parts[part] for part in difflib.get_close_matches(last, parts, 1, 0.8)]
-            or difflib.get_close_matches(name, names, 1, 0.6)
-        ),
-        None,
-    )
+    for candidate in names:
+        if candidate.startswith(name):
+            return candidate
+    if similar := difflib.get_close_matches(name, names, 1, 0.8):
+        return similar[0]
+    if similar := difflib.get_close_matches(last, parts, 1, 0.8):
+        return parts[similar[0]]
+    if similar := difflib.get_close_matches(name, names, 1, 0.6):
+        return similar[0]
+    return None
 
 
 # ---------------------------------------------------------------- documentation
@@ -420,14 +431,12 @@ def field_comments(kind: type) -> Mapping[str, str]:
     lines = inspect.getsource(kind).splitlines()
     comments = {}
     for field in fields(kind):
-        at = start = next(
-            (
-                i
-                for i, line in enumerate(lines)
-                if line.startswith(f"    {field.name}:")
-            ),
-            0,
-        )
+        at = 0
+        while at < len(lines) and not lines[at].startswith(f"    {field.name}:"):
+            at += 1
+        if at == len(lines):  # inherited
+            at = 0
+        start = at
         while start and lines[start - 1].startswith("    #"):
             start -= 1
         comments[field.name] = " ".join(
