@@ -141,9 +141,10 @@ def _budgets(
         first += int(used.sum())
         last += config.target_rank * int(used.any(-1).sum())
     if last >= first:
+        mean_rank = first * config.target_rank / last
         raise NaloraError(
             "--adalora.target-rank",
-            expected=f"less than the mean rank that the adapters begin with ({first * config.target_rank / last:g})",
+            expected=f"less than the mean rank that the adapters begin with ({mean_rank:g})",
             found=config.target_rank,
             remedy="raise the ranks in --lora.rules: AdaLoRA takes ranks away",
         )

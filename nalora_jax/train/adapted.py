@@ -38,13 +38,13 @@ class AdaptedModel:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables for ``module.apply``."""
+        """Returns the variables for ``module.apply``."""
         collections = {"params": self.base.params, "lora": self.lora}
         return {name: tree for name, tree in collections.items() if tree is not None}
 
     @property
     def spec(self) -> AdapterSpec:
-        """Ranks and alphas of the adapter; empty without one."""
+        """Returns ranks and alphas of the adapter; empty without one."""
         return self.module.adapters
 
 

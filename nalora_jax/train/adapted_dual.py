@@ -29,7 +29,7 @@ class AdaptedDual:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables for the encoders."""
+        """Returns the variables for the encoders."""
         collections = {"params": self.base.params, "lora": self.lora}
         return {name: tree for name, tree in collections.items() if tree is not None}
 
@@ -46,7 +46,7 @@ def load_adapted_dual(
       dtype: of the base weights; by default the run's, otherwise float32.
 
     Raises:
-      NaloraError: see `nalora_jax.train.adapted.locate` and `load_dual`.
+      NaloraError: see `nalora_jax.train.located.locate` and `load_dual`.
     """
     located = locate(model, adapter)
     run = config_from_dict(located.run)

@@ -95,7 +95,8 @@ class Callbacks(AbstractContextManager["Callbacks"]):
     def __init__(
         self, log: Callback | None, callbacks: Sequence[Callback] = ()
     ) -> None:
-        self._own, self._others = log, list(callbacks)
+        self._own = log
+        self._others = list(callbacks)
 
     def start(self, started: Started) -> None:
         """Calls ``on_start`` of all callbacks, the run's log last.

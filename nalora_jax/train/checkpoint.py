@@ -384,9 +384,8 @@ def _io_errors(where: str, expected: str) -> Iterator[None]:
         yield
     except NaloraError:
         raise
-    except (
-        Exception
-    ) as error:  # storage layers raise any type, including bare Exception
+    except Exception as error:
+        # Storage layers raise any type, including bare Exception.
         raise NaloraError(where, expected=expected, found=_reason(error)) from error
 
 

@@ -131,8 +131,8 @@ def warn_if_changed(config: RunConfig) -> None:
         return
     if digest != config.adapter_sha256:
         log.warning(
-            "%s has changed since the run started from it (SHA-256 %s..., then %s...): the run resumes from its "
-            "checkpoint, so the change has no effect",
+            "%s has changed since the run started from it (SHA-256 %s..., then %s...): the run "
+            "resumes from its checkpoint, so the change has no effect",
             *(config.adapter, digest[:16], config.adapter_sha256[:16]),
         )
 
@@ -249,7 +249,8 @@ def check_equal(run: AdapterSpec, adapter: AdapterSpec, folder: Path) -> None:
                 flag,
                 expected=f"{expected}, as in the adapter {folder}",
                 found=found,
-                remedy=f"leave {flag} out: a run continues an adapter with the adapter's own settings",
+                remedy=f"leave {flag} out: a run continues an adapter with the settings of the "
+                "adapter",
             )
 
 
@@ -317,7 +318,8 @@ def _with_tokens(
         )
         raise NaloraError(
             str(folder),
-            expected="added tokens whose ids follow the base's, special ones first, and a row for each",
+            expected="added tokens whose ids follow the base's, special ones first, and a row "
+            "for each",
             found=f"{listed}, and tables of {config.vocab_size} rows",
             remedy="merge the adapter (nalora merge), and train a new one on the result",
         )

@@ -41,7 +41,8 @@ def open_records(
     """
     train, held_out = open_pair(data, source=source)
     ((first, *_), _) = train.read([0]), held_out.read([0])
-    log.info("%s: %s", train.name, form_of(first, data) or f"fields {', '.join(first)}")
+    form = form_of(first, data)
+    log.info("%s: %s", train.name, form or f"fields {', '.join(first)}")
     if isinstance(train, MixedSource):
         log.info("records of an epoch: %s", train.describe())
     drawn = [
@@ -90,8 +91,8 @@ def settled(config: RunConfig, width: int, examples: int, noun: str) -> RunConfi
 
 
 def stream_shape(config: RunConfig, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Returns the arguments of a stream of training rows that a run's settings and mesh
-    determine."""
+    """Returns batch size, micro-batches and seed of the training rows, and with a mesh the rows of
+    this process."""
     train = config.train
     shape = {
         "batch_size": train.batch_size,
@@ -105,10 +106,10 @@ def stream_shape(config: RunConfig, mesh: Mesh | None = None) -> dict[str, Any]:
 
 
 def check_longest(longest: int, base: ModelConfig) -> None:
-    """Checks that the longest row example of the training data fits the model's context.
+    """Checks that the longest example of the training data fits the model's context.
 
     Raises:
-      NaloraError: it does not.
+      NaloraError: the example is longer.
     """
     context = base.max_positions
     if longest > context:
@@ -116,7 +117,8 @@ def check_longest(longest: int, base: ModelConfig) -> None:
             "training data",
             expected=f"examples of at most {context} tokens, the model's context",
             found=f"one of {longest}",
-            remedy=f"set --data.max-length to {context} or less, or extend the context by --model.rope-scaling",
+            remedy=f"set --data.max-length to {context} or less, or extend the context by "
+            "--model.rope-scaling",
         )
 
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 def original(loaded: LoadedModel | LoadedDual) -> str:
     """Returns the name under which other tools load the base: of a copy, its original's hub id."""
-    return (loaded.origin and loaded.origin.copy_of) or loaded.source
+    origin = loaded.origin
+    if origin is not None and origin.copy_of:
+        return origin.copy_of
+    return loaded.source
 
 
 class TrainingRows(Protocol):
@@ -41,8 +44,7 @@ class TrainingRows(Protocol):
 
 @dataclass(frozen=True)
 class Inputs:
-    """A run before its weights are read: all that ``--dry-run`` prints, and all that any layout has
-    in common."""
+    """A run before its weights are read: what ``--dry-run`` prints, the same in any layout."""
 
     config: RunConfig  # with concrete learning rate, sequence length, steps and evaluation interval
     # architecture, with rows for added tokens; None for image and text encoders
@@ -53,9 +55,8 @@ class Inputs:
     # examples that results are reported on, and others that select the checkpoint
     held_out: tuple[Any, Any]
     questions: Mapping[str, str]  # digests of both
-    in_turns: bool | None = (
-        None  # True if the training texts are formatted by a chat template
-    )
+    # True if the training texts are formatted by a chat template; None without texts
+    in_turns: bool | None = None
     start: Start | None = None  # makes the initial adapters
     answering: Answering | None = None  # completes held-out prompts for the report
 
@@ -80,12 +81,12 @@ class Job:
 
 
 class Start(Protocol):
-    """The adapters that a run starts from: a module with these three functions."""
+    """Makes the adapters that a run starts from: a module with these three functions."""
 
     def with_adapter(
         self, config: RunConfig, recorded: Mapping[str, Any] | None, /
     ) -> RunConfig:
-        """Takes settings over from the adapter on disk that a run continues."""
+        """Returns ``config`` with the settings of the adapter on disk that the run continues."""
 
     def with_start(
         self, assembly: Assembly, loaded: Any, data: TrainingRows, output: Output, /
@@ -100,7 +101,7 @@ class Start(Protocol):
 
 
 class Kind(Protocol):
-    """A kind of run: a module with these four functions."""
+    """A kind of run: a module with these four functions; see `DecoderKind` for the fifth."""
 
     def open_inputs(
         self, config: RunConfig, source: Mapping[str, Source] | None, /
@@ -137,4 +138,16 @@ class Kind(Protocol):
         """Writes the adapter of a state to a folder and verifies it by reloading.
 
         ``share`` makes a folder of the first process readable in all processes.
+        """
+
+
+class DecoderKind(Kind, Protocol):
+    """A kind of run on a decoder: a module with the functions of `Kind` and this one."""
+
+    def program_parts(self, config: RunConfig, processor: Any, /) -> dict[str, Any]:
+        """Returns the arguments of `nalora_jax.train.program.assemble` that differ between kinds.
+
+        Args:
+          config: of the run.
+          processor: of the images of a model that sees; None for other models.
         """

@@ -178,14 +178,10 @@ def found_adapter(path: Path) -> Path | None:
         return _copied_adapter(url)
     if not can_exist(path / ADAPTER / CONFIG_NAME):
         return None
-    return next(
-        (
-            folder
-            for folder in (path, path / ADAPTER)
-            if (folder / CONFIG_NAME).is_file()
-        ),
-        None,
-    )
+    for folder in (path, path / ADAPTER):
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    return None
 
 
 def _copied_adapter(url: str) -> Path | None:

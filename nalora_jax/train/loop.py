@@ -64,9 +64,8 @@ class Schedule:
     log_every: int
     eval_every: int
     save_every: int
-    patience: int = (
-        0  # evaluations without a better metric before stopping; 0: never stop early
-    )
+    # Evaluations without a better metric before stopping; 0: never stop early.
+    patience: int = 0
 
     @classmethod
     def of(cls, config: RunConfig) -> Schedule:
@@ -102,9 +101,8 @@ class FitResult:
     # (step, held-out metric)
     metrics: list[tuple[int, float]] = field(default_factory=list)
     stopped_early: bool = False
-    interrupted: bool = (
-        False  # stopped by request; the state was saved, but not evaluated
-    )
+    # Stopped by request; the state was saved, but not evaluated.
+    interrupted: bool = False
 
 
 def run_steps(
@@ -140,7 +138,8 @@ def run_steps(
         with profile.step(step, state):
             state, metrics = step_fn(params, state, batch)
         profile.end(step, metrics)
-        if not follower.after(step, metrics, lambda: state):  # noqa: B023  (called before the next step)
+        # The function is called before the next step.
+        if not follower.after(step, metrics, lambda: state):  # noqa: B023
             break
     return follower.result
 
@@ -307,17 +306,18 @@ class _Meter:
         A record that is not complete has ``target_tokens``, the weight of its means.
         """
         names = ("loss", "tokens", "target_tokens", "grad_norm")
-        slim = [
-            {k: m[k] for k in names} | dict(m.get("measured", {}))
-            for _, m in self._steps
-        ]
-        fetched = jax.device_get(
-            (slim, self._steps[-1][1]["layers"], self._steps[-1][1].get("idle", {}))
+        numbers = []
+        for _, metrics in self._steps:
+            named = {name: metrics[name] for name in names}
+            numbers.append(named | dict(metrics.get("measured", {})))
+        last_step, last_metrics = self._steps[-1]
+        fetched, layers, idle = jax.device_get(
+            (numbers, last_metrics["layers"], last_metrics.get("idle", {}))
         )
         seconds = time.perf_counter() - self._since
-        rows: list[dict[str, float]] = [
-            {k: float(v) for k, v in row.items()} for row in fetched[0]
-        ]
+        rows: list[dict[str, float]] = []
+        for values in fetched:
+            rows.append({name: float(value) for name, value in values.items()})
         for (step, _), row in zip(self._steps, rows, strict=True):
             if not math.isfinite(row["loss"]):
                 raise TrainingDivergedError(
@@ -326,7 +326,7 @@ class _Meter:
                     found=row["loss"],
                     remedy=_ANEW,
                 )
-        _require_acting(self._steps[-1][0], fetched[2])
+        _require_acting(last_step, idle)
         timed = rows[len(rows) - self._timed :]
         spent = seconds
         if self._begun:  # its means have the weight of all its steps
@@ -336,15 +336,16 @@ class _Meter:
             spent += begun.pop("seconds")
             rows.insert(0, begun)
         targets = sum(row["target_tokens"] for row in rows)
+        loss = sum(row["loss"] * row["target_tokens"] for row in rows)
+        tokens_per_second = None
+        if timed:
+            tokens_per_second = sum(row["tokens"] for row in timed) / seconds
         record = {
-            "loss": sum(row["loss"] * row["target_tokens"] for row in rows)
-            / max(targets, 1.0),
+            "loss": loss / max(targets, 1.0),
             "learning_rate": learning_rate,
             "grad_norm": rows[-1]["grad_norm"],
             "tokens": sum(row["tokens"] for row in rows),
-            "tokens_per_second": sum(row["tokens"] for row in timed) / seconds
-            if timed
-            else None,
+            "tokens_per_second": tokens_per_second,
             "seconds": spent,
         }
         for name in sorted({*rows[0]} - {*names}):
@@ -353,10 +354,9 @@ class _Meter:
             weight = sum(row["target_tokens"] for row in known)
             record[name] = math.nan
             if known:
-                record[name] = sum(
-                    row[name] * row["target_tokens"] for row in known
-                ) / max(weight, 1.0)
-        record |= summarise_layers(fetched[1])
+                total = sum(row[name] * row["target_tokens"] for row in known)
+                record[name] = total / max(weight, 1.0)
+        record |= summarise_layers(layers)
         if not complete:
             record["target_tokens"] = targets
         self._steps = []
@@ -376,9 +376,11 @@ def _require_acting(step: int, idle: Mapping[str, Any]) -> None:
     if silent:
         raise NaloraError(
             f"step {step}: {', '.join(silent)}",
-            expected="statistics of the gates ten steps after the warm-up, so that the mechanism acts",
+            expected="statistics of the gates ten steps after the warm-up, so that the "
+            "mechanism acts",
             found="no token measured",
-            remedy="look at what the batches hold and at --compute.stats-stride, or switch the mechanism off",
+            remedy="check the content of the batches and --compute.stats-stride, or switch the "
+            "mechanism off",
         )
 
 
@@ -389,11 +391,10 @@ def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str
     """
     if not blocks:
         return {}
-    names = next(iter(blocks.values()))
-    layers = {
-        name: np.concatenate([np.asarray(block[name]) for block in blocks.values()])
-        for name in names
-    }
+    layers = {}
+    for name in next(iter(blocks.values())):
+        of_blocks = [np.asarray(block[name]) for block in blocks.values()]
+        layers[name] = np.concatenate(of_blocks)
     rows = {
         path.partition("/")[0]: len(block["feature"]) for path, block in blocks.items()
     }

@@ -139,7 +139,7 @@ class NextToken:
 
     @property
     def is_compact(self) -> bool:
-        """True if the loss gathers the rows that have a target."""
+        """Returns True if the loss gathers the rows that have a target."""
         return self.batch_shards == 1 and not self.has_runs
 
     def cross_entropy(

@@ -76,7 +76,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     rates are equal to transformers' rates.
     """
     if not config.learning_rate:
-        remedy = "nalora_jax.train.optimizers decides it"
+        remedy = "set a rate: only a training run has an automatic one"
         raise NaloraError(
             "--optimizer.learning-rate",
             expected="a number above 0",

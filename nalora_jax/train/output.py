@@ -69,7 +69,8 @@ _BEGINNING = {
     PROFILE,
 }
 _BEGINNING |= {ROLLOUTS, "rollouts"}  # with rewards
-_SEEN_WITHIN = 20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
+# Seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds.
+_SEEN_WITHIN = 20.0
 
 Resume = bool | Literal["auto"]
 
@@ -118,8 +119,8 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
     lock.
 
     Args:
-      folder: a folder on storage that all processes share, or a URL (`nalora_jax.train.output`);
-        several processes need ``gs://``.
+      folder: a folder on storage that all processes share, or a URL; several processes need
+        ``gs://``.
       resume: resume the run in the folder. "auto" resumes if there is a checkpoint, and otherwise
         starts a new run, replacing the log of a run that stopped before its first checkpoint.
 
@@ -195,8 +196,8 @@ def check_shared(folder: Any) -> None:
             f"--output {folder}",
             expected=f"a folder that all {len(visible_to)} processes share",
             found=f"one that process {blind} does not see",
-            remedy="name a folder on storage that is mounted on every host (NFS, Filestore), or a bucket (gs://...) "
-            "that every host may read and write",
+            remedy="name a folder on storage that is mounted on every host (NFS, Filestore), or a "
+            "bucket (gs://...) that every host may read and write",
         )
 
 
@@ -275,9 +276,15 @@ def _require_checkpoint(path: Path, checkpoints: Any) -> None:
         return
     remedy = "start without --resume, or name the run's own --output"
     if (path / "adapter_config.json").exists():
-        remedy = f"the folder is an adapter, not a run: continue it with --adapter {path} and a new --output"
+        remedy = (
+            f"the folder is an adapter, not a run: continue it with --adapter {path} and a new "
+            "--output"
+        )
     elif _files(path) and set(_files(path)) <= _BEGINNING:
-        remedy = "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
+        remedy = (
+            "the run in it stopped before its first checkpoint: delete the folder, or start in "
+            "another one"
+        )
     raise NaloraError(
         "--resume",
         expected=f"a checkpoint in {checkpoints}",
@@ -294,9 +301,8 @@ def _files(path: Path) -> list[str]:
 
 
 log = logging.getLogger(__name__)
-HOLDER = (
-    "lock"  # in the store: the machine that copies to it, and the time of its last copy
-)
+# In the store: the machine that copies to it, and the time of its last copy.
+HOLDER = "lock"
 _EVERY = 30.0  # seconds between two copies
 _DIRECT = "gs://"  # paths that Orbax and TensorStore write directly
 
@@ -387,9 +393,8 @@ class Mirror:
     where: str
     store: epath.Path
     folder: Path
-    without: tuple[
-        str, ...
-    ] = ()  # folders at its top that are neither fetched nor copied
+    # Folders at its top that are neither fetched nor copied.
+    without: tuple[str, ...] = ()
     # Size and time of each file at its last copy.
     _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     _copies: threading.Lock = field(default_factory=threading.Lock)
@@ -409,12 +414,15 @@ class Mirror:
             except (ValueError, KeyError, TypeError, RecursionError):
                 holder = {}
                 age = 0.0
-            if holder.get("host") != socket.gethostname() and age < 4 * _EVERY:
+            longest = 4 * _EVERY
+            if holder.get("host") != socket.gethostname() and age < longest:
+                host = holder.get("host", "another machine")
                 raise NaloraError(
                     f"--output {self.where}",
                     expected="a folder that no other run writes to",
-                    found=f"that {holder.get('host', 'another machine')} wrote to it {age:.0f} seconds ago",
-                    remedy=f"wait for that run or stop it; if it is gone, start again in {4 * _EVERY:.0f} seconds",
+                    found=f"that {host} wrote to it {age:.0f} seconds ago",
+                    remedy="wait for that run or stop it; if it is gone, start again in "
+                    f"{longest:.0f} seconds",
                 )
         self._sign()
 

@@ -1,9 +1,9 @@
 """Policy gradients (`nalora_jax.ops.policy_losses`) as an objective of the training step.
 
 As in `nalora_jax.train.kinds.preference`, the loss depends on tokens only through their
-log-probabilities, so its gradient is that of a cross-entropy whose weights are the derivatives of
-the loss by the log-probabilities, and logits are computed in chunks. The base is the same weights
-with the adapter off.
+log-probabilities. So its gradient is the gradient of a cross-entropy whose weights are the
+derivatives of the loss by the log-probabilities, and logits are computed in chunks. The base model
+has the same weights with the adapter off.
 
 A batch has the arrays of text, one sample a row, whose loss weights are 1 for the sample's tokens,
 and
@@ -11,10 +11,9 @@ and
     advantages  [rows]
     real        [rows]       0 for rows of padding
     sampled     [rows, seq]  log-probability of each target when it was sampled, by the generator
-    old         [rows, seq]  the same by the training program before the first of several updates;
-    absent if
-                             there is one update, which computes it
-    base        [rows, seq]  the same by the base; absent if the update computes it for its loss
+    old         [rows, seq]  log-probability by the training program before the first of several
+                             updates; absent with one update, which computes it
+    base        [rows, seq]  log-probability by the base; absent if the update computes it
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ class Policy:
 
     @property
     def policy(self) -> NextToken:
-        """The objective whose logits are divided by the temperature: c tanh(s x / c) / T has scale
-        s / T, cap c / T."""
+        """Returns the objective whose logits are divided by the temperature: c tanh(s x / c) / T
+        has scale s / T and cap c / T."""
         head = self.text.head
         t = self.temperature
         return replace(
@@ -100,7 +99,7 @@ class Policy:
         return through_surrogate(value, surrogate, measured)
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Returns the numbers of real tokens, and of what the loss is a mean over."""
+        """Returns the number of real tokens and the denominator of the loss."""
         return self.text.counts(batch)[0], denominator(
             batch["loss_weights"], batch["real"], self.settings
         )

@@ -26,11 +26,12 @@ from jax.experimental import multihost_utils
 
 from nalora_jax.errors import Interrupted
 
-_PATIENCE = 30.0  # seconds after the first signal in which another one is taken for the same request
+# Seconds after the first signal in which another one is taken for the same request.
+_PATIENCE = 30.0
 
 
 class StopSignals:
-    """Stop requests that a run received, from `nalora_jax.train.preemption.stop_signals`."""
+    """Stop requests that a run received, from `stop_signals`."""
 
     def __init__(self) -> None:
         self._polled = False

@@ -58,9 +58,8 @@ class Profile(AbstractContextManager["Profile"]):
     def _start(self, step: int) -> None:
         scratch = self._tracing.enter_context(tempfile.TemporaryDirectory())
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = (
-            0  # the Python tracer slows down the steps that it times
-        )
+        # The Python tracer slows down the steps that it times.
+        options.python_tracer_level = 0
         try:
             jax.profiler.start_trace(scratch, profiler_options=options)
         except RuntimeError as error:

@@ -153,8 +153,8 @@ MakeObjective = Callable[[NextToken], Objective]
 
 
 def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
-    """Raises an error if an axis splits what must be whole, or for another start of a model that
-    sees."""
+    """Checks that the mesh splits no attention head and no row that must be whole, and that
+    adapters of a model that sees have the default initialization."""
     distributed.check_heads(
         mesh.shape["tensor"], n_heads=base.n_heads, n_kv_heads=key_heads(base)
     )
@@ -182,7 +182,7 @@ def decoder_program(
     """Returns the program of a decoder.
 
     Args:
-      config, base, mesh, last, objective, module: see `nalora_jax.train.program.assemble`.
+      config, base, mesh, last, objective, module: see `assemble`.
       spec: the adapters.
       model: of another program that this one shares it with.
     """

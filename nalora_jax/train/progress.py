@@ -33,8 +33,7 @@ class Progress:
       ...     for step in range(1, 101):
       ...         progress.advance(step)                      # every step; touches no device value
       ...         if step % 10 == 0:
-      ...             progress.log(step, {"loss": 3.2, "learning_rate": 1e-3, "tokens_per_second":
-      900.0})
+      ...             progress.log(step, {"loss": 3.2, "learning_rate": 1e-3})
     """
 
     def __init__(

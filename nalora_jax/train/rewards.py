@@ -41,8 +41,7 @@ def register_reward(name: str) -> Callable[[Kind], Kind]:
     """Returns a decorator that registers a reward under ``name``.
 
     It decorates a function ``(prompt, completion, record) -> float``, or a dataclass whose
-    instances are
-    such functions: ``name:field=value`` sets its fields.
+    instances are such functions: ``name:field=value`` sets its fields.
     """
     return _REWARDS.decorator(name)
 
@@ -91,7 +90,7 @@ def choice_reward(prompt: str, completion: str, record: Record) -> float:
 @register_reward("regex")
 @dataclass(frozen=True)
 class Regex:
-    """Reward of a pattern."""
+    """Reward of completions that match a pattern."""
 
     pattern: str = ""
 
@@ -103,7 +102,7 @@ class Regex:
 @register_reward("format")
 @dataclass(frozen=True)
 class Format:
-    """Reward of thoughts in tags."""
+    """Reward of completions with thoughts in tags."""
 
     tag: str = "think"
 
@@ -165,7 +164,8 @@ class Scorer:
     """
 
     def __init__(self, rl: RLConfig) -> None:
-        self._rl, self._rewards = rl, [make_reward(name) for name in rl.rewards]
+        self._rl = rl
+        self._rewards = [make_reward(name) for name in rl.rewards]
 
     def __call__(
         self,
@@ -203,7 +203,8 @@ class Scorer:
                         f"reward {name} of {where[row]}",
                         expected=expected,
                         found=f"{described(error)} for the completion {sample[1][:80]!r}",
-                        remedy="mend the reward, or pass --rl.ignore-reward-errors: such samples have no reward",
+                        remedy="mend the reward, or pass --rl.ignore-reward-errors: such samples "
+                        "have no reward",
                     ) from error
         return values
 

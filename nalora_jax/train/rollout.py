@@ -1,9 +1,9 @@
-"""Rollouts: groups of samples of the current policy, with their rewards, and the batch they become.
+"""Rollouts: groups of samples of the current policy, with their rewards, as a training batch.
 
-The generator has the frozen weights and the mesh of the training step; nothing is copied. A rollout
-is a pure function of seed, step, weights and adapter: each row has its key. Groups that are
-complete are stored in the run's folder, so that a run that was killed within a rollout repeats at
-most one group of programs:
+The generator shares the frozen weights and the mesh of the training step, without a copy. A rollout
+is a pure function of seed, step, attempt, weights and adapter, because each row has its own random
+key. Complete groups are stored in the run's folder, so that a run that was killed during a rollout
+repeats only the groups of the program call that was interrupted:
 
     <output>/rollouts/<step>-<attempt>-<digest of the adapter>.npz
 """
@@ -68,12 +68,11 @@ class Samples:
     @staticmethod
     def joined(parts: Sequence[Samples]) -> Samples:
         """Returns the samples of several parts."""
-        return Samples(
-            *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in _ARRAYS
-            )
-        )
+        arrays = []
+        for name in _ARRAYS:
+            of_parts = [getattr(part, name) for part in parts]
+            arrays.append(np.concatenate(of_parts))
+        return Samples(*arrays)
 
     def replaced(self, prompts: np.ndarray, by: Samples, samples: int) -> Samples:
         """Returns the samples with those of ``prompts`` replaced by others.
@@ -85,9 +84,9 @@ class Samples:
         """
         arrays = [getattr(self, name).copy() for name in _ARRAYS]
         for array, name in zip(arrays, _ARRAYS, strict=True):
-            array.reshape(-1, samples, *array.shape[1:])[prompts] = getattr(
-                by, name
-            ).reshape(-1, samples, *array.shape[1:])
+            shape = (-1, samples, *array.shape[1:])
+            groups = array.reshape(shape)  # a view
+            groups[prompts] = getattr(by, name).reshape(shape)
         return Samples(*arrays)
 
 
@@ -130,7 +129,8 @@ class Sampler:
         if self.longest + self.rl.max_new_tokens > context:
             raise NaloraError(
                 "--rl.max-new-tokens",
-                expected=f"at most {context - self.longest} with prompts of up to {self.longest} tokens",
+                expected=f"at most {context - self.longest} with prompts of up to {self.longest} "
+                "tokens",
                 found=self.rl.max_new_tokens,
                 remedy="lower it, or leave long prompts out with --data.max-length",
             )
@@ -141,7 +141,7 @@ class Sampler:
 
     @cached_property
     def _stops(self) -> np.ndarray:
-        """The stop tokens, padded."""
+        """Returns the stop tokens, padded."""
         stops = sorted(self.tokenizer.eos_ids)
         return np.array(
             stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops))
@@ -178,12 +178,11 @@ class Sampler:
         for start in range(0, len(prompts), self.shape[0]):
             group = prompts[start : start + self.shape[0]]
             if (part := store.read(start)) is None:
-                rows = slice(
-                    start * self.rl.samples, (start + len(group)) * self.rl.samples
-                )
-                part = self._scored(
-                    group, *self._generated(weights, group, seeds[rows].tolist())
-                )
+                first = start * self.rl.samples
+                after = first + len(group) * self.rl.samples
+                of_group = seeds[first:after].tolist()
+                generated = self._generated(weights, group, of_group)
+                part = self._scored(group, *generated)
                 store.write(start, part)
             parts.append(part)
         return Samples.joined(parts)
@@ -289,9 +288,7 @@ def sample_batch(
     masks_cut: bool = False,
 ) -> dict[str, np.ndarray]:
     """Returns the arrays ``[rows, ...]`` that `nalora_jax.train.policy` reads, except for the
-    advantages.
-
-    Each row has a sample.
+    advantages; each row is one sample.
 
     Args:
       prompts: token ids of each row's prompt.
@@ -307,12 +304,11 @@ def sample_batch(
     lengths = samples.lengths
     for row, (prompt, count) in enumerate(zip(prompts, lengths, strict=True)):
         new = slice(len(prompt), len(prompt) + count)
-        ids[row, : len(prompt)], ids[row, new] = prompt, samples.tokens[row, :count]
+        ids[row, : len(prompt)] = prompt
+        ids[row, new] = samples.tokens[row, :count]
         sampled[row, new] = samples.log_probs[row, :count]
-        mask[row, new], segments[row, : new.stop] = (
-            not (masks_cut and samples.cut[row]),
-            1,
-        )
+        mask[row, new] = not (masks_cut and samples.cut[row])
+        segments[row, : new.stop] = 1
     return {
         "tokens": ids[:, :-1],
         "targets": ids[:, 1:],

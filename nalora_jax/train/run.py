@@ -1,4 +1,4 @@
-"""The way of a fine-tuning run, in order of execution.
+"""Stages of a fine-tuning run, in order of execution.
 
 settings -> session -> inputs -> job -> restore -> evaluate the base -> fit -> finish
 """
@@ -162,16 +162,15 @@ def checked_settings(
 
 @contextmanager
 def attended() -> Iterator[StopSignals]:
-    """Connects the processes, and handles signals, a closed terminal and lost processes within the
-    block."""
+    """Connects the processes of a run; handles signals, a closed terminal and lost processes within
+    the block."""
     with outliving_terminal():
         distributed.initialize_distributed()
         with distributed.lost_peers_named(), stop_signals() as stop:
             yield stop
 
 
-# ---------------------------------------------------------------- files, tokenizer, records,
-# settled config
+# ---------------------------------------------------------------- files, records, settings
 
 
 def read_inputs(
@@ -202,8 +201,8 @@ def read_inputs(
 def prepare_job(
     inputs: Inputs, kind: Kind, session: Session, choose_layout: ChooseLayout
 ) -> Job:
-    """Returns the run in the layout that `choose_layout` accepts; encoders have the simplest
-    one."""
+    """Returns the job in the layout that `choose_layout` chooses; image and text encoders have the
+    mesh of their settings."""
 
     def build(placed: RunConfig) -> Job:
         # `inputs.config`, which is recorded, keeps its automatic fields; only `placed` has concrete
@@ -314,8 +313,7 @@ def _known_before(
     return evaluation
 
 
-# ---------------------------------------------------------------- evaluate, train, evaluate,
-# export, report
+# ---------------------------------------------------------------- evaluate, train, export, report
 
 
 def evaluate_base(
@@ -418,8 +416,9 @@ def finish(
     after: dict[str, Any] = job.evaluator.measure(
         job.assembly.params, state.lora, samples=True
     )
-    if "right" in after and len(before.get("right", ())) == len(after["right"]):
-        after["paired"] = compare(before["right"], after["right"])
+    right_before = before.get("right", ())
+    if "right" in after and len(right_before) == len(after["right"]):
+        after["paired"] = compare(right_before, after["right"])
     session.callbacks.tell("on_eval", best, after, "final")
     session.progress.say(f"after (step {best}): {describe(after)}")
     first = first_step(job.assembly.mechanisms)

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """The `nalora_jax.train.loop.Hooks` of a run, and what it holds until it ends.
+    """The `nalora_jax.train.loop.Hooks` of a run, with its folder, callbacks and checkpoints.
 
     Args:
       output: its locked folder.
@@ -94,7 +94,10 @@ class Session:
             return
         done = last_step(self.output.checkpoints)
         if done is not None and done > config.steps:
-            remedy = "leave --steps out to go on as the run was, or start a new run in another --output"
+            remedy = (
+                "leave --steps out to resume with the number of the run, or start a new run in "
+                "another --output"
+            )
             expected = f"{done} or more, which the run in {self.output.folder} has done"
             raise NaloraError(
                 "--steps", expected=expected, found=config.steps, remedy=remedy
@@ -106,11 +109,9 @@ class Session:
     def open_checkpoints(self, job: Job) -> None:
         """Opens the checkpoints and the batches of a job."""
         config = job.config
-        self.job, self.batches, self.state_metrics = (
-            job,
-            job.data.batches(),
-            job.assembly.state_metrics,
-        )
+        self.job = job
+        self.batches = job.data.batches()
+        self.state_metrics = job.assembly.state_metrics
         self.checkpointer = self.closing.enter_context(
             Checkpointer(
                 self.output.checkpoints,
@@ -167,11 +168,8 @@ class Session:
         """Notifies the callbacks of an error that ends the run."""
         try:
             yield
-        except (
-            Exception,
-            KeyboardInterrupt,
-        ) as error:  # trackers mark every failed run
-            self.fail(error)
+        except (Exception, KeyboardInterrupt) as error:
+            self.fail(error)  # trackers mark every failed run
             raise
 
     def fail(self, error: BaseException) -> None:
@@ -255,7 +253,7 @@ def open_session(
     console: Console | None = None,
     name: str = "",
 ) -> Iterator[Session]:
-    """Locks the folder of a run. Its stages open more, which the caller closes by ``closing``.
+    """Locks the folder of a run. The caller closes what its stages open by `Session.closing`.
 
     Args:
       config: the run's settings, with the folder.

@@ -22,7 +22,7 @@ from nalora_jax.method.rules import make
 # not the result of a step (except for summation order). The model's name is included because the
 # fingerprint identifies the base.
 FREE_SETTINGS = (
-    r"^(model|adapter|output|resume|steps|epochs|tensorboard|callbacks)$",
+    r"^(model|adapter|output|resume|steps|epochs|callbacks)$",
     r"^train\.(log_every|eval_every|save_every|keep|patience)$",
     r"^mesh\.",
     r"^data\.workers$",
@@ -107,22 +107,21 @@ def _settings(config: Any) -> dict[str, Any]:
         config, is_leaf=lambda value: value is None
     )
     named = {trees.path_name(path).replace("/", "."): value for path, value in leaves}
-    return {
-        name: value
-        for name, value in named.items()
-        if not any(re.search(free, name) for free in FREE_SETTINGS)
-    }
+    free = re.compile("|".join(FREE_SETTINGS))
+    return {name: value for name, value in named.items() if not free.search(name)}
 
 
 def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises an error for a checkpoint of another base model or of incompatible settings."""
     if saved["base"] != now["base"]:
+        model = saved["config"].get("model")
         raise NaloraError(
             where,
-            expected=f"the base model that it was trained on, {saved['config'].get('model')} ({saved['base']})",
+            expected=f"the base model that it was trained on, {model} ({saved['base']})",
             found=f"{now['config'].get('model')} ({now['base']})",
-            remedy="name that model with --model, or start a new run in another --output; the first line of "
-            "metrics.jsonl has its full name as base: the same model in another number format is another base",
+            remedy="name that model with --model, or start a new run in another --output; the "
+            "first line of metrics.jsonl has its full name as base: the same model in another "
+            "dtype or quantization is another base",
         )
     check_settings(where, saved["config"], now["config"])
 
@@ -150,13 +149,12 @@ def check_settings(
     }
     differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if differing:
+        recorded = [f"{name} = {pair[0]!r}" for name, pair in differing.items()]
+        changed = [f"{name} = {pair[1]!r}" for name, pair in differing.items()]
         raise NaloraError(
             where,
-            expected="the settings that it was made with: "
-            + ", ".join(f"{n} = {b!r}" for n, (b, _) in differing.items()),
-            found=", ".join(
-                f"{name} = {value!r}" for name, (_, value) in differing.items()
-            ),
+            expected=f"the settings that it was made with: {', '.join(recorded)}",
+            found=", ".join(changed),
             remedy="restore these settings, or start a new run in another --output",
         )
 
@@ -198,5 +196,6 @@ def check_arrays(
             where,
             expected=", ".join(f"{name} {show(expected, name)}" for name in listed),
             found=", ".join(f"{name} {show(saved, name)}" for name in listed),
-            remedy=f"{len(differing)} array(s) differ: it was written by another version or for another model",
+            remedy=f"{len(differing)} array(s) differ: it was written by another version or for "
+            "another model",
         )

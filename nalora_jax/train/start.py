@@ -19,8 +19,8 @@ are not lowered, and the trained adapter is plain LoRA.
 LoRA-GA (arXiv 2407.05000) uses both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]``
 of the first r triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``.
 Up to its length, the first gradient step then changes ``A B`` by the best approximation of rank 2r
-to G. The kernel is lowered by ``s A B`` (`starting_at`), so that this
-model, too, starts as the base.
+to G. The kernel is lowered by ``s A B`` (`starting_at`), so that this model, too, starts as the
+base.
 
 G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``,
 and does not change the model's outputs as long as A or B is zero. So subspace iteration (Halko,
@@ -94,10 +94,10 @@ def with_start(
 ) -> Assembly:
     """Returns the assembly with the initial adapters that the run's settings ask for.
 
-    They are the principal components of the kernels, initialised in the gradient of the run's first
-    batches, read from the adapter that the run continues, or those of the assembly. A resumed run
-    gets its adapters from its checkpoint later; LoRA-GA's kernels are lowered by the stored initial
-    adapters.
+    They are the principal components of the kernels (PiSSA), columns in the subspace of the
+    gradient of the run's first batches, the adapter that the run continues, or the adapters of the
+    assembly. A resumed run gets its adapters from its checkpoint later; it lowers LoRA-GA's kernels
+    by the stored initial adapters.
 
     Args:
       assembly: the run's program and weights.
@@ -142,14 +142,14 @@ def with_start(
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
-    """Adds the gates' initial adapters to ``params``; the probe measures updates from them."""
+    """Returns ``params`` with the gates' initial adapters, relative to which updates are
+    measured."""
     leaves = trees.flatten(params)
     adapters = trees.flatten(lora)
-    starts = {
-        f"{gate}/start_{name}": adapters[f"{gate}/{name}"]
-        for gate in find_gates(lora)
-        for name in "ab"
-    }
+    starts = {}
+    for gate in find_gates(lora):
+        starts[f"{gate}/start_a"] = adapters[f"{gate}/a"]
+        starts[f"{gate}/start_b"] = adapters[f"{gate}/b"]
     start_shardings = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
     return trees.unflatten(leaves | jax.device_put(starts, start_shardings))
 

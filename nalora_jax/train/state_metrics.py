@@ -73,12 +73,12 @@ class StateMetrics:
         if state.gate is not None:
             factors = own_factors(state.gate, self.mechanisms)
         bins = {label: mechanism.bins for label, mechanism in self.mechanisms.entries}
-        counts = {
-            label: jnp.concatenate(
-                [factor_histogram(factor, bins[label]) for factor in of_blocks.values()]
-            )
-            for label, of_blocks in factors.items()
-        }
+        counts = {}
+        for label, of_blocks in factors.items():
+            histograms = [
+                factor_histogram(factor, bins[label]) for factor in of_blocks.values()
+            ]
+            counts[label] = jnp.concatenate(histograms)
         used = {}
         if self.spec.adalora:
             used = trees.flatten(state.opt_state.kept)

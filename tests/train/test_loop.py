@@ -14,6 +14,7 @@ import pytest
 
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.method.step import TrainState
+from nalora_jax.train import loop
 from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule, run_steps
 from nalora_jax.train.profile import Profile
 
@@ -44,7 +45,7 @@ def run(
         jnp.int32(0), {"a": jnp.ones(3)}, {"mu": jnp.zeros(3)}, jnp.zeros(2, jnp.uint32)
     )
     batches = itertools.repeat(jnp.zeros(1))
-    follower = Follower(hooks, schedule, lambda _: 0.1, state, 0, params or {}, None)
+    follower = Follower(hooks, schedule, lambda count: count / 10, state, 0, params or {}, None)
     return run_steps(step, params or {}, state, batches, follower)
 
 
@@ -65,6 +66,27 @@ def test_the_logged_loss_is_the_mean_over_loss_tokens() -> None:
     run(hooks, Schedule(steps=5, log_every=3, eval_every=0, save_every=0))
     losses = [call.args[1]["loss"] for call in hooks.log.call_args_list]
     assert losses == pytest.approx([(1 + 4 + 9) / 6, (16 + 25) / 9])
+
+
+def test_a_log_line_has_the_speed_of_its_steps(monkeypatch) -> None:
+    """Steps of one token take half a second; the first one, which may compile, is not timed."""
+    hooks = make_hooks()
+    clock = itertools.count()
+    now = [0.0]
+    hooks.advance.side_effect = lambda step: now.__setitem__(0, next(clock) / 2)
+    monkeypatch.setattr(loop, "time", mock.Mock(perf_counter=lambda: now[0]))
+    run(hooks, Schedule(steps=5, log_every=3, eval_every=0, save_every=0))
+    records = [call.args[1] for call in hooks.log.call_args_list]
+    assert [record["tokens_per_second"] for record in records] == [2.0, 2.0]
+    assert [record["seconds"] for record in records] == [1.0, 1.0]
+
+
+def test_a_log_line_has_the_learning_rate_of_its_last_step() -> None:
+    """The rate of a step is the schedule's value after the steps before it."""
+    hooks = make_hooks()
+    run(hooks, Schedule(steps=5, log_every=3, eval_every=0, save_every=0))
+    rates = [call.args[1]["learning_rate"] for call in hooks.log.call_args_list]
+    assert rates == [0.2, 0.4]
 
 
 @pytest.mark.parametrize(

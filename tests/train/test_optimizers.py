@@ -107,3 +107,20 @@ def test_a_rate_that_is_named_stays_and_others_than_adam_need_one() -> None:
         NaloraError, match=r"--optimizer.learning-rate: expected a number above 0, found auto"
     ):
         make_schedule(LEFT.optimizer, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "rates"),
+    [
+        ({"warmup_share": 0.1}, 35, [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 1]),  # 3.5 steps, rounded up
+        ({"warmup_share": 0.1, "warmup_steps": 2}, 35, [1 / 3, 2 / 3, 1, 1]),
+        ({"warmup_steps": 9}, 4, [1 / 4, 2 / 4, 3 / 4, 1]),  # at most all steps but the last
+        ({"warmup_steps": 2, "warmup_from_zero": True}, 35, [0, 1 / 2, 1, 1]),
+        ({"warmup_share": 0.0}, 35, [1, 1]),
+    ],
+)
+def test_the_warmup_has_the_steps_of_its_share_or_number(settings, steps, rates) -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", **settings)
+    schedule = make_schedule(config, steps)
+    found = [float(schedule(step)) for step in range(len(rates))]
+    np.testing.assert_allclose(found, rates, rtol=1e-6)

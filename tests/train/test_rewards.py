@@ -99,6 +99,7 @@ def _raises(prompt: str, completion: str, record: Any) -> float:
         (_raises, "missing"),
         (lambda *_: time.sleep(5), "no value after 0.05 s"),
         (lambda *_: float("nan"), "the value nan"),
+        (lambda *_: float("-inf"), "the value -inf"),
         (lambda *_: "x", "x"),
     ],
 )

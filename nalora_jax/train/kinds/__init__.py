@@ -1,15 +1,16 @@
-"""Kinds of runs: each is a module with the four functions of `nalora_jax.train.job.Kind`."""
+"""Kinds of runs: each is a module with the functions of `nalora_jax.train.job.Kind`, and those on
+a decoder with the function of `nalora_jax.train.job.DecoderKind` as well."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from nalora_jax.config import RunConfig
 from nalora_jax.config.settings import DUAL
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be trained)
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.job import Kind
+from nalora_jax.train.job import DecoderKind, Kind
 from nalora_jax.weights import gguf  # noqa: F401  (enters the files that a base can be)
 
 
@@ -49,6 +50,5 @@ def decoder_parts(
     """
     if base.sight is not None:
         config = replace(config, vision=replace(config.vision, task="chat"))
-    kind: Any = run_kind(config)
-    parts: dict[str, Any] = kind.program_parts(config, processor)
-    return parts
+    kind = cast(DecoderKind, run_kind(config))
+    return kind.program_parts(config, processor)

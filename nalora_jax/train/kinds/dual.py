@@ -258,7 +258,10 @@ def drawn_images(source: ImageSource, limit: int) -> np.ndarray:
     Raises:
       NaloraError: fewer than two are left.
     """
-    indices = source.readable(permutation(len(source), _SEED)[: limit or len(source)])
+    drawn = permutation(len(source), _SEED)
+    if limit:
+        drawn = drawn[:limit]
+    indices = source.readable(drawn)
     if len(indices) < 2:
         raise NaloraError(
             "--data.eval-split", expected="at least two images", found=len(indices)
@@ -315,8 +318,7 @@ def assemble_dual(
     Args:
       config, base, mesh, last: see `nalora_jax.train.program.assemble`; ``config.vision.task``
         chooses the objective.
-      params: both towers' weights on ``mesh``, with the class prompts
-        (`nalora_jax.train.kinds.dual.Classify`).
+      params: both towers' weights on ``mesh``, with the class prompts (`Classify`).
       processor: its image processor.
 
     Raises:
@@ -377,11 +379,8 @@ def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
 
 def adapted_towers(spec: AdapterSpec) -> tuple[str, ...]:
     """Returns the towers that have adapters."""
-    return tuple(
-        tower
-        for tower in TOWERS
-        if any(path.startswith(f"{tower}/") for path, _ in spec.targets)
-    )
+    adapted = {path.partition("/")[0] for path, _ in spec.targets}
+    return tuple(tower for tower in TOWERS if tower in adapted)
 
 
 # Key of the class prompts in ``params``, next to the weights.

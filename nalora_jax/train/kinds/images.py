@@ -89,9 +89,8 @@ export_run = text.export_run
 class SeenNextToken(NextToken):
     """`NextToken` of a vision-language model whose packed sequences contain images."""
 
-    processor: Any = (
-        None  # `nalora_jax.data.images.files.ImageProcessor`: uint8 pixels to floats
-    )
+    # `nalora_jax.data.images.files.ImageProcessor`: uint8 pixels to floats
+    processor: Any = None
 
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any

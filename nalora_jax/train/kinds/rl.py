@@ -63,10 +63,10 @@ from nalora_jax.weights.model_files import LoadedModel, open_files
 log = logging.getLogger(__name__)
 
 _SHOWN = 4  # groups of a step in the run's file of samples
-_MISMATCH = 0.1  # total variation distance between generator and training program, before a warning
-_PATIENCE = (
-    10  # rollouts in a row without a difference between rewards, before a warning
-)
+# Total variation distance between generator and training program, before a warning.
+_MISMATCH = 0.1
+# Rollouts in a row without a difference between rewards, before a warning.
+_PATIENCE = 10
 
 
 def metric_names(rl: RLConfig) -> list[str]:
@@ -91,8 +91,8 @@ def metric_names(rl: RLConfig) -> list[str]:
 
 
 def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
-    """Returns the weighted sum of rewards ``[..., rewards]``; NaN if none of a sample's is
-    known."""
+    """Returns the weighted sum of rewards ``[..., rewards]``; NaN for a sample without a known
+    reward."""
     weights = np.array(rl.reward_weights or [1.0] * len(rl.rewards))
     known = ~np.isnan(rewards)
     total = np.where(known, rewards * weights, 0.0).sum(-1)
@@ -102,8 +102,8 @@ def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
 def updates_with_base(rl: RLConfig) -> bool:
     """Returns True if the update computes the base's log-probabilities, which its loss needs.
 
-    Otherwise they are an argument: of several updates and of "rloo" they are computed before, and
-    without beta they only show the divergence at log steps.
+    Otherwise they are an input of the update: with several updates and for "rloo" they are computed
+    before it, and without beta they are only used to log the divergence.
     """
     return rl.beta > 0 and rl.updates == 1 and rl.loss != "rloo"
 
@@ -122,7 +122,7 @@ def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
     return {"objective": partial(_policy, config.rl)}
 
 
-# ---------------------------------------------------------------- the four functions of a kind
+# ---------------------------------------------------------------- functions of a kind
 
 
 def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
@@ -209,7 +209,8 @@ class PromptRows(PromptData):
         return cls(**vars(prompt_data(*arguments, **options)))
 
     def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
-        """Returns an endless iterator of batches, from the start or from a state of it."""
+        """Returns an endless iterator of batches, starting at the first one or at a state of an
+        iterator."""
         iterator = RolloutBatches(self)
         if state is not None:
             iterator.set_state(state)
@@ -217,15 +218,15 @@ class PromptRows(PromptData):
 
 
 class RolloutBatches(BatchIterator):
-    """Batches of prompts whose position includes a rollout that has updates left."""
+    """Iterator of batches of prompts; its state includes the rollout that has updates left."""
 
     def __init__(self, data: PromptRows) -> None:
         super().__init__(data)
         self._rollout = data.rollout
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position of the next batch, see `BatchIterator`, with the arrays of the
-        rollout."""
+        """Returns the position of the next batch (`BatchIterator`) and the arrays of a rollout that
+        has updates left."""
         state = super().get_state()
         if self._rollout.arrays:
             buffer = io.BytesIO()
@@ -235,7 +236,7 @@ class RolloutBatches(BatchIterator):
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a position."""
+        """Moves to a position, and restores its rollout."""
         super().set_state(state)
         self._rollout.arrays = {}
         if "rollout" in state:
@@ -281,10 +282,8 @@ class RolloutStep:
             longest=data.longest,
             folder=folder and folder / "rollouts",
         )
-        self._warn, self._scores = (
-            EarlyWarnings(rl.max_new_tokens),
-            scores_of(config, assembly),
-        )
+        self._warn = EarlyWarnings(rl.max_new_tokens)
+        self._scores = scores_of(config, assembly)
         self._begun = False
 
     def __call__(
@@ -356,12 +355,11 @@ class RolloutStep:
             ["reward", *metric_names(rl)], [total, *samples.rewards.T], strict=True
         ):
             known = values[~np.isnan(values)]
-            figures[name], figures[f"{name}_std"] = math.nan, math.nan
+            figures[name] = math.nan
+            figures[f"{name}_std"] = math.nan
             if len(known):
-                figures[name], figures[f"{name}_std"] = (
-                    float(known.mean()),
-                    float(known.std()),
-                )
+                figures[name] = float(known.mean())
+                figures[f"{name}_std"] = float(known.std())
         whole = sample_batch(ids, samples, stream.length, masks_cut=rl.mask_cut)
         has_penalty = rl.loss == "rloo" and rl.beta > 0
         old = whole["sampled"]
@@ -393,11 +391,11 @@ class RolloutStep:
         return any(map(Schedule.of(self._config).logs, served))
 
     def _needs_base(self, number: int) -> bool:
-        """Returns True if such a rollout needs the base's log-probabilities, for its loss or to
-        show the divergence.
+        """Returns True if the rollout that starts after ``number`` steps needs the base's
+        log-probabilities, for its loss or to log the divergence.
 
-        With a start that changes the base's weights, the base is not the model with the adapter
-        off.
+        With an initialization that changes the frozen weights, the base is not the model with the
+        adapter off, and the divergence is not measured.
         """
         if self._config.lora.init not in UNCHANGED:
             return False
@@ -526,8 +524,8 @@ class EarlyWarnings:
         first = self._first = self._first or now
         self._alike.append(now["groups_alike"] == 1)
         texts = {
-            "the rewards of each group were all equal in %d steps: nothing is learned; look at %s, take easier or "
-            "harder prompts, or more --rl.samples": (
+            "the rewards of each group were all equal in %d steps: nothing is learned; look at %s, "
+            "take easier or harder prompts, or more --rl.samples": (
                 len(self._alike) == _PATIENCE and all(self._alike),
                 (_PATIENCE, ROLLOUTS),
             ),
@@ -535,12 +533,13 @@ class EarlyWarnings:
                 now["length"] > max(2 * first["length"], 0.8 * self._limit),
                 (first["length"], now["length"], self._limit),
             ),
-            "the entropy of the policy fell from %.3f to %.3f: samples hardly differ; lower the learning rate": (
+            "the entropy of the policy fell from %.3f to %.3f: samples hardly differ; lower the "
+            "learning rate": (
                 now["entropy"] < 0.1 * first["entropy"],
                 (first["entropy"], now["entropy"]),
             ),
-            "generator and training program differ by %.2f in the probabilities of a token, more than %g: "
-            "train with --compute.dtype float32": (
+            "generator and training program differ by %.2f in the probabilities of a token, more "
+            "than %g: train with --compute.dtype float32": (
                 now["mismatch_bound"] > _MISMATCH,
                 (now["mismatch_bound"], _MISMATCH),
             ),
@@ -604,7 +603,9 @@ class RewardEvaluator(Evaluator):
         assembly: Assembly,
         prompts: Sequence[Prompt],
     ) -> None:
-        self._rl, self._scorer, self._prompts = rl, Scorer(rl), prompts
+        self._rl = rl
+        self._scorer = Scorer(rl)
+        self._prompts = prompts
         self._model = assembly.eval_model
         self._tokenizer = loaded.tokenizer
         self._mesh = distributed.unless_single(assembly.mesh)
