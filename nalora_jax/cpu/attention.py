@@ -38,9 +38,9 @@ def self_attention(
     """Computes `self_attention` of bf16 operands."""
     if not _is_native(numerics):
         return NotImplemented
-    return _attention(
-        (q, *keys[:2]), (*keys[2:4], window), keys.sinks, config, numerics
-    )
+    heads = (q, keys.k, keys.v)
+    places = (keys.positions, keys.segments, window)
+    return _attention(heads, places, keys.sinks, config, numerics)
 
 
 @ops.full_attention.implements("cpu")
@@ -63,10 +63,11 @@ def full_attention(
         positions = np.arange(seq, dtype=np.int32)
     else:
         positions = np.zeros(seq, np.int32)
-    places = jnp.asarray(positions[None]), jnp.ones((1, seq), jnp.int32), seq
-    return _attention(
-        (q, k, v), places, None, AttentionConfig(scale), numerics, causal
-    ).astype(jnp.float32)
+    segments = jnp.ones((1, seq), jnp.int32)
+    places = (jnp.asarray(positions[None]), segments, seq)
+    config = AttentionConfig(scale)
+    out = _attention((q, k, v), places, None, config, numerics, causal)
+    return out.astype(jnp.float32)
 
 
 def _is_native(numerics: Numerics) -> bool:
@@ -98,23 +99,26 @@ def _fwd(
     arrays = [save(x) for x in (q * config.scale, k, v)]
     out, logsumexp = native_attention(_heads(arrays, places, ordered), config.softcap)
     if sinks is not None:
-        # [batch, heads, seq] as out is: [batch, seq, heads, 1]
-        out, summed = with_sinks(
-            out, logsumexp.swapaxes(1, 2)[..., None], sinks[None, None, :, None]
-        )
-        logsumexp = summed[..., 0].swapaxes(1, 2)
+        # [batch, heads, seq] in the layout of out: [batch, seq, heads, 1]
+        total = logsumexp.swapaxes(1, 2)[..., None]
+        out, total = with_sinks(out, total, sinks[None, None, :, None])
+        logsumexp = total[..., 0].swapaxes(1, 2)
     saved = save(out)
-    total = save_residual(logsumexp, "float32", numerics)
+    result = read_residual(saved, numerics.result)
+    if not needs_result(q.shape[1], config.softcap):
+        saved = None
+    logsumexp = save_residual(logsumexp, "float32", numerics)
     like = tuple(jnp.zeros((0,), x.dtype) for x in heads)
-    needed = saved if needs_result(q.shape[1], config.softcap) else None
-    return read_residual(saved, numerics.result), (arrays, places, needed, total, like)
+    return result, (arrays, places, saved, logsumexp, like)
 
 
 def _bwd(
     config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: Any, g: Array
 ) -> tuple[Any, ...]:
     arrays, places, saved, logsumexp, like = residuals
-    out = None if saved is None else read_residual(saved, "bfloat16")
+    out = None
+    if saved is not None:
+        out = read_residual(saved, "bfloat16")
     g = rounded(g, "bfloat16", numerics)
     heads = _heads(arrays, places, ordered)
     dq, dk, dv = native_gradient(heads, out, logsumexp, g, config.softcap)
@@ -182,7 +186,6 @@ def native_gradient(
         assert not needs_result(heads.q.shape[1], softcap)
         out = jnp.zeros((*heads.q.shape[:3], 0), jnp.uint16)
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
-    gradient = call(
-        "attention_gradient", shapes, cap=np.float32(softcap), ordered=heads.ordered
-    )
+    cap = np.float32(softcap)
+    gradient = call("attention_gradient", shapes, cap=cap, ordered=heads.ordered)
     return gradient(*heads.operands(), bf16_bits(out), logsumexp, bf16_bits(g))

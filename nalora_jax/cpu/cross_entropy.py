@@ -48,11 +48,12 @@ def cross_entropy(
     shards: int = 1,
 ) -> Array:
     """Computes the loss of the rows that have a target; a mesh that splits the batch may split the
-    vocabulary, too."""
+    vocabulary as well."""
     if not compact:
         return NotImplemented
-    bf16 = isinstance(kernel, Bits) or getattr(kernel, "dtype", None) == jnp.bfloat16
-    if bf16 and native_kind(numerics):
+    dtype = getattr(kernel, "dtype", None)
+    is_bf16 = isinstance(kernel, Bits) or dtype == jnp.bfloat16
+    if is_bf16 and native_kind(numerics):
         target_rows = _target_rows(lax.stop_gradient(kernel), targets, head.transposed)
         weights = lax.stop_gradient(weights.astype(jnp.float32))
         sums = partial(_native_sums, head, numerics)
@@ -87,42 +88,41 @@ def blocks(
 
     def add(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         top, total, attended = carry
-        # The last block ends at the end of the vocabulary, without the entries of the one before.
+        # The last block ends at the end of the vocabulary; it overlaps the block before, whose
+        # entries are masked.
         start = jnp.minimum(i * BLOCK, vocab - BLOCK)
         rows = from_bits(lax.dynamic_slice_in_dim(table, start, BLOCK, axis=head.axis))
-        logits, slope = head.logits(
-            dot(hidden, rows, numerics, dims=(1, 1 - head.axis))
-        )
+        products = dot(hidden, rows, numerics, dims=(1, 1 - head.axis))
+        logits, slope = head.logits(products)
         if vocab % BLOCK:
-            logits = jnp.where(start + jnp.arange(BLOCK) >= i * BLOCK, logits, -jnp.inf)
+            entries = start + jnp.arange(BLOCK)
+            logits = jnp.where(entries >= i * BLOCK, logits, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1))
         fade = jnp.exp(top - higher)
         exps = jnp.exp(logits - higher[:, None])
         if grad:
-            attended = fade[:, None] * attended + dot(
-                exps * slope, rows, numerics, dims=(1, head.axis)
-            )
+            of_block = dot(exps * slope, rows, numerics, dims=(1, head.axis))
+            attended = fade[:, None] * attended + of_block
         return higher, fade * total + jnp.sum(exps, axis=-1), attended
 
-    n, d_model = hidden.shape
+    n = len(hidden)
     lowest = jnp.full((n,), jnp.finfo(jnp.float32).min)
-    start = (
-        lowest,
-        jnp.zeros((n,), jnp.float32),
-        jnp.zeros((n, d_model if grad else 0), jnp.float32),
-    )
-    sums = lax.fori_loop(0, -(-vocab // BLOCK), add, start)
-    return _joined(
-        sums,
-        hidden,
-        _target_rows(kernel, targets, head.transposed),
-        weights,
-        head,
-        grad,
-    )
+    zeros = jnp.zeros((n,), jnp.float32)
+    attended = jnp.zeros((n, _gradient_width(hidden, grad)), jnp.float32)
+    blocks = -(-vocab // BLOCK)
+    sums = lax.fori_loop(0, blocks, add, (lowest, zeros, attended))
+    target_rows = _target_rows(kernel, targets, head.transposed)
+    return _losses(sums, hidden, target_rows, weights, head, grad)
 
 
-def _joined(
+def _gradient_width(hidden: Array, grad: bool) -> int:
+    """Returns the columns of the sums for the gradient of ``hidden``: 0 without ``grad``."""
+    if grad:
+        return hidden.shape[-1]
+    return 0
+
+
+def _losses(
     sums: tuple[Array, ...],
     hidden: Array,
     target_rows: Array,
@@ -140,9 +140,8 @@ def _joined(
     losses = weights * (jnp.log(total) + top - picked)
     if not grad:
         return losses, attended
-    return losses, weights[:, None] * (
-        attended / total[:, None] - slope[:, None] * columns
-    )
+    expected = attended / total[:, None]
+    return losses, weights[:, None] * (expected - slope[:, None] * columns)
 
 
 def _target_rows(kernel: Kernel, targets: Array, transposed: bool) -> Array:
@@ -174,16 +173,14 @@ def _native_sums(
         for x in (hidden, target_rows, weights)
     )
     h = rounded(h, numerics.operand, numerics)
-    sums = over_vocabulary(
-        h, bits_of(kernel), jnp.sum(w != 0, dtype=jnp.int32), head, grad
-    )
-    losses, back = _joined(sums, h, rows, w, head, grad)
+    count = jnp.sum(w != 0, dtype=jnp.int32)
+    sums = over_vocabulary(h, bits_of(kernel), count, head, grad)
+    losses, back = _losses(sums, h, rows, w, head, grad)
     loss = jnp.sum(losses)
     if not grad:
         return loss, back
-    return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(
-        hidden.shape
-    )
+    gradient = jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype))
+    return loss, gradient.reshape(hidden.shape)
 
 
 def over_vocabulary(
@@ -199,17 +196,13 @@ def over_vocabulary(
     """
     rows, d_model = hidden.shape
     chex.assert_axis_dimension(table, 1 - head.axis, d_model)
-    row = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    shapes = [
-        row,
-        row,
-        jax.ShapeDtypeStruct((rows, d_model if grad else 0), jnp.float32),
-    ]
-    scale = np.float32(head.scale)
-    cap = np.float32(head.softcap)
-    sums = call(
-        "over_vocabulary", shapes, transposed=head.transposed, scale=scale, cap=cap
-    )
-    return tuple(
-        sums(bf16_bits(hidden), bf16_bits(table), jnp.asarray(count, jnp.int32))
-    )
+    by_row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    attended = jax.ShapeDtypeStruct((rows, _gradient_width(hidden, grad)), jnp.float32)
+    attributes = {
+        "transposed": head.transposed,
+        "scale": np.float32(head.scale),
+        "cap": np.float32(head.softcap),
+    }
+    sums = call("over_vocabulary", [by_row, by_row, attended], **attributes)
+    operands = (bf16_bits(hidden), bf16_bits(table), jnp.asarray(count, jnp.int32))
+    return tuple(sums(*operands))

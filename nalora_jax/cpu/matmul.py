@@ -59,14 +59,18 @@ class Term:
     their axis first."""
 
     x: Array  # [rows, depth]
-    y: Any  # an array (or one of each run), or `Bits` of a stack: [depth, columns] or [columns, depth]
+    # [depth, columns] or [columns, depth]: an array (or one of each run), or `Bits` of a stack
+    y: Any
     # True for [columns, depth]
     transposed: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
         """The shape of the product."""
-        return self.x.shape[-2], self.y.shape[-2 if self.transposed else -1]
+        rows = self.x.shape[-2]
+        if self.transposed:
+            return rows, self.y.shape[-2]
+        return rows, self.y.shape[-1]
 
 
 @jax.tree_util.register_dataclass
@@ -82,21 +86,22 @@ class Sum:
 def products(*sums: Sum) -> list[Array]:
     """Computes the sums ``[rows, columns]``, whose shapes may differ, in one call: threads share
     all of the work."""
-    for of in sums:
-        rows, columns = of.terms[0].shape
-        for term in of.terms:
+    for each in sums:
+        rows, columns = each.terms[0].shape
+        for term in each.terms:
             depth = term.x.shape[1]
             chex.assert_shape(term.x, (rows, None))
-            chex.assert_equal(
-                term.y.shape, (columns, depth) if term.transposed else (depth, columns)
-            )
+            expected = (depth, columns)
+            if term.transposed:
+                expected = (columns, depth)
+            chex.assert_equal(term.y.shape, expected)
     results: list[Array] = _products(jax.tree.map(bf16_bits, sums))
     return results
 
 
 @custom_vmap
 def _products(sums: Sequence[Sum]) -> list[Array]:
-    return _called(sums)
+    return _call_native(sums)
 
 
 @_products.def_vmap
@@ -106,52 +111,47 @@ def _products_of_runs(
     """Computes the sums of all runs in one call; runs that share their kernels are rows of one
     product."""
 
-    def of_runs(term: Term, flags: Term) -> Term:
-        assert not isinstance(term.y, Bits) or not any(jax.tree.leaves(flags.y)), (
-            "kernels are shared"
-        )
-        if flags.x:
-            x = term.x
-        else:
-            x = jnp.broadcast_to(term.x, (runs, *term.x.shape))
+    def with_runs(term: Term, is_batched: Term) -> Term:
+        if isinstance(term.y, Bits):
+            assert not any(jax.tree.leaves(is_batched.y)), "kernels are shared"
+        x = term.x
+        if not is_batched.x:
+            x = jnp.broadcast_to(x, (runs, *x.shape))
         return Term(x, term.y, term.transposed)
 
-    joined = [
-        Sum(
-            [of_runs(*both) for both in zip(of.terms, flags.terms, strict=True)],
-            of.dtype,
-        )
-        for of, flags in zip(sums, batched[0], strict=True)
-    ]
-    return _called(joined, runs), [True] * len(sums)
+    sums_of_runs = []
+    for each, flags in zip(sums, batched[0], strict=True):
+        terms = list(map(with_runs, each.terms, flags.terms))
+        sums_of_runs.append(Sum(terms, each.dtype))
+    return _call_native(sums_of_runs, runs), [True] * len(sums)
 
 
-def _called(sums: Sequence[Sum], *runs: int) -> list[Array]:
+def _call_native(sums: Sequence[Sum], *runs: int) -> list[Array]:
     """Returns the results of one call, with an axis of ``runs`` first if they are given; operands
     are uint16."""
-    every = [term for of in sums for term in of.terms]
-    operands = [
-        x for of in every for x in (of.x, of.y.bits if isinstance(of.y, Bits) else of.y)
-    ]
-    attributes = {
-        "terms": np.array([len(of.terms) for of in sums], np.int64),
-        "transposed": np.array([term.transposed for term in every], np.int64),
-        "stacked": np.array([isinstance(term.y, Bits) for term in every], np.int64),
-    }
     stored = {"float32": jnp.float32, "bfloat16": jnp.uint16}
-    shapes = [
-        jax.ShapeDtypeStruct(
-            (*runs, *of.terms[0].shape), stored[jnp.dtype(of.dtype).name]
-        )
-        for of in sums
-    ]
-    indices = [
-        jnp.asarray(term.y.at, jnp.int32) for term in every if isinstance(term.y, Bits)
-    ]
-    return [
-        from_bits(y)
-        for y in call("products", shapes, **attributes)(*operands, *indices)
-    ]
+    terms: list[Term] = []
+    shapes = []
+    for each in sums:
+        terms += each.terms
+        dtype = stored[jnp.dtype(each.dtype).name]
+        shape = (*runs, *each.terms[0].shape)
+        shapes.append(jax.ShapeDtypeStruct(shape, dtype))
+    operands: list[Array] = []
+    indices = []
+    for term in terms:
+        y = term.y
+        if isinstance(y, Bits):
+            indices.append(jnp.asarray(y.at, jnp.int32))
+            y = y.bits
+        operands += [term.x, y]
+    attributes = {
+        "terms": np.array([len(each.terms) for each in sums], np.int64),
+        "transposed": np.array([term.transposed for term in terms], np.int64),
+        "stacked": np.array([isinstance(term.y, Bits) for term in terms], np.int64),
+    }
+    results = call("products", shapes, **attributes)(*operands, *indices)
+    return [from_bits(result) for result in results]
 
 
 def is_native(rows: int, operand: str, numerics: Numerics) -> bool:
@@ -167,15 +167,16 @@ def native_sums(numerics: Numerics, *sums: Sum) -> list[Array]:
     """Computes `products` of unrounded operands in any storage form."""
 
     def operand(y: Any) -> Any:
-        if isinstance(y, Bits):
-            return y.bits if y.at is None else y
-        return rounded(expand(y), "bfloat16", numerics)
+        if not isinstance(y, Bits):
+            return rounded(expand(y), "bfloat16", numerics)
+        if y.at is None:
+            return y.bits
+        return y
 
-    if sums:
-        return products(
-            *jax.tree.map(operand, sums, is_leaf=lambda y: isinstance(y, Stored))
-        )
-    return []
+    if not sums:
+        return []
+    operands = jax.tree.map(operand, sums, is_leaf=lambda y: isinstance(y, Stored))
+    return products(*operands)
 
 
 @dot.implements("cpu")
@@ -195,9 +196,8 @@ def native_dot(
         return native_sums(numerics, Sum([Term(x, y, dims[1] == 1)], result))[0]
     if x.shape[0] == 1 and operand == "bfloat16":
         # XLA:CPU widens the whole bf16 matrix to float32 for a single row, but not for two.
-        return dot.plain(jnp.concatenate([x, x]), y, numerics, dims, operand, result)[
-            :1
-        ]
+        doubled = jnp.concatenate([x, x])
+        return dot.plain(doubled, y, numerics, dims, operand, result)[:1]
     return NotImplemented
 
 
@@ -206,16 +206,16 @@ def adapted_dense(x: Array, dense: Dense, numerics: Numerics) -> Adapted:
     """Computes one layer as `parallel_dense` does, or with an adapter by `FusedProducts`.
 
     Joining kernel and factor copies the kernel, which must cost less than a second pass over the
-    rows. In
-    text generation it costs more: each token would need a copy.
+    rows. In text generation it costs more: each token would need a copy.
     """
-    products = _native(x, [dense], numerics)
-    worthwhile = 2 * math.prod(x.shape[:-1]) >= dense.kernel.shape[-2]
+    products = _native_products(x, [dense], numerics)
+    rows = math.prod(x.shape[:-1])
+    worthwhile = 2 * rows >= dense.kernel.shape[-2]
     if products is None and dense.adapter is not None and dense.is_plain and worthwhile:
         products = FusedProducts(numerics)
     if products is None:
         return NotImplemented
-    return _together(products, x, [dense])[0]
+    return _apply(products, x, [dense])[0]
 
 
 @low_rank.parallel_dense.implements("cpu")
@@ -227,32 +227,40 @@ def parallel_dense(
     Threads share the work of all layers, and the gradients of x are summed while they are computed.
     Separate calls would write each gradient to memory and read it again for the sum.
     """
-    products = _native(x, layers, numerics)
+    products = _native_products(x, layers, numerics)
     if products is None:
         return NotImplemented
-    return _together(products, x, layers)
+    return _apply(products, x, layers)
 
 
-def _native(x: Array, layers: Sequence[Dense], numerics: Numerics) -> Products | None:
+def _native_products(
+    x: Array, layers: Sequence[Dense], numerics: Numerics
+) -> Products | None:
     rows = math.prod(x.shape[:-1])
-    fits = all(layer.is_plain for layer in layers) and is_native(
-        rows, numerics.operand, numerics
-    )
-    return NativeProducts(numerics) if fits else None
+    plain = all(layer.is_plain for layer in layers)
+    if plain and is_native(rows, numerics.operand, numerics):
+        return NativeProducts(numerics)
+    return None
 
 
-def _together(products: Products, x: Array, layers: Sequence[Dense]) -> list[Adapted]:
+def _apply(products: Products, x: Array, layers: Sequence[Dense]) -> list[Adapted]:
     """Returns the outputs of plain layers for x ``[..., d_in]``."""
+    *leading, d_in = x.shape
+
+    def unflatten(y: Array) -> Array:
+        return y.reshape(*leading, -1)
+
     factors = tuple(Factors.of(layer.adapter, layer.kernel) for layer in layers)
-    ys, hidden = gated(products, x.reshape(-1, x.shape[-1]), factors)
-    ys, hidden = jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), (ys, hidden))
-    return [
-        Adapted(
-            add_bias(y, layer.bias),
-            None if layer.adapter is None else LowRankHidden(h, layer.adapter.b),
-        )
-        for layer, y, h in zip(layers, ys, hidden, strict=True)
-    ]
+    rows = x.reshape(-1, d_in)
+    flat = gated(products, rows, factors)
+    ys, hidden = jax.tree.map(unflatten, flat)
+    outputs = []
+    for layer, y, h in zip(layers, ys, hidden, strict=True):
+        low_rank_hidden = None
+        if layer.adapter is not None:
+            low_rank_hidden = LowRankHidden(h, layer.adapter.b)
+        outputs.append(Adapted(add_bias(y, layer.bias), low_rank_hidden))
+    return outputs
 
 
 @jax.tree_util.register_dataclass
@@ -282,9 +290,10 @@ class FusedProducts(Products):
         # matmul over x.
         if d_out > kernel.shape[0]:
             hidden: Any = save_residual(scale * dot(x, a, n), "float32", n)
-            y = dot(self._joined(x, hidden, 1), self._joined(kernel, b, 0), n)
+            rows = self._join(x, hidden, 1)
+            y = dot(rows, self._join(kernel, b, 0), n)
         else:
-            both = dot(x, self._joined(kernel, a, 1), n)
+            both = dot(x, self._join(kernel, a, 1), n)
             hidden = save_residual(scale * both[:, d_out:], "float32", n)
             y = both[:, :d_out] + dot(hidden, b, n)
         return [rounded(y, n.result, n)], [hidden]
@@ -297,44 +306,44 @@ class FusedProducts(Products):
         hidden: Sequence[Any],
     ) -> tuple[Array, list[Any], list[Any]]:
         """See `Products`."""
-        (layer,), (g,), n, wide = layers, gs, self.numerics, with_masked(layers[0])
+        (layer,) = layers
+        (g,) = gs
+        n = self.numerics
+        wide = with_masked(layer)
         d_in, d_out = layer.kernel.shape
         if d_out > d_in:
-            both = dot(g, self._joined(layer.kernel, wide, 0), n, dims=(1, 1))
+            joined = self._join(layer.kernel, wide, 0)
+            both = dot(g, joined, n, dims=(1, 1))
             exact, masked = rank_cotangents(layer, both[:, d_in:])
             dx = both[:, :d_in] + dot(exact, layer.a, n, dims=(1, 1))
         else:
-            exact, masked = rank_cotangents(layer, dot(g, wide, n, dims=(1, 1)))
-            dx = dot(
-                self._joined(g, exact, 1),
-                self._joined(layer.kernel, layer.a, 1),
-                n,
-                dims=(1, 1),
-            )
-        da = self._narrow(masked, x).T
-        db = self._narrow(hidden[0], g)
+            back = dot(g, wide, n, dims=(1, 1))
+            exact, masked = rank_cotangents(layer, back)
+            rows = self._join(g, exact, 1)
+            joined = self._join(layer.kernel, layer.a, 1)
+            dx = dot(rows, joined, n, dims=(1, 1))
+        da = self._narrow_dot(masked, x).T
+        db = self._narrow_dot(hidden[0], g)
         return rounded(dx, x.dtype, n), [da], [db]
 
-    def _joined(self, first: Kernel, second: Array, axis: int) -> Array:
+    def _join(self, first: Kernel, second: Array, axis: int) -> Array:
         """Returns both arrays rounded and concatenated."""
         # As integers: XLA:CPU would concatenate bf16 in float32 and convert both ways.
-        return from_bits(
-            jnp.concatenate([self._bits(expand(first)), self._bits(second)], axis=axis)
-        )
+        bits = [self._bits(expand(first)), self._bits(second)]
+        return from_bits(jnp.concatenate(bits, axis=axis))
 
     def _bits(self, x: Array) -> Array:
         return bf16_bits(rounded(x, self.numerics.operand, self.numerics))
 
-    def _narrow(self, x: Array, y: Array) -> Array:
+    def _narrow_dot(self, x: Array, y: Array) -> Array:
         """Returns ``x^T y [r, d]`` of a narrow x ``[tokens, r]`` and a wide y ``[tokens, d]``."""
         # XLA:CPU contracts the rows of a left operand in float32 only, which would compute the wide
         # side twice. The appended row of zeros makes the transpose a separate array, which XLA does
         # not fold into the matmul.
-        transposed = self._bits(x).T
-        transposed = from_bits(
-            jnp.concatenate([transposed, jnp.zeros_like(transposed[:1])])
-        )
-        return dot(transposed, y, self.numerics)[: x.shape[1]]
+        bits = self._bits(x).T
+        zeros = jnp.zeros_like(bits[:1])
+        padded = from_bits(jnp.concatenate([bits, zeros]))
+        return dot(padded, y, self.numerics)[: x.shape[1]]
 
 
 @jax.tree_util.register_dataclass
@@ -349,11 +358,9 @@ class NativeProducts(Products):
     ) -> tuple[list[Array], list[Any]]:
         """See `Products`."""
         n = self.numerics
-        narrow = iter(
-            native_sums(
-                n, *(Sum([Term(x, layer.a)]) for layer in layers if layer.a is not None)
-            )
-        )
+        factors = [layer.a for layer in layers if layer.a is not None]
+        narrow_sums = [Sum([Term(x, a)]) for a in factors]
+        narrow = iter(native_sums(n, *narrow_sums))
         sums = []
         hidden: list[Any] = []
         for layer in layers:
@@ -377,22 +384,26 @@ class NativeProducts(Products):
     ) -> tuple[Array, list[Any], list[Any]]:
         """See `Products`."""
         n = self.numerics
-        terms = [
-            Term(g, layer.kernel, True) for g, layer in zip(gs, layers, strict=True)
-        ]
-        adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
-        backs = native_sums(
-            n, *(Sum([Term(gs[i], with_masked(layers[i]), True)]) for i in adapted)
-        )
+        terms = []
+        adapted = []
+        back_sums = []
+        for i, (layer, g) in enumerate(zip(layers, gs, strict=True)):
+            terms.append(Term(g, layer.kernel, True))
+            if layer.a is not None:
+                adapted.append(i)
+                back_sums.append(Sum([Term(g, with_masked(layer), True)]))
+        backs = native_sums(n, *back_sums)
         of_adapters = []
         for i, back in zip(adapted, backs, strict=True):
             exact, masked = rank_cotangents(layers[i], back)
             terms.append(Term(exact, layers[i].a, True))
-            of_adapters += [Sum([Term(masked.T, x)])]
-            of_adapters += [Sum([Term(read_residual(hidden[i], "float32").T, gs[i])])]
+            h = read_residual(hidden[i], "float32")
+            of_adapters.append(Sum([Term(masked.T, x)]))
+            of_adapters.append(Sum([Term(h.T, gs[i])]))
         dx, *gradients = native_sums(n, Sum(terms, x.dtype), *of_adapters)
         das: list[Any] = [None] * len(layers)
         dbs: list[Any] = [None] * len(layers)
         for i, da, db in zip(adapted, gradients[::2], gradients[1::2], strict=True):
-            das[i], dbs[i] = da.T, db
+            das[i] = da.T
+            dbs[i] = db
         return dx, das, dbs

@@ -65,8 +65,11 @@ def chosen() -> str | None:
     if choice == "0":
         return None
     if choice in ("", "1"):
-        slow = not kinds or (kinds[0] == "floats" and "avx512f" in processor.features())
-        return None if slow else kinds[0]
+        if not kinds:
+            return None
+        if kinds[0] == "floats" and "avx512f" in processor.features():
+            return None
+        return kinds[0]
     if choice not in kinds:
         expected = f"0, 1 or, on this CPU, {' or '.join(kinds) or 'none'}"
         raise NaloraError("NALORA_NATIVE", expected=expected, found=choice)
@@ -80,7 +83,7 @@ def kind(devices: int = 1) -> str | None:
     operands of a foreign function. Raises what `chosen` raises.
     """
     name = chosen()
-    if name is not None and devices == 1 and _registered(name):
+    if name is not None and devices == 1 and _register(name):
         return name
     return None
 
@@ -88,31 +91,32 @@ def kind(devices: int = 1) -> str | None:
 @native_kind.implements("cpu")
 def kind_for(numerics: Numerics) -> str:
     """Returns the kind of kernels for bf16 operands."""
-    return (numerics.operand == "bfloat16" and kind(numerics.platform.devices)) or ""
+    if numerics.operand != "bfloat16":
+        return ""
+    return kind(numerics.platform.devices) or ""
 
 
 def call(
     function: str, shapes: Sequence[Any], **attributes: Any
 ) -> Callable[..., list[jax.Array]]:
     """Returns a call of the library with results of these shapes; `jax.vmap` makes it a loop."""
-    called = jax.ffi.ffi_call(
-        f"nalora_{function}_{kind()}", shapes, vmap_method="sequential"
-    )
-    return lambda *operands: list(called(*operands, **attributes))
+    name = f"nalora_{function}_{kind()}"
+    foreign = jax.ffi.ffi_call(name, shapes, vmap_method="sequential")
+    return lambda *operands: list(foreign(*operands, **attributes))
 
 
 @cache
-def _registered(kind: str) -> bool:
-    """Registers the functions of a kind with XLA, once in a process: XLA rejects a second copy of
-    the library.
+def _register(kind: str) -> bool:
+    """Registers the functions of a kind with XLA; returns False if this machine cannot use them.
 
-    The file may be another copy by then, of a process that compiled at the same time.
+    Once in a process: XLA rejects a second copy of the library, and the file may have become
+    another copy, of a process that compiled at the same time.
     """
     try:
         library = ctypes.CDLL(str(build(find_compiler(), kind)))
     except (OSError, RuntimeError) as error:
         _log.warning(
-            "products and attention are XLA's, slower than this CPU's own instructions: %s",
+            "matmuls and attention are XLA's, slower than native kernels on this CPU: %s",
             error,
         )
         return False
@@ -150,10 +154,12 @@ def build(compiler: str, kind: str) -> Path:
         str(Path(compiler).resolve()),
         *flags,
     ]
-    name = f"kernels-{digest_of(chr(0).join(parts))[:16]}"
+    version = digest_of("\0".join(parts))
+    name = f"kernels-{version[:16]}"
     folder = private_dir(cache_dir() / "native")
     for existing in folder.glob(f"{name}-*.so"):
-        if file_digest(existing)[:32] == existing.stem.rpartition("-")[2]:
+        expected = existing.stem.rpartition("-")[2]
+        if file_digest(existing)[:32] == expected:
             return existing
         existing.unlink(missing_ok=True)  # truncated or modified
     with tempfile.TemporaryDirectory(prefix="making-", dir=folder) as making:
@@ -172,10 +178,9 @@ def build(compiler: str, kind: str) -> Path:
             command, capture_output=True, env=environment, check=False
         )
         if done.returncode:
-            output = " ".join(
-                (done.stdout + done.stderr).decode(errors="replace").split()
-            )
-            raise RuntimeError(f"{compiler} could not compile {_MAIN}: {output[-500:]}")
+            output = (done.stdout + done.stderr).decode(errors="replace")
+            words = " ".join(output.split())
+            raise RuntimeError(f"{compiler} could not compile {_MAIN}: {words[-500:]}")
         target = folder / f"{name}-{file_digest(built)[:32]}.so"
         built.replace(target)
     return target

@@ -20,20 +20,20 @@ from nalora_jax.ops.dispatch import numerics_for
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("decided_anew")
-REGISTERED = library._registered  # with what this process has registered
+REGISTERED = library._register  # with what this process has registered
 
 
 @pytest.fixture
 def decided_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is registered, and the cache is the folder that NALORA_CACHE names."""
     monkeypatch.setattr(library, "cache_dir", downloads.cache_dir)
-    monkeypatch.setattr(library, "_registered", functools.cache(library._registered.__wrapped__))
+    monkeypatch.setattr(library, "_register", functools.cache(library._register.__wrapped__))
 
 
 def test_another_copy_of_the_library_is_not_registered_again(tmp_path, monkeypatch):
     """A process that compiles at the same time replaces the file, and NALORA_NATIVE names the kind
     in two ways."""
-    monkeypatch.setattr(library, "_registered", REGISTERED)
+    monkeypatch.setattr(library, "_register", REGISTERED)
     jax.jit(jnp.sin)(1.0)  # XLA compares registrations once it has run
     monkeypatch.delenv("NALORA_NATIVE", raising=False)
     assert library.kind()
