@@ -39,14 +39,11 @@ class MethodResult:
 
     def finite(self, multiple: float = 1.0) -> dict[int, Record]:
         """Returns the tests that did not diverge, by seed."""
-        of_multiple = {
-            seed: record for (seed, m), record in self.tests.items() if m == multiple
-        }
-        return {
-            seed: record
-            for seed, record in of_multiple.items()
-            if not record["diverged"]
-        }
+        finite = {}
+        for (seed, of_record), record in self.tests.items():
+            if of_record == multiple and not record["diverged"]:
+                finite[seed] = record
+        return finite
 
     def losses(self, multiple: float = 1.0) -> list[float]:
         """Returns the test costs (`study.plan.cost`) of `finite`, in the order of the seeds."""
@@ -114,18 +111,17 @@ def results(protocol: Protocol, records: Mapping[str, Record]) -> list[MethodRes
     for cell in cells(protocol):
         grid = tuning(protocol, cell, records)
         tuned = [
-            run for run in tuning_runs(protocol, cell, grid.rates) if run.id in records
-        ]
-        tests = test_runs(protocol, cell, grid.chosen) if grid.chosen else []
-        by_seed = {
-            (run.seed, run.multiple): records[run.id]
-            for run in tests
+            records[run.id]
+            for run in tuning_runs(protocol, cell, grid.rates)
             if run.id in records
-        }
-        finished = tuple(records[run.id] for run in tuned)
-        cell_results.append(
-            MethodResult(cell, grid, finished, by_seed, protocol.metric)
-        )
+        ]
+        tests = {}
+        if grid.chosen:
+            for run in test_runs(protocol, cell, grid.chosen):
+                if run.id in records:
+                    tests[run.seed, run.multiple] = records[run.id]
+        result = MethodResult(cell, grid, tuple(tuned), tests, protocol.metric)
+        cell_results.append(result)
     return cell_results
 
 
@@ -135,41 +131,51 @@ def by_task(
     """Returns the results by task and model."""
     groups: dict[tuple[str, str], list[MethodResult]] = {}
     for result in cell_results:
-        groups.setdefault((result.cell.task, result.cell.model), []).append(result)
+        place = (result.cell.task, result.cell.model)
+        groups.setdefault(place, []).append(result)
     return groups
 
 
 def named(metric: str) -> str:
     """Returns the label of a metric's cost."""
-    return metric if metric in COSTS else f"1 - {metric.replace('_', ' ')}"
+    if metric in COSTS:
+        return metric
+    return f"1 - {metric.replace('_', ' ')}"
+
+
+def other_measured(metric: str, cell_results: Sequence[MethodResult]) -> list[str]:
+    """Returns the measures other than the metric that any of the results has."""
+    measured = []
+    for name in others_of(metric):
+        if any(result.measured(name) for result in cell_results):
+            measured.append(name)
+    return measured
 
 
 def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[Measure]:
     """Returns every measure by which the study compares methods, the primary one first."""
     metric = protocol.metric
     primary = Measure("primary", named(metric), partial(_test_cost, metric))
-    other_names = [
-        n
-        for n in others_of(metric)
-        if any(result.measured(n) for result in cell_results)
-    ]
-    multiples = [m for m in sorted(protocol.test_multiples) if m != 1]
-    return [
-        primary,
-        *(
-            Measure("other", named(name), partial(_test_cost, name))
-            for name in other_names
-        ),
-        *(
-            replace(primary, kind="multiple", label=f"x {m:g}", multiple=m)
-            for m in multiples
-        ),
-        *(Measure("probe", name, partial(forgotten, name)) for name in protocol.probes),
-    ]
+    all_measures = [primary]
+    for name in other_measured(metric, cell_results):
+        value = partial(_test_cost, name)
+        all_measures.append(Measure("other", named(name), value))
+    for multiple in sorted(protocol.test_multiples):
+        if multiple != 1:
+            label = f"x {multiple:g}"
+            at_multiple = replace(
+                primary, kind="multiple", label=label, multiple=multiple
+            )
+            all_measures.append(at_multiple)
+    for name in protocol.probes:
+        all_measures.append(Measure("probe", name, partial(forgotten, name)))
+    return all_measures
 
 
 def _test_cost(metric: str, record: Record) -> float | None:
-    return cost(metric, record["test"]) if metric in record["test"] else None
+    if metric not in record["test"]:
+        return None
+    return cost(metric, record["test"])
 
 
 def forgotten(probe: str, record: Record) -> float:
@@ -190,34 +196,32 @@ def comparisons(
     baseline = protocol.baseline
     methods = protocol.methods
     with_baseline = [(name, baseline) for name in methods if name != baseline]
-    placebos = [
-        (method.placebo_of, name)
-        for name, method in methods.items()
-        if method.placebo_of
-    ]
-    with_placebo = [
-        pair for pair in dict.fromkeys(placebos) if pair not in with_baseline
-    ]
+    with_placebo = []
+    for name, method in methods.items():
+        pair = (method.placebo_of, name)
+        if method.placebo_of and pair not in with_baseline:
+            with_placebo.append(pair)
     by_cell = {r.cell: r for r in cell_results}
     all_measures = measures(protocol, cell_results)
     compared = []
     for pairs in (with_baseline, with_placebo):
+        family = []
         places = itertools.product(all_measures, pairs, protocol.models, protocol.tasks)
-        family = (
-            _compared(protocol, by_cell, measure, Cell(model, task, method), other)
-            for measure, (method, other), model, task in places
-        )
-        found = [comparison for comparison in family if comparison is not None]
-        by_t = holm([comparison.paired.t_p for comparison in found])
-        by_rank = holm([comparison.paired.wilcoxon_p for comparison in found])
+        for measure, (name, other), model, task in places:
+            cell = Cell(model, task, name)
+            comparison = _compare(protocol, by_cell, measure, cell, other)
+            if comparison is not None:
+                family.append(comparison)
+        by_t = holm([comparison.paired.t_p for comparison in family])
+        by_rank = holm([comparison.paired.wilcoxon_p for comparison in family])
         compared += [
-            replace(comparison, t_holm=t, wilcoxon_holm=rank, family=len(found))
-            for comparison, t, rank in zip(found, by_t, by_rank, strict=True)
+            replace(comparison, t_holm=t, wilcoxon_holm=rank, family=len(family))
+            for comparison, t, rank in zip(family, by_t, by_rank, strict=True)
         ]
     return compared
 
 
-def _compared(
+def _compare(
     protocol: Protocol,
     by_cell: Mapping[Cell, MethodResult],
     measure: Measure,
@@ -226,25 +230,22 @@ def _compared(
 ) -> MethodComparison | None:
     """Returns the comparison over the seeds that both methods finished; None without any."""
     gain = training_gain(by_cell[cell._replace(method=protocol.baseline)])
-    sides = cell, cell._replace(method=other)
-    records, reference = (by_cell[side].finite(measure.multiple) for side in sides)
-    pairs = [
-        (record, reference[seed])
-        for seed, record in records.items()
-        if seed in reference
-    ]
-    values = [(measure.value(record), measure.value(other)) for record, other in pairs]
-    both = [
-        (first, second)
-        for first, second in values
-        if first is not None and second is not None
-    ]
-    if not both:
+    records = by_cell[cell].finite(measure.multiple)
+    reference = by_cell[cell._replace(method=other)].finite(measure.multiple)
+    values = []
+    values_of_other = []
+    for seed, record in records.items():
+        if seed not in reference:
+            continue
+        value = measure.value(record)
+        value_of_other = measure.value(reference[seed])
+        if value is not None and value_of_other is not None:
+            values.append(value)
+            values_of_other.append(value_of_other)
+    if not values:
         return None
     margin = protocol.margin or protocol.margin_share * gain
-    statistics = paired(
-        [first for first, _ in both], [second for _, second in both], margin
-    )
+    statistics = paired(values, values_of_other, margin)
     return MethodComparison(cell, other, measure, statistics, gain)
 
 
@@ -281,30 +282,36 @@ def common_rates(
         reference = baseline.tuning.costs.get(rate)
         if loss is None or reference is None or not math.isfinite(loss - reference):
             continue
-        at_rate = (side.at_rate(rate) for side in (result, baseline))
-        moved, of_baseline = (
-            mean_of(last_of(records, "mean_feature")) for records in at_rate
-        )
-        ratio = moved / of_baseline if of_baseline else math.nan
-        common[rate] = loss - reference, ratio if math.isfinite(ratio) else None
+        movement = mean_of(last_of(result.at_rate(rate), "mean_feature"))
+        of_baseline = mean_of(last_of(baseline.at_rate(rate), "mean_feature"))
+        ratio = None
+        if of_baseline and math.isfinite(movement / of_baseline):
+            ratio = movement / of_baseline
+        common[rate] = (loss - reference, ratio)
     return common
 
 
 def mean_of(values: Sequence[float]) -> float:
     """Returns the mean; NaN without values."""
-    return math.fsum(values) / len(values) if values else math.nan
+    if not values:
+        return math.nan
+    return math.fsum(values) / len(values)
 
 
 def deviation(values: Sequence[float]) -> float:
     """Returns the sample standard deviation; NaN for fewer than two values."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    if len(values) < 2:
+        return math.nan
+    return float(np.std(values, ddof=1))
 
 
 def last_of(records: Iterable[Record], name: str) -> list[float]:
     """Returns a number of each record's last log step that has it, without records that have
     none."""
-    rows = (
-        (row.get(name) for row in reversed(record["training"])) for record in records
-    )
-    values = (next((value for value in row if value is not None), None) for row in rows)
-    return [float(value) for value in values if value is not None]
+    values = []
+    for record in records:
+        for row in reversed(record["training"]):
+            if row.get(name) is not None:
+                values.append(float(row[name]))
+                break
+    return values

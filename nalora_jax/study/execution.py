@@ -27,9 +27,8 @@ from nalora_jax.train.compilation import use_compilation_cache
 
 log = logging.getLogger(__name__)
 
-_WAIT_SECONDS = (
-    5.0  # until another process may have finished a run that this process waits for
-)
+# Until another process may have finished a run that this process waits for.
+_WAIT_SECONDS = 5.0
 _compiled: list[float] = []  # seconds of each program that XLA compiles in this process
 
 
@@ -89,20 +88,15 @@ def run_study(
                 spent,
             )
             break
-        left = [
-            run
-            for run in pending(protocol, records)
-            if not methods or run.cell.method in methods
-        ]
+        left = pending(protocol, records)
+        if methods:
+            left = [run for run in left if run.cell.method in methods]
         if not left:
-            which = f"of {', '.join(methods)} " if methods else ""
-            count = len(records)
-            log.info(
-                "%s: all runs %sare done; the study has %d records",
-                protocol.folder,
-                which,
-                count,
-            )
+            which = ""
+            if methods:
+                which = f"of {', '.join(methods)} "
+            done_here = "%s: all runs %sare done; the study has %d records"
+            log.info(done_here, protocol.folder, which, len(records))
             break
         finished = _do_some(protocol, store, resources, left, limit - done)
         if not finished:
@@ -122,19 +116,20 @@ def _do_some(
     with ExitStack() as claims:
         claimed: list[tuple[Run, Path]] = []
         for run in left:
-            if claimed and (run.cell, run.stage) != (
-                claimed[0][0].cell,
-                claimed[0][0].stage,
-            ):
-                continue
+            if claimed:
+                first, _ = claimed[0]
+                if (run.cell, run.stage) != (first.cell, first.stage):
+                    continue
             snapshot = claims.enter_context(store.claim(run.id))
-            # Another process may have finished it meanwhile.
-            if snapshot is not None and run.id not in provenance.checked_records(
-                protocol, store
-            ):
-                claimed.append((resources.placed(run), snapshot))
-            fits = resources.fitting(run)
-            if len(claimed) == min(most, 1 if fits is None else fits.capacity):
+            if snapshot is not None:
+                # Another process may have finished it meanwhile.
+                records = provenance.checked_records(protocol, store)
+                if run.id not in records:
+                    claimed.append((resources.placed(run), snapshot))
+            capacity = 1
+            if (fits := resources.fitting(run)) is not None:
+                capacity = fits.capacity
+            if len(claimed) == min(most, capacity):
                 break
         if not claimed:
             return 0
@@ -147,23 +142,25 @@ def _do_some(
             log.info("%s", run)
         began = time.perf_counter()
         runs, snapshots = zip(*claimed, strict=True)
-        for record, snapshot in zip(
-            perform_all(runs, resources, snapshots, records), snapshots, strict=True
-        ):
+        performed = perform_all(runs, resources, snapshots, records)
+        for record, snapshot in zip(performed, snapshots, strict=True):
             finished = exact_values(record | {"commit": commit})
             store.append(finished | {"digest": provenance.record_digest(finished)})
             snapshot.unlink(missing_ok=True)
-            losses = (
-                f"{name} loss {record[name]['loss']:.4f}"
-                for name in _LOSSES
-                if name in record
-            )
-            outcome = "diverged" if record["diverged"] else ", ".join(losses)
-            log.info("  %s in %.0f s", outcome, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            log.info("  %s in %.0f s", _outcome(record), seconds)
         return len(claimed)
 
 
-_LOSSES = ("validation", "test")
+def _outcome(record: Record) -> str:
+    """Returns the final losses of a run as text."""
+    if record["diverged"]:
+        return "diverged"
+    losses = []
+    for name in ("validation", "test"):
+        if name in record:
+            losses.append(f"{name} loss {record[name]['loss']:.4f}")
+    return ", ".join(losses)
 
 
 def perform_all(
@@ -192,42 +189,47 @@ def perform_all(
         RunInProgress(run, resources, path)
         for run, path in zip(runs, snapshots, strict=True)
     ]
-    provenance.check_records(
-        {**(records or {}), **{each.run.id: each.described for each in started}}
-    )
+    checked = dict(records or {})
+    for each in started:
+        checked[each.run.id] = each.described
+    provenance.check_records(checked)
     fits = resources.fitting(runs[0])
     if fits is None:
         states = [started[0].train()]
     else:
-        states = _trained_together(started, fits.slots(len(runs)))
+        states = _train_together(started, fits.slots(len(runs)))
     share = (time.perf_counter() - began) / len(runs)
     performed = []
     for progress, state in zip(started, states, strict=True):
         began = time.perf_counter()
         record = progress.record(state)
-        seconds = progress.seconds_before + share + time.perf_counter() - began
-        performed.append(
-            record | {"seconds": seconds, "compilations": len(_compiled) - compiled}
+        record["seconds"] = (
+            progress.seconds_before + share + time.perf_counter() - began
         )
+        record["compilations"] = len(_compiled) - compiled
+        performed.append(record)
     return performed
 
 
-def _trained_together(
+def _train_together(
     started: Sequence[RunInProgress], slots: int
 ) -> list[TrainState | None]:
     """Returns the trained state of each run of a program with ``slots``; None for diverged runs."""
-    loops = [RunLoop(run.begin(), run.rows()) for run in started]
-    pairs = [
-        (run, loop.follower.result.state)
-        for run, loop in zip(started, loops, strict=True)
-    ]
-    assemblies = [
-        replace(run.assembly, params=run.params, state=state) for run, state in pairs
-    ]
+    loops = []
+    assemblies = []
+    for run in started:
+        loop = RunLoop(run.begin(), run.rows())
+        loops.append(loop)
+        state = loop.follower.result.state
+        assemblies.append(replace(run.assembly, params=run.params, state=state))
     began = time.perf_counter()
     fit_all(SweepProgram(assemblies, slots=slots), loops)
-    for progress in started:
-        progress.training_seconds += (time.perf_counter() - began) / len(started)
-    return [
-        loop.follower.result.state if loop.error is None else None for loop in loops
-    ]
+    for run in started:
+        run.training_seconds += (time.perf_counter() - began) / len(started)
+    states: list[TrainState | None] = []
+    for loop in loops:
+        if loop.error is None:
+            states.append(loop.follower.result.state)
+        else:
+            states.append(None)
+    return states

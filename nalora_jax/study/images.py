@@ -66,29 +66,29 @@ class DualEncoders(Subject):
                 )
             return load_dual(config.model, dtype=dtype, mesh=mesh, **options)
 
-        seed = config.seed if joined else 0
-        return self.once(
-            ("model", config.model, dtype, config.mesh, seed, *options.values()), load
-        )
+        seed = 0
+        if joined:
+            seed = config.seed
+        key = ("model", config.model, dtype, config.mesh, seed, *options.values())
+        return self.once(key, load)
 
     def _towers(self, config: RunConfig) -> list[LoadedEncoder]:
         """Returns the separate towers of a joined model."""
-        options: dict[str, Any] = {"dtype": config.compute.dtype}
-        towers = []
-        for prefix, name in zip(
-            ("image/", "text/"), config.model.split(JOIN, 1), strict=True
-        ):
+        image, text = config.model.split(JOIN, 1)
+        return [
+            self._tower(config, image.strip(), "image/"),
+            self._tower(config, text.strip(), "text/"),
+        ]
 
-            def load(name: str = name.strip(), prefix: str = prefix) -> LoadedEncoder:
-                mesh = distributed.smallest_mesh(config.mesh)
-                return load_encoder(name, mesh=mesh, prefix=prefix, **options)
+    def _tower(self, config: RunConfig, name: str, prefix: str) -> LoadedEncoder:
+        """Returns an encoder whose parameters have names that start with ``prefix``."""
+        dtype = config.compute.dtype
 
-            towers.append(
-                self.once(
-                    (prefix, name.strip(), config.compute.dtype, config.mesh), load
-                )
-            )
-        return towers
+        def load() -> LoadedEncoder:
+            mesh = distributed.smallest_mesh(config.mesh)
+            return load_encoder(name, mesh=mesh, prefix=prefix, dtype=dtype)
+
+        return self.once((prefix, name, dtype, config.mesh), load)
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns ``config`` without its data, and the shapes of class prompts and captions.
@@ -101,12 +101,11 @@ class DualEncoders(Subject):
         )
         params = self.params(config)
         rows = self.data(config)
-        shapes = [
-            (name, value.shape) for name, value in params.get(dual.CLASSES, {}).items()
-        ]
-        shapes += [
-            (name, value.shape[1:]) for name, value in (rows.tokens or {}).items()
-        ]
+        shapes = []
+        for name, value in params.get(dual.CLASSES, {}).items():
+            shapes.append((name, value.shape))
+        for name, value in (rows.tokens or {}).items():
+            shapes.append((name, value.shape[1:]))
         return replace(config, data=DataConfig(), vision=vision), tuple(sorted(shapes))
 
     def assemble(
@@ -176,15 +175,13 @@ class DualEncoders(Subject):
 
     def items(self, config: RunConfig, data: DataConfig) -> ImageItems:
         """Returns images, which are opened when they are measured."""
-        train, held = (
-            self._source(config, data, split)
-            for split in (data.train_split, data.eval_split)
-        )
+        train = self._source(config, data, data.train_split)
+        held_out = self._source(config, data, data.eval_split)
         # equal: a probe, whose data is not trained on
         if data.train_split != data.eval_split:
-            check_disjoint(train, held)
-        indices = dual.drawn_images(held, data.eval_limit)
-        images = Images(held, indices[indices.argsort()])
+            check_disjoint(train, held_out)
+        indices = dual.drawn_images(held_out, data.eval_limit)
+        images = Images(held_out, indices[indices.argsort()])
         classes = self._classes(config, data)
         loaded = self.model(config)
         asked = [
@@ -199,9 +196,9 @@ class DualEncoders(Subject):
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Compares the spans of both splits."""
-        check_disjoint(
-            *(self._source(config, config.data, split) for split in (tuned, tested))
-        )
+        tuning_source = self._source(config, config.data, tuned)
+        test_source = self._source(config, config.data, tested)
+        check_disjoint(tuning_source, test_source)
 
     def measure(
         self,

@@ -84,10 +84,11 @@ class LanguageItems(Items):
         """Returns the digest of prompts and completions, and the digest of any choices."""
         if not self.choices:
             return super().digests
-        ids = [
-            [[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices
-        ]
-        return super().digests | {"choices": json_digest(ids)[:16]}
+        content = []
+        for item in self.choices:
+            choice_ids = [list(ids) for ids in item.choice_ids]
+            content.append([choice_ids, item.gold])
+        return super().digests | {"choices": json_digest(content)[:16]}
 
     def scoring(self, count: int) -> LanguageItems:
         """Returns the completions with the choices of ``count`` items, drawn once for all runs."""
@@ -216,12 +217,11 @@ class Language(Subject):
                 ids = list(item.contexts[gold]), list(item.choice_ids[gold])
                 item = CompletionItem(*ids, item.prompt, item.choices[gold])
             completions.append(item)
-        digest = json_digest(
-            [[list(item.prompt_ids), list(item.completion_ids)] for item in completions]
-        )
-        return LanguageItems(
-            digest[:16], len(completions), config, completions, choices
-        )
+        content = []
+        for item in completions:
+            content.append([list(item.prompt_ids), list(item.completion_ids)])
+        digest = json_digest(content)[:16]
+        return LanguageItems(digest, len(completions), config, completions, choices)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Checks that two splits of the run's data share no record.
@@ -229,9 +229,9 @@ class Language(Subject):
         Raises:
           NaloraError: they do.
         """
-        sources.check_disjoint(
-            *(sources.open_source(config.data, split) for split in (tuned, tested))
-        )
+        tuning_source = sources.open_source(config.data, tuned)
+        test_source = sources.open_source(config.data, tested)
+        sources.check_disjoint(tuning_source, test_source)
 
     def measure(
         self,

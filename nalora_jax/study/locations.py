@@ -26,10 +26,9 @@ def located(config: RunConfig, folder: Path) -> RunConfig:
       NaloraError: a path exists relative to the current folder only.
     """
     data = replace(config.data, dataset=locate_dataset(config.data.dataset, folder))
-    train, held = (
-        located_from(split, folder) for split in (data.train_split, data.eval_split)
-    )
-    data = replace(data, train_split=train, eval_split=held)
+    train = located_from(data.train_split, folder)
+    held_out = located_from(data.eval_split, folder)
+    data = replace(data, train_split=train, eval_split=held_out)
     parts = [config.model]
     if config.vision.task in DUAL:  # an image and a text encoder
         parts = config.model.split("+")
@@ -71,4 +70,6 @@ def located_from(text: str, folder: Path, *, is_model: bool = False) -> str:
         raise NaloraError(
             f"{folder}: {text}", expected=expected, found=found, remedy=remedy
         )
-    return str(inside) if is_path else text
+    if is_path:
+        return str(inside)
+    return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -33,9 +33,7 @@ class Panels(NamedTuple):
     points: Callable[[analysis.MethodResult], Line]
     xlabel: str
     ylabel: str
-    visible: Callable[[list[Line]], bool] = (
-        bool  # False: the lines of a panel would not be seen
-    )
+    visible: Callable[[list[Line]], bool] = bool  # False: no line could be seen
     style: Mapping[str, Any] = {"linewidth": 1.2}
     scale: Callable[[Any, list[Line]], None] | None = None  # of the axes
 
@@ -49,18 +47,9 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
             name: _grid(name, panels, cell_results, marks)
             for name, panels in _PANELS.items()
         }
-        primary = [
-            c
-            for c in analysis.comparisons(protocol, cell_results)
-            if c.measure.kind == "primary"
-        ]
-        ordered = sorted(
-            primary,
-            key=lambda comparison: list(protocol.tasks).index(comparison.cell.task),
-        )
-        parts = np.array_split(
-            np.array(ordered, object), max(math.ceil(len(ordered) / _ROWS), 1)
-        )
+        primary = _primary_by_task(protocol, cell_results)
+        count = max(math.ceil(len(primary) / _ROWS), 1)
+        parts = np.array_split(np.array(primary, object), count)
         for number, part in enumerate(parts, start=1):
             if len(parts) > 1:
                 name = f"differences_{number}.svg"
@@ -68,6 +57,16 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
                 name = "differences.svg"
             pictures[name] = _differences(protocol, list(part))
     return {name: text for name, text in pictures.items() if text}
+
+
+def _primary_by_task(
+    protocol: Protocol, cell_results: Sequence[analysis.MethodResult]
+) -> list[analysis.MethodComparison]:
+    """Returns the comparisons by the primary metric, in the order of the tasks."""
+    compared = analysis.comparisons(protocol, cell_results)
+    primary = [each for each in compared if each.measure.kind == "primary"]
+    tasks = list(protocol.tasks)
+    return sorted(primary, key=lambda each: tasks.index(each.cell.task))
 
 
 def _grid(
@@ -88,41 +87,34 @@ def _grid(
     drawn = False
     legend: dict[str, Any] = {}
     for axis, ((task, model), group) in zip(axes, groups.items(), strict=False):
-        lines = {
-            result.cell.method: line
-            for result in group
-            if (line := panels.points(result))
-        }
-        for method, line in lines.items():
-            axis.plot(
-                *zip(*line, strict=True), label=method, **panels.style, **marks[method]
-            )
-        axis.set(
-            xlabel=panels.xlabel,
-            ylabel=panels.ylabel.format(cost=analysis.named(group[0].metric)),
-        )
+        lines = []
+        for result in group:
+            if line := panels.points(result):
+                lines.append(line)
+                method = result.cell.method
+                xs, ys = zip(*line, strict=True)
+                axis.plot(xs, ys, label=method, **panels.style, **marks[method])
+        cost_label = analysis.named(group[0].metric)
+        axis.set(xlabel=panels.xlabel, ylabel=panels.ylabel.format(cost=cost_label))
         axis.set_title(f"{task}, {model}", fontsize=10)
         if lines:
-            drawn |= panels.visible(list(lines.values()))
+            drawn |= panels.visible(lines)
             if panels.scale is not None:
-                panels.scale(axis, list(lines.values()))
+                panels.scale(axis, lines)
         else:
             axis.set_axis_off()
-            axis.text(
-                0.5,
-                0.5,
-                "no run yet",
-                ha="center",
-                va="center",
-                transform=axis.transAxes,
-            )
+            centre = {"ha": "center", "va": "center", "transform": axis.transAxes}
+            axis.text(0.5, 0.5, "no run yet", **centre)
         handles, labels = axis.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
     if not drawn:
         return ""
-    entries = list(legend.values()), list(legend)
     figure.legend(
-        *entries, loc="outside lower center", ncols=min(2 * columns, 4), fontsize=8
+        list(legend.values()),
+        list(legend),
+        loc="outside lower center",
+        ncols=min(2 * columns, 4),
+        fontsize=8,
     )
     return to_svg_file(figure, name)
 
@@ -148,94 +140,104 @@ def _marks(protocol: Protocol) -> dict[str, dict[str, Any]]:
 
 def _by_rate(result: analysis.MethodResult) -> Line:
     """Returns the validation cost by learning rate."""
-    costs = result.tuning.costs.items()
-    return [
-        (rate, cost) for rate, cost in costs if cost is not None and math.isfinite(cost)
-    ]
+    points = []
+    for rate, value in result.tuning.costs.items():
+        if value is not None and math.isfinite(value):
+            points.append((rate, value))
+    return points
 
 
 def _scale_rates(axis: Any, lines: list[Line]) -> None:
     """Sets a logarithmic axis with a tick at each rate; cuts off losses 0.5 above a method's best
     one."""
-    tried = sorted({rate for line in lines for rate, _ in line})
+    rates = set()
+    shown = []
+    for line in lines:
+        limit = min(loss for _, loss in line) + 0.5
+        for rate, loss in line:
+            rates.add(rate)
+            shown.append(min(loss, limit))
+    ticks = sorted(rates)
     axis.set(xscale="log")
     axis.minorticks_off()
-    axis.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=30, fontsize=8)
-    best = [min(loss for _, loss in line) for line in lines]
-    shown = [
-        min(loss, least + 0.5)
-        for line, least in zip(lines, best, strict=True)
-        for _, loss in line
-    ]
+    axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks], rotation=30, fontsize=8)
     low = min(shown)
     high = max(shown)
-    spread = max(shown) - min(shown)
-    axis.set_ylim(low - 0.05 * spread - 1e-4, high + 0.05 * spread + 1e-4)
+    space = 0.05 * (high - low)
+    axis.set_ylim(low - space - 1e-4, high + space + 1e-4)
 
 
-def _along(
-    result: analysis.MethodResult, values: Callable[[Record], Iterable[tuple[int, Any]]]
-) -> Line:
-    """Returns the mean over the test runs of values by step, at the steps that all runs have."""
-    curves = [dict(values(record)) for record in result.finite().values()]
-    steps = sorted(set(curves[0]).intersection(*curves)) if curves else []
-    values_at = (
-        [curve[step] for curve in curves if curve[step] is not None] for step in steps
-    )
-    means = map(analysis.mean_of, values_at)
-    return [
-        (step, mean)
-        for step, mean in zip(steps, means, strict=True)
-        if math.isfinite(mean)
-    ]
+def _mean_curve(curves: Sequence[Mapping[int, float | None]]) -> Line:
+    """Returns the mean over runs of values by step, at the steps that all runs have."""
+    if not curves:
+        return []
+    line = []
+    for step in sorted(set(curves[0]).intersection(*curves)):
+        values = [curve[step] for curve in curves]
+        mean = analysis.mean_of([value for value in values if value is not None])
+        if math.isfinite(mean):
+            line.append((step, mean))
+    return line
 
 
 def _by_step(result: analysis.MethodResult) -> Line:
     """Returns the mean validation cost along the test runs."""
-    metric = result.metric
-    return _along(
-        result,
-        lambda r: ((int(p["step"]), cost(metric, p)) for p in r["curve"] if p["step"]),
-    )
+    curves = []
+    for record in result.finite().values():
+        curve = {}
+        for point in record["curve"]:
+            if point["step"]:
+                curve[int(point["step"])] = cost(result.metric, point)
+        curves.append(curve)
+    return _mean_curve(curves)
 
 
 def _misalignments(result: analysis.MethodResult) -> Line:
     """Returns the gates' feature movement and the misalignment at the end of each test run."""
-    ends = "mean_feature", "misalignment"
-    pairs = [
-        [analysis.last_of([r], name) for name in ends] for r in result.finite().values()
-    ]
-    return [(x[0], y[0]) for x, y in pairs if x and y]
+    points = []
+    for record in result.finite().values():
+        movement = analysis.last_of([record], "mean_feature")
+        misalignment = analysis.last_of([record], "misalignment")
+        if movement and misalignment:
+            points.append((movement[0], misalignment[0]))
+    return points
 
 
 def _importances(result: analysis.MethodResult) -> Line:
     """Returns the mean slope E|phi'| of the gates along the test runs."""
-    return _along(
-        result,
-        lambda r: ((row["step"], row.get("mean_importance")) for row in r["training"]),
-    )
+    curves = []
+    for record in result.finite().values():
+        rows = record["training"]
+        curves.append({row["step"]: row.get("mean_importance") for row in rows})
+    return _mean_curve(curves)
 
 
-def _spread(lines: list[Line]) -> bool:
+def _is_spread(lines: list[Line]) -> bool:
     """Returns True if the lines are not all the same."""
-    values = [[y for _, y in line] for line in lines]
-    spreads = [max(at_step) - min(at_step) for at_step in zip(*values, strict=False)]
-    return max(spreads) > _VISIBLE * max(map(abs, values[0]))
+    widest = 0.0
+    for points in zip(*lines, strict=False):
+        values = [value for _, value in points]
+        widest = max(widest, max(values) - min(values))
+    largest = max(abs(value) for _, value in lines[0])
+    return widest > _VISIBLE * largest
+
+
+def _has_curve(lines: list[Line]) -> bool:
+    """Returns True if a line has several points."""
+    return any(len(line) > 1 for line in lines)
 
 
 _LOSS = "validation {cost}, lower is better"
 _PANELS = {
     "loss_by_rate.svg": Panels(_by_rate, "learning rate", _LOSS, scale=_scale_rates),
-    "loss_by_step.svg": Panels(
-        _by_step, "step", _LOSS, lambda lines: max(map(len, lines)) > 1
-    ),
+    "loss_by_step.svg": Panels(_by_step, "step", _LOSS, _has_curve),
     "misalignment.svg": Panels(
         _misalignments,
         "feature movement E|F|",
         "misalignment E|S| / E|F|",
         style={"linestyle": "none"},
     ),
-    "importance.svg": Panels(_importances, "step", "mean importance E|φ′|", _spread),
+    "importance.svg": Panels(_importances, "step", "mean importance E|φ′|", _is_spread),
 }
 
 
@@ -248,31 +250,30 @@ def _differences(
     figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(compared)), layout="constrained")
     axis = figure.subplots()
     axis.axvline(0, color="#888888", linewidth=0.8)
-    margins = np.repeat(
-        [max(comparison.paired.margin, 0.0) for comparison in compared], 2
-    )
-    edges = np.repeat(np.arange(len(compared) + 1) - 0.5, 2)[1:-1]
-    axis.fill_betweenx(edges, -margins, margins, color="#eeeeee", linewidth=0, zorder=0)
+    margins = [max(comparison.paired.margin, 0.0) for comparison in compared]
+    right = np.repeat(margins, 2)
+    borders = np.arange(len(compared) + 1) - 0.5  # between rows
+    edges = np.repeat(borders, 2)[1:-1]
+    axis.fill_betweenx(edges, -right, right, color="#eeeeee", linewidth=0, zorder=0)
+    tasks = list(protocol.tasks)
     labels = []
     for row, comparison in enumerate(compared):
         cell = comparison.cell
         statistics = comparison.paired
-        colour = _COLOURS[list(protocol.tasks).index(cell.task) % len(_COLOURS)]
+        colour = _COLOURS[tasks.index(cell.task) % len(_COLOURS)]
         if statistics.n > 1:
-            axis.plot(
-                [statistics.low, statistics.high],
-                [row, row],
-                color=colour,
-                linewidth=1.6,
-            )
+            interval = [statistics.low, statistics.high]
+            axis.plot(interval, [row, row], color=colour, linewidth=1.6)
         axis.plot([statistics.mean], [row], "o", color=colour, markersize=4)
-        model = f", {cell.model}" if len(protocol.models) > 1 else ""
-        labels.append(f"{cell.method} - {comparison.other}, {cell.task}{model}")
+        label = f"{cell.method} - {comparison.other}, {cell.task}"
+        if len(protocol.models) > 1:
+            label += f", {cell.model}"
+        labels.append(label)
     axis.set_yticks(range(len(compared)), labels, fontsize=8)
     axis.set_ylim(len(compared) - 0.5, -0.5)  # the first on top
     axis.xaxis.set_major_locator(MaxNLocator(4))
-    text = f"difference of the test {analysis.named(protocol.metric)}, lower is better"
-    axis.set_xlabel(
-        f"{text}\n95% t interval; grey: the margin of equivalence", fontsize=9
-    )
+    metric = analysis.named(protocol.metric)
+    difference = f"difference of the test {metric}, lower is better"
+    legend = "95% t interval; grey: the margin of equivalence"
+    axis.set_xlabel(f"{difference}\n{legend}", fontsize=9)
     return to_svg_file(figure, "differences.svg")

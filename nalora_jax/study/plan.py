@@ -23,16 +23,19 @@ from nalora_jax.study.records import Record
 from nalora_jax.train.initial_adapter import with_adapter
 
 Stage = Literal["tune", "test"]
-_WAYS = ("image_to_text", "text_to_image")
 # Measures of items in records.
 MEASURES = (
-    *(
-        "loss",
-        "accuracy",
-        "recall",
-        *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5)),
-    ),
-    *("reward", "pass_1", "pass_8", "divergence"),
+    "loss",
+    "accuracy",
+    "recall",
+    "image_to_text_recall_1",
+    "image_to_text_recall_5",
+    "text_to_image_recall_1",
+    "text_to_image_recall_5",
+    "reward",
+    "pass_1",
+    "pass_8",
+    "divergence",
 )
 COSTS = ("loss", "divergence")  # measures of which less is better
 
@@ -40,11 +43,10 @@ COSTS = ("loss", "divergence")  # measures of which less is better
 def others_of(metric: str) -> list[str]:
     """Returns the measures other than the metric; the loss of a run with rewards is 1 minus the
     reward."""
-    return [
-        name
-        for name in MEASURES
-        if name != metric and (metric, name) != ("reward", "loss")
-    ]
+    excluded = {metric}
+    if metric == "reward":
+        excluded.add("loss")
+    return [name for name in MEASURES if name not in excluded]
 
 
 class Cell(NamedTuple):
@@ -111,11 +113,11 @@ class Run:
         return _hash([self.stage, *self.cell, self.multiple, self.config_hash])
 
     def __str__(self) -> str:
+        place = f"{self.stage} {' '.join(self.cell)}"
+        rate = f"rate {self.rate:g}"
         if self.multiple != 1:
-            multiple = f" ({self.multiple:g} x chosen)"
-        else:
-            multiple = ""
-        return f"{self.stage} {' '.join(self.cell)}, rate {self.rate:g}{multiple}, seed {self.seed}"
+            rate += f" ({self.multiple:g} x chosen)"
+        return f"{place}, {rate}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,13 @@ class Tuning:
     @property
     def chosen(self) -> float | None:
         """Returns a complete grid's best rate, the lowest of ties; None if all rates diverged."""
-        finite = {
-            rate: loss
-            for rate, loss in self.costs.items()
-            if loss is not None and loss < math.inf
-        }
-        if None in self.costs.values() or not finite:
+        finite = {}
+        for rate, loss in self.costs.items():
+            if loss is None:
+                return None
+            if loss < math.inf:
+                finite[rate] = loss
+        if not finite:
             return None
         return min(finite, key=finite.__getitem__)
 
@@ -150,18 +153,23 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
     rates = [rounded_rate(rate) for rate in protocol.rates]
     added = {"low": 0, "high": 0}
     while True:
-        grid = Tuning(
-            {rate: _mean_loss(protocol, cell, rate, records) for rate in rates}
-        )
-        if grid.chosen is None:
+        costs = {rate: _mean_cost(protocol, cell, rate, records) for rate in rates}
+        grid = Tuning(costs)
+        if grid.chosen is None or len(rates) == 1:
             return grid
-        best = rates.index(grid.chosen)
-        end = {len(rates) - 1: "high", 0: "low"}.get(best, "")
-        if not end or len(rates) == 1 or added[end] == protocol.extend:
-            return replace(grid, at_edge=bool(end) and len(rates) > 1)
+        if grid.chosen == rates[0]:
+            end = "low"
+            neighbour = rates[1]
+        elif grid.chosen == rates[-1]:
+            end = "high"
+            neighbour = rates[-2]
+        else:
+            return grid
+        if added[end] == protocol.extend:
+            return replace(grid, at_edge=True)
         added[end] += 1
-        edge, beside = rates[:2] if end == "low" else rates[:-3:-1]
-        rates = sorted([*rates, rounded_rate(edge**2 / beside)])
+        rates.append(rounded_rate(grid.chosen**2 / neighbour))
+        rates.sort()
 
 
 def cost(metric: str, measured: Mapping[str, Any]) -> float:
@@ -176,7 +184,9 @@ def cost(metric: str, measured: Mapping[str, Any]) -> float:
             f"records: {metric}", expected="a number", found="none", remedy=remedy
         )
     value = float(measured[metric])
-    return value if metric in COSTS else 1.0 - value
+    if metric in COSTS:
+        return value
+    return 1.0 - value
 
 
 def rounded_rate(rate: float) -> float:
@@ -186,29 +196,24 @@ def rounded_rate(rate: float) -> float:
 
 def tuning_runs(protocol: Protocol, cell: Cell, rates: Sequence[float]) -> list[Run]:
     """Returns the runs that choose the rate of ``cell``."""
-    return [
-        Run(protocol, "tune", cell, rate, seed)
-        for seed in protocol.tuning_seeds
-        for rate in rates
-    ]
+    places = itertools.product(protocol.tuning_seeds, rates)
+    return [Run(protocol, "tune", cell, rate, seed) for seed, rate in places]
 
 
 def test_runs(protocol: Protocol, cell: Cell, chosen: float) -> list[Run]:
     """Returns the runs of ``cell`` that read the test items."""
-    places = itertools.product(protocol.test_seeds, protocol.test_multiples)
-    return [
-        Run(protocol, "test", cell, rounded_rate(chosen * m), seed, m)
-        for seed, m in places
-    ]
+    runs = []
+    for seed in protocol.test_seeds:
+        for multiple in protocol.test_multiples:
+            rate = rounded_rate(chosen * multiple)
+            runs.append(Run(protocol, "test", cell, rate, seed, multiple))
+    return runs
 
 
 def cells(protocol: Protocol) -> list[Cell]:
     """Returns all cells, in the order of the file."""
-    return list(
-        itertools.starmap(
-            Cell, itertools.product(protocol.models, protocol.tasks, protocol.methods)
-        )
-    )
+    places = itertools.product(protocol.models, protocol.tasks, protocol.methods)
+    return [Cell(model, task, method) for model, task, method in places]
 
 
 def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
@@ -217,29 +222,23 @@ def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
     Each seed is completed for all methods before the next, so a study that stops early has equally
     many seeds per method. Tests of a cell appear when its grid is complete.
     """
-    grids = {cell: tuning(protocol, cell, records) for cell in cells(protocol)}
-    tunes = [
-        run
-        for cell, grid in grids.items()
-        for run in tuning_runs(protocol, cell, grid.rates)
-    ]
-    chosen = {cell: grid.chosen for cell, grid in grids.items() if grid.chosen}
-    tests = [
-        run for cell, rate in chosen.items() for run in test_runs(protocol, cell, rate)
-    ]
-    place = {cell: index for index, cell in enumerate(grids)}
-    order = {
-        seed: index
-        for index, seed in enumerate((*protocol.tuning_seeds, *protocol.test_seeds))
-    }
+    order_of_cells = cells(protocol)
+    order_of_seeds = [*protocol.tuning_seeds, *protocol.test_seeds]
+    tunes: list[Run] = []
+    tests: list[Run] = []
+    for cell in order_of_cells:
+        grid = tuning(protocol, cell, records)
+        tunes += tuning_runs(protocol, cell, grid.rates)
+        if grid.chosen:
+            tests += test_runs(protocol, cell, grid.chosen)
 
     def by_seed(run: Run) -> tuple[Any, ...]:
         return (
-            order[run.seed],
+            order_of_seeds.index(run.seed),
             run.cell.model,
             run.cell.task,
             run.multiple,
-            place[run.cell],
+            order_of_cells.index(run.cell),
             run.rate,
         )
 
@@ -251,18 +250,18 @@ def pending(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
     return [run for run in wanted(protocol, records) if run.id not in records]
 
 
-def _mean_loss(
+def _mean_cost(
     protocol: Protocol, cell: Cell, rate: float, records: Mapping[str, Record]
 ) -> float | None:
-    """Returns the mean over the tuning seeds; None if a run is missing."""
+    """Returns the mean over the tuning seeds: infinite if a run diverged, None if one is
+    missing."""
     runs = tuning_runs(protocol, cell, [rate])
     finished = [records[run.id] for run in runs if run.id in records]
     if len(finished) < len(runs):
         return None
-    costs = [
-        math.inf if r["diverged"] else cost(protocol.metric, r["validation"])
-        for r in finished
-    ]
+    if any(record["diverged"] for record in finished):
+        return math.inf
+    costs = [cost(protocol.metric, record["validation"]) for record in finished]
     return sum(costs) / len(costs)
 
 
@@ -270,11 +269,13 @@ def _changed(settings: Any, defaults: Any) -> Any:
     """Returns the settings that differ from their defaults, groups as dicts."""
     if not is_dataclass(settings):
         return settings
-    pairs = {
-        each.name: (getattr(settings, each.name), getattr(defaults, each.name))
-        for each in fields(settings)
-    }
-    return {name: _changed(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
+    changed = {}
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        default = getattr(defaults, each.name)
+        if value != default:
+            changed[each.name] = _changed(value, default)
+    return changed
 
 
 def _hash(value: Any) -> str:

@@ -50,23 +50,20 @@ class RunInProgress:
         self.run = run
         self.resources = resources
         self.snapshot = snapshot
-        self.subject, self.assembly = (
-            resources.subject(run.config),
-            resources.assembly(run),
-        )
+        self.subject = resources.subject(run.config)
+        self.assembly = resources.assembly(run)
         self.params = self.subject.params(run.config, self.assembly)
         self.data = self.subject.data(run.config)
         self.items = {"validation": resources.validation_items(run)}
         if run.stage == "test":
-            self.items |= {"test": resources.test_items(run)} | resources.probe_items(
-                run
-            )
+            self.items["test"] = resources.test_items(run)
+            self.items |= resources.probe_items(run)
         self.identity = self._identity()
-        self.curve: list[
-            dict[str, float]
-        ] = []  # step and measures of the validation items
+        # step and measures of the validation items
+        self.curve: list[dict[str, float]] = []
         self.training: list[dict[str, float]] = []  # the loop's log steps
-        self.seconds_before = self.training_seconds = 0.0
+        self.seconds_before = 0.0
+        self.training_seconds = 0.0
         self._began = time.perf_counter()
 
     @property
@@ -126,19 +123,18 @@ class RunInProgress:
         times."""
         run = self.run
         measured = {}
-        losses = [math.nan]
+        finite = False
         if state is not None:
-            measured = self._measured_all(state)
-            losses = [
-                measured["validation"]["loss"],
-                measured.get("test", {}).get("loss", 0.0),
-            ]
+            measured = self._measure_all(state)
+            finite = math.isfinite(measured["validation"]["loss"])
+            if "test" in measured:
+                finite = finite and math.isfinite(measured["test"]["loss"])
         peaks = peak_memory()
         return {
             **self.described,
             "rate": run.rate,
             "multiple": run.multiple,
-            "diverged": not all(map(math.isfinite, losses)),
+            "diverged": not finite,
             "validation": {"loss": None},
             **measured,
             "curve": self.curve,
@@ -154,22 +150,20 @@ class RunInProgress:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def _measured_all(self, state: TrainState) -> dict[str, Any]:
+    def _measure_all(self, state: TrainState) -> dict[str, Any]:
         """Returns the final measures, for a test run including test items and probes."""
-        validation = {
-            name: value for name, value in self.curve[-1].items() if name != "step"
-        }
-        final: dict[str, Any] = {
-            "validation": validation | {"n": self.items["validation"].count}
-        }
+        final: dict[str, Any] = {}
         for name, items in self.items.items():
-            if name == "test":
-                final[name] = self._measured(state.lora, name, whole=True) | {
-                    "n": items.count
-                }
-            elif name != "validation":
+            if name == "validation":
+                values = dict(self.curve[-1])
+                del values["step"]
+                final[name] = values | {"n": items.count}
+            elif name == "test":
+                values = self._measure(state.lora, name, whole=True)
+                final[name] = values | {"n": items.count}
+            else:
                 before = self.resources.measure_base(self.run, items)["loss"]
-                loss = self._measured(state.lora, name)["loss"]
+                loss = self._measure(state.lora, name)["loss"]
                 probe = {"loss": loss, "n": items.count, "before": before}
                 final.setdefault("probes", {})[name] = probe
         return final
@@ -185,9 +179,10 @@ class RunInProgress:
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
         """Stores whole-model numbers of a log step, and layer means of per-layer numbers."""
-        row = {"step": step} | {
-            name: record[name] for name in _LOGGED if record.get(name) is not None
-        }
+        row = {"step": step}
+        for name in _LOGGED:
+            if record.get(name) is not None:
+                row[name] = record[name]
         for name, values in record.get("layers", {}).items():
             if values.ndim == 1 and name not in ("misalignment", "limit"):
                 row[f"mean_{name}"] = np.mean(values)
@@ -195,7 +190,7 @@ class RunInProgress:
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Measures the validation items."""
-        values = self._measured(state.lora, "validation")
+        values = self._measure(state.lora, "validation")
         self.curve.append({"step": step} | values)
         return LoopEvaluation(-values["loss"], values)
 
@@ -203,18 +198,17 @@ class RunInProgress:
         self, step: int, state: TrainState, measured: LoopEvaluation | None
     ) -> None:
         """Writes the snapshot."""
-        seconds = self.seconds_before + time.perf_counter() - self._began
         notes = {
             "step": step,
             "curve": self.curve,
             "training": self.training,
-            "seconds": seconds,
+            "seconds": self.seconds_before + time.perf_counter() - self._began,
+            "identity": self.identity,
         }
-        leaves = trees.flatten(state).items()
-        arrays = {path: np.asarray(distributed.fetch(leaf)) for path, leaf in leaves}
-        write_snapshot(
-            self.snapshot, arrays, exact_values(notes | {"identity": self.identity})
-        )
+        arrays = {}
+        for path, leaf in trees.flatten(state).items():
+            arrays[path] = np.asarray(distributed.fetch(leaf))
+        write_snapshot(self.snapshot, arrays, exact_values(notes))
 
     # ------------------------------------------------------------
 
@@ -224,27 +218,30 @@ class RunInProgress:
         if saved is None:
             return state, 0
         arrays, notes = saved
-        before = notes["identity"]
-        if changed := [
-            name for name, digest in self.identity.items() if before.get(name) != digest
-        ]:
-            names = ", ".join(changed)
-            log.info(
-                "  its snapshot is of other %s: the run starts from scratch", names
-            )
+        changed = []
+        for name, digest in self.identity.items():
+            if notes["identity"].get(name) != digest:
+                changed.append(name)
+        if changed:
+            message = "  its snapshot is of other %s: the run starts from scratch"
+            log.info(message, ", ".join(changed))
             return state, 0
-        state = trees.map_named(
-            lambda path, leaf: jax.device_put(arrays[path], leaf.sharding), state
-        )
+
+        def restore(path: str, leaf: jax.Array) -> jax.Array:
+            return jax.device_put(arrays[path], leaf.sharding)
+
+        state = trees.map_named(restore, state)
         self.curve = notes["curve"]
         self.training = notes["training"]
         self.seconds_before = notes["seconds"]
         log.info("  resumes at step %d", notes["step"])
         return state, int(notes["step"])
 
-    def _measured(self, lora: Any, name: str, *, whole: bool = False) -> Any:
-        place = self.items[name], self.assembly, self.params
-        return self.subject.measure(*place, lora, whole=whole)
+    def _measure(self, lora: Any, name: str, *, whole: bool = False) -> Any:
+        items = self.items[name]
+        return self.subject.measure(
+            items, self.assembly, self.params, lora, whole=whole
+        )
 
     def _identity(self) -> dict[str, Any]:
         """Returns the digests of code, rule files, adapter, base, data and items; see
@@ -260,16 +257,17 @@ class RunInProgress:
         ]
         definitions += [statistics.get(name).values for name in mechanisms.statistics]
         definitions += [activations.get(name).gate for name in gates]
-        return {
-            "code": code_version(),
-            **({"adapter": config.adapter_sha256} if config.adapter else {}),
+        item_digests = {}
+        for name, items in self.items.items():
+            for kind, digest in items.digests.items():
+                item_digests[f"{name} {kind}".strip()] = digest
+        identity = {"code": code_version()}
+        if config.adapter:
+            identity["adapter"] = config.adapter_sha256
+        return identity | {
             "rules": rule_files(definitions),
             "base": self.subject.base_digest(config),
             "source": self.subject.source_digest(self.data),
             "data": self.data.fingerprint,
-            "items": {
-                f"{name} {kind}".strip(): digest
-                for name, items in self.items.items()
-                for kind, digest in items.digests.items()
-            },
+            "items": item_digests,
         }

@@ -184,39 +184,35 @@ class Protocol:
           NaloraError: a setting is unknown or out of range.
         """
         if (task, method) not in self._settings:  # a plan has many runs
-            self._settings[task, method] = self._of_method(task, method)
+            self._settings[task, method] = self._compose(task, method)
         config = self._settings[task, method]
         optimizer = replace(config.optimizer, learning_rate=rate)
         return replace(config, model=model, seed=seed, optimizer=optimizer)
 
     def _first(self, method: str) -> RunConfig:
         """Returns the settings of a method on the first task with the first model."""
-        return self.config(
-            self.models[0], next(iter(self.tasks)), method, self.rates[0], 0
-        )
+        task = next(iter(self.tasks))
+        return self.config(self.models[0], task, method, self.rates[0], 0)
 
-    def _of_method(self, task: str, method: str) -> RunConfig:
+    def _compose(self, task: str, method: str) -> RunConfig:
+        """Returns the settings of a method on a task, from those of [run], task and method."""
         chosen = self.tasks[task]
-        common = structured(
-            RunConfig, self.run, "[run] ", base=RunConfig().without_mechanisms()
-        )
+        base = RunConfig().without_mechanisms()
+        common = structured(RunConfig, self.run, "[run] ", base=base)
         data = replace(common.data, dataset=chosen.dataset)
         data = structured(DataConfig, chosen.data, f"[tasks.{task}] data.", base=data)
-        splits: dict[str, Any] = {
-            "train_split": chosen.train,
-            "eval_split": chosen.validation,
-        }
-        data = replace(data, eval_limit=chosen.validation_items, **splits)
-        vision = structured(
-            VisionConfig, chosen.vision, f"[tasks.{task}] vision.", base=common.vision
+        data = replace(
+            data,
+            train_split=chosen.train,
+            eval_split=chosen.validation,
+            eval_limit=chosen.validation_items,
         )
+        where = f"[tasks.{task}] vision."
+        vision = structured(VisionConfig, chosen.vision, where, base=common.vision)
         if vision.task == "chat":
             where = f"[tasks.{task}] vision task"
-            raise NaloraError(
-                where,
-                expected='"classify", "contrast", or none for text',
-                found='"chat"',
-            )
+            expected = '"classify", "contrast", or none for text'
+            raise NaloraError(where, expected=expected, found='"chat"')
         common = replace(common, data=data, vision=vision)
         settings = self.methods[method].settings
         where = f"[methods.{method}] settings."
@@ -248,10 +244,8 @@ def read_protocol(path: str | Path) -> Protocol:
         raise NaloraError(
             str(path), expected="a study", found=found, remedy=remedy
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, no TOML, 5,000 digits, 3,000 brackets
+    except (ValueError, RecursionError) as error:
+        # not UTF-8, no TOML, 5,000 digits, 3,000 brackets
         raise NaloraError(str(path), expected="a TOML file", found=error) from error
     digest = json_digest(table, sort_keys=True, default=str)  # dates as text
     try:
@@ -283,7 +277,9 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
     ascending = list(p.rates) == sorted(p.rates) and p.rates[0] > 0
     shared = set(p.tuning_seeds) & set(p.test_seeds)
     multiples = p.test_multiples
-    updates = p._first(p.baseline).rl.updates if p.baseline in p.methods else 1
+    updates = 1
+    if p.baseline in p.methods:
+        updates = p._first(p.baseline).rl.updates
     between = f"a multiple of rl.updates, {updates}: a run resumes between rollouts"
     yield "rates", ascending, "ascending rates above 0", p.rates
     yield (
@@ -316,14 +312,12 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
     kinds = set()
     for model, name, method_name in itertools.product(p.models, p.tasks, p.methods):
         config = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0])
-        measured = "reward" if config.rl.rewards else config.vision.task
+        measured = config.vision.task
+        if config.rl.rewards:
+            measured = "reward"
         fits = p.metric == "loss" or measured == of_metric[p.metric]
-        yield (
-            "metric",
-            fits,
-            f"a metric that [tasks.{name}] measures during training",
-            p.metric,
-        )
+        expected = f"a metric that [tasks.{name}] measures during training"
+        yield "metric", fits, expected, p.metric
         kinds.add(bool(config.vision.task))
     yield "tasks", len(kinds) == 1, "tasks of text only or of images only", "both"
 
@@ -334,50 +328,27 @@ def _method_requirements(
     where = f"[methods.{name}]"
     exists = method.placebo_of in ("", *p.methods) and method.placebo_of != name
     yield f"{where} placebo_of", exists, "another method", method.placebo_of
-    owned = ", ".join(
-        setting for setting in method.settings if setting in _OF_THE_STUDY
-    )
-    yield (
-        f"{where} settings",
-        not owned,
-        "no setting that belongs in [run] or [tasks]",
-        owned,
-    )
-    rate = "learning_rate" in method.settings.get("optimizer", {})
-    yield (
-        f"{where} settings",
-        not rate,
-        "no learning rate, which the grid gives",
-        "optimizer.learning_rate",
-    )
+    foreign = [name for name in method.settings if name in _OF_THE_STUDY]
+    expected = "no setting that belongs in [run] or [tasks]"
+    yield f"{where} settings", not foreign, expected, ", ".join(foreign)
+    has_rate = "learning_rate" in method.settings.get("optimizer", {})
+    expected = "no learning rate, which the grid gives"
+    yield f"{where} settings", not has_rate, expected, "optimizer.learning_rate"
 
 
 def _task_requirements(p: Protocol, name: str, task: Task) -> Iterator[Requirement]:
     check_ranges(task, f"[tasks.{name}] ")
     where = f"[tasks.{name}] accuracy_items"
     count = task.accuracy_items
-    yield (
-        where,
-        not (count and task.vision),
-        "none for images: one pass scores all classes",
-        count,
-    )
+    expected = "none for images: one pass scores all classes"
+    yield where, not (count and task.vision), expected, count
     config = p.config(p.models[0], name, p.baseline, p.rates[0], 0)
-    yield (
-        where,
-        not (count and config.rl.rewards),
-        "none for rewards: answers are generated",
-        count,
-    )
+    expected = "none for rewards: answers are generated"
+    yield where, not (count and config.rl.rewards), expected, count
     if p.preference:
-        yield (
-            where,
-            count == 0,
-            "none for pairs: the loss scores both completions",
-            count,
-        )
+        expected = "none for pairs: the loss scores both completions"
+        yield where, count == 0, expected, count
+        where = f"[tasks.{name}] data train_limit"
         limit = config.data.train_limit
-        expected = (
-            "0 for pairs: a slice such as train[:1000] is the same for every seed"
-        )
-        yield f"[tasks.{name}] data train_limit", limit == 0, expected, limit
+        expected = "0 for pairs: a slice as train[:1000] is the same for every seed"
+        yield where, limit == 0, expected, limit

@@ -22,7 +22,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import subprocess
 import sys
@@ -41,13 +40,7 @@ _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {".py", ".cc", ".h"}
 _LIBRARIES = {"nalora_jax", "jax", "numpy"}  # whose code or version is recorded
 _RESTORE = "restore it, or begin a new study in another folder"
-# fields that records of earlier versions lack
-ADDED = (
-    "rules",
-    "base",
-    "source",
-    "digest",
-)
+ADDED = ("rules", "base", "source", "digest")  # records of earlier versions lack them
 # Fields that must agree: their description, and the fields of the records among which they must.
 _SHARED = {
     "base": ("base model", ("model",)),
@@ -64,10 +57,10 @@ _SHARED = {
 def code_version() -> str:
     """Returns 12 digits of the sha256 of the package's Python and C++ sources, committed or not."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in _PACKAGE.rglob("*") if path.suffix in _SOURCES):
-        digest.update(
-            str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0"
-        )
+    for path in sorted(_PACKAGE.rglob("*")):
+        if path.suffix in _SOURCES:
+            name = str(path.relative_to(_PACKAGE))
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -78,7 +71,7 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
       NaloraError: a definition has no file, so a change of it could not be detected.
     """
     contents: dict[str, bytes] = {}
-    for module in sorted(set(map(_module, definitions))):
+    for module in sorted({_module_of(each) for each in definitions}):
         if module.partition(".")[0] in _LIBRARIES:
             continue
         path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
@@ -93,10 +86,10 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
     return {name: digest_of(content) for name, content in contents.items()}
 
 
-def _module(definition: Any) -> str:
+def _module_of(definition: Any) -> str:
     while isinstance(definition, functools.partial):
         definition = definition.func
-    # its ufuncs name no module
+    # NumPy's ufuncs name no module.
     return getattr(inspect.unwrap(definition), "__module__", None) or "numpy"
 
 
@@ -108,11 +101,7 @@ def record_digest(record: Mapping[str, Any]) -> str:
 
 def old_records(records: Mapping[str, Record]) -> list[str]:
     """Returns the ids of the records that an earlier version wrote without all digests."""
-    return [
-        name
-        for name, record in records.items()
-        if not all(field in record for field in ADDED)
-    ]
+    return [name for name, record in records.items() if not set(ADDED) <= set(record)]
 
 
 def describe_old(records: Mapping[str, Record]) -> str:
@@ -142,10 +131,19 @@ def check_records(records: Mapping[str, Record]) -> None:
                 found="another content",
                 remedy=remedy,
             )
+    for field in _SHARED:
+        _check_agreement(records, field)
+
+
+def _check_agreement(records: Mapping[str, Record], field: str) -> None:
+    """Checks that a field agrees among the records that share it; see `_SHARED`.
+
+    Raises:
+      NaloraError: two records differ.
+    """
+    meaning, group = _SHARED[field]
     first: dict[tuple[Any, ...], tuple[str, Any]] = {}
-    for (field, (meaning, group)), (name, record) in itertools.product(
-        _SHARED.items(), records.items()
-    ):
+    for name, record in records.items():
         place = {key: record.get(key) for key in group}
         values = record.get(field)
         if field != "items" or not isinstance(values, Mapping):
@@ -153,12 +151,12 @@ def check_records(records: Mapping[str, Record]) -> None:
         for item, digest in values.items():
             if digest is None:
                 continue
-            other, known = first.setdefault(
-                (field, *place.values(), item), (name, digest)
-            )
+            key = (*place.values(), item)
+            other, known = first.setdefault(key, (name, digest))
             if digest != known:
                 where = f"records {other} and {name}: {field} {item}".rstrip()
-                expected = f"the same for {', '.join(f'{key} {of}' for key, of in place.items())}: {known}"
+                shared = ", ".join(f"{kind} {value}" for kind, value in place.items())
+                expected = f"the same for {shared}: {known}"
                 remedy = f"the {meaning} changed between the runs: restore it, or begin a new study"
                 raise NaloraError(where, expected=expected, found=digest, remedy=remedy)
 
@@ -190,15 +188,15 @@ def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
     """
     for method in protocol.methods:
         current = _current_rules(protocol, method)
-        of_method = [
-            record for record in records.values() if record["method"] == method
-        ]
-        for rules in (record["rules"] for record in of_method if "rules" in record):
+        for record in records.values():
+            if record["method"] != method or "rules" not in record:
+                continue
             for file, digest in current.items():
-                if (recorded := rules.get(file)) != digest:
+                recorded = record["rules"].get(file)
+                if recorded != digest:
+                    where = f"[methods.{method}]: {file}"
                     expected = f"the file of its runs, sha256 {str(recorded)[:16]}"
                     found = f"another content, sha256 {digest[:16]}"
-                    where = f"[methods.{method}]: {file}"
                     raise NaloraError(
                         where, expected=expected, found=found, remedy=_RESTORE
                     )
@@ -206,14 +204,14 @@ def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
 
 def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
     """Returns the digests of the files that define a method's mechanisms and statistics."""
-    config = protocol.config(
-        protocol.models[0], next(iter(protocol.tasks)), method, 1.0, 0
-    )
-    mechanisms = [make(text) for text in config.mechanisms]
-    needed = {name for mechanism in mechanisms for name in mechanism.statistics}
-    return rule_files(
-        [*map(type, mechanisms), *(statistics.get(name).values for name in needed)]
-    )
+    task = next(iter(protocol.tasks))
+    config = protocol.config(protocol.models[0], task, method, 1.0, 0)
+    definitions: list[Any] = []
+    for text in config.mechanisms:
+        mechanism = make(text)
+        definitions.append(type(mechanism))
+        definitions += [statistics.get(name).values for name in mechanism.statistics]
+    return rule_files(definitions)
 
 
 def check_tests(
@@ -238,25 +236,21 @@ def check_tests(
         missing or altered.
     """
     tests = [record for record in records.values() if record["stage"] == "test"]
-    digests = {
-        str(entry["protocol"])
-        for entry in [*tests, *listed, *_committed_tests(protocol)]
-    }
+    tests += [*listed, *_committed_tests(protocol)]
+    digests = {str(test["protocol"]) for test in tests}
     earlier = sorted(digests - {protocol.digest, *protocol.respelled_from})
     if earlier:
-        expected = (
-            f"the protocol that test items were read under, sha256 {earlier[0][:16]}"
-        )
+        under = f"sha256 {earlier[0][:16]}"
+        expected = f"the protocol that test items were read under, {under}"
         found = f"another protocol, sha256 {protocol.digest[:16]}"
         raise NaloraError(
             str(protocol.path), expected=expected, found=found, remedy=_RESTORE
         )
     finished = {entry["id"]: entry["record"] for entry in listed if entry.get("record")}
-    lost = [
-        name
-        for name, digest in finished.items()
-        if records.get(name, {}).get("digest") != digest
-    ]
+    lost = []
+    for name, digest in finished.items():
+        if name not in records or records[name].get("digest") != digest:
+            lost.append(name)
     if lost:
         expected = f"the record of every finished test in {store.tests_path.name}"
         found = f"{len(lost)} missing or altered: {', '.join(lost[:3])}"
@@ -292,14 +286,14 @@ def check_committed(protocol: Protocol) -> str | None:
 
 def _committed_tests(protocol: Protocol) -> Iterator[dict[str, Any]]:
     """Yields all test records that were ever committed, including records deleted later."""
-    history = (
-        _git(protocol, "log", "--format=", "-p", "-U0", "--no-ext-diff", "--", FILE)
-        or ""
-    )
+    options = ("--format=", "-p", "-U0", "--no-ext-diff")
+    history = _git(protocol, "log", *options, "--", FILE) or ""
     for line in history.splitlines():
-        # not a record; the current file is checked when it is read
+        if not line.startswith("+{"):
+            continue
+        # Not a record: the current file is checked when it is read.
         with contextlib.suppress(ValueError):
-            record = json.loads(line[1:]) if line.startswith("+{") else {}
+            record = json.loads(line[1:])
             if record.get("stage") == "test" and record.get("protocol"):
                 yield record
 
@@ -313,4 +307,6 @@ def _git(protocol: Protocol, *arguments: str) -> str | None:
         )
     except FileNotFoundError:
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    if result.returncode:
+        return None
+    return result.stdout.strip()

@@ -39,24 +39,33 @@ TESTS = "tests.jsonl"
 CLAIMS = ".runs"
 
 Record = dict[str, Any]
-# Fields that a study reads: their type, and its description.
 _Row = dict[str, float | None]
+_TEXT = (str, "a text")
+_NUMBER = (float, "a finite number")
+_ROW = (_Row, "numbers by name")
+_ROWS = (list[_Row], "rows of numbers by name")
+# Fields that a study reads: their type, and its description.
 _NEEDED: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(
-        ("stage", "model", "task", "method", "data", "protocol"), (str, "a text")
-    ),
-    **dict.fromkeys(
-        ("rate", "multiple", "seed", "seconds"), (float, "a finite number")
-    ),
-    **dict.fromkeys(("curve", "training"), (list[_Row], "rows of numbers by name")),
+    "stage": _TEXT,
+    "model": _TEXT,
+    "task": _TEXT,
+    "method": _TEXT,
+    "data": _TEXT,
+    "protocol": _TEXT,
+    "rate": _NUMBER,
+    "multiple": _NUMBER,
+    "seed": _NUMBER,
+    "seconds": _NUMBER,
+    "curve": _ROWS,
+    "training": _ROWS,
     "diverged": (bool, "true or false"),
-    "validation": (_Row, "numbers by name"),
+    "validation": _ROW,
     "items": (dict[str, str], "texts by name"),
 }
 _FIELDS: dict[str, tuple[Any, str]] = _NEEDED | {
-    "test": (_Row, "numbers by name"),
+    "test": _ROW,
     "probes": (dict[str, _Row], "numbers by name, by probe"),
-    "parameters": (float, "a finite number"),
+    "parameters": _NUMBER,
 }
 
 
@@ -135,11 +144,9 @@ class Records:
             "id": record["id"],
             "protocol": record["protocol"],
             "record": record.get("digest"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._append(
-            self.tests_path,
-            entry | {"time": datetime.now(UTC).isoformat(timespec="seconds")},
-        )
+        self._append(self.tests_path, entry)
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         """Adds a line atomically, under a lock and after removing an incomplete line."""
@@ -165,7 +172,10 @@ class Records:
     def claim(self, run: str) -> Iterator[Path | None]:
         """Claims ``run`` within the context; yields its snapshot's path, or None if it is taken."""
         with locked(self._claims() / f"{run}.lock") as free:
-            yield None if free is False else self._claims() / f"{run}.npz"
+            if free is False:
+                yield None
+            else:
+                yield self._claims() / f"{run}.npz"
 
     def claimed(self, run: str) -> bool:
         """Returns True if a process works on ``run``."""
@@ -195,7 +205,9 @@ def exact_values(value: Any) -> Any:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a log; none if there is no file."""
-    return read_metrics(path) if path.exists() else []
+    if not path.exists():
+        return []
+    return read_metrics(path)
 
 
 def _check_fields(record: Mapping[str, Any], where: str) -> None:
@@ -204,20 +216,21 @@ def _check_fields(record: Mapping[str, Any], where: str) -> None:
     Raises:
       NaloraError: a field has another type, or some fields are missing.
     """
-    missing = [name for name in _NEEDED if name not in record]
-    wrong = []
-    for name in filter(record.__contains__, _FIELDS):
-        hint = _FIELDS[name][0]
+    damage = "the file was edited or damaged"
+    remedy = f"{damage}: restore that line, or delete it and do the run again"
+    for name, (hint, expected) in _FIELDS.items():
+        if name not in record:
+            continue
         value = record[name]
         if not has_type(value, hint) or not (hint is bool or _is_finite(value)):
-            wrong.append((name, repr(value)[:100]))
+            at = f"{where}: {name}"
+            found = repr(value)[:100]
+            raise NaloraError(at, expected=expected, found=found, remedy=remedy)
+    missing = [name for name in _NEEDED if name not in record]
     if 0 < len(missing) < len(_NEEDED):
-        wrong.append((missing[0], "none"))
-    for name, found in wrong:
-        remedy = "the file was edited or damaged: restore that line, or delete it and do the run again"
-        raise NaloraError(
-            f"{where}: {name}", expected=_FIELDS[name][1], found=found, remedy=remedy
-        )
+        at = f"{where}: {missing[0]}"
+        expected = _FIELDS[missing[0]][1]
+        raise NaloraError(at, expected=expected, found="none", remedy=remedy)
 
 
 def _is_finite(value: Any) -> bool:
@@ -256,14 +269,12 @@ def read_snapshot(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | 
         return None
     content = path.read_bytes()
     if digest_of(content[_DIGEST:]).encode() != content[:_DIGEST]:
-        log.warning(
-            "  the snapshot %s is damaged: the run starts from scratch", path.name
-        )
+        message = "  the snapshot %s is damaged: the run starts from scratch"
+        log.warning(message, path.name)
         return None
     with np.load(io.BytesIO(content[_DIGEST:])) as saved:
-        arrays = {
-            name.removeprefix("array/"): saved[name]
-            for name in saved.files
-            if name != "notes"
-        }
+        arrays = {}
+        for name in saved.files:
+            if name != "notes":
+                arrays[name.removeprefix("array/")] = saved[name]
         return arrays, json.loads(str(saved["notes"]))

@@ -54,11 +54,10 @@ def write_tables(protocol: Protocol) -> list[Path]:
     drawn = pictures.draw(protocol, records)
     text = render_results(protocol, records)
     if drawn:
-        names = {name: name.removesuffix(".svg").replace("_", " ") for name in drawn}
-        links = "\n\n".join(
-            f"![{label}]({PICTURES}/{name})" for name, label in names.items()
-        )
-        text += f"\n## Pictures\n\n{links}\n"
+        text += "\n## Pictures\n"
+    for name in drawn:
+        label = name.removesuffix(".svg").replace("_", " ")
+        text += f"\n![{label}]({PICTURES}/{name})\n"
     folder = make_unlinked_folder(protocol.folder / PICTURES)
     for path in folder.glob("*.svg"):
         # of an earlier report
@@ -70,8 +69,9 @@ def write_tables(protocol: Protocol) -> list[Path]:
     return written
 
 
-# ---------------------------------------------------------------- tables; equal records give equal
-# bytes
+# ---------------------------------------------------------------- tables
+
+# Equal records give equal bytes.
 
 Group = Sequence[analysis.MethodResult]  # of a task and model
 Table = tuple[list[str], list[list[str]]]  # heads and rows
@@ -94,8 +94,14 @@ _BRIEF = [
     "t p (Holm)",
 ]
 _PRIMARY = [
-    *(*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", "equivalent", "deviation"),
-    *("seeds needed", "margin (of the gain)"),
+    *_BRIEF,
+    "Wilcoxon p (Holm)",
+    "sign p",
+    "effect",
+    "equivalent",
+    "deviation",
+    "seeds needed",
+    "margin (of the gain)",
 ]
 
 
@@ -103,29 +109,37 @@ def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
     """Returns all tables as one Markdown document, by the template ``results.md.j2``."""
     tables = _Tables(protocol, records)
     compared = tables.compared
-    tasks = protocol.tasks.items()
     families = {c.other == protocol.baseline: c.family for c in compared}
-    primary = [
-        comparison for comparison in compared if comparison.measure.kind == "primary"
-    ]
-    of_skewed = (c for c in primary if abs(c.paired.skewness) > _SKEWED)
-    skewed = (
-        f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})"
-        for c in of_skewed
-    )
-    scored = (
-        f"{task.accuracy_items:,} ({name})"
-        for name, task in tasks
-        if task.accuracy_items
-    )
-    share = f"{protocol.margin_share:.0%} of the training gain"
+    skewed = []
+    primary = []
+    for comparison in compared:
+        if comparison.measure.kind == "primary":
+            primary.append(tables.primary_row(comparison))
+            skewness = comparison.paired.skewness
+            if abs(skewness) > _SKEWED:
+                cell = comparison.cell
+                methods = f"`{cell.method}` - `{comparison.other}`"
+                skewed.append(f"{methods} on {cell.task} ({skewness:+.1f})")
+    scored = []
+    for name, task in protocol.tasks.items():
+        if task.accuracy_items:
+            scored.append(f"{task.accuracy_items:,} ({name})")
+    if protocol.margin:
+        margin = f"{protocol.margin:g}"
+    else:
+        margin = f"{protocol.margin_share:.0%} of the training gain"
+    multiples = ""
+    if len(protocol.test_multiples) > 1:
+        multiples = tables.by_place(tables.multiples)
+    probes = ""
+    if protocol.probes:
+        probes = tables.by_place(tables.probes)
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, autoescape=False
     )
-    template = (
-        files("nalora_jax.study").joinpath("results.md.j2").read_text(encoding="utf-8")
-    )
-    text = environment.from_string(template).render(
+    path = files("nalora_jax.study") / "results.md.j2"
+    template = environment.from_string(path.read_text(encoding="utf-8"))
+    text = template.render(
         question=protocol.question,
         unit=_unit(protocol),
         metric=analysis.named(protocol.metric),
@@ -138,38 +152,44 @@ def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
         scored=", ".join(scored),
         tests=tables.by_place(tables.tests),
         families=[families.get(True, 0), families.get(False, 0)],
-        margin=f"{protocol.margin:g}" if protocol.margin else share,
-        primary=markdown_table(_PRIMARY, map(tables.primary_row, primary))
-        if primary
-        else "",
+        margin=margin,
+        primary=_table_of(_PRIMARY, primary),
         skewed=", ".join(skewed),
         limit=_SKEWED,
         other=tables.brief("other", "measure"),
-        multiples=tables.by_place(tables.multiples)
-        if len(protocol.test_multiples) > 1
-        else "",
+        multiples=multiples,
         multiple=tables.brief("multiple", "rate"),
-        probes=tables.by_place(tables.probes) if protocol.probes else "",
+        probes=probes,
         probe=tables.brief("probe", "data"),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def _table_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table; "" without rows."""
+    if not rows:
+        return ""
+    return markdown_table(heads, rows)
+
+
 def _unit(protocol: Protocol) -> str:
+    """Returns the units of the losses of all tasks."""
+    of_texts = "nats per answer token"
+    if protocol.preference:
+        of_texts = "nats per pair"
     units = {
-        "": "nats per answer token" if not protocol.preference else "nats per pair",
+        "": of_texts,
         "classify": "nats per image among the prompts of all classes",
         "contrast": "nats per image or caption among all held-out pairs (the mean of both ways)",
     }
-    runs = [
-        protocol.config(protocol.models[0], t, protocol.baseline, 1.0, 0)
-        for t in protocol.tasks
-    ]
-    if runs[0].rl.rewards:
-        return (
-            "1 minus the mean reward of greedy answers, of probes nats per answer token"
-        )
-    return "; ".join(dict.fromkeys(units[config.vision.task] for config in runs))
+    of_tasks = []
+    for task in protocol.tasks:
+        config = protocol.config(protocol.models[0], task, protocol.baseline, 1.0, 0)
+        if config.rl.rewards:
+            answers = "1 minus the mean reward of greedy answers"
+            return f"{answers}, of probes nats per answer token"
+        of_tasks.append(units[config.vision.task])
+    return "; ".join(dict.fromkeys(of_tasks))
 
 
 class _Tables:
@@ -183,46 +203,42 @@ class _Tables:
 
     def by_place(self, table: Callable[[Group], Table]) -> str:
         """Returns the table of each task and model that has rows."""
-        made = {
-            place: table(group)
-            for place, group in analysis.by_task(self._results).items()
-        }
-        return "\n\n".join(
-            f"### {task}, {model}\n\n{markdown_table(heads, rows)}"
-            for (task, model), (heads, rows) in made.items()
-            if rows
-        )
+        tables = []
+        for (task, model), group in analysis.by_task(self._results).items():
+            heads, rows = table(group)
+            if rows:
+                tables.append(f"### {task}, {model}\n\n{markdown_table(heads, rows)}")
+        return "\n\n".join(tables)
 
     def runs(self) -> str:
         """Returns the table of runs, files and devices."""
         protocol = self._protocol
         records = self._records
+        spent = f"{hours(records):.1f}"
         if protocol.budget_hours:
-            budget = f" of {protocol.budget_hours:g}"
-        else:
-            budget = ""
+            spent += f" of {protocol.budget_hours:g}"
         tests = [record for record in records.values() if record["stage"] == "test"]
-        rules = {
-            item
-            for record in records.values()
-            for item in record.get("rules", {}).items()
-        }
+        not_done = ""
+        if tests:
+            not_done = self._tests_not_done()
+        rules = set()
+        for record in records.values():
+            for name, digest in record.get("rules", {}).items():
+                rules.add((name, digest))
+        rule_files = [f"{name} {digest[:12]}" for name, digest in sorted(rules)]
+        respelled = [digest[:16] for digest in protocol.respelled_from]
         rows = {
             "runs": f"{len(records) - len(tests)} to tune, {len(tests)} to test",
-            "tests not done": self._not_done() if tests else "",
-            "hours": f"{hours(records):.1f}{budget}",
+            "tests not done": not_done,
+            "hours": spent,
             "settings of every run": _settings(protocol.run),
             "protocol": f"sha256 {protocol.digest[:16]}",
-            "respelled from protocol": ", ".join(
-                digest[:16] for digest in protocol.respelled_from
-            ),
-            "protocol committed in": _committed(tests),
+            "respelled from protocol": ", ".join(respelled),
+            "protocol committed in": _commits(tests),
             "records made under protocol": self._distinct("protocol", 16),
             "code (sha256 of the package)": self._distinct("code", 12),
             "base (sha256 of the weights)": self._distinct("base", 16),
-            "rule files (sha256)": ", ".join(
-                f"{name} {digest[:12]}" for name, digest in sorted(rules)
-            ),
+            "rule files (sha256)": ", ".join(rule_files),
         }
         if old := len(provenance.old_records(records)):
             label = "records without digests of base, data and rules"
@@ -230,82 +246,97 @@ class _Tables:
         rows["devices"] = self._distinct("device")
         return markdown_table(["", ""], [row for row in rows.items() if row[1]])
 
-    def _not_done(self) -> str:
+    def _tests_not_done(self) -> str:
         """Returns the tests at chosen rates without a record."""
         protocol = self._protocol
-        records = self._records
         several = len(protocol.tasks) * len(protocol.models) > 1
-        return "; ".join(
-            f"{run.cell.method}{f' on {run.cell.task}' if several else ''} at x {run.multiple:g}, seed {run.seed}"
-            for run in plan.wanted(protocol, records)
-            if run.stage == "test" and run.id not in records
-        )
+        tests = []
+        for run in plan.pending(protocol, self._records):
+            if run.stage == "test":
+                method = run.cell.method
+                if several:
+                    method += f" on {run.cell.task}"
+                tests.append(f"{method} at x {run.multiple:g}, seed {run.seed}")
+        return "; ".join(tests)
 
     def _distinct(self, name: str, length: int = 200) -> str:
-        records = self._records.values()
-        return ", ".join(
-            sorted(
-                {str(record[name])[:length] for record in records if record.get(name)}
-            )
-        )
+        """Returns the first ``length`` characters of all values of a field."""
+        values = set()
+        for record in self._records.values():
+            if record.get(name):
+                values.add(str(record[name])[:length])
+        return ", ".join(sorted(values))
 
     def methods(self) -> str:
         """Returns the methods with their settings."""
+        heads = ["method", "description", "settings", "placebo of"]
         rows = []
         for name, method in self._protocol.methods.items():
-            keys = {"reseed": method.reseed, "no_gate": method.no_gate}
-            settings = method.settings | {
-                key: value for key, value in keys.items() if value
-            }
-            placebo = f"`{method.placebo_of}`" if method.placebo_of else "-"
-            rows.append(
-                [name, method.about or "-", _settings(settings) or "-", placebo]
-            )
-        return markdown_table(["method", "description", "settings", "placebo of"], rows)
+            settings = dict(method.settings)
+            if method.reseed:
+                settings["reseed"] = method.reseed
+            if method.no_gate:
+                settings["no_gate"] = method.no_gate
+            placebo = "-"
+            if method.placebo_of:
+                placebo = f"`{method.placebo_of}`"
+            row = [
+                name,
+                method.about or "-",
+                _settings(settings) or "-",
+                placebo,
+            ]
+            rows.append(row)
+        return markdown_table(heads, rows)
 
     def learning_rates(self, group: Group) -> Table:
         """Returns the costs by which each method's rate was chosen."""
-        rates = sorted({rate for result in group for rate in result.tuning.rates})
-        rows = [
-            [
-                r.cell.method,
-                *(_tuned(r.tuning, rate) for rate in rates),
-                "yes" * r.tuning.at_edge,
-            ]
-            for r in group
-        ]
-        return ["method", *(f"{rate:g}" for rate in rates), "at an end"], rows
+        all_rates: set[float] = set()
+        for result in group:
+            all_rates.update(result.tuning.rates)
+        rates = sorted(all_rates)
+        heads = ["method", *(f"{rate:g}" for rate in rates), "at an end"]
+        rows = []
+        for result in group:
+            row = [result.cell.method]
+            row += [_tuned(result.tuning, rate) for rate in rates]
+            if result.tuning.at_edge:
+                row.append("yes")
+            else:
+                row.append("")
+            rows.append(row)
+        return heads, rows
 
     def common_rates(self, group: Group) -> Table:
         """Returns the differences from the baseline at each learning rate that both were tuned
         at."""
-        (baseline,) = (
-            result for result in group if result.cell.method == self._protocol.baseline
-        )
-        by_method = {
-            r.cell.method: analysis.common_rates(r, baseline)
-            for r in group
-            if r is not baseline
-        }
-        rates = sorted({rate for common in by_method.values() for rate in common})
-        heads = [
-            f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}"
-            for rate in rates
-        ]
-        rows = [
-            [name, *(_common(common.get(r)) for r in rates)]
-            for name, common in by_method.items()
-        ]
-        return ["method", *heads], rows if rates else []
+        by_method = {result.cell.method: result for result in group}
+        baseline = by_method.pop(self._protocol.baseline)
+        differences = {}
+        all_rates: set[float] = set()
+        for name, result in by_method.items():
+            differences[name] = analysis.common_rates(result, baseline)
+            all_rates.update(differences[name])
+        heads = ["method"]
+        if not all_rates:
+            return heads, []
+        rates = sorted(all_rates)
+        for rate in rates:
+            head = f"{rate:g}"
+            if rate == baseline.tuning.chosen:
+                head = f"**{head}**"
+            heads.append(head)
+        rows = []
+        for name, by_rate in differences.items():
+            row = [name]
+            row += [_difference(by_rate.get(rate)) for rate in rates]
+            rows.append(row)
+        return heads, rows
 
     def tests(self, group: Group) -> Table:
         """Returns the measures at the chosen rates."""
         metric = self._protocol.metric
-        names = [
-            name
-            for name in plan.others_of(metric)
-            if any(result.measured(name) for result in group)
-        ]
+        names = analysis.other_measured(metric, group)
         heads = [
             "method",
             "rate",
@@ -324,60 +355,56 @@ class _Tables:
 
     def multiples(self, group: Group) -> Table:
         """Returns the test costs at multiples of the chosen rates, and the runs that diverged."""
-        factors = sorted(self._protocol.test_multiples)
-        rows = [
-            [
-                r.cell.method,
-                *(
-                    f"{number(analysis.mean_of(r.losses(m)))} ({r.diverged(m)})"
-                    for m in factors
-                ),
-            ]
-            for r in group
-            if r.tests
-        ]
-        return ["method", *(f"x {m:g}" for m in factors)], rows
+        multiples = sorted(self._protocol.test_multiples)
+        heads = ["method", *(f"x {multiple:g}" for multiple in multiples)]
+        rows = []
+        for result in group:
+            if not result.tests:
+                continue
+            row = [result.cell.method]
+            for multiple in multiples:
+                mean = analysis.mean_of(result.losses(multiple))
+                row.append(f"{number(mean)} ({result.diverged(multiple)})")
+            rows.append(row)
+        return heads, rows
 
     def probes(self, group: Group) -> Table:
         """Returns the loss on other data before training, and its mean change."""
         names = list(self._protocol.probes)
-        finite = [
-            (result.cell.method, list(result.finite().values())) for result in group
-        ]
-        rows = [
-            [method, *(_probe(tests, name) for name in names)]
-            for method, tests in finite
-            if tests
-        ]
+        rows = []
+        for result in group:
+            tests = list(result.finite().values())
+            if tests:
+                row = [result.cell.method]
+                row += [_probe(tests, name) for name in names]
+                rows.append(row)
         return ["method", *names], rows
 
     def brief(self, kind: str, lead: str) -> str:
         """Returns the comparisons of one kind of measure with intervals; "" without any."""
-        compared = [
-            comparison
-            for comparison in self.compared
-            if comparison.measure.kind == kind
-        ]
-        rows = [
-            [comparison.measure.label, *self._brief_row(comparison)]
-            for comparison in compared
-        ]
-        return markdown_table([lead, *_BRIEF], rows) if rows else ""
+        rows = []
+        for comparison in self.compared:
+            if comparison.measure.kind == kind:
+                rows.append([comparison.measure.label, *self._brief_row(comparison)])
+        return _table_of([lead, *_BRIEF], rows)
 
     def _brief_row(self, comparison: analysis.MethodComparison) -> list[str]:
         p = comparison.paired
         cell = comparison.cell
+        task = cell.task
         if len(self._protocol.models) > 1:
-            task = f"{cell.task} ({cell.model})"
-        else:
-            task = cell.task
-        interval = f"{signed(p.low)} to {signed(p.high)}" if p.n > 1 else "-"
-        difference = [str(p.n), signed(p.mean), interval, f"{p.better}/{p.n}"]
+            task += f" ({cell.model})"
+        interval = "-"
+        if p.n > 1:
+            interval = f"{signed(p.low)} to {signed(p.high)}"
         return [
             cell.method,
             comparison.other,
             task,
-            *difference,
+            str(p.n),
+            signed(p.mean),
+            interval,
+            f"{p.better}/{p.n}",
             p_value(p.t_p, comparison.t_holm),
         ]
 
@@ -387,18 +414,21 @@ class _Tables:
         margin = "-"
         needed = "-"
         if p.margin > 0:
+            share = "no gain"
             if comparison.gain > 0:
                 share = f"{p.margin / comparison.gain:.1%}"
-            else:
-                share = "no gain"
             margin = f"{p.margin:.3g} ({share})"
-            needed = str(p.seeds_needed or "over 10,000") if p.n > 1 else "-"
+            if p.n > 1:
+                needed = str(p.seeds_needed or "over 10,000")
+        equivalent = "no"
+        if p.equivalent:
+            equivalent = "yes"
         return [
             *self._brief_row(comparison),
             p_value(p.wilcoxon_p, comparison.wilcoxon_holm),
             number(p.sign_p, 3),
             number(p.effect, 2),
-            "yes" if p.equivalent else "no",
+            equivalent,
             number(p.deviation),
             needed,
             margin,
@@ -408,16 +438,21 @@ class _Tables:
 # ---------------------------------------------------------------- cells
 
 
-def _committed(tests: Sequence[Record]) -> str:
+def _commits(tests: Sequence[Record]) -> str:
+    """Returns the commits of the protocol at its tests."""
     if not tests:
         return "not yet tested"
-    commits = sorted(
-        {str(record["commit"])[:12] for record in tests if record.get("commit")}
-    )
-    outside = sum(not record.get("commit") for record in tests)
-    return ", ".join(
-        [*commits, *([f"no repository ({outside} tests)"] if outside else [])]
-    )
+    commits = set()
+    outside = 0
+    for record in tests:
+        if record.get("commit"):
+            commits.add(str(record["commit"])[:12])
+        else:
+            outside += 1
+    places = sorted(commits)
+    if outside:
+        places.append(f"no repository ({outside} tests)")
+    return ", ".join(places)
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -427,38 +462,42 @@ def _settings(settings: Mapping[str, Any]) -> str:
       >>> _settings({"lora": {"dora": True, "init": "pissa"}})
       '`lora.dora = true`, `lora.init = "pissa"`'
     """
-    texts = {
-        name: json.dumps(value, ensure_ascii=False, default=str)
-        for name, value in dotted(settings)
-    }
-    return ", ".join(
-        f"`{name} = {text}`".replace("|", "\\|") for name, text in texts.items()
-    )
+    texts = []
+    for name, value in dotted(settings):
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        texts.append(f"`{name} = {text}`".replace("|", "\\|"))
+    return ", ".join(texts)
 
 
 def _tuned(grid: plan.Tuning, rate: float) -> str:
-    if grid.costs.get(rate) is None:
-        return "-" if rate in grid.costs else ""
-    if grid.costs[rate] == math.inf:
-        text = "diverged"
-    else:
-        text = number(grid.costs[rate])
-    return f"**{text}**" if rate == grid.chosen else text
+    """Returns the mean cost at a rate, bold if it is chosen; "" if the grid lacks it."""
+    if rate not in grid.costs:
+        return ""
+    mean = grid.costs[rate]
+    if mean is None:
+        return "-"
+    if mean == math.inf:
+        return "diverged"
+    if rate == grid.chosen:
+        return f"**{number(mean)}**"
+    return number(mean)
 
 
-def _common(common: tuple[float, float | None] | None) -> str:
+def _difference(common: tuple[float, float | None] | None) -> str:
     """Returns a difference at a common rate, and the ratio of the movements."""
     if common is None:
         return ""
     difference, movement = common
-    return signed(difference) + ("" if movement is None else f" ({movement:.2f} x)")
+    if movement is None:
+        return signed(difference)
+    return f"{signed(difference)} ({movement:.2f} x)"
 
 
 def _test_row(result: analysis.MethodResult, names: Sequence[str]) -> list[str]:
     losses = result.losses()
     finite = list(result.finite().values())
     tests = list(result.tests.values())
-    return [
+    row = [
         result.cell.method,
         f"{result.tuning.chosen:g}",
         f"{tests[0]['parameters']:,}",
@@ -466,21 +505,26 @@ def _test_row(result: analysis.MethodResult, names: Sequence[str]) -> list[str]:
         str(result.diverged()),
         number(analysis.mean_of(losses)),
         number(analysis.deviation(losses)),
-        *(
-            number(analysis.mean_of(result.measured(name)), 4 if name == "loss" else 3)
-            for name in names
-        ),
-        *(
-            number(analysis.mean_of(analysis.last_of(finite, name)))
-            for name in _MOVEMENT
-        ),
-        number(analysis.mean_of([float(record["seconds"]) for record in tests]), 0),
     ]
+    for name in names:
+        mean = analysis.mean_of(result.measured(name))
+        if name == "loss":
+            row.append(number(mean, 4))
+        else:
+            row.append(number(mean, 3))
+    for name in _MOVEMENT:
+        mean = analysis.mean_of(analysis.last_of(finite, name))
+        row.append(number(mean))
+    seconds = [float(record["seconds"]) for record in tests]
+    row.append(number(analysis.mean_of(seconds), 0))
+    return row
 
 
 def _probe(records: Sequence[Record], name: str) -> str:
+    """Returns the loss on other data before training, and its mean change."""
     before = float(records[0]["probes"][name]["before"])
-    return f"{number(before)} {signed(analysis.mean_of([analysis.forgotten(name, record) for record in records]))}"
+    changes = [analysis.forgotten(name, record) for record in records]
+    return f"{number(before)} {signed(analysis.mean_of(changes))}"
 
 
 def signed(value: float) -> str:
@@ -502,10 +546,13 @@ def p_value(p: float, corrected: float) -> str:
     """
     if not math.isfinite(p):
         return "-"
-    value, by_holm = (
-        "<0.001" if each < 0.001 else f"{each:.3f}" for each in (p, corrected)
-    )
-    return f"{value} ({by_holm})"
+    texts = []
+    for value in (p, corrected):
+        if value < 0.001:
+            texts.append("<0.001")
+        else:
+            texts.append(f"{value:.3f}")
+    return f"{texts[0]} ({texts[1]})"
 
 
 # ---------------------------------------------------------------- progress, as text
@@ -528,31 +575,33 @@ def status(protocol: Protocol) -> str:
     untuned = sum(grid.chosen is None for grid in grids.values())
     later = untuned * len(protocol.test_seeds) * len(protocol.test_multiples)
     spent = hours(records)
-    lines = [
-        f"{protocol.path}: {protocol.question}",
-        f"runs: {len(runs) - len(left)} done, {busy} in progress, {len(left) - busy} to do"
-        + (
-            f", and {later} tests once their learning rates are chosen" if later else ""
-        ),
-        f"time: {spent:.1f} h spent"
-        + (f" of {protocol.budget_hours:g} h" if protocol.budget_hours else "")
-        + (
-            f", about {(len(left) + later) * spent / len(records):.1f} h left"
-            if records
-            else ""
-        ),
-    ]
+    done = len(runs) - len(left)
+    to_do = len(left) - busy
+    of_runs = f"runs: {done} done, {busy} in progress, {to_do} to do"
+    if later:
+        of_runs += f", and {later} tests once their learning rates are chosen"
+    of_time = f"time: {spent:.1f} h spent"
+    if protocol.budget_hours:
+        of_time += f" of {protocol.budget_hours:g} h"
+    if records:
+        remaining = (len(left) + later) * spent / len(records)
+        of_time += f", about {remaining:.1f} h left"
+    lines = [f"{protocol.path}: {protocol.question}", of_runs, of_time]
     if protocol.metric != "loss":
         lines.append(f"{analysis.named(protocol.metric)} on the validation items:")
     for cell, grid in grids.items():
-        costs = {
-            rate: "-" if cost is None else f"{cost:.4f}"
-            for rate, cost in grid.costs.items()
-        }
-        chosen = f"; chosen {grid.chosen:g}" if grid.chosen else ""
-        end = " (at an end of the grid)" if grid.at_edge else ""
-        listed = ", ".join(f"{rate:g}: {cost}" for rate, cost in costs.items())
-        lines.append(f"  {' '.join(cell)}: {listed}{chosen}{end}")
+        costs = []
+        for rate, cost in grid.costs.items():
+            if cost is None:
+                costs.append(f"{rate:g}: -")
+            else:
+                costs.append(f"{rate:g}: {cost:.4f}")
+        line = f"  {' '.join(cell)}: {', '.join(costs)}"
+        if grid.chosen:
+            line += f"; chosen {grid.chosen:g}"
+        if grid.at_edge:
+            line += " (at an end of the grid)"
+        lines.append(line)
     if foreign := records.keys() - {run.id for run in runs}:
         lines.append(f"{len(foreign)} records belong to no run of this protocol")
     return "\n".join(lines)

@@ -20,9 +20,8 @@ from nalora_jax.train.program import Assembly
 
 log = logging.getLogger(__name__)
 
-_RATE = (
-    "step_size"  # the factor of the optimizer's last stage, a traced value in its state
-)
+# The factor of the optimizer's last stage, a traced value in its state.
+_RATE = "step_size"
 
 
 class Resources(language.Subject):
@@ -68,9 +67,8 @@ class Resources(language.Subject):
         fits = Fitting.of(config, base, min(most, self._together or most))
         capacity = min(fits.capacity, self._together or fits.capacity)
         log.info("%s", fits.describe(capacity))
-        return replace(
-            fits, layout=replace(fits.layout, runs_per_device=0), capacity=capacity
-        )
+        layout = replace(fits.layout, runs_per_device=0)
+        return replace(fits, layout=layout, capacity=capacity)
 
     def placed(self, run: plan.Run) -> plan.Run:
         """Returns the run on the mesh of programs of several runs, if there are any."""
@@ -88,15 +86,13 @@ class Resources(language.Subject):
         """
         config = run.config
         subject = self.subject(run.config)
-        draws = any(
-            rule.draws or rule.permute >= 0
-            for rule in map(rules.make, config.mechanisms)
-        )
         program, facts = subject.program(config)
         optimizer = replace(config.optimizer, learning_rate=1.0)
-        general = replace(
-            program, seed=config.seed if draws else 0, optimizer=optimizer
-        )
+        general = replace(program, seed=0, optimizer=optimizer)
+        for text in config.mechanisms:
+            rule = rules.make(text)
+            if rule.draws or rule.permute >= 0:
+                general = replace(general, seed=config.seed)
         last = optax.inject_hyperparams(optax.scale)(**{_RATE: 1.0})
         assembly: Assembly = self.once(
             (general, facts), lambda: subject.assemble(general, config, last)
@@ -108,20 +104,17 @@ class Resources(language.Subject):
         config = run.config
         assembly = self.assembly(run)
         seed = config.seed + self.protocol.methods[run.cell.method].reseed
-        state = assembly.begin(
-            self.subject(config).adapters(config, assembly, data, seed), config.seed
-        )
+        lora = self.subject(config).adapters(config, assembly, data, seed)
+        state = assembly.begin(lora, config.seed)
+        sharding = optax.tree.get(state.opt_state, _RATE).sharding
         rate = jnp.asarray(config.optimizer.learning_rate, jnp.float32)
-        rate_array = jax.device_put(
-            rate, optax.tree.get(state.opt_state, _RATE).sharding
-        )
-        return state._replace(
-            opt_state=optax.tree.set(state.opt_state, **{_RATE: rate_array})
-        )
+        rate = jax.device_put(rate, sharding)
+        opt_state = optax.tree.set(state.opt_state, **{_RATE: rate})
+        return state._replace(opt_state=opt_state)
 
     def validation_items(self, run: plan.Run) -> Any:
         """Returns the items that choose the learning rate."""
-        return self._drawn(run.config, run.config.data)
+        return self._draw(run.config, run.config.data)
 
     def test_items(self, run: plan.Run) -> Any:
         """Returns the items that only test runs read.
@@ -134,13 +127,11 @@ class Resources(language.Subject):
         test = locations.located_from(task.test, self.protocol.folder)
         # The error names the training split; test items must not overlap with validation items.
         self.subject(run.config).check_apart(run.config, data.eval_split, test)
-        items = self._drawn(
-            run.config, replace(data, eval_split=test, eval_limit=task.test_items)
-        )
+        held_out = replace(data, eval_split=test, eval_limit=task.test_items)
+        items = self._draw(run.config, held_out)
         if task.accuracy_items:
-            assert isinstance(items, language.LanguageItems), (
-                "the protocol refuses it for images"
-            )
+            # The protocol refuses it for images.
+            assert isinstance(items, language.LanguageItems)
             items = items.scoring(task.accuracy_items)
         return items
 
@@ -151,12 +142,13 @@ class Resources(language.Subject):
         for name, probe in self.protocol.probes.items():
             split = locations.located_from(probe.split, folder)
             data = replace(
-                run.config.data, dataset=locations.locate_dataset(probe.dataset, folder)
+                run.config.data,
+                dataset=locations.locate_dataset(probe.dataset, folder),
+                train_split=split,
+                eval_split=split,
+                eval_limit=probe.items,
             )
-            data = replace(
-                data, train_split=split, eval_split=split, eval_limit=probe.items
-            )
-            items[name] = self._drawn(run.config, data, "probe")
+            items[name] = self._draw(run.config, data, "probe")
         return items
 
     def measure_base(self, run: plan.Run, items: language.Items) -> dict[str, float]:
@@ -168,7 +160,7 @@ class Resources(language.Subject):
             key, lambda: subject.measure(items, self.assembly(run), params)
         )
 
-    def _drawn(self, config: RunConfig, data: DataConfig, kind: str = "items") -> Any:
+    def _draw(self, config: RunConfig, data: DataConfig, kind: str = "items") -> Any:
         draw = getattr(self.subject(config), kind)
         key = kind, config.model, config.compute, data, config.vision
         return self.once(key, lambda: draw(config, data))

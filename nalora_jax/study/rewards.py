@@ -101,34 +101,36 @@ class Rewards(Language):
         samples = Sampler(drawn, *parts, mesh, count, _SEED, longest)(lora, 0, prompts)
         rewards = rl.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
-        ids = [prompt.ids for prompt in prompts for _ in range(_DRAWN)]
+        ids: list[Any] = []
+        for prompt in prompts:
+            ids += [prompt.ids] * _DRAWN
         batch = sample_batch(ids, samples, length)
         scores = rl.scores_of(config, assembly)
         # A start may have changed the base's weights in params.
         of_policy = assembly.view(params)
         of_base = assembly.view(self.base(config)[1])
-        divergences = []
+        divergence = 0.0
         for start in range(0, len(ids), _ROWS):
             rows = {
-                name: _padded(value[start : start + _ROWS])
+                name: _pad_rows(value[start : start + _ROWS])
                 for name, value in batch.items()
             }
             placed = distributed.make_global_batch(rows, assembly.mesh, rows_axis=0)
             policy = scores(of_policy, lora, placed, of_base=False)
-            ratio = np.asarray(
-                distributed.fetch(scores(of_base, lora, placed, of_base=True) - policy)
-            )
-            divergences.append(
-                (np.expm1(ratio, dtype=np.float64) - ratio) * rows["loss_weights"]
-            )
+            reference = scores(of_base, lora, placed, of_base=True)
+            ratio = np.asarray(distributed.fetch(reference - policy))
+            by_token = np.expm1(ratio, dtype=np.float64) - ratio
+            divergence += (by_token * rows["loss_weights"]).sum()
         tokens = batch["loss_weights"].sum()
         return {
             "pass_1": float(np.nanmean(rewards)),
             "pass_8": float(np.nanmean(np.nanmax(rewards, axis=1))),
-            "divergence": float(sum(each.sum() for each in divergences) / tokens),
+            "divergence": float(divergence / tokens),
         }
 
 
-def _padded(rows: np.ndarray) -> np.ndarray:
+def _pad_rows(rows: np.ndarray) -> np.ndarray:
     """Returns ``_ROWS`` rows, the last ones zeros."""
-    return np.pad(rows, [(0, _ROWS - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
+    padded = np.zeros((_ROWS, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    return padded

@@ -12,7 +12,7 @@ from scipy import stats
 from nalora_jax.evaluate.statistics import mcnemar
 
 _MOST_SEEDS = 10_000
-# of the tests that seeds are counted for
+# Of the t tests for which `seeds_needed` counts pairs.
 _LEVEL = 0.05
 _POWER = 0.8
 # Records have nine significant digits, so differences below this share of the maximum are ties.
@@ -34,15 +34,13 @@ class Paired:
     better: int  # pairs with a difference below 0
     t_p: float  # two-sided paired t test
     sign_p: float  # exact two-sided sign test, without pairs that do not differ
-    wilcoxon_p: (
-        float  # exact two-sided signed-rank test, without pairs that do not differ
-    )
+    # exact two-sided signed-rank test, without pairs that do not differ
+    wilcoxon_p: float
     effect: float  # mean over deviation (Cohen's d_z)
     skewness: float  # of the sample; 0 for equal differences
     margin: float  # of equivalence; NaN if it is unknown
-    equivalent: (
-        bool  # two one-sided t tests at 5% reject a difference of the margin or more
-    )
+    # two one-sided t tests at 5% reject a difference of the margin or more
+    equivalent: bool
     # pairs that detect the margin with a power of 80%; None above 10,000
     seeds_needed: int | None
 
@@ -65,24 +63,31 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
     difference[np.abs(difference) <= resolution] = 0.0
     n = difference.size
     mean = float(difference.mean())
-    deviation = float(difference.std(ddof=1)) if n > 1 else math.nan
+    deviation = math.nan
+    if n > 1:
+        deviation = float(difference.std(ddof=1))
+    effect = math.nan
+    if deviation > 0:
+        effect = mean / deviation
     low, high = t_interval(difference)
     below = int(np.sum(difference < 0))
     above = int(np.sum(difference > 0))
-    # McNemar's test is the exact sign test.
-    tests = (
-        t_test(difference),
-        mcnemar(below, above),
-        signed_rank_test(difference, resolution),
+    return Paired(
+        n=n,
+        mean=mean,
+        low=low,
+        high=high,
+        deviation=deviation,
+        better=below,
+        t_p=t_test(difference),
+        sign_p=mcnemar(below, above),  # McNemar's test is the exact sign test
+        wilcoxon_p=signed_rank_test(difference, resolution),
+        effect=effect,
+        skewness=skewness(difference),
+        margin=margin,
+        equivalent=is_equivalent(difference, margin),
+        seeds_needed=seeds_needed(deviation, margin),
     )
-    effect = mean / deviation if deviation > 0 else math.nan
-    equivalence = (
-        margin,
-        is_equivalent(difference, margin),
-        seeds_needed(deviation, margin),
-    )
-    described = n, mean, low, high, deviation, below
-    return Paired(*described, *tests, effect, skewness(difference), *equivalence)
 
 
 def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
@@ -107,7 +112,8 @@ def t_test(difference: np.ndarray) -> float:
     error = float(difference.std(ddof=1)) / math.sqrt(n)
     if error == 0:
         return float(not difference.any())
-    return float(2 * stats.t.sf(abs(float(difference.mean())) / error, n - 1))
+    statistic = abs(float(difference.mean())) / error
+    return float(2 * stats.t.sf(statistic, n - 1))
 
 
 def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
@@ -135,7 +141,8 @@ def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
     sums = np.arange(ways.size)
     observed = doubled[nonzero > 0].sum()
     center = doubled.sum() / 2
-    return float(min(1.0, ways[np.abs(sums - center) >= abs(observed - center)].sum()))
+    extreme = np.abs(sums - center) >= abs(observed - center)
+    return float(min(1.0, ways[extreme].sum()))
 
 
 def _mid_ranks(values: np.ndarray, resolution: float) -> np.ndarray:

@@ -31,9 +31,8 @@ _MEASURED = (
     "parameters",
 )
 _DIGESTS = ("rules", "adapter", "base", "source", "data", "items")
-_LOGGED_SHARE = (
-    0.02  # tolerance of other numbers of a log step, as a share of their value
-)
+# Tolerance of other numbers of a log step, as a share of their value.
+_LOGGED_SHARE = 0.02
 
 
 def verify_records(
@@ -66,7 +65,9 @@ def verify_records(
             str(protocol.folder), expected="at least one finished run", found="none"
         )
     here = describe_device()
-    ours = [run for run in finished if records[run.id]["device"] == here] or finished
+    ours = [run for run in finished if records[run.id]["device"] == here]
+    if not ours:
+        ours = finished
     lines = []
     for run in random.Random(seed).sample(ours, min(count, len(ours))):
         with tempfile.TemporaryDirectory() as folder:
@@ -74,10 +75,11 @@ def verify_records(
         record = records[run.id]
         repeated = exact_values(made)
         _compare(run, record, repeated)
-        for name in (n for n in ("validation", "test") if n in record):
-            then = record[name]["loss"]
-            now = repeated[name]["loss"]
-            lines.append(f"{run}: {name} loss {then} in the record, {now} now")
+        for name in ("validation", "test"):
+            if name in record:
+                then = record[name]["loss"]
+                now = repeated[name]["loss"]
+                lines.append(f"{run}: {name} loss {then} in the record, {now} now")
     if len(ours) < len(finished):
         lines.append(
             f"drawn from the {len(ours)} of {len(finished)} runs that were recorded on {here}"
@@ -120,8 +122,9 @@ def _explained(record: Record, repeated: Record) -> str:
     if not others:
         return "code, versions and device are the record's: the record or its data were changed"
     commit = str(record.get("commit") or "")[:12] or "of an unknown commit"
+    cause = f"{' and '.join(others)} differ from the record's"
     return (
-        f"{' and '.join(others)} differ from the record's, so sums may be rounded in another order; "
+        f"{cause}, so sums may be rounded in another order; "
         f"repeat it with the code {commit} on the same kind of machine"
     )
 
@@ -143,27 +146,30 @@ def _differences(
         if not place.startswith("training"):  # a newer version may log more metrics
             names |= repeated.keys()
         for name in sorted(names):
-            yield from _differences(
-                record.get(name), repeated.get(name), f"{place} {name}".strip(), count
-            )
+            at = f"{place} {name}".strip()
+            yield from _differences(record.get(name), repeated.get(name), at, count)
     elif (
         isinstance(record, list)
         and isinstance(repeated, list)
         and len(record) == len(repeated)
     ):
-        for index, (first, second) in enumerate(zip(record, repeated, strict=True)):
-            yield from _differences(first, second, f"{place}[{index}]", size)
+        for index, value in enumerate(record):
+            at = f"{place}[{index}]"
+            yield from _differences(value, repeated[index], at, size)
     elif not _agree(record, repeated, place, size):
         yield f"{place} {record} in the record, {repeated} now"
 
 
 def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
+    """Returns True if two values are equal within the tolerance of their place."""
     if not isinstance(record, float) or not isinstance(repeated, int | float):
         return bool(record == repeated)
     if place.startswith("training") and not place.endswith(" loss"):
         tolerance = max(TOLERANCE, _LOGGED_SHARE * abs(record))
     elif any(name in place for name in ("accuracy", "recall", "reward", "pass_")):
-        tolerance = 1.5 / size if size else 0.0  # one item may change sides
+        tolerance = 0.0
+        if size:
+            tolerance = 1.5 / size  # one item may change sides
     else:
         tolerance = TOLERANCE
     return abs(record - repeated) <= tolerance

@@ -67,9 +67,8 @@ class Fitting:
         if experts:
             _check_experts(mesh)
         split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
-        fits = max(
-            1, int((limit - weights / split) / (run / max(mesh.data, 1) / split))
-        )
+        free = limit - weights / split
+        fits = max(1, int(free / (run / max(mesh.data, 1) / split)))
         requested = mesh.runs_per_device
         if requested > fits:
             expected = (
@@ -99,7 +98,8 @@ class Fitting:
     def describe(self, count: int) -> str:
         """Returns a text for the log."""
         groups = max(self.layout.run, 1)
-        return f"{count} runs in one program: {groups} group(s) of devices with {self.slots(count) // groups} each"
+        each = self.slots(count) // groups
+        return f"{count} runs in one program: {groups} group(s) of devices with {each} each"
 
 
 def _check_experts(mesh: MeshConfig) -> None:
@@ -157,7 +157,9 @@ def _mesh(config: RunConfig, count: int, share: float, experts: bool) -> MeshCon
         return replace(mesh, run=1)
     # Groups without a run would be idle.
     size = next((size for size in sizes if devices // size <= count), sizes[-1])
-    fsdp = mesh.fsdp if mesh.fsdp > 0 else size // fixed
+    fsdp = mesh.fsdp
+    if fsdp <= 0:
+        fsdp = size // fixed
     return replace(
         mesh,
         data=max(mesh.data, 1),

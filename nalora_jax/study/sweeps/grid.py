@@ -23,12 +23,12 @@ from nalora_jax.config import RunConfig, check, config_from_dict
 from nalora_jax.config.structured import structured
 from nalora_jax.errors import NaloraError
 
-FILE = (
-    "sweep.json"  # in the folder of a sweep: its options, its settings and their digest
-)
+# In the folder of a sweep: its options, its settings and their digest.
+FILE = "sweep.json"
 # Settings that all runs of a sweep have in common.
 _COMMON = re.compile(
-    r"^(output|resume|imports|callbacks|mesh\b.*|debug\b.*|data\.workers|compute\.compilation_cache)$"
+    r"^(output|resume|imports|callbacks|mesh\b.*|debug\b.*"
+    r"|data\.workers|compute\.compilation_cache)$"
 )
 
 Axis = tuple[str, tuple[Any, ...]]  # a setting by dotted name, and its values
@@ -60,12 +60,14 @@ def grid(config: RunConfig, axes: Sequence[Axis]) -> list[RunConfig]:
     Raises:
       NaloraError: a value out of range, or two runs of one name.
     """
+    parent = config.output.rstrip("/")
+    names = [name for name, _ in axes]
     runs = []
     for values in itertools.product(*(values for _, values in axes)):
-        pairs = [(name, value) for (name, _), value in zip(axes, values, strict=True)]
-        changed = structured(RunConfig, _table(dict(pairs)), base=config)
-        folder = f"{config.output.rstrip('/')}/{'_'.join(_part(name, value) for name, value in pairs)}"
-        runs.append(check(replace(changed, output=folder)))
+        settings = dict(zip(names, values, strict=True))
+        changed = structured(RunConfig, _table(settings), base=config)
+        folder = "_".join(_part(name, value) for name, value in settings.items())
+        runs.append(check(replace(changed, output=f"{parent}/{folder}")))
     check_names(runs)
     return runs
 
@@ -79,10 +81,13 @@ def check_names(configs: Sequence[RunConfig]) -> None:
         {Path(output).name for output in outputs if outputs.count(output) > 1}
     )
     if twice:
-        expected = "runs with different names"
-        found = ", ".join(twice)
-        remedy = "leave equal values out; settings that differ in their group only need different names"
-        raise NaloraError("--sweep", expected=expected, found=found, remedy=remedy)
+        groups = "settings that differ in their group only need different names"
+        raise NaloraError(
+            "--sweep",
+            expected="runs with different names",
+            found=", ".join(twice),
+            remedy=f"leave equal values out; {groups}",
+        )
 
 
 def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
@@ -99,6 +104,8 @@ def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
     try:
         record = unseal(json.loads(path.read_text(encoding="utf-8")), name)
         return tuple(map(str, record["sweep"])), config_from_dict(record["run"], name)
+    except NaloraError:
+        raise
     except (
         ValueError,
         KeyError,
@@ -107,11 +114,11 @@ def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
         OSError,
         RecursionError,
     ) as error:
-        if isinstance(error, NaloraError):
-            raise
-        remedy = "start the sweep again in another --output"
         raise NaloraError(
-            name, expected="the options of a sweep", found=error, remedy=remedy
+            name,
+            expected="the options of a sweep",
+            found=error,
+            remedy="start the sweep again in another --output",
         ) from None
 
 
@@ -152,11 +159,10 @@ def _readings(word: str, *, listed: bool) -> list[Any]:
     """Returns what a word may mean; entries of a list are joined by ``+``, numbers by ``/``."""
     if listed:
         words = re.split(r"\+(?=[A-Za-z(^])", word)
-        return [
-            [] if word == "none" else words,
-            [_number(entry) for entry in word.split("/")],
-            words,
-        ]
+        numbers = [_number(entry) for entry in word.split("/")]
+        if word == "none":
+            return [[], numbers, words]
+        return [words, numbers, words]
     flags = {"true": True, "yes": True, "false": False, "no": False}
     return [_number(word), flags.get(word.lower(), word), word]
 
@@ -191,14 +197,17 @@ def _part(name: str, value: Any) -> str:
     """Returns a setting's part of a folder's name, e.g. ``learning-rate-0.001``."""
     label = str(value)
     if isinstance(value, tuple):
-        rules = (
-            vars(rule).values() if is_dataclass(rule) else [rule] for rule in value
-        )
-        names = (
-            "-".join(str(number) for number in rule if number is not None)
-            for rule in rules
-        )
-        label = "+".join(names) or "none"
+        label = "+".join(_label(entry) for entry in value) or "none"
     elif isinstance(value, float):
         label = f"{value:g}"
-    return f"{name.rpartition('.')[2].replace('_', '-')}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', label)}"
+    setting = name.rpartition(".")[2].replace("_", "-")
+    accepted = re.sub(r"[^A-Za-z0-9.+-]+", "-", label)
+    return f"{setting}-{accepted}"
+
+
+def _label(entry: Any) -> str:
+    """Returns an entry of a list as text, of a group its values that are set."""
+    if not is_dataclass(entry):
+        return str(entry)
+    values = vars(entry).values()
+    return "-".join(str(value) for value in values if value is not None)

@@ -8,6 +8,7 @@ does. A run that is finished, stopped early or diverged keeps its state while th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from signal import Signals
@@ -46,15 +47,19 @@ Shapes = dict[str, tuple[int, ...]]  # by path
 def common_shapes(runs: Sequence[Any]) -> Shapes:
     """Returns the largest size of every axis by path, over trees of equal structure."""
     flat = [trees.flatten(run) for run in runs]
-    sizes = {
-        path: zip(*(tree[path].shape for tree in flat), strict=True) for path in flat[0]
-    }
-    return {path: tuple(map(max, of_axes)) for path, of_axes in sizes.items()}
+    largest = {}
+    for path in flat[0]:
+        shapes = [tree[path].shape for tree in flat]
+        largest[path] = tuple(map(max, zip(*shapes, strict=True)))
+    return largest
 
 
 def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
     """Returns the sharding of ``[runs, ...]`` for the sharding of one run's array."""
-    return NamedSharding(mesh, P(RUN if RUN in mesh.shape else None, *solo.spec))
+    axis = None
+    if RUN in mesh.shape:
+        axis = RUN
+    return NamedSharding(mesh, P(axis, *solo.spec))
 
 
 def batch_of(
@@ -67,21 +72,23 @@ def batch_of(
         `nalora_jax.layout.distributed.process_rows`.
       mesh: the sweep's devices.
     """
-    stacked = {name: np.stack([run[name] for run in rows]) for name in rows[0]}
+    stacked = {}
+    for name in rows[0]:
+        stacked[name] = np.stack([run[name] for run in rows])
     batch: dict[str, jax.Array] = distributed.make_global_batch(
         stacked, mesh, rows_axis=2
     )
     return batch
 
 
-def _padded(numpy: Any, array: Any, shape: tuple[int, ...]) -> Any:
+def _pad(numpy: Any, array: Any, shape: tuple[int, ...]) -> Any:
     """Returns ``array`` with zeros up to ``shape``, by `numpy` or `jax.numpy`."""
     if array.shape == shape:
         return array
-    return numpy.pad(
-        array,
-        [(0, target - size) for size, target in zip(array.shape, shape, strict=True)],
-    )
+    widths = []
+    for size, target in zip(array.shape, shape, strict=True):
+        widths.append((0, target - size))
+    return numpy.pad(array, widths)
 
 
 def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
@@ -92,24 +99,26 @@ def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
     if all(run is runs[0] for run in runs):
         return runs[0], None
     flat = [trees.flatten(run) for run in runs]
-    differing = {
-        path
-        for path, leaf in flat[0].items()
-        if any(tree[path] is not leaf for tree in flat)
-    }
-    shapes = common_shapes([{path: tree[path] for path in differing} for tree in flat])
+    shapes = common_shapes(runs)
+    differing = set()
+    for path, leaf in flat[0].items():
+        if any(tree[path] is not leaf for tree in flat):
+            differing.add(path)
 
     def join(path: str, leaf: jax.Array) -> jax.Array:
         if path not in differing:
             return leaf
-        stacked = jnp.stack(
-            [_padded(jnp, jnp.asarray(tree[path]), shapes[path]) for tree in flat]
-        )
+        arrays = [jnp.asarray(tree[path]) for tree in flat]
+        stacked = jnp.stack([_pad(jnp, array, shapes[path]) for array in arrays])
         sharding: Any = leaf.sharding
         return jax.device_put(stacked, stacked_sharding(mesh, sharding))
 
-    axes = trees.map_named(lambda path, leaf: 0 if path in differing else None, runs[0])
-    return trees.map_named(join, runs[0]), axes
+    def axis_of(path: str, leaf: jax.Array) -> int | None:
+        if path in differing:
+            return 0
+        return None
+
+    return trees.map_named(join, runs[0]), trees.map_named(axis_of, runs[0])
 
 
 # ---------------------------------------------------------------- step
@@ -131,7 +140,8 @@ class SweepProgram:
     def __init__(
         self, runs: Sequence[Assembly], width: int = 0, slots: int = 0
     ) -> None:
-        runs = [*runs, *[runs[-1]] * max(0, slots - len(runs))]
+        empty = max(0, slots - len(runs))
+        runs = [*runs, *[runs[-1]] * empty]
         first = runs[0]
         self.runs = tuple(runs)
         self.mesh = first.mesh
@@ -167,18 +177,16 @@ class SweepProgram:
     def begin(self, states: Sequence[TrainState]) -> TrainState:
         """Returns the states of all runs as one state with an axis ``[runs]``; all processes must
         call it."""
-        filled = [*states, *[states[-1]] * (len(self.runs) - len(states))]
+        empty = len(self.runs) - len(states)
+        filled = [*states, *[states[-1]] * empty]
         flat = [
             trees.flatten(jax.tree.map(distributed.fetch, state)) for state in filled
         ]
 
         def join(path: str, place: NamedSharding) -> jax.Array:
-            stacked = np.stack(
-                [
-                    _padded(np, np.asarray(tree[path]), self._shapes[path])
-                    for tree in flat
-                ]
-            )
+            arrays = [np.asarray(tree[path]) for tree in flat]
+            shape = self._shapes[path]
+            stacked = np.stack([_pad(np, array, shape) for array in arrays])
             return jax.make_array_from_callback(
                 stacked.shape, place, stacked.__getitem__
             )
@@ -225,20 +233,16 @@ class SweepProgram:
     def measure(self, states: TrainState) -> list[dict[str, Any]]:
         """Returns `nalora_jax.train.state_metrics.StateMetrics.measure` of every run."""
         measured = jax.tree.map(distributed.fetch, self._measure(states, self.values))
-        of_runs = (
-            jax.tree.map(lambda leaf, i=i: leaf[i], measured)
-            for i in range(len(self.runs))
-        )
-        return [
-            run.state_metrics.record(*each)
-            for run, each in zip(self.runs, of_runs, strict=True)
-        ]
+        metrics = []
+        for index, run in enumerate(self.runs):
+            of_run = jax.tree.map(operator.itemgetter(index), measured)
+            metrics.append(run.state_metrics.record(*of_run))
+        return metrics
 
     def _metrics_of_one(self, state: TrainState, values: Mapping[str, Any]) -> Any:
         mechanisms = mechanisms_with(self.runs[0].mechanisms, values)
-        return StateMetrics(
-            mechanisms, spec_with(self._spec, values["scales"]), self.mesh
-        ).compute(state)
+        spec = spec_with(self._spec, values["scales"])
+        return StateMetrics(mechanisms, spec, self.mesh).compute(state)
 
     def _arguments(
         self, states: TrainState, batch: Batch, active: Sequence[bool]
@@ -259,9 +263,8 @@ class SweepProgram:
         """Returns the step of one run."""
         first = self.runs[0]
         mechanisms = mechanisms_with(first.mechanisms, values)
-        step = first.pure(
-            spec_with(self._spec, values["scales"]), mechanisms, values["numbers"]
-        )
+        spec = spec_with(self._spec, values["scales"])
+        step = first.pure(spec, mechanisms, values["numbers"])
         return step(params, state, batch)
 
 
@@ -282,9 +285,8 @@ def step_of_runs(
         params: Any, state: TrainState, batch: Batch, values: Any, active: jax.Array
     ) -> Any:
         after, metrics = step(params, state, batch, values)
-        return jax.tree.map(
-            lambda new, old: jnp.where(active, new, old), after, state
-        ), metrics
+        kept = jax.tree.map(partial(jnp.where, active), after, state)
+        return kept, metrics
 
     in_axes = (params_axes, 0, 0, 0, 0)
 
@@ -293,14 +295,23 @@ def step_of_runs(
             of_axis, params_axes, *trees_of_params, is_leaf=lambda axis: axis is None
         )
 
+    def first_run(axis: int | None, x: Any) -> Any:
+        if axis is None:
+            return x
+        return x[0]
+
+    def spec_of(axis: int | None) -> Any:
+        if axis is None:
+            return P()
+        return P(RUN)
+
     def together(params: Any, *stacked: Any) -> Any:
         """Returns the step of all runs; one run alone has the program of a solo run."""
         if stacked[-1].shape[0] > 1:
             return jax.vmap(one, in_axes)(params, *stacked)
+        params_of_run = by_axis(first_run, params)
         of_run = jax.tree.map(lambda x: x[0], stacked)
-        results = one(
-            by_axis(lambda axis, x: x if axis is None else x[0], params), *of_run
-        )
+        results = one(params_of_run, *of_run)
         return jax.tree.map(lambda x: x[None], results)
 
     of_runs: Callable[..., Any] = together
@@ -308,8 +319,7 @@ def step_of_runs(
         of_runs = jax.vmap(one, in_axes, spmd_axis_name=RUN)
     elif RUN in mesh.shape:
         # Every device runs the program of one device, so no collective crosses the axis.
-        of_params = by_axis(lambda axis: P() if axis is None else P(RUN))
-        in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
+        in_specs = (by_axis(spec_of), P(RUN), P(RUN), P(RUN), P(RUN))
         of_runs = jax.shard_map(
             together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
         )
@@ -412,9 +422,8 @@ def fit_all(
     step = 0
     while any(run.active for run in runs):
         rows = [run.batch() for run in runs]
-        batch = batch_of(
-            [*rows, *rows[-1:] * (len(program.runs) - len(rows))], program.mesh
-        )
+        empty = len(program.runs) - len(rows)
+        batch = batch_of([*rows, *rows[-1:] * empty], program.mesh)
         if not step:
             with counting("compiling the step"):
                 program.lower(states, batch).compile()

@@ -87,13 +87,9 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
       NaloraError: an option that cannot vary, and the errors of `sweep`.
     """
     configs = grid(config, axes_of(options))
-    settings = run_log.to_json(
-        redaction.redacted(replace(config, resume=False).to_dict())
-    )
-    text = (
-        json.dumps(digests.seal({"sweep": list(options), "run": settings}), indent=1)
-        + "\n"
-    )
+    settings = redaction.redacted(replace(config, resume=False).to_dict())
+    record = {"sweep": list(options), "run": run_log.to_json(settings)}
+    text = json.dumps(digests.seal(record), indent=1) + "\n"
     return sweep(configs, locked=lambda: write_text(config.output, FILE, text))
 
 
@@ -143,16 +139,14 @@ def sweep(
         except Interrupted as stopped:
             way = way_on(replace(configs[0], output=folder))
             raise Interrupted(stopped.signal, stopped.saved, way) from None
-    diverged = {
-        name: each
-        for name, each in results.items()
-        if isinstance(each, TrainingDivergedError)
-    }
-    finished = {
-        name: each for name, each in results.items() if isinstance(each, RunResult)
-    }
-    for name, error in diverged.items():
-        log.warning("%s diverged and was frozen: %s", Path(name).name, error)
+    diverged = {}
+    finished = {}
+    for name, result in results.items():
+        if isinstance(result, RunResult):
+            finished[name] = result
+        else:
+            diverged[name] = result
+            log.warning("%s diverged and was frozen: %s", Path(name).name, result)
     if not finished:
         raise next(iter(diverged.values()))
     distributed.on_first_process(
@@ -172,27 +166,26 @@ def _opened(
 ) -> _Run:
     """Locks the folder of a run and reads its settings, files and data."""
     config, source = checked_settings(config, data, format, None)
-    resume: bool | Literal["auto"] = "auto" if config.resume else False
+    resume: bool | Literal["auto"] = False
+    if config.resume:
+        resume = "auto"
     name = Path(config.output).name
     callbacks = make_callbacks(config.callbacks)
-    session = stack.enter_context(
-        open_session(
-            replace(config, resume=resume), stop, callbacks, _Named(name), name
-        )
-    )
-    return _Run(
-        read_inputs(config, kinds.run_kind(config), start, answering, session, source),
-        session,
-    )
+    settings = replace(config, resume=resume)
+    opened = open_session(settings, stop, callbacks, _Named(name), name)
+    session = stack.enter_context(opened)
+    kind = kinds.run_kind(config)
+    inputs = read_inputs(config, kind, start, answering, session, source)
+    return _Run(inputs, session)
 
 
 def _key(run: _Run) -> str:
     """Returns the key of a run's program; its adapters are known for language models."""
     config = run.inputs.config
-    base = run.inputs.base
-    return values.program_key(
-        config, None if base is None else adapter_spec(config, base)
-    )
+    spec = None
+    if run.inputs.base is not None:
+        spec = adapter_spec(config, run.inputs.base)
+    return values.program_key(config, spec)
 
 
 def _train_group(
@@ -237,9 +230,8 @@ def _train_together(
             )
             like = like or jobs[0]
             states.append(restore(jobs[-1], session))
-        measured: dict[
-            str, BaseMetrics | None
-        ] = {}  # runs that ask the same questions share them
+        # Runs that ask the same questions share them.
+        measured: dict[str, BaseMetrics | None] = {}
         for (inputs, session), job in zip(runs, jobs, strict=True):
             stack.enter_context(session.reporting_errors())
             questions = json.dumps(inputs.questions, sort_keys=True)
@@ -305,9 +297,8 @@ def _render_page(results: Mapping[str, RunResult]) -> str:
     """Returns the comparison of runs, by their output; with too many settings for one page, of the
     best runs."""
 
-    def score(
-        named: tuple[str, RunResult],
-    ) -> float:  # of the exported adapter, higher for better
+    def score(named: tuple[str, RunResult]) -> float:
+        """Returns a score of the exported adapter, higher for better."""
         after = named[1].after
         return float(after.get("accuracy", -after.get("loss", 0.0)))
 

@@ -60,13 +60,11 @@ def program_key(config: RunConfig, spec: AdapterSpec | None) -> str:
       config: settings of a run, with concrete steps and sequence length.
       spec: its adapters; None if they are not known yet, so that the rules must be equal.
     """
-    named = {
-        path.replace("/", "."): value
-        for path, value in trees.flatten(config.to_dict()).items()
-    }
-    fixed: dict[str, Any] = {
-        n: value for n, value in named.items() if not _VALUES.search(n)
-    }
+    fixed: dict[str, Any] = {}
+    for path, value in trees.flatten(config.to_dict()).items():
+        name = path.replace("/", ".")
+        if not _VALUES.search(name):
+            fixed[name] = value
     if _is_static(config):  # ranks are allocated by the step count
         fixed |= {"steps": config.steps, "clip_norm": config.optimizer.clip_norm}
     if config.optimizer.name == "adam":  # refuses weight decay
@@ -87,12 +85,8 @@ def widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:
     for path, target in first.targets:
         ranks = [dict(spec.targets)[path].ranks for spec in specs]
         largest = tuple(map(max, zip(*ranks, strict=True)))
-        targets.append(
-            (
-                path,
-                TargetSpec(largest, target.alphas, target.scales(rslora=first.rslora)),
-            )
-        )
+        scales = target.scales(rslora=first.rslora)
+        targets.append((path, TargetSpec(largest, target.alphas, scales)))
     return replace(first, targets=tuple(targets))
 
 
@@ -105,11 +99,9 @@ def _adapters(config: RunConfig, spec: AdapterSpec | None) -> list[Any]:
     """Returns the adapted projections, with ranks if these cannot be padded."""
     if spec is None:
         return list(config.lora.rules)
-    ranks = _is_static(config)
-    return [
-        (path, target.ranks if ranks else len(target.ranks))
-        for path, target in spec.targets
-    ]
+    if _is_static(config):
+        return [(path, target.ranks) for path, target in spec.targets]
+    return [(path, len(target.ranks)) for path, target in spec.targets]
 
 
 def _rules(config: RunConfig) -> list[Any]:
@@ -118,25 +110,13 @@ def _rules(config: RunConfig) -> list[Any]:
     described = []
     for label, mechanism in mechanisms.entries:
         facts = {"seed": config.seed, "total_steps": config.steps}
-        fixed = {
-            name: value for name, value in vars(mechanism).items() if name != "permute"
-        }
-        values = [*numeric_settings(mechanism), *facts]
-        traced = {
-            name
-            for name in values
-            if accepts_traced(mechanism, name, mechanisms.activation)
-        }
-        fixed = {
-            name: value for name, value in (fixed | facts).items() if name not in traced
-        }
-        described.append(
-            (
-                label,
-                f"{type(mechanism).__module__}.{type(mechanism).__qualname__}",
-                fixed,
-            )
-        )
+        fixed = vars(mechanism) | facts
+        fixed.pop("permute", None)
+        for name in [*numeric_settings(mechanism), *facts]:
+            if accepts_traced(mechanism, name, mechanisms.activation):
+                fixed.pop(name, None)
+        kind = type(mechanism)
+        described.append((label, f"{kind.__module__}.{kind.__qualname__}", fixed))
     return described
 
 
@@ -156,35 +136,38 @@ def values_of(runs: Sequence[Assembly], width: int) -> Values:
       seed and total steps.
     """
     configs = [with_learning_rate(run.config, width) for run in runs]
-    mechanisms = [run.mechanisms for run in runs]
-    settings = [
-        {
-            (label, name): getattr(m, name)
-            for label, m in each.entries
-            for name in numeric_settings(m)
-        }
-        for each in mechanisms
-    ]
-    names = [name for name in NUMBERS if hasattr(configs[0].optimizer, name)]
-    numbers = [
-        {name: getattr(config.optimizer, name) for name in names} for config in configs
-    ]
-    ratios = [{"plus_ratio": config.lora.plus_ratio} for config in configs]
-    scales = [
-        {path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs
-    ]
+    numbers = []
+    for config in configs:
+        of_run = {"plus_ratio": config.lora.plus_ratio}
+        for name in NUMBERS:
+            if hasattr(config.optimizer, name):
+                of_run[name] = getattr(config.optimizer, name)
+        numbers.append(of_run)
+    settings = []
+    scales = []
+    facts = []
+    for run in runs:
+        mechanisms = run.mechanisms
+        paths = [path for path, _ in run.spec.targets]
+        scales.append({path: run.spec.scales(path) for path in paths})
+        settings.append(_settings(mechanisms))
+        facts.append({"seed": mechanisms.seed, "total_steps": mechanisms.total_steps})
     return {
-        "numbers": _differing(numbers) | _differing(ratios) | _rates(configs),
+        "numbers": _differing(numbers) | _rates(configs),
         "scales": _differing(scales),
         "settings": _differing(settings),
         "orders": _orders(runs),
-        "facts": _differing(
-            [
-                {"seed": each.seed, "total_steps": each.total_steps}
-                for each in mechanisms
-            ]
-        ),
+        "facts": _differing(facts),
     }
+
+
+def _settings(mechanisms: Mechanisms) -> dict[tuple[str, str], Any]:
+    """Returns the numeric settings of all mechanisms by (label, field)."""
+    settings = {}
+    for label, mechanism in mechanisms.entries:
+        for name in numeric_settings(mechanism):
+            settings[label, name] = getattr(mechanism, name)
+    return settings
 
 
 def mechanisms_with(
@@ -236,14 +219,8 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
     try:
         value = jax.tree.map(jnp.asarray, getattr(mechanism, name, 0))
         jax.eval_shape(rule, value, memory, sums, jax.ShapeDtypeStruct((2,), "int32"))
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ):
-        # concretization: TypeError
-        return False
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return False  # a TypeError if the rule makes the array a concrete value
     return True
 
 
@@ -274,20 +251,22 @@ def _with_settings(
 
 def _differing(runs: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
     """Returns stacked values of the names whose values differ between runs."""
-    names = [
-        name
-        for name in runs[0]
-        if any(not np.array_equal(run[name], runs[0][name]) for run in runs)
-    ]
-    return {name: _stacked([run[name] for run in runs]) for name in names}
+    differing = {}
+    for name, first in runs[0].items():
+        values = [run[name] for run in runs]
+        if any(not np.array_equal(value, first) for value in values):
+            differing[name] = _stack(values)
+    return differing
 
 
-def _stacked(values: Sequence[Any]) -> Any:
+def _stack(values: Sequence[Any]) -> Any:
     """Returns ``[runs, ...]``; of tuples a tuple of arrays."""
     if isinstance(values[0], tuple):
-        return tuple(_stacked(fields) for fields in zip(*values, strict=True))
+        return tuple(_stack(fields) for fields in zip(*values, strict=True))
     array = np.stack([np.asarray(value) for value in values])
-    return array.astype(np.int32 if array.dtype.kind in "iu" else np.float32)
+    if array.dtype.kind in "iu":
+        return array.astype(np.int32)
+    return array.astype(np.float32)
 
 
 def _rates(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
