@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.errors import NaloraError, described
 
 _DIGITS = 12
+_RECORDED = re.compile(r"(.+)@([0-9a-f]+)")  # a path, which may have an @, and a digest
 
 
 @dataclass(frozen=True)
@@ -68,27 +70,35 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
         or it changed after this process imported it.
     """
     where = f"--import {name}"
-    (path_text, _, recorded_digest) = name.partition("@")
+    path_text = name
+    recorded_digest = ""
+    if recorded := _RECORDED.fullmatch(name):
+        path_text, recorded_digest = recorded.groups()
     # Not Path.resolve, which raises an error for a link to itself.
     path = Path(os.path.realpath(expand_user(folder) / expand_user(path_text)))
     try:
         digest = digest_of(path.read_bytes())
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise NaloraError(
-            where, expected="a Python file that can be read", found=reason
+            where,
+            expected="a Python file that can be read",
+            found=getattr(error, "strerror", None) or error,
         ) from error
     imported_file = _IMPORTED.get(path)
-    expected = recorded_digest or (imported_file.digest if imported_file else digest)
+    expected = recorded_digest
+    if imported_file is not None and not recorded_digest:
+        expected = imported_file.digest
     if not digest.startswith(expected):
-        remedy = "restore the file, or start a new run"
-        content = f"content with SHA-256 {expected[:_DIGITS]}"
         raise NaloraError(
-            where, expected=content, found=digest[:_DIGITS], remedy=remedy
+            where,
+            expected=f"content with SHA-256 {expected[:_DIGITS]}",
+            found=digest[:_DIGITS],
+            remedy="restore the file, or start a new run",
         )
     if imported_file is None:
         imported_file = ImportedFile(path_text, digest)
-        execute_file(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)
+        module = f"nalora_import_{path.stem}_{digest[:_DIGITS]}"
+        execute_file(path, module, where)
         _IMPORTED[path] = imported_file
     return imported_file
 

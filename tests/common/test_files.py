@@ -1,5 +1,7 @@
 """Files that are written whole, and links of strangers, which are refused or replaced."""
 
+import os
+import stat
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -20,6 +22,30 @@ def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_is_left(tm
     for text in ("one", "two"):
         write_atomically(tmp_path / "file", text)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["two"]
+
+
+def test_content_is_flushed_to_disk_before_it_replaces_the_old_file(tmp_path, monkeypatch):
+    target = tmp_path / "file"
+    target.write_text("old")
+    flushed = []
+
+    def fsync(descriptor):
+        flushed.append((os.fstat(descriptor).st_size, target.read_text()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomically(target, "new text")
+    assert flushed == [(len("new text"), "old")]
+    assert target.read_text() == "new text"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_written_file_has_the_mode_that_the_umask_allows(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file", "text")
+    finally:
+        assert os.umask(before) == umask
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
 def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_path):

@@ -46,6 +46,17 @@ def test_a_lock_that_another_host_gives_up_is_taken_and_its_file_is_the_one_that
     assert not path.exists()
 
 
+def test_others_may_read_an_output_folder_whatever_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "model.safetensors").write_bytes(b"weights")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "out", *tmp_path.glob("out/*"))]
+    assert modes == [0o755, 0o644]
+
+
 KILLED = """
 import os, signal, sys
 from nalora_jax.common.folders import new_folder

@@ -43,6 +43,18 @@ def test_a_file_is_executed_once_and_recorded_with_its_digest(tmp_path):
     assert not (tmp_path / "__pycache__").exists()
 
 
+def test_a_path_with_an_at_sign_is_imported_and_recorded_with_its_digest(tmp_path):
+    folder = tmp_path / "me@host"
+    folder.mkdir()
+    path = written(folder / "rule@2.py", "path_with_an_at_sign")
+    recorded = str(import_file(str(path)))
+    assert recorded.startswith(f"{path}@")
+    assert str(import_file(recorded)) == recorded
+    written(path, "changed")
+    with pytest.raises(NaloraError, match="expected content with SHA-256"):
+        import_file(recorded)
+
+
 def test_a_file_that_changed_is_refused(tmp_path):
     path = written(tmp_path / "mine.py", "changed")
     before = import_file(str(path))

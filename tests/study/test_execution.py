@@ -4,6 +4,7 @@ study."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -192,6 +193,18 @@ def test_splits_that_overlap_are_refused(study: Path, resources: Resources) -> N
     fresh._made = {type(s): s for s in (resources.subject(run.config),)}  # its model is loaded
     with pytest.raises(NaloraError, match="shares 30 with it"):
         fresh.test_items(run)
+
+
+def test_a_record_is_flushed_to_disk_before_its_run_counts_as_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(tmp_path)
+    flushed: list[int] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_size)
+    )
+    records.append({"id": "a"})
+    assert flushed == [records.path.stat().st_size]
 
 
 def test_half_a_line_of_a_crash_is_cut_and_a_run_with_two_records_is_an_error(

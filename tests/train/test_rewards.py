@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -112,6 +113,17 @@ def test_a_reward_that_fails_names_itself_and_the_record_or_is_nan(reward: Any, 
     ):
         Scorer(rl)(*arguments)
     assert np.isnan(Scorer(replace(rl, ignore_reward_errors=True))(*arguments)).all()
+
+
+@pytest.mark.parametrize("reward", [lambda *_: 1.0, _raises])
+def test_the_timer_of_a_reward_is_stopped_when_the_reward_ends(reward: Any) -> None:
+    _module(judge=reward)
+    rl = RLConfig(rewards=("rewards_of_a_test:judge",), reward_seconds=600)
+    handler = signal.getsignal(signal.SIGALRM)
+    Scorer(replace(rl, ignore_reward_errors=True))(["p"], ["ok"], [{}], ["train.jsonl:1"])
+    remaining, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # a timer would end pytest itself
+    assert remaining == 0
+    assert signal.getsignal(signal.SIGALRM) is handler
 
 
 def test_a_regular_expression_that_backtracks_is_stopped() -> None:
