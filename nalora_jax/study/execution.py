@@ -66,8 +66,11 @@ def run_study(
         test's protocol is not committed, or protocol, base, data, rules or records changed.
     """
     for name in set(methods) - protocol.methods.keys():
-        expected = f"methods of {protocol.path}: {', '.join(protocol.methods)}"
-        raise NaloraError("--methods", expected=expected, found=name)
+        raise NaloraError(
+            "--methods",
+            expected=f"methods of {protocol.path}: {', '.join(protocol.methods)}",
+            found=name,
+        )
     if not together and distributed.platform_of().name == "cpu":
         together = 1
     store = Records(protocol.folder)

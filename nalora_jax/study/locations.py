@@ -64,11 +64,11 @@ def located_from(text: str, folder: Path, *, is_model: bool = False) -> str:
         return str(inside)
     is_path = path.suffix.lower() in ENDINGS
     if (is_path or "/" in text) and path.exists():
-        expected = "a path relative to the study's folder"
-        found = f"{text} relative to the current folder only"
-        remedy = "change the path in the protocol, or move the file"
         raise NaloraError(
-            f"{folder}: {text}", expected=expected, found=found, remedy=remedy
+            f"{folder}: {text}",
+            expected="a path relative to the study's folder",
+            found=f"{text} relative to the current folder only",
+            remedy="change the path in the protocol, or move the file",
         )
     if is_path:
         return str(inside)

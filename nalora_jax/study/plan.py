@@ -94,7 +94,7 @@ class Run:
 
         Settings at their default are left out, so that records stay valid when settings are added.
         """
-        settings = _changed(self._settings, RunConfig())
+        settings = _changed_settings(self._settings, RunConfig())
         protocol = self.protocol
         task = self.protocol.tasks[self.cell.task]
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
@@ -179,9 +179,11 @@ def cost(metric: str, measured: Mapping[str, Any]) -> float:
       NaloraError: the metric was not measured.
     """
     if measured.get(metric) is None:
-        remedy = "restore the record file"
         raise NaloraError(
-            f"records: {metric}", expected="a number", found="none", remedy=remedy
+            f"records: {metric}",
+            expected="a number",
+            found="none",
+            remedy="restore the record file",
         )
     value = float(measured[metric])
     if metric in COSTS:
@@ -265,7 +267,7 @@ def _mean_cost(
     return sum(costs) / len(costs)
 
 
-def _changed(settings: Any, defaults: Any) -> Any:
+def _changed_settings(settings: Any, defaults: Any) -> Any:
     """Returns the settings that differ from their defaults, groups as dicts."""
     if not is_dataclass(settings):
         return settings
@@ -274,7 +276,7 @@ def _changed(settings: Any, defaults: Any) -> Any:
         value = getattr(settings, each.name)
         default = getattr(defaults, each.name)
         if value != default:
-            changed[each.name] = _changed(value, default)
+            changed[each.name] = _changed_settings(value, default)
     return changed
 
 

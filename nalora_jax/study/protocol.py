@@ -210,9 +210,11 @@ class Protocol:
         where = f"[tasks.{task}] vision."
         vision = structured(VisionConfig, chosen.vision, where, base=common.vision)
         if vision.task == "chat":
-            where = f"[tasks.{task}] vision task"
-            expected = '"classify", "contrast", or none for text'
-            raise NaloraError(where, expected=expected, found='"chat"')
+            raise NaloraError(
+                f"[tasks.{task}] vision task",
+                expected='"classify", "contrast", or none for text',
+                found='"chat"',
+            )
         common = replace(common, data=data, vision=vision)
         settings = self.methods[method].settings
         where = f"[methods.{method}] settings."
@@ -239,10 +241,11 @@ def read_protocol(path: str | Path) -> Protocol:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        found = error.strerror or error
-        remedy = f"give a study's folder with a {FILE}, or the file"
         raise NaloraError(
-            str(path), expected="a study", found=found, remedy=remedy
+            str(path),
+            expected="a study",
+            found=error.strerror or error,
+            remedy=f"give a study's folder with a {FILE}, or the file",
         ) from error
     except (ValueError, RecursionError) as error:
         # not UTF-8, no TOML, 5,000 digits, 3,000 brackets
@@ -255,10 +258,11 @@ def read_protocol(path: str | Path) -> Protocol:
             if not fine:
                 raise NaloraError(where, expected=expected, found=actual)
     except NaloraError as error:
-        at = f"{path}: {error.where}"
-        remedy = error.remedy
         raise NaloraError(
-            at, expected=error.expected, found=error.found, remedy=remedy
+            f"{path}: {error.where}",
+            expected=error.expected,
+            found=error.found,
+            remedy=error.remedy,
         ) from error
     return protocol
 

@@ -76,11 +76,11 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
             continue
         path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
         if not path.is_file():
-            where = f"rules of the module {module}"
-            remedy = "write the rule to a file and import it"
-            expected = "a file, whose digest the records hold"
             raise NaloraError(
-                where, expected=expected, found="a module without one", remedy=remedy
+                f"rules of the module {module}",
+                expected="a file, whose digest the records hold",
+                found="a module without one",
+                remedy="write the rule to a file and import it",
             )
         contents[path.name] = contents.get(path.name, b"") + path.read_bytes()
     return {name: digest_of(content) for name, content in contents.items()}
@@ -123,13 +123,11 @@ def check_records(records: Mapping[str, Record]) -> None:
     """
     for name, record in records.items():
         if record.get("digest") not in (None, record_digest(record)):
-            expected = "the content that its digest was computed from"
-            remedy = "restore the record file, or delete the line and do the run again"
             raise NaloraError(
                 f"record {name}",
-                expected=expected,
+                expected="the content that its digest was computed from",
                 found="another content",
-                remedy=remedy,
+                remedy="restore the record file, or delete the line and do the run again",
             )
     for field in _SHARED:
         _check_agreement(records, field)
@@ -194,11 +192,11 @@ def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
             for file, digest in current.items():
                 recorded = record["rules"].get(file)
                 if recorded != digest:
-                    where = f"[methods.{method}]: {file}"
-                    expected = f"the file of its runs, sha256 {str(recorded)[:16]}"
-                    found = f"another content, sha256 {digest[:16]}"
                     raise NaloraError(
-                        where, expected=expected, found=found, remedy=_RESTORE
+                        f"[methods.{method}]: {file}",
+                        expected=f"the file of its runs, sha256 {str(recorded)[:16]}",
+                        found=f"another content, sha256 {digest[:16]}",
+                        remedy=_RESTORE,
                     )
 
 
@@ -241,10 +239,11 @@ def check_tests(
     earlier = sorted(digests - {protocol.digest, *protocol.respelled_from})
     if earlier:
         under = f"sha256 {earlier[0][:16]}"
-        expected = f"the protocol that test items were read under, {under}"
-        found = f"another protocol, sha256 {protocol.digest[:16]}"
         raise NaloraError(
-            str(protocol.path), expected=expected, found=found, remedy=_RESTORE
+            str(protocol.path),
+            expected=f"the protocol that test items were read under, {under}",
+            found=f"another protocol, sha256 {protocol.digest[:16]}",
+            remedy=_RESTORE,
         )
     finished = {entry["id"]: entry["record"] for entry in listed if entry.get("record")}
     lost = []
@@ -252,11 +251,11 @@ def check_tests(
         if name not in records or records[name].get("digest") != digest:
             lost.append(name)
     if lost:
-        expected = f"the record of every finished test in {store.tests_path.name}"
-        found = f"{len(lost)} missing or altered: {', '.join(lost[:3])}"
-        remedy = "restore the record file, or begin a new study in another folder"
         raise NaloraError(
-            str(store.path), expected=expected, found=found, remedy=remedy
+            str(store.path),
+            expected=f"the record of every finished test in {store.tests_path.name}",
+            found=f"{len(lost)} missing or altered: {', '.join(lost[:3])}",
+            remedy="restore the record file, or begin a new study in another folder",
         )
 
 

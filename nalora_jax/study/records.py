@@ -93,10 +93,9 @@ class Records:
             _check_fields(record, f"{self.path}: line {number}")
             name = record.get("id")
             if not isinstance(name, str) or name in records:
-                expected = "a record of a run that has none yet"
                 raise NaloraError(
                     f"{self.path}: line {number}",
-                    expected=expected,
+                    expected="a record of a run that has none yet",
                     found=f"id {name!r}",
                 )
             records[name] = record
@@ -114,10 +113,10 @@ class Records:
         entries = _lines(self.tests_path)
         for number, entry in enumerate(entries, start=1):
             if not {"id", "protocol"} <= entry.keys():
-                where = f"{self.tests_path}: line {number}"
-                found = ", ".join(entry) or "neither"
                 raise NaloraError(
-                    where, expected="id and protocol of a test", found=found
+                    f"{self.tests_path}: line {number}",
+                    expected="id and protocol of a test",
+                    found=", ".join(entry) or "neither",
                 )
         return entries
 
@@ -163,9 +162,11 @@ class Records:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            remedy = "make room; the run resumes from its last evaluation"
             raise NaloraError(
-                str(path), expected="to append a line", found=error, remedy=remedy
+                str(path),
+                expected="to append a line",
+                found=error,
+                remedy="make room; the run resumes from its last evaluation",
             ) from error
 
     @contextlib.contextmanager
@@ -223,14 +224,20 @@ def _check_fields(record: Mapping[str, Any], where: str) -> None:
             continue
         value = record[name]
         if not has_type(value, hint) or not (hint is bool or _is_finite(value)):
-            at = f"{where}: {name}"
-            found = repr(value)[:100]
-            raise NaloraError(at, expected=expected, found=found, remedy=remedy)
+            raise NaloraError(
+                f"{where}: {name}",
+                expected=expected,
+                found=repr(value)[:100],
+                remedy=remedy,
+            )
     missing = [name for name in _NEEDED if name not in record]
     if 0 < len(missing) < len(_NEEDED):
-        at = f"{where}: {missing[0]}"
-        expected = _FIELDS[missing[0]][1]
-        raise NaloraError(at, expected=expected, found="none", remedy=remedy)
+        raise NaloraError(
+            f"{where}: {missing[0]}",
+            expected=_FIELDS[missing[0]][1],
+            found="none",
+            remedy=remedy,
+        )
 
 
 def _is_finite(value: Any) -> bool:

@@ -42,12 +42,11 @@ def write_tables(protocol: Protocol) -> list[Path]:
     store = Records(protocol.folder)
     records = provenance.checked_records(protocol, store)
     if not records:
-        remedy = f"run it first: nalora study run {protocol.folder}"
         raise NaloraError(
             str(store.path),
             expected="records of finished runs",
             found="none",
-            remedy=remedy,
+            remedy=f"run it first: nalora study run {protocol.folder}",
         )
     if note := provenance.describe_old(records):
         log.info("%s", note)

@@ -103,11 +103,11 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
     for name in _MEASURED:
         differences += _differences(record.get(name), repeated.get(name), name, size)
     if differences:
-        where = f"{run}: {'; '.join(differences[:5])}"
-        found = f"{len(differences)} differences"
-        expected = f"the record's digests, and its losses within {TOLERANCE:g}"
         raise NaloraError(
-            where, expected=expected, found=found, remedy=_explained(record, repeated)
+            f"{run}: {'; '.join(differences[:5])}",
+            expected=f"the record's digests, and its losses within {TOLERANCE:g}",
+            found=f"{len(differences)} differences",
+            remedy=_explained(record, repeated),
         )
 
 

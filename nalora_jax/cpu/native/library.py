@@ -71,8 +71,11 @@ def chosen() -> str | None:
             return None
         return kinds[0]
     if choice not in kinds:
-        expected = f"0, 1 or, on this CPU, {' or '.join(kinds) or 'none'}"
-        raise NaloraError("NALORA_NATIVE", expected=expected, found=choice)
+        raise NaloraError(
+            "NALORA_NATIVE",
+            expected=f"0, 1 or, on this CPU, {' or '.join(kinds) or 'none'}",
+            found=choice,
+        )
     return choice
 
 

@@ -41,9 +41,10 @@ class Fitting:
             devices for a mixture of experts, or a group that does not divide a batch.
         """
         if config.mesh.context not in (0, 1):
-            expected = "1 in a sweep, whose rows are whole"
             raise NaloraError(
-                "--mesh.context", expected=expected, found=config.mesh.context
+                "--mesh.context",
+                expected="1 in a sweep, whose rows are whole",
+                found=config.mesh.context,
             )
         where = of_devices(jax.devices())
         mesh = config.mesh
@@ -71,11 +72,10 @@ class Fitting:
         fits = max(1, int(free / (run / max(mesh.data, 1) / split)))
         requested = mesh.runs_per_device
         if requested > fits:
-            expected = (
-                f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base"
-            )
             raise NaloraError(
-                "--mesh.runs-per-device", expected=expected, found=requested
+                "--mesh.runs-per-device",
+                expected=f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base",
+                found=requested,
             )
         per_group = requested or min(fits, math.ceil(count / groups))
         policies = (config.compute.remat, config.compute.experts)
@@ -110,11 +110,13 @@ def _check_experts(mesh: MeshConfig) -> None:
         mesh.run == devices and max(axes) <= 1 and min(axes) >= 0
     ):
         return
-    expected = "one device a run for mixtures of experts, or all devices for each"
     sizes = f"(data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor})"
-    remedy = f"use --mesh.run {devices} with the other axes at 0, or --mesh.run 1"
-    found = f"{mesh.run} on {devices} devices {sizes}"
-    raise NaloraError("--mesh.run", expected=expected, found=found, remedy=remedy)
+    raise NaloraError(
+        "--mesh.run",
+        expected="one device a run for mixtures of experts, or all devices for each",
+        found=f"{mesh.run} on {devices} devices {sizes}",
+        remedy=f"use --mesh.run {devices} with the other axes at 0, or --mesh.run 1",
+    )
 
 
 def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:

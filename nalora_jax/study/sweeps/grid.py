@@ -130,16 +130,20 @@ def _axis(text: str) -> Axis:
             f"--sweep {text}", expected="SETTING=VALUE,VALUE,...", found="no values"
         )
     if _COMMON.match(name) or is_dataclass(getattr(RunConfig(), name, None)):
-        expected = "a setting that may differ between runs"
-        remedy = "give it once, outside of --sweep"
-        raise NaloraError("--sweep", expected=expected, found=name, remedy=remedy)
+        raise NaloraError(
+            "--sweep",
+            expected="a setting that may differ between runs",
+            found=name,
+            remedy="give it once, outside of --sweep",
+        )
     # A mechanism's settings have commas too: soft:power=2,high=3 is one value.
     words = [word.strip() for word in re.split(r",(?!\s*\w+=)", listed)]
     if "" in words:
-        found = "nothing after a comma"
-        remedy = "remove the comma; a list without entries is none"
         raise NaloraError(
-            f"--sweep {text}", expected="a value", found=found, remedy=remedy
+            f"--sweep {text}",
+            expected="a value",
+            found="nothing after a comma",
+            remedy="remove the comma; a list without entries is none",
         )
     return name, tuple(_value(name, word, f"--sweep {text}: ") for word in words)
 

@@ -162,8 +162,12 @@ class SweepProgram:
         else:
             self.params = {"params": weights}
             of_params = {"params": axes}
-        self._compiled = step_of_runs(self._one, self.mesh, self._places, of_params)
-        self._trains = lru_cache(maxsize=2)(self._trained)  # changes when a run ends
+        self._compiled = step_of_runs(
+            self._step_of_one, self.mesh, self._places, of_params
+        )
+        self._trains = lru_cache(maxsize=2)(
+            self._active_slots
+        )  # changes when a run ends
         taken = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
         def take(states: Any, index: Any) -> Any:
@@ -249,7 +253,7 @@ class SweepProgram:
     ) -> tuple[Any, ...]:
         return self.params, states, batch, self.values, self._trains(tuple(active))
 
-    def _trained(self, active: tuple[bool, ...]) -> jax.Array:
+    def _active_slots(self, active: tuple[bool, ...]) -> jax.Array:
         """Returns ``active`` of all slots on the mesh."""
         trains = np.zeros(len(self.runs), bool)
         trains[: len(active)] = active
@@ -257,7 +261,7 @@ class SweepProgram:
             trains.shape, self._by_run, trains.__getitem__
         )
 
-    def _one(
+    def _step_of_one(
         self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any]
     ) -> Any:
         """Returns the step of one run."""

@@ -124,7 +124,7 @@ def sweep(
     folder = str(epath.Path(buckets.url(first) or first).parent)
     results: _Results = {}
     with attended() as stop, notes.logged_once(), ExitStack() as stack:
-        runs = [_opened(config, data, format, stop, stack) for config in configs]
+        runs = [_open_run(config, data, format, stop, stack) for config in configs]
         distributed.on_first_process(locked)
         groups = values.grouped(runs, _key)
         log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
@@ -157,7 +157,7 @@ def sweep(
     return SweepResult(finished, diverged, page)
 
 
-def _opened(
+def _open_run(
     config: RunConfig,
     data: Data | None,
     format: Format | None,
