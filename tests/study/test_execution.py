@@ -65,7 +65,9 @@ def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(records: list[Rec
     assert compiled["again", "tune"][0] == 0  # another seed is no other method
 
 
-def test_a_pair_shares_data_start_and_items(records: list[Record], resources: Resources) -> None:
+def test_runs_of_a_pair_share_data_initial_adapters_and_items(
+    records: list[Record], resources: Resources
+) -> None:
     for seed in (1, 2):
         pair = [
             by(records, stage="test", method=method, seed=seed)
@@ -109,7 +111,7 @@ def test_a_finished_study_has_nothing_left_to_do(
     assert "chosen 0.04 (at an end of the grid)" in shown
 
 
-def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
+def test_an_interrupted_run_resumes_and_ends_with_the_record_of_an_uninterrupted_run(
     finished: Path, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records, snapshot = Records(finished).read(), tmp_path / "x.npz"
@@ -185,7 +187,7 @@ def test_the_budget_and_the_limit_end_a_study_early(quick: Protocol) -> None:
     assert "of 0.045 h" in status(budget)
 
 
-def test_splits_that_overlap_are_refused(study: Path, resources: Resources) -> None:
+def test_splits_that_share_records_are_refused(study: Path, resources: Resources) -> None:
     path = study / "protocol.toml"
     path.write_text(path.read_text().replace('test = "train[80%:]"', 'test = "train[70%:]"'))
     protocol = read_protocol(study)
@@ -207,7 +209,7 @@ def test_a_record_is_flushed_to_disk_before_its_run_counts_as_done(
     assert flushed == [records.path.stat().st_size]
 
 
-def test_half_a_line_of_a_crash_is_cut_and_a_run_with_two_records_is_an_error(
+def test_an_incomplete_last_line_is_removed_and_a_second_record_of_a_run_is_an_error(
     tmp_path: Path,
 ) -> None:
     records = Records(tmp_path)
@@ -222,7 +224,9 @@ def test_half_a_line_of_a_crash_is_cut_and_a_run_with_two_records_is_an_error(
         records.read()
 
 
-def test_a_damaged_snapshot_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_with_a_damaged_snapshot_starts_from_scratch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "run.npz"
     write_snapshot(path, {"step": np.int32(7)}, {"loss": 1 / 3})
     content = path.read_bytes()

@@ -110,7 +110,7 @@ def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
     assert not np.allclose(starts["lora", 1][a], starts["again", 1][a])
 
 
-def test_tasks_of_one_shape_share_programs_but_not_their_classes(
+def test_image_tasks_of_one_shape_share_programs_but_not_their_classes(
     tmp_path: Path, tower_folders: tuple[Path, Path], colours: Path
 ) -> None:
     two = 'task = "classify", shots = 2, classes = ["red", "green", "blue"]'

@@ -45,7 +45,7 @@ settings.mesh.data = 2
 """
 
 
-def test_a_study_of_pairs_measures_starts_and_devices(
+def test_a_study_of_preference_pairs_compares_initializations_and_numbers_of_devices(
     base: Path, questions: Path, tmp_path: Path
 ) -> None:
     folder = write_study(tmp_path, base, questions, FEW_RUNS + PAIRS)

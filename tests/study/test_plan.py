@@ -41,7 +41,7 @@ def done(
     return records
 
 
-def test_the_defaults_that_ids_leave_out_are_known() -> None:
+def test_changed_defaults_are_noticed_since_run_ids_leave_defaults_out() -> None:
     """After a new setting, renew the digest. After a changed default too, and write the former
     default into the
     protocols of unfinished studies: their earlier and later runs would have the same id."""
@@ -49,7 +49,7 @@ def test_the_defaults_that_ids_leave_out_are_known() -> None:
     assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "bce657aaca89fc5c"
 
 
-def test_the_mean_over_seeds_chooses_and_the_tests_run_there() -> None:
+def test_the_rate_with_the_lowest_mean_over_seeds_is_chosen_and_tested() -> None:
     losses = {1e-3: (3.0, 3.0), 2e-3: (2.8, 2.9), 4e-3: (2.5, 3.3)}
     records = done(PROTOCOL, lambda run: losses[run.rate][run.seed])
     assert tuning(PROTOCOL, CELL, records).chosen == 2e-3
@@ -59,7 +59,7 @@ def test_the_mean_over_seeds_chooses_and_the_tests_run_there() -> None:
     ]
 
 
-def test_a_grid_is_extended_while_its_end_wins() -> None:
+def test_a_grid_is_extended_while_the_best_rate_is_at_its_end() -> None:
     for best, grid, at_edge in (
         (2e-3, (1e-3, 2e-3, 4e-3), False),
         (8e-3, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), False),
@@ -81,7 +81,7 @@ def test_a_rate_at_which_one_seed_diverges_is_not_chosen() -> None:
     assert all(run.stage == "tune" for run in wanted(PROTOCOL, done(PROTOCOL, lambda _: math.inf)))
 
 
-def test_an_id_says_everything_that_decides_a_result_and_nothing_else() -> None:
+def test_a_run_id_changes_with_whatever_changes_its_result_and_with_nothing_else() -> None:
     def run(
         protocol: Protocol = PROTOCOL, stage: str = "test", rate: float = 1e-3, seed: int = 5
     ) -> str:

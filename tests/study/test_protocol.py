@@ -26,7 +26,7 @@ def changed(study: Path, pattern: str, text: str) -> Path:
     return study
 
 
-def test_a_method_is_the_common_settings_with_its_own(study: Path) -> None:
+def test_a_methods_settings_replace_the_common_settings(study: Path) -> None:
     protocol = read_protocol(study)
     config = protocol.config(protocol.models[0], "z", "half", 0.01, 7)
     assert config.lora.rules == (LoRARule("ffn/gate_proj", 2),)
@@ -48,7 +48,7 @@ def test_a_method_without_gate_adapters_keeps_the_other_rules(study: Path) -> No
     assert len(resolve(others, shapes, 2).targets) == 2
 
 
-def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
+def test_a_protocols_digest_ignores_comments_and_layout(study: Path) -> None:
     digest = read_protocol(study).digest
     spaced = changed(study, "^steps = 8", "# as many as there is time for\nsteps   =  8")
     assert read_protocol(spaced).digest == digest
@@ -103,7 +103,7 @@ WRONG = [
 ]
 
 
-def test_what_is_wrong_is_named(study: Path) -> None:
+def test_an_invalid_protocol_is_refused_with_the_name_of_its_field(study: Path) -> None:
     text = (study / "protocol.toml").read_text()
     for pattern, replacement, message in WRONG:
         (study / "protocol.toml").write_text(text)
@@ -111,7 +111,7 @@ def test_what_is_wrong_is_named(study: Path) -> None:
             read_protocol(changed(study, pattern, replacement))
 
 
-def test_paths_are_relative_to_the_study_and_names_are_no_paths(
+def test_paths_are_relative_to_the_study_and_names_of_models_stay_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "study"

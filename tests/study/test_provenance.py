@@ -86,7 +86,7 @@ def test_a_protocol_that_changes_after_the_tests_is_refused_by_run_report_and_ve
     assert results.read_text() == "as it was"
 
 
-def test_tests_that_a_repository_remembers_count_after_all_their_files_were_deleted(
+def test_tests_in_the_repositorys_history_count_after_their_files_were_deleted(
     quick: Protocol,
 ) -> None:
     folder = quick.folder
@@ -160,7 +160,7 @@ def of_a_user(averages, context):
 """
 
 
-def test_a_rule_whose_file_changed_does_not_count_as_done(
+def test_a_method_whose_rule_file_changed_after_its_runs_is_refused(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MECHANISMS, "_values", dict(MECHANISMS._values))
@@ -185,7 +185,7 @@ def test_a_rule_whose_file_changed_does_not_count_as_done(
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
-def test_the_tables_and_records_of_a_committed_study_are_its_own(folder: Path) -> None:
+def test_the_tables_of_a_committed_study_are_rendered_from_its_records(folder: Path) -> None:
     protocol = read_protocol(folder)
     records = checked_records(protocol, Records(folder))  # records of earlier versions stay valid
     assert (folder / "results.md").read_text().startswith(render_results(protocol, records))

@@ -87,7 +87,7 @@ def gain_of(records: Iterable[Record]) -> float:
     return 3.6 - float(tuned["validation"]["loss"])
 
 
-def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
+def test_statistics_in_the_tables_equal_scipys(told: Path) -> None:
     write_tables(read_protocol(told))
     text = (told / "results.md").read_text()
     assert "Accuracy: of 7 (z) of the items." in text
@@ -124,7 +124,7 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     assert forgotten == pytest.approx(difference.mean(), abs=6e-5)
 
 
-def test_the_margin_is_a_share_of_what_training_gains(told: Path) -> None:
+def test_the_equivalence_margin_is_a_share_of_the_training_gain(told: Path) -> None:
     protocol, records = read_protocol(told), Records(told).read()
     by_share = replace(protocol, margin=0.0, margin_share=0.1)
     primary = [
@@ -140,7 +140,7 @@ def test_the_margin_is_a_share_of_what_training_gains(told: Path) -> None:
     assert row(render_results(protocol, records), "half", "lora", "z")[14] == "0.005 (no gain)"
 
 
-def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
+def test_a_report_depends_on_protocol_and_records_alone_and_is_the_same_bytes_each_time(
     told: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = {

@@ -30,7 +30,7 @@ def enumerated(difference: np.ndarray) -> float:
     return float(np.mean(np.abs(ways - center) >= abs(observed - center)))
 
 
-def test_the_signed_rank_test_counts_every_way_the_signs_can_fall_with_ties_too() -> None:
+def test_signed_rank_p_values_equal_an_enumeration_of_all_signs_with_ties_as_well() -> None:
     tied = [1.0, 1.0, -1.0, 2.0], [3.0, -3.0, 3.0, 3.0, -1.0, -1.0, 2.0, 2.0, 5.0, 1.0]
     for difference in (DIFFERENCES, *map(np.array, tied)):
         assert signed_rank_test(difference) == pytest.approx(enumerated(difference))
@@ -47,7 +47,7 @@ def test_accuracies_that_differ_by_the_same_number_of_items_are_ties_despite_rou
     assert paired(recorded, recorded + 1e-10, 0.02).better == 0
 
 
-def test_equivalence_is_two_one_sided_t_tests() -> None:
+def test_equivalence_equals_two_one_sided_t_tests_of_scipy() -> None:
     rng = np.random.default_rng(0)
     answers = []
     for mean in (0.0, 0.002, 0.004, 0.006):
@@ -64,7 +64,7 @@ def test_equivalence_is_two_one_sided_t_tests() -> None:
     assert {True, False} == set(answers)
 
 
-def test_what_one_pair_equal_pairs_and_an_unknown_margin_do_not_tell() -> None:
+def test_statistics_are_undefined_for_one_pair_equal_pairs_or_an_unknown_margin() -> None:
     one = paired([1.0], [2.0], 0.005)
     assert (one.low, one.high, one.equivalent, one.seeds_needed) == (
         -math.inf,
@@ -80,7 +80,7 @@ def test_what_one_pair_equal_pairs_and_an_unknown_margin_do_not_tell() -> None:
         assert unknown.seeds_needed is None
 
 
-def test_seeds_needed_are_the_textbooks_sample_sizes() -> None:
+def test_seeds_needed_equal_the_sample_sizes_of_textbooks() -> None:
     # Cohen's small, medium and large effect at 80% and two-sided 5%, as G*Power 3.1 gives them for
     # matched pairs.
     assert [seeds_needed(1.0, effect) for effect in (0.2, 0.5, 0.8)] == [199, 34, 15]

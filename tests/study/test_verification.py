@@ -49,7 +49,7 @@ def test_every_recorded_measure_and_digest_is_compared(
         _compare(RUN, altered, RECORD)
 
 
-def test_rounding_noise_and_an_item_that_changes_sides_are_no_difference() -> None:
+def test_rounding_noise_and_one_item_that_changes_sides_are_not_reported_as_differences() -> None:
     record, repeated = copying.deepcopy(RECORD), copying.deepcopy(RECORD)
     repeated["test"] |= {"loss": 2.8005, "accuracy": 0.7}
     repeated["training"][0] |= {"misalignment": 0.2505, "a_metric_of_a_later_version": 1.0}
@@ -58,7 +58,9 @@ def test_rounding_noise_and_an_item_that_changes_sides_are_no_difference() -> No
     _compare(RUN, record, repeated)
 
 
-def test_an_altered_record_is_found_by_its_digest_without_a_run(quick: Protocol) -> None:
+def test_an_altered_record_is_found_by_its_digest_before_any_run_is_repeated(
+    quick: Protocol,
+) -> None:
     run_study(quick, limit=1)
     path = quick.folder / "records.jsonl"
     path.write_text(path.read_text().replace('"seconds": 36.0', '"seconds": 35.0'))

@@ -44,7 +44,7 @@ def test_more_runs_than_fit_train_after_each_other_in_equal_parts() -> None:
     assert fitting.slots(7) == 8
 
 
-def test_experts_need_one_device_a_run() -> None:
+def test_runs_of_mixtures_of_experts_get_one_device_each() -> None:
     """The other axes are open: two devices of each of four groups would compute one run."""
     experts = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
     message = "--mesh.run: expected one device a run for mixtures.*on 8 devices.*use --mesh.run 8"

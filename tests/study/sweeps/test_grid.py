@@ -22,7 +22,7 @@ def test_all_combinations_become_runs_with_folders_named_by_their_values() -> No
     assert runs[2].output == "out/learning-rate-0.002_seed-0"
 
 
-def test_values_have_the_type_of_their_setting() -> None:
+def test_values_of_a_sweep_have_the_type_of_their_setting() -> None:
     rules, wide = axes_of(["lora.rules=ffn:2+attn:4:8,ffn:16", "lora.dora=true,no"])
     assert rules == (
         "lora.rules",
@@ -47,12 +47,12 @@ def test_values_have_the_type_of_their_setting() -> None:
         ("seed=0 seed=1", "expected each setting once, found seed"),
     ],
 )
-def test_bad_options_are_one_error(options: str, message: str) -> None:
+def test_a_bad_sweep_option_is_refused(options: str, message: str) -> None:
     with pytest.raises(NaloraError, match=message):
         grid(RunConfig(), axes_of(options.split()))
 
 
-def test_a_changed_or_damaged_record_of_options_is_one_error(tmp_path: Path) -> None:
+def test_a_changed_or_damaged_record_of_sweep_options_is_refused(tmp_path: Path) -> None:
     assert recorded_sweep(str(tmp_path)) is None
     file = tmp_path / "sweep.json"
     sealed = json.dumps(

@@ -173,7 +173,7 @@ def _assert_like_solo(runs: Sequence[Assembly], batches: Any = None) -> None:
     assert metrics["loss"][-1] == pytest.approx(float(alone["loss"]), rel=1e-4)
 
 
-def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
+def test_runs_of_preference_pairs_with_magnitudes_and_zero_a_equal_their_solo_runs() -> None:
     lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dora=True, init="zero_a", plus_ratio=2.0)
     settings = {"lora": lora, "preference": PreferenceConfig("dpo"), "mechanisms": ("hard",)}
     configs = [
@@ -186,7 +186,7 @@ def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
     )
 
 
-def test_adalora_allocates_the_ranks_of_each_run() -> None:
+def test_adalora_allocates_each_runs_ranks_as_in_its_solo_run() -> None:
     adalora = AdaLoRAConfig(target_rank=1, warmup_share=0.0, final_share=0.3, interval=1)
     settings: dict[str, Any] = {"adalora": adalora, "mechanisms": ()}
     lora = LoRAConfig(rules=(LoRARule("ffn/gate_proj", 2),), dropout=0.1)

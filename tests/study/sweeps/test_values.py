@@ -28,7 +28,7 @@ def _key(config: RunConfig) -> str:
     return program_key(config, adapter_spec(config, BASE))
 
 
-def test_other_programs_are_other_groups() -> None:
+def test_runs_that_need_different_programs_are_in_different_groups() -> None:
     others: list[dict[str, Any]] = [
         {"optimizer": OptimizerConfig("lion", 1e-3)},
         {"optimizer": OptimizerConfig(learning_rate=1e-3, clip_norm=0.0)},
@@ -45,7 +45,7 @@ def test_other_programs_are_other_groups() -> None:
     assert len(keys) == len(others) + 1
 
 
-def test_a_setting_that_a_rule_cannot_trace_is_a_group() -> None:
+def test_runs_that_differ_in_a_setting_that_cannot_be_traced_are_in_different_groups() -> None:
     """The hard mask rounds its share to a number of channels, with which it calls `top_k`."""
     rules = [f"hard:keep={keep},decay={decay}" for keep in (0.5, 0.25) for decay in (0.9, 0.8)]
     keeps = [replace(CONFIG, mechanisms=(rule,)) for rule in rules]
