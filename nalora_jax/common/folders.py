@@ -44,10 +44,12 @@ def new_folder(
         ``folder`` stays as it was.
     """
     where = buckets.bucket_url(folder)
-    target = Path(folder) if where is None else uploads.stage(where)
     if where is None:
+        target = Path(folder)
         check_free(target, replaces, overwrite=overwrite)
-    with _hidden(target, where) as hidden:
+    else:
+        target = uploads.stage(where)
+    with _hidden_folder(target, where) as hidden:
         scratch = hidden / target.name
         scratch.mkdir()
         scratch.chmod(0o755)  # independent of the umask
@@ -76,10 +78,12 @@ def new_file(path: str | Path) -> Iterator[Path]:
         refused. Temporary files are removed.
     """
     where = buckets.bucket_url(path)
-    target = Path(path) if where is None else uploads.stage(where)
-    if where is not None:
+    if where is None:
+        target = Path(path)
+    else:
+        target = uploads.stage(where)
         uploads.require_free(where)
-    with _hidden(target, where) as hidden:
+    with _hidden_folder(target, where) as hidden:
         _check_new(target)
         yield hidden / target.name
         if where is not None:
@@ -91,15 +95,16 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 def _check_new(target: Path) -> None:
     if os.path.lexists(target):
-        expected = "a new file"
-        remedy = "choose another name"
         raise NaloraError(
-            str(target), expected=expected, found="an existing one", remedy=remedy
+            str(target),
+            expected="a new file",
+            found="an existing one",
+            remedy="choose another name",
         )
 
 
 @contextmanager
-def _hidden(target: Path, where: str | None) -> Iterator[Path]:
+def _hidden_folder(target: Path, where: str | None) -> Iterator[Path]:
     """Yields a hidden folder next to ``target``, which no other process has, and removes it at the
     end.
 
@@ -119,11 +124,11 @@ def _hidden(target: Path, where: str | None) -> Iterator[Path]:
             way = " or choose another folder"
         else:
             way = ", or set NALORA_CACHE to another folder"
-        expected = "a place that can be written"
-        found = getattr(error, "strerror", None) or str(error)
-        remedy = f"free some space{way}; nothing was left behind"
         raise NaloraError(
-            str(target), expected=expected, found=found, remedy=remedy
+            str(target),
+            expected="a place that can be written",
+            found=getattr(error, "strerror", None) or str(error),
+            remedy=f"free some space{way}; nothing was left behind",
         ) from error
 
 
@@ -164,21 +169,21 @@ def check_free(
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
-        remedy = "choose another name"
         raise NaloraError(
             str(target),
             expected="a new folder",
             found="a file or a link",
-            remedy=remedy,
+            remedy="choose another name",
         )
     foreign = sorted(
         name for name in _entries(target) if name not in replaces or not overwrite
     )
     if foreign:
-        found = f"one that holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
-        remedy = "choose another folder, or empty this one yourself"
         raise NaloraError(
-            str(target), expected="a new or empty folder", found=found, remedy=remedy
+            str(target),
+            expected="a new or empty folder",
+            found=f"one that holds {uploads.first_names(foreign)}",
+            remedy="choose another folder, or empty this one yourself",
         )
 
 
@@ -193,7 +198,10 @@ def _entries(folder: Path) -> Iterator[str]:
         else:
             below = []
         for each in below or [path]:
-            yield each.relative_to(folder).as_posix() + ("/" if each.is_dir() else "")
+            name = each.relative_to(folder).as_posix()
+            if each.is_dir():
+                name += "/"
+            yield name
 
 
 def _move(scratch: Path, target: Path) -> None:

@@ -32,18 +32,12 @@ from nalora_jax.errors import NaloraError
 RUN_LOCK = "run.lock"
 _OWNER = "owner.json"  # in a folder of `owned_folder`
 _BEAT = 5.0  # seconds between two touches
-_STALE = (
-    20.0  # seconds without a touch after which a holder on another host counts as gone
-)
-# Seconds without a touch after which a holder on another host counts as gone at once.
+# Seconds without a touch after which a holder on another host counts as gone: if this process
+# watches the file, and by the file's time alone.
+_STALE = 20.0
 _ABANDONED = 86_400.0
-# of file systems without locks
-_UNSUPPORTED = (
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.ENOLCK,
-    errno.EINVAL,
-)
+# Errors of file systems without locks.
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 def _acquire(path: Path, lock: FileLock) -> bool | None:
@@ -77,7 +71,10 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
     Yields:
       What `_acquire` returns, which also raises.
     """
-    lock = FileLock(path, timeout=-1 if wait else 0)
+    timeout = 0
+    if wait:
+        timeout = -1
+    lock = FileLock(path, timeout=timeout)
     held = _acquire(path, lock)
     try:
         yield held
@@ -105,29 +102,34 @@ class RunLock:
         expected: str = "a folder that no other run writes to",
         remedy: str = "wait for that run or stop it, or choose another --output",
     ) -> None:
-        self.path, self._stop = path, threading.Event()
+        self.path = path
+        self._stop = threading.Event()
         self._lock = FileLock(path, timeout=0, thread_local=False)
-        while not self._claimed(where or f"--output {path.parent}", expected, remedy):
+        where = where or f"--output {path.parent}"
+        while not self._claim(where, expected, remedy):
             pass
         threading.Thread(target=self._beat, name="output lock", daemon=True).start()
 
-    def _claimed(self, where: str, expected: str, remedy: str) -> bool:
+    def _claim(self, where: str, expected: str, remedy: str) -> bool:
         """Returns True with the lock of the file at the path, False if its holder removed it
         meanwhile."""
         held = _acquire(self.path, self._lock)
         holder = _process_of(self.path)
         with ExitStack() as failure:
             failure.callback(self._lock.release)
-            if (
-                self.path.exists()
-                if held is False
-                else _is_touched(self.path, holder, held)
-            ):
-                names = dict.fromkeys(("pid", "host", "since", "command"), "?") | holder
-                found = "process {pid} on {host} since {since} ({command})".format_map(
-                    names
+            if held is False:
+                taken = self.path.exists()
+            else:
+                taken = _is_touched(self.path, holder, held)
+            if taken:
+                unknown = {"pid": "?", "host": "?", "since": "?", "command": "?"}
+                text = "process {pid} on {host} since {since} ({command})"
+                raise NaloraError(
+                    where,
+                    expected=expected,
+                    found=text.format_map(unknown | holder),
+                    remedy=remedy,
                 )
-                raise NaloraError(where, expected=expected, found=found, remedy=remedy)
             if held is False or not self.path.exists():
                 return False
             with open_unlinked(self.path, "w", encoding="utf-8") as file:
@@ -157,9 +159,9 @@ class RunLock:
 
 
 def _is_touched(path: Path, holder: dict[str, Any], held: bool | None) -> bool:
-    """Returns True if the holder of a file touches it, whose lock the kernel does not see.
+    """Returns True if the holder of a file touches it, for locks that the kernel does not see.
 
-    It does not see another host's, nor, if ``held`` is None, any lock.
+    The kernel does not see another host's lock nor, if ``held`` is None, any lock.
     """
     if not holder or (held and holder.get("host") == socket.gethostname()):
         return False

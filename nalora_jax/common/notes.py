@@ -138,6 +138,8 @@ def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], No
 
 def progress_text(what: str, count: int, total: int | None) -> str:
     """Formats progress: ``tokenizing 120/400``, or the known part of it."""
-    if total is None:
-        return f"{what} {count:,}" if count else f"{what} ..."
-    return f"{what} {count:,}/{total:,}"
+    if total is not None:
+        return f"{what} {count:,}/{total:,}"
+    if count:
+        return f"{what} {count:,}"
+    return f"{what} ..."

@@ -15,7 +15,10 @@ from typing import Any
 from nalora_jax.errors import visible
 
 MARK = "***"  # in place of a password or token
-_SECRET = r"(?:password|passwd|pwd|secret|token|(?:api|access|private)[_-]?key|credentials?|signature|sig)"
+_SECRET = (
+    r"(?:password|passwd|pwd|secret|token|(?:api|access|private)[_-]?key"
+    r"|credentials?|signature|sig)"
+)
 _NAMED = re.compile(rf"(?i){_SECRET}$")
 # password=x, --password x, Bearer x
 _ASSIGNED = re.compile(
@@ -28,14 +31,16 @@ _USER = re.compile(
 )
 # Tokens by their form: Hugging Face, GitHub, GitLab, AWS, Google, OpenAI, Slack, JSON Web Tokens.
 _TOKEN = re.compile(
-    r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|gl[a-z]{2,6}-[\w-]{20,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}"
+    r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|gl[a-z]{2,6}-[\w-]{20,}"
+    r"|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}"
     r"|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,}|eyJ[\w-]{8,2000}\.[\w-]{8,4000}(?:\.[\w-]+)?)"
 )
 # The folders of an absolute path, or of one in the home or working folder, also as a URL
 # (file:///, sqlite:///).
 _PART = r"[^\s/\\,;:*\"'<>|]"
 _FOLDERS = re.compile(
-    rf"(?<![\w:/\\.)])(?:[a-z+]{{1,20}}:/{{2,3}}(?=/)|~[\w.-]*|\.{{1,2}}|[A-Z]:(?=\\))?(?:[/\\]{_PART}+)*[/\\](?={_PART})"
+    r"(?<![\w:/\\.)])(?:[a-z+]{1,20}:/{2,3}(?=/)|~[\w.-]*|\.{1,2}|[A-Z]:(?=\\))?"
+    rf"(?:[/\\]{_PART}+)*[/\\](?={_PART})"
 )
 # Folders with spaces.
 _QUOTED = re.compile(
@@ -53,7 +58,7 @@ _PATHS = (
     "eval_split",
 )
 _PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are not paths
-# not the underscore in a word
+# Not the underscore in a word.
 _SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))")
 
 
@@ -65,23 +70,20 @@ def redacted(value: Any) -> Any:
       {'callbacks': ('mlflow:uri=https://***@host/x',)}
     """
     if isinstance(value, Mapping):
-        return {
-            name: _redacted_setting(str(name), field_value)
-            for name, field_value in value.items()
-        }
+        settings = {}
+        for name, setting in value.items():
+            if isinstance(setting, str) and setting and _NAMED.search(str(name)):
+                settings[name] = MARK
+            else:
+                settings[name] = redacted(setting)
+        return settings
     if isinstance(value, list | tuple):
         return type(value)(map(redacted, value))
     if not isinstance(value, str):
         return value
-    return _TOKEN.sub(
-        MARK, _ASSIGNED.sub(rf"\g<1>{MARK}", _USER.sub(f"{MARK}@", value))
-    )
-
-
-def _redacted_setting(name: str, value: Any) -> Any:
-    if isinstance(value, str) and value and _NAMED.search(name):
-        return MARK
-    return redacted(value)
+    text = _USER.sub(f"{MARK}@", value)
+    text = _ASSIGNED.sub(rf"\g<1>{MARK}", text)
+    return _TOKEN.sub(MARK, text)
 
 
 def published(value: Any, name: str = "") -> Any:
@@ -106,11 +108,11 @@ def published(value: Any, name: str = "") -> Any:
     if not isinstance(value, str):
         return value
     if name in _PATHS:
-        return ",".join(map(_short, value.split(",")))
+        return ",".join(map(_shorten, value.split(",")))
     return _FOLDERS.sub("", _QUOTED.sub("", value))
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     """Returns a hub id or a data set's name unchanged, and a path's last part."""
     if name.startswith(("hf:", "tfds:")) or is_hub_id(name):
         return name
@@ -134,9 +136,12 @@ def markdown(text: object) -> str:
 def code(text: object) -> str:
     """Returns a text as Markdown's inline code."""
     line = _line(text)
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
-    pad = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{fence}{pad}{line}{pad}{fence}"
+    fence = "`"
+    while fence in line:
+        fence += "`"
+    if line.startswith("`") or line.endswith("`"):
+        line = f" {line} "
+    return f"{fence}{line}{fence}"
 
 
 def _line(text: object) -> str:

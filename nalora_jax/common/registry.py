@@ -44,14 +44,16 @@ class Registry(Generic[T]):
           NaloraError: the name is taken by another value, and ``replace`` is off.
         """
         existing = self._values.get(name, value)
-        if not replace and existing is not value and not _again(existing, value):
-            where = f"{self._kind} {name!r}"
-            remedy = "choose another name, or pass replace=True"
+        if (
+            not replace
+            and existing is not value
+            and not _is_redefinition(existing, value)
+        ):
             raise NaloraError(
-                where,
+                f"{self._kind} {name!r}",
                 expected="a name that is free",
                 found=repr(existing),
-                remedy=remedy,
+                remedy="choose another name, or pass replace=True",
             )
         self._values[name] = value
         return value
@@ -68,16 +70,16 @@ class Registry(Generic[T]):
             point fails or registers something else.
         """
         if name not in self._values and not self._load(name):
-            # loaded if files were imported
-            imports = sys.modules.get("nalora_jax.common.imports")
-            files = ", ".join(map(str, imports.imported() if imports else ())) or "none"
-            remedy = f"--import FILE registers a {self._kind} of your own (imported: {files}), or an entry point does"
-            expected = f"one of {', '.join(self.names())}"
+            files = "none"
+            # The module is loaded if files were imported.
+            if imports := sys.modules.get("nalora_jax.common.imports"):
+                files = ", ".join(map(str, imports.imported())) or "none"
+            way = f"--import FILE registers a {self._kind} of your own"
             raise NaloraError(
                 self.flag or self._kind,
-                expected=expected,
+                expected=f"one of {', '.join(self.names())}",
                 found=repr(name),
-                remedy=remedy,
+                remedy=f"{way} (imported: {files}), or an entry point does",
             )
         return self._values[name]
 
@@ -93,29 +95,29 @@ class Registry(Generic[T]):
             where = f"entry point {name} = {point.value!r} of {self._group}"
             try:
                 point.load()
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # an exit must not look like a finished run
-                expected = "a module that can be imported"
+            except (Exception, SystemExit) as error:
+                # An exit must not look like a finished run.
                 raise NaloraError(
-                    where, expected=expected, found=described(error)
+                    where,
+                    expected="a module that can be imported",
+                    found=described(error),
                 ) from error
             if name not in self._values:
-                expected = f"to register a {self._kind} of that name"
                 raise NaloraError(
-                    where, expected=expected, found="no such registration"
+                    where,
+                    expected=f"to register a {self._kind} of that name",
+                    found="no such registration",
                 )
         return name in self._values
 
 
-def _again(existing: object, value: object) -> bool:
+def _is_redefinition(existing: object, value: object) -> bool:
     """Returns True if a module was executed again, as by an edited notebook cell."""
-    name, other = (
-        [getattr(v, n, None) for n in ("__module__", "__qualname__")]
-        for v in (existing, value)
-    )
-    return None not in name and name == other
+    for attribute in ("__module__", "__qualname__"):
+        name = getattr(existing, attribute, None)
+        if name is None or name != getattr(value, attribute, None):
+            return False
+    return True
 
 
 # ---------------------------------------------------------------- settings in a text
@@ -136,30 +138,31 @@ def from_text(registry: Registry[Any], text: str) -> Any:
     """
     name, _, options = text.partition(":")
     kind: Any = registry.get(name)
-    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
-    defaults = {field.name: field.default for field in fields}
+    defaults = {}
+    if dataclasses.is_dataclass(kind):
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     settings = dict[str, Any]()
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
         if key not in defaults or not equals:
-            expected = (
-                f"NAME:setting=value, with a setting of {', '.join(defaults) or 'none'}"
-            )
             raise NaloraError(
-                f"{registry.flag} {text}", expected=expected, found=option
+                f"{registry.flag} {text}",
+                expected=f"NAME:setting=value, with a setting of {', '.join(defaults) or 'none'}",
+                found=option,
             )
         default = defaults[key]
         try:
-            settings[key] = _typed(value, default)
+            settings[key] = _convert(value, default)
         except (KeyError, ValueError):
-            expected = f"{key} of type {type(default).__name__}"
             raise NaloraError(
-                f"{registry.flag} {text}", expected=expected, found=repr(value)
+                f"{registry.flag} {text}",
+                expected=f"{key} of type {type(default).__name__}",
+                found=repr(value),
             ) from None
     return kind(**settings)
 
 
-def _typed(text: str, default: Any) -> Any:
+def _convert(text: str, default: Any) -> Any:
     """Returns ``text`` with the type of ``default``."""
     if isinstance(default, bool):
         return {"true": True, "false": False}[text.lower()]

@@ -35,7 +35,9 @@ def open_closed_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         # Python's mark of a stream that was closed when it started
         if getattr(sys, name) is None:
-            mode = "r" if name == "stdin" else "w"
+            mode = "w"
+            if name == "stdin":
+                mode = "r"
             stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
@@ -73,7 +75,8 @@ class LastingStream:
     def _attempt(self, action: Any, *args: Any) -> None:
         try:
             action(*args)
-        except OSError as error:  # of another reason, a full disk for example: later writes may work again
+        except OSError as error:
+            # For other reasons, for example a full disk, later writes may work again.
             if error.errno in _GONE:
                 silence(self._stream)
         except ValueError:  # a stream that was closed in Python
@@ -88,7 +91,7 @@ class LastingStream:
 def lasting(*names: str) -> Iterator[None]:
     """Replaces streams of `sys` ("stdout", "stderr") by `LastingStream` for the block."""
     before = {name: getattr(sys, name) for name in names}
-    within = {name: _lasting(stream) for name, stream in before.items()}
+    within = {name: _make_lasting(stream) for name, stream in before.items()}
     for name, stream in within.items():
         setattr(sys, name, stream)
     try:
@@ -96,13 +99,14 @@ def lasting(*names: str) -> Iterator[None]:
     finally:
         for name, stream in within.items():
             if stream is not None:
-                stream.flush()  # here a failure is no error; at the end of the process it would set the exit status
-            # unless a program has replaced it meanwhile
+                # Here a failure is no error; at the process's end it would set the exit status.
+                stream.flush()
+            # A program may have replaced it meanwhile.
             if getattr(sys, name) is stream:
                 setattr(sys, name, before[name])
 
 
-def _lasting(stream: Any) -> Any:
+def _make_lasting(stream: Any) -> Any:
     if isinstance(stream, LastingStream | None):
         return stream
     return LastingStream(stream)

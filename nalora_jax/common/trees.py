@@ -68,7 +68,7 @@ T = TypeVar("T")
 
 
 def first_match(rules: Iterable[tuple[str, T]], path: str) -> tuple[int, T] | None:
-    """Index and value of the first (regex, value) rule found in ``path`` by `re.search`, or
+    """Returns index and value of the first (regex, value) rule found in ``path`` by `re.search`, or
     None."""
     for index, (pattern, value) in enumerate(rules):
         if re.search(pattern, path):
@@ -79,7 +79,7 @@ def first_match(rules: Iterable[tuple[str, T]], path: str) -> tuple[int, T] | No
 def match_rules(
     rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: str
 ) -> dict[str, T]:
-    """The value of each path by the first rule that matches it; paths without a rule are left out.
+    """Returns the value of each path by the first rule that matches it, without other paths.
 
     Raises:
       NaloraError: a pattern is not a regular expression, or matched no path at all (a rule shadowed
@@ -91,17 +91,20 @@ def match_rules(
         try:
             search = re.compile(pattern).search
         except (re.error, OverflowError, RecursionError) as error:
-            found = f"{pattern!r} ({error})"
             raise NaloraError(
-                where, expected="a regular expression", found=found
+                where,
+                expected="a regular expression",
+                found=f"{pattern!r} ({error})",
             ) from error
         fitting = [name for name in names if search(name)]
         if not fitting:
             kinds = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
-            expected = "every pattern to match something"
-            found = f"{pattern!r}, which matches nothing"
-            remedy = "these exist: " + ", ".join(kinds)
-            raise NaloraError(where, expected=expected, found=found, remedy=remedy)
+            raise NaloraError(
+                where,
+                expected="every pattern to match something",
+                found=f"{pattern!r}, which matches nothing",
+                remedy="these exist: " + ", ".join(kinds),
+            )
         for name in fitting:
             matched.setdefault(name, value)  # the first rule decides
     return {name: matched[name] for name in names if name in matched}

@@ -100,10 +100,11 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
     def sign() -> None:
         """Writes the mark again, unless another process has taken the folder over."""
         if not owns():
-            expected = "the uploaded files"
-            found = "those of another process"
             raise NaloraError(
-                where, expected=expected, found=found, remedy="start again"
+                where,
+                expected="the uploaded files",
+                found="those of another process",
+                remedy="start again",
             )
         write_mark()
 
@@ -142,18 +143,17 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
         stop.set()
         thread.join()
         with suppress(NaloraError):  # otherwise the next upload removes them
-            if complete or owns():
-                _remove(where, [] if complete else names)
+            if complete:
+                _remove(where, [])
+            elif owns():
+                _remove(where, names)
 
 
 def _remove(where: str, names: Sequence[str]) -> None:
     """Removes ``names``, from the last one on, and then the mark."""
     with _store_errors(where):
-        # again: a cancelled request may have arrived meanwhile
-        for removed in (
-            names,
-            [MARK, *names],
-        ):
+        # Twice: a cancelled request may have arrived meanwhile.
+        for removed in (names, [MARK, *names]):
             present = _names(where)
             for name in removed[::-1]:
                 if name in present:
@@ -198,11 +198,16 @@ def _leftovers(where: str) -> list[str]:
     if "" in present:
         raise _taken(where, "an existing file")
     if others := sorted(present - {MARK, *names}):
-        raise _taken(
-            where,
-            f"one that holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}",
-        )
+        raise _taken(where, f"one that holds {first_names(others)}")
     return names
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Returns the first three of names as text."""
+    text = ", ".join(names[:3])
+    if len(names) > 3:
+        text += ", ..."
+    return text
 
 
 def _names(where: str) -> set[str]:

@@ -35,7 +35,7 @@ def opened(name, split="train"):
     return open_source(DataConfig(dataset=name), split)
 
 
-def test_a_file_in_a_bucket_gives_the_records_by_index(google):
+def test_records_of_a_file_in_a_bucket_are_read_by_index(google):
     url = put("a.jsonl", LINES)
     train, held = open_pair(
         DataConfig(dataset=url, train_split="train[:30]", eval_split="train[30:]")
@@ -115,7 +115,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_bucket_refuses_is_one_error(google, monkeypatch, name):
+def test_each_failure_of_a_bucket_is_one_error_with_a_remedy(google, monkeypatch, name):
     def missing(scheme, **_):
         raise ImportError(f"install {scheme}")
 
@@ -136,7 +136,7 @@ class InMemory(MemoryFileSystem):
         return MemoryFileSystem._strip_protocol(path.removeprefix("s3://"))
 
 
-def test_s3_takes_the_same_path(monkeypatch, model, tmp_path):
+def test_data_and_models_are_read_from_s3_as_from_other_buckets(monkeypatch, model, tmp_path):
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(buckets, "_filesystem_of", lambda scheme: InMemory())
     for path in model.iterdir():

@@ -77,7 +77,7 @@ def test_another_file_under_the_pinned_name_is_refused(pinned, tmp_path):
     assert not [p for p in cache.rglob("*") if p.is_file()]
 
 
-def test_the_cache_follows_the_environment(tmp_path, monkeypatch):
+def test_the_cache_folder_is_chosen_by_environment_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "/shared/cache")
     assert cache_dir() == tmp_path
@@ -111,7 +111,9 @@ REFUSED = pytest.raises(PermissionError, match="exchange what is in")
         (0o775, ["me", "another"], REFUSED),
     ],
 )
-def test_a_parent_that_a_group_can_write_into(mode, members, outcome, tmp_path, monkeypatch):
+def test_a_cache_in_a_folder_that_other_members_of_a_group_can_write_to_is_refused(
+    mode, members, outcome, tmp_path, monkeypatch
+):
     group = SimpleNamespace(gr_name="others" if members is None else "me", gr_mem=members or [])
     monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="me"))
     monkeypatch.setattr(grp, "getgrgid", lambda _: group)

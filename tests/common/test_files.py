@@ -15,7 +15,7 @@ from nalora_jax.study.records import Records
 from nalora_jax.train.output import open_output
 
 
-def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_is_left(tmp_path):
+def test_a_failed_write_names_the_file_and_leaves_nothing_behind(tmp_path):
     message = f"{tmp_path}/none/file: expected a file that can be written, found No such"
     with pytest.raises(NaloraError, match=message):
         write_atomically(tmp_path / "none" / "file", "text")
@@ -48,7 +48,7 @@ def test_a_written_file_has_the_mode_that_the_umask_allows(tmp_path, umask, mode
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
-def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_path):
+def test_a_planted_link_is_refused_or_replaced_and_its_target_stays_unchanged(tmp_path):
     victim, folder = tmp_path / "victim", tmp_path / "out"
     victim.write_text("precious\nhalf a line")
     folder.mkdir()

@@ -12,7 +12,7 @@ from nalora_jax.common.locks import RunLock, locked, scratch_folder
 from nalora_jax.errors import NaloraError
 
 
-def test_a_lock_is_one_process_s_and_of_no_link(tmp_path):
+def test_a_lock_has_one_holder_and_its_file_may_not_be_a_link(tmp_path):
     with (
         locked(tmp_path / "a") as first,
         locked(tmp_path / "a") as second,
@@ -30,9 +30,7 @@ def test_a_lock_is_one_process_s_and_of_no_link(tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-def test_a_lock_that_another_host_gives_up_is_taken_and_its_file_is_the_one_that_is_locked(
-    tmp_path, monkeypatch
-):
+def test_a_lock_that_another_host_releases_is_taken_with_a_new_file(tmp_path, monkeypatch):
     path = tmp_path / "run.lock"
     path.write_text('{"host": "elsewhere", "pid": 1}')
     monkeypatch.setattr(
@@ -66,7 +64,7 @@ with new_folder(sys.argv[1]) as folder:
 """
 
 
-def test_the_next_output_removes_what_a_killed_process_left_and_not_what_a_living_one_writes(
+def test_the_next_output_removes_the_files_of_killed_processes_but_not_those_of_living_ones(
     tmp_path,
 ):
     def names():
@@ -96,7 +94,7 @@ def test_the_next_output_removes_what_a_killed_process_left_and_not_what_a_livin
     assert names() == {foreign, "three", "file"}
 
 
-def test_of_two_writers_of_one_name_the_second_is_refused(tmp_path):
+def test_a_second_writer_of_the_same_output_is_refused(tmp_path):
     busy = f"expected a name that no other process writes, found process {os.getpid()} on "
     with new_folder(tmp_path / "merged") as folder:
         (folder / "a").touch()

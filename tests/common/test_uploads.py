@@ -33,7 +33,7 @@ def write(folder):
             (scratch / name).write_bytes(content)
 
 
-def test_a_folder_appears_whole_or_not_at_all(google, tmp_path):
+def test_a_folder_in_a_bucket_appears_whole_or_not_at_all(google, tmp_path):
     held, _ = google
     with new_folder(Path("gs://bucket/whole")) as folder:  # a Path has lost a slash
         for name, content in FILES.items():
@@ -64,7 +64,7 @@ def test_an_upload_that_fails_leaves_nothing(google, monkeypatch):
     assert not emulator.stored(google[0], "fails")
 
 
-def test_a_file_appears_whole_and_replaces_none(google):
+def test_a_file_in_a_bucket_appears_whole_and_replaces_no_other(google):
     for size in (10, 6 << 20):  # in one request, and in several
         url = f"gs://bucket/{size}.gguf"
         with new_file(url) as path:
@@ -78,7 +78,9 @@ def test_a_file_appears_whole_and_replaces_none(google):
         assert google[0].get_file("bucket", f"{size}.gguf") == bytes(size)
 
 
-def test_what_a_killed_upload_left_is_no_model_and_is_removed_by_the_next(google, tmp_path):
+def test_the_files_of_a_killed_upload_are_no_model_and_are_removed_by_the_next_upload(
+    google, tmp_path
+):
     held, requests = google
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen([sys.executable, "-c", WRITE, "gs://bucket/killed"], env=environment)
@@ -94,7 +96,9 @@ def test_what_a_killed_upload_left_is_no_model_and_is_removed_by_the_next(google
     assert not list((tmp_path / "cache" / "uploads").iterdir())
 
 
-def test_a_second_machine_is_refused_until_the_first_is_silent(google, tmp_path, monkeypatch):
+def test_an_upload_of_a_second_machine_is_refused_until_the_first_has_been_silent(
+    google, tmp_path, monkeypatch
+):
     def second():
         monkeypatch.setattr(uploads.socket, "gethostname", lambda: "elsewhere")
         monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "elsewhere"))
