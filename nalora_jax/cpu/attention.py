@@ -104,12 +104,13 @@ def _fwd(
         out, total = with_sinks(out, total, sinks[None, None, :, None])
         logsumexp = total[..., 0].swapaxes(1, 2)
     saved = save(out)
-    result = read_residual(saved, numerics.result)
-    if not needs_result(q.shape[1], config.softcap):
-        saved = None
-    logsumexp = save_residual(logsumexp, "float32", numerics)
+    saved_sums = save_residual(logsumexp, "float32", numerics)
     like = tuple(jnp.zeros((0,), x.dtype) for x in heads)
-    return result, (arrays, places, saved, logsumexp, like)
+    needed = None
+    if needs_result(q.shape[1], config.softcap):
+        needed = saved
+    result = read_residual(saved, numerics.result)
+    return result, (arrays, places, needed, saved_sums, like)
 
 
 def _bwd(

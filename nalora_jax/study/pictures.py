@@ -171,7 +171,7 @@ def _mean_curve(curves: Sequence[Mapping[int, float | None]]) -> Line:
     """Returns the mean over runs of values by step, at the steps that all runs have."""
     if not curves:
         return []
-    line = []
+    line: Line = []
     for step in sorted(set(curves[0]).intersection(*curves)):
         values = [curve[step] for curve in curves]
         mean = analysis.mean_of([value for value in values if value is not None])

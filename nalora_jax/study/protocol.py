@@ -316,7 +316,7 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
     kinds = set()
     for model, name, method_name in itertools.product(p.models, p.tasks, p.methods):
         config = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0])
-        measured = config.vision.task
+        measured: str = config.vision.task
         if config.rl.rewards:
             measured = "reward"
         fits = p.metric == "loss" or measured == of_metric[p.metric]

@@ -234,8 +234,8 @@ def check_tests(
         missing or altered.
     """
     tests = [record for record in records.values() if record["stage"] == "test"]
-    tests += [*listed, *_committed_tests(protocol)]
-    digests = {str(test["protocol"]) for test in tests}
+    known = [*tests, *listed, *_committed_tests(protocol)]
+    digests = {str(test["protocol"]) for test in known}
     earlier = sorted(digests - {protocol.digest, *protocol.respelled_from})
     if earlier:
         under = f"sha256 {earlier[0][:16]}"
