@@ -283,6 +283,10 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
         layout = _renamed(layout, {_TEXT: _TEXT_PART})
     if any(map(_ONE_EXPERT.search, written)):
         return _expert_by_expert(layout)
+    if of_form(layout, "stack"):
+        # transformers 5 has no modules of single experts: with their names, "w1" (LFM2-MoE) would
+        # target them besides the dense layers.
+        return of_form(layout, "linear", "stack")
     return layout
 
 

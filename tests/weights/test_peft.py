@@ -95,6 +95,10 @@ IMPORTED = {
     ),
     "experts as modules": ("qwen3_moe", {"target_modules": [*MODULES, "o_proj"]}),
     "experts of old names": ("mixtral", {"target_modules": ["w1", "w2", "w3"]}),
+    "dense layers named like experts": (
+        "lfm2_moe",
+        {"target_modules": ["w1", "w2", "w3", "in_proj"]},
+    ),
 }
 
 
