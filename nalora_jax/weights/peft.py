@@ -59,7 +59,7 @@ from nalora_jax.weights.peft_tables import (
     token_settings,
     trained_tensors,
 )
-from nalora_jax.weights.shards import DTYPES, read_header, read_whole, write_tensors
+from nalora_jax.weights.shards import read_tensors, write_tensors
 from nalora_jax.weights.tokenizer_files import FILES
 
 if TYPE_CHECKING:
@@ -507,7 +507,8 @@ def import_adapter(
     folder = buckets.local_path(folder)
     path = folder / TENSORS_NAME
     peft = read_peft_config(folder)
-    tensors, metadata = _read_tensors(path)
+    _check_exists(path)
+    tensors, metadata = read_tensors(path)
     noted = metadata.get("nalora.base_fingerprint")
     if noted and fingerprint and noted != fingerprint:
         raise NaloraError(
@@ -559,30 +560,19 @@ def import_adapter(
     return unflatten(leaves | tables), spec
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns every tensor of a file in float32, and the file's metadata."""
-    if not path.is_file():
-        actual = "no such file"
-        remedy = ""
-        for name in ("adapter_model.pt", "adapter_model.bin"):
-            if path.with_name(name).exists():
-                actual = f"only {name}, a pickle, which can run code when it is read"
-                remedy = "save it again with safe_serialization=True"
-        raise NaloraError(
-            str(path), expected="the adapter's tensors", found=actual, remedy=remedy
-        )
-    stored, metadata = read_header(path)
-    tensors = {}
-    for name, tensor in stored.items():
-        if tensor.format not in DTYPES:
-            expected = f"one of {', '.join(DTYPES)}"
-            raise NaloraError(f"{path}: {name}", expected=expected, found=tensor.format)
-        tensors[name] = read_whole(tensor).astype(np.float32)
-        if not np.isfinite(tensors[name]).all():
-            raise NaloraError(
-                f"{path}: {name}", expected="finite numbers", found="NaN or infinity"
-            )
-    return tensors, metadata
+def _check_exists(path: Path) -> None:
+    """Raises an error if an adapter has no safetensors file, and names a pickle in its place."""
+    if path.is_file():
+        return
+    actual = "no such file"
+    remedy = ""
+    for name in ("adapter_model.pt", "adapter_model.bin"):
+        if path.with_name(name).exists():
+            actual = f"only {name}, a pickle, which can run code when it is read"
+            remedy = "save it again with safe_serialization=True"
+    raise NaloraError(
+        str(path), expected="the adapter's tensors", found=actual, remedy=remedy
+    )
 
 
 # Tensors of a module in the order of their names: A, B and, with DoRA, the magnitude.

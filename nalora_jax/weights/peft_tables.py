@@ -45,7 +45,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import family_of
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.weights.peft_config import TENSORS_NAME, PeftConfig, read_peft_config
-from nalora_jax.weights.shards import read_header, read_whole
+from nalora_jax.weights.shards import read_header, read_tensors
 
 if TYPE_CHECKING:
     from nalora_jax.models.vision.config import DualConfig
@@ -332,7 +332,7 @@ def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
     leaves: dict[str, np.ndarray] = {}
     if not shapes:
         return leaves
-    tensors, _ = read_header(path)
+    tensors, _ = read_tensors(path)
     for name, shape in shapes.items():
         stored = tensors.get(_WHOLE[name])
         if stored is None or stored.shape != shape[::-1]:
@@ -341,5 +341,5 @@ def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
             raise NaloraError(
                 f"{path}: {_WHOLE[name]}", expected=expected, found=actual
             )
-        leaves[name] = np.array(read_whole(stored).T, order="C")
+        leaves[name] = np.array(stored.T, order="C")
     return leaves

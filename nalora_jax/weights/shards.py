@@ -1,4 +1,5 @@
-"""Reads the headers of safetensors files, and writes such files one tensor at a time.
+"""Reads the headers of safetensors files, writes such files one tensor at a time, and checks the
+digests of adapters' files.
 
 The safetensors library's writer needs every tensor of a file in memory at once, which for a model
 is a second copy of the model. The format is a header with names, dtypes, shapes and byte ranges,
@@ -8,10 +9,17 @@ followed by the bytes, so it can be streamed:
     header   {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},
               "__metadata__": {"format": "pt"}}
     data     the tensors' bytes in the header's order
+
+The metadata of an adapter's file contains a digest of the tensors and of the other metadata. Two
+fields announce it, so that a file in which the name of one is damaged does not count as a file
+without a digest:
+
+    {"format": "pt", "nalora.digest": "sha256", "nalora.sha256": "9f86d081884c7d65..."}
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -41,6 +49,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH = {"format": "pt"}
+_DIGEST = "nalora.sha256"
+_DIGEST_KIND = "nalora.digest"
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -121,6 +131,58 @@ def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
             stop - start,
         )
     return tensors, metadata
+
+
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns every tensor of an adapter's file in float32, and the file's metadata.
+
+    Files without a digest, of other tools and of earlier versions, are read unchecked.
+
+    Raises:
+      NaloraError: the file is missing or damaged, its digest does not match its content, or a
+        tensor has no floats or an infinite one.
+    """
+    stored, metadata = read_header(path)
+    tensors = {}
+    for name, tensor in stored.items():
+        if tensor.format not in DTYPES:
+            expected = f"one of {', '.join(DTYPES)}"
+            raise NaloraError(f"{path}: {name}", expected=expected, found=tensor.format)
+        tensors[name] = read_whole(tensor)
+    if _DIGEST in metadata or _DIGEST_KIND in metadata:
+        noted = metadata.get(_DIGEST, "none")
+        actual = _content_digest(tensors, metadata)
+        if noted != actual:
+            raise NaloraError(
+                str(path),
+                expected=f"content with the digest {noted[:16]}, as {_DIGEST} in its header states",
+                found=f"the digest {actual[:16]}",
+                remedy="the file is damaged: restore it from a copy, or export it again; if you "
+                "changed it on purpose, save it without this metadata",
+            )
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.astype(np.float32, copy=False)
+        if not np.isfinite(tensors[name]).all():
+            raise NaloraError(
+                f"{path}: {name}", expected="finite numbers", found="NaN or infinity"
+            )
+    return tensors, metadata
+
+
+def _content_digest(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> str:
+    """Returns the SHA-256 of the metadata and of every tensor's name, dtype, shape and bytes."""
+    facts = {name: value for name, value in metadata.items() if name != _DIGEST}
+    types = {name: [str(array.dtype), array.shape] for name, array in tensors.items()}
+    sha256 = hashlib.sha256(json.dumps([facts, types], sort_keys=True).encode())
+    for name in sorted(tensors):
+        sha256.update(_bytes_of(tensors[name]))
+    return sha256.hexdigest()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 @contextmanager
@@ -215,11 +277,14 @@ def write_shards(
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes ``tensors``, sorted by name: equal tensors and metadata give equal bytes.
+    """Writes an adapter's file, sorted by name, with a digest in its metadata.
 
-    The safetensors library's writer orders the metadata by a hash that differs between processes.
+    Equal tensors and metadata give equal bytes. The safetensors library's writer orders the
+    metadata by a hash that differs between processes.
     """
     tensors = dict(sorted(tensors.items()))
+    metadata = {**metadata, _DIGEST_KIND: "sha256"}
+    metadata[_DIGEST] = _content_digest(tensors, metadata)
     _write_file(path, tensors, iter(tensors.items()), metadata)
 
 
@@ -251,4 +316,4 @@ def _write_file(
                 like.shape,
                 like.dtype,
             ), (name, like)
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(_bytes_of(array))

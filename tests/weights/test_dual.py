@@ -178,7 +178,11 @@ def test_what_two_towers_train_is_written_and_read_back(tmp_path):
     whole = trees.flatten(import_adapter(folder, config)[0])
     for path in config.trained_shapes():
         np.testing.assert_array_equal(whole[path], trees.flatten(lora)[path], err_msg=path)
-    (folder / "trained.safetensors").unlink()
+    file = folder / "trained.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(NaloraError, match="trained.safetensors: expected .* the digest"):
+        import_adapter(folder, config)
+    file.unlink()
     with pytest.raises(
         NaloraError, match="trained.safetensors: expected a complete safetensors file"
     ):

@@ -116,6 +116,7 @@ def test_the_quantized_model_is_merged_as_its_floats(released, tmp_path):
     found, stored = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", released)
     )
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     assert len(found) == len(stored) - 4  # blocks and scales of two kernels in two layers
     for name, tensor in found.items():
         assert tensor.dtype == torch.bfloat16

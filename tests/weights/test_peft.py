@@ -3,7 +3,9 @@ test_merge.py."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +325,31 @@ def test_an_adapter_without_one_of_the_experts_is_refused(tiny_model, random_lor
         import_adapter(write_adapter(tmp_path / "bad", settings, kept), config)
 
 
+def test_experts_of_one_layer_may_differ_in_rank_and_alpha(tiny_model, random_lora, tmp_path):
+    _, config = tiny_model("mixtral")
+    lora, spec = random_lora(config, FFN)
+    folder = tmp_path / "a"
+    export_adapter(lora, spec, config, folder, base_model_name="b", target="vllm")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / TENSORS_NAME)
+    settings["alpha_pattern"] = {r".*experts\.2\.w2": 5}
+    settings["rank_pattern"] = {r".*experts\.3\.w2": 2}
+    for key in [key for key in tensors if key.endswith("experts.3.w2.lora_A.weight")]:
+        tensors[key] = tensors[key][:2].copy()
+        other = key.replace("lora_A", "lora_B")
+        tensors[other] = tensors[other][:, :2].copy()
+    found, read = import_adapter(write_adapter(tmp_path / "b", settings, tensors), config)
+    leaves = flatten(found)
+    scales = [2.0, 2.0, 5 / 4, 8 / 2]  # alpha / r
+    for path, layer, expert in itertools.product(["layers/ffn/down_proj"], range(3), range(4)):
+        stem = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.w2"
+        a, b = (tensors[f"{stem}.lora_{name}.weight"].astype(np.float64) for name in "AB")
+        ours = leaves[f"{path}/a"][layer, expert] @ leaves[f"{path}/b"][layer, expert]
+        np.testing.assert_allclose(
+            read.scales(path)[layer] * ours, scales[expert] * (b @ a).T, rtol=1e-5, atol=1e-6
+        )
+
+
 def test_magnitudes_of_experts_are_refused(tiny_model, tmp_path):
     family, settings = IMPORTED["one matrix of experts"]
     model, config = tiny_model(family)
@@ -355,6 +382,49 @@ def test_bad_files_are_refused(good, tmp_path):
         (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
         refused("JSON")
     refused(r"adapter_config\.json", tmp_path / "nothing")
+
+
+DAMAGE = f"{TENSORS_NAME}: expected .*the digest .*found .*damaged: restore it from a copy"
+
+
+def test_a_flipped_bit_of_an_adapter_is_refused(good):
+    folder, *_ = good
+    file = folder / TENSORS_NAME
+    data = file.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    bits = np.random.default_rng(0)
+    in_header = bits.integers(0, 8 * header, 50)
+    in_tensors = bits.integers(8 * header, 8 * len(data), 50)
+    for bit in (*in_header, *in_tensors):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        message = DAMAGE if bit >= 8 * header else re.escape(str(file))
+        with pytest.raises(NaloraError, match=message):
+            import_adapter(folder, LLAMA)
+    file.write_bytes(data)
+    import_adapter(folder, LLAMA)
+
+
+@pytest.mark.parametrize("field", ["nalora.sha256", "nalora.digest", "nalora.base_fingerprint"])
+def test_damaged_metadata_of_an_adapter_is_refused(field, good):
+    file = good[0] / TENSORS_NAME
+    data = file.read_bytes()
+    start = data.index(field.encode())
+    for at in range(start, start + len(field) + 4):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(NaloraError, match=re.escape(str(file))):
+            import_adapter(good[0], LLAMA)
+
+
+def test_an_adapter_without_a_digest_is_read(good):
+    folder, _, tensors = good
+    expected = flatten(import_adapter(folder, LLAMA)[0])
+    save_file(tensors, folder / TENSORS_NAME, {"format": "pt", "nalora.base_fingerprint": "abc"})
+    for path, leaf in flatten(import_adapter(folder, LLAMA, fingerprint="abc")[0]).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
 def test_an_earlier_adapter_is_replaced_on_request_and_nothing_else(good):
