@@ -252,10 +252,14 @@ def test_files_that_change_after_their_header_was_read_are_refused(tmp_path):
 
 def test_tensors_that_are_not_needed_may_have_any_format(tmp_path):
     good = write_folder(tmp_path)
+    expected = flatten(load_model(str(tmp_path), dtype="float32").params)
     rotary = "model.layers.{}.self_attn.rotary_emb.inv_freq"
     extra = {rotary.format(0): np.array(1.5, np.float32), rotary.format(1): np.array([True, False])}
     save_file(good | extra, tmp_path / "model.safetensors")
-    load_model(str(tmp_path), dtype="float32")
+    found = flatten(load_model(str(tmp_path), dtype="float32").params)
+    assert found.keys() == expected.keys()
+    for path, leaf in found.items():
+        np.testing.assert_array_equal(leaf, expected[path], strict=True, err_msg=path)
 
 
 def test_damaged_shards_and_indices(tmp_path):

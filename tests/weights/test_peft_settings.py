@@ -3,7 +3,6 @@ would make."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -177,12 +176,22 @@ def test_all_that_is_refused_is_named_at_once():
     ],
     ids=["PEFT", "AdaLoRA"],
 )
-def test_no_value_of_any_field_is_another_error(table, fine):
+def test_every_value_of_every_field_is_refused_by_name_noted_or_carried_over(table, fine):
+    fine = fine | {"target_modules": ["q_proj"]}
     numbers, lists = [5, 1.5, math.inf, True, 10**400], [[], [5], [["q_proj"]]]
-    values = [*numbers, *lists, "x", {"q_proj": "x"}, {"q_proj": None}]
-    for name, value in itertools.product(table, values):
-        with contextlib.suppress(NaloraError):
-            from_peft(fine | {"target_modules": ["q_proj"], name: value})
+    empty = {"q_proj": None}
+    usual = from_peft(fine)
+    for name, value in itertools.product(table, [*numbers, *lists, "x", {"q_proj": "x"}, empty]):
+        try:
+            made = from_peft(fine | {name: value})
+        except NaloraError as error:
+            refusal = str(error)
+        else:
+            refusal = ""
+        if refusal:
+            assert name in refusal
+        else:
+            assert made != usual or value in ([], empty), (name, value)
 
 
 WHOLE = "which is trained as a whole here; .*--lora.modules-to"
