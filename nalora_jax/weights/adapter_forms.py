@@ -1,5 +1,5 @@
-"""Equivalent forms of an adapter: of non-zero starts (PiSSA, LoRA-GA) and of allocated ranks
-(AdaLoRA).
+"""Converts adapters with a non-zero initialization (PiSSA, LoRA-GA) or allocated ranks (AdaLoRA) to
+plain adapters.
 
 A kernel is split as ``W = W_low + s A0 B0``; training changes A and B on the frozen ``W_low``.
 Tools that load the original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
@@ -41,9 +41,9 @@ def lower_kernels(
     for path, _ in spec.targets:
         kernel = leaves[f"{path}/kernel"]
         lower = jax.jit(_merged_stack, out_shardings=kernel.sharding)
-        leaves[f"{path}/kernel"] = lower(
-            kernel, adapters[f"{path}/a"], adapters[f"{path}/b"], -spec.scales(path)
-        )
+        a = adapters[f"{path}/a"]
+        b = adapters[f"{path}/b"]
+        leaves[f"{path}/kernel"] = lower(kernel, a, b, -spec.scales(path))
     return unflatten(leaves)
 
 
@@ -55,11 +55,11 @@ def _merged_stack(
     It computes one layer at a time, so that at most one layer is in memory in float32.
     """
 
-    def one(layer: tuple[jax.Array, ...]) -> jax.Array:
+    def merge_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
         w, a, b, s = layer
         return merged_kernel(w, a, b, s).astype(w.dtype)
 
-    return jax.lax.map(one, (kernel, a, b, scales))
+    return jax.lax.map(merge_layer, (kernel, a, b, scales))
 
 
 def difference_as_lora(
@@ -86,19 +86,20 @@ def difference_as_lora(
         targets.append(
             (path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas)))
         )
-        (a, b), (a0, b0) = (
-            [np.asarray(of[f"{path}/{name}"]) for name in "ab"] for of in (now, before)
-        )
+        a = np.asarray(now[f"{path}/a"])
+        b = np.asarray(now[f"{path}/b"])
+        a0 = np.asarray(before[f"{path}/a"])
+        b0 = np.asarray(before[f"{path}/b"])
         layers = []
         for i, rank in enumerate(target.ranks):
-            joined_a = np.concatenate([a[i, ..., :rank], a0[i, ..., :rank]], axis=-1)
-            joined_b = np.concatenate(
-                [b[i, ..., :rank, :], -b0[i, ..., :rank, :]], axis=-2
-            )
+            both_a = a[i, ..., :rank], a0[i, ..., :rank]
+            both_b = b[i, ..., :rank, :], -b0[i, ..., :rank, :]
+            joined_a = np.concatenate(both_a, axis=-1)
+            joined_b = np.concatenate(both_b, axis=-2)
             layers.append(pad_rank(joined_a, joined_b, 2 * a.shape[-1]))
-        leaves[f"{path}/a"], leaves[f"{path}/b"] = map(
-            np.stack, zip(*layers, strict=True)
-        )
+        padded_a, padded_b = zip(*layers, strict=True)
+        leaves[f"{path}/a"] = np.stack(padded_a)
+        leaves[f"{path}/b"] = np.stack(padded_b)
     plain = AdapterSpec(
         tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout
     )
@@ -125,31 +126,25 @@ def remaining_ranks(
     leaves = flatten(lora)
     targets = []
     for path, target in spec.targets:
-        a, b, singular = (
-            np.asarray(leaves.pop(f"{path}/{name}")) for name in ("a", "b", "singular")
-        )
+        a = np.asarray(leaves.pop(f"{path}/a"))
+        b = np.asarray(leaves.pop(f"{path}/b"))
+        singular = np.asarray(leaves.pop(f"{path}/singular"))
         nonzero = singular != 0
         ranks = tuple(int(layer.sum(-1).max()) for layer in nonzero)
         if not max(ranks):
             continue
         # Remaining ranks first, then zeros.
-        first = np.argsort(~nonzero, axis=-1, kind="stable")[..., : max(ranks)]
-        leaves[f"{path}/a"] = np.take_along_axis(
-            a * singular[..., None, :], first[..., None, :], axis=-1
-        )
-        leaves[f"{path}/b"] = np.take_along_axis(
-            b * nonzero[..., None], first[..., None], axis=-2
-        )
-        shares = [
-            rank / max(before, 1)
-            for rank, before in zip(ranks, target.ranks, strict=True)
-        ]
-        falls = [scale_divisor(share, rslora=spec.rslora) for share in shares]
-        alphas = tuple(
-            alpha * fall or 1.0
-            for alpha, fall in zip(target.alphas, falls, strict=True)
-        )
-        targets.append((path, TargetSpec(ranks, alphas)))
+        order = np.argsort(~nonzero, axis=-1, kind="stable")
+        first = order[..., : max(ranks)]
+        scaled_a = a * singular[..., None, :]
+        live_b = b * nonzero[..., None]
+        leaves[f"{path}/a"] = np.take_along_axis(scaled_a, first[..., None, :], axis=-1)
+        leaves[f"{path}/b"] = np.take_along_axis(live_b, first[..., None], axis=-2)
+        alphas = []
+        for rank, before, alpha in zip(ranks, target.ranks, target.alphas, strict=True):
+            factor = scale_divisor(rank / max(before, 1), rslora=spec.rslora)
+            alphas.append(alpha * factor or 1.0)
+        targets.append((path, TargetSpec(ranks, tuple(alphas))))
     return unflatten(leaves), replace(
         spec, targets=tuple(targets), dora=False, adalora=False, zero_a=False
     )
@@ -204,9 +199,8 @@ def pissa_split(
         kernel = leaves[f"{path}/kernel"]
         layers = []
         *lead, d_in, d_out = kernel.shape[1:]
-        for i, (rank, scale) in enumerate(
-            zip(target.ranks, spec.scales(path), strict=True)
-        ):
+        scales = spec.scales(path)
+        for i, (rank, scale) in enumerate(zip(target.ranks, scales, strict=True)):
             a = jnp.zeros((*lead, d_in, 0))
             b = jnp.zeros((*lead, 0, d_out))
             residual = kernel[i]
@@ -230,17 +224,15 @@ def _randomized_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.
     Source: Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.
     """
     # Oversampling: the subspace is wider than the result.
-    width = min(rank + max(8, rank // 2), *w.shape[-2:])
-    q = jax.random.normal(
-        jax.random.key(0), (*w.shape[:-2], w.shape[-1], width), jnp.float32
-    )
+    *lead, d_in, d_out = w.shape
+    width = min(rank + max(8, rank // 2), d_in, d_out)
+    q = jax.random.normal(jax.random.key(0), (*lead, d_out, width), jnp.float32)
     q = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))[0]
     wt = jnp.swapaxes(w, -1, -2)
     for _ in range(_ITERATIONS):
         p = jnp.linalg.qr(jnp.matmul(wt, q, precision="highest"))[0]
         q = jnp.linalg.qr(jnp.matmul(w, p, precision="highest"))[0]
-    u, s, vt = jnp.linalg.svd(
-        jnp.matmul(jnp.swapaxes(q, -1, -2), w, precision="highest"), full_matrices=False
-    )
+    projected = jnp.matmul(jnp.swapaxes(q, -1, -2), w, precision="highest")
+    u, s, vt = jnp.linalg.svd(projected, full_matrices=False)
     u = jnp.matmul(q, u, precision="highest")
     return u[..., :rank], s[..., :rank], vt[..., :rank, :]

@@ -53,8 +53,9 @@ def load_model(
         the field.
     """
     require_dtype(dtype)  # before the download
-    resolved = hub.resolve_source(source) if isinstance(source, str) else source
-    files = open_files(resolved, images=images)
+    if isinstance(source, str):
+        source = hub.resolve_source(source)
+    files = open_files(source, images=images)
     if files.config.sight is not None:
         files = seeing_files(files)
     return load_weights(files, dtype=dtype, mesh=mesh, quantized=quantized)
@@ -76,7 +77,7 @@ def seeing_files(files: ModelFiles) -> ModelFiles:
     if processor.output != (side, side):
         raise NaloraError(
             f"{folder}: image processor",
-            expected=f"images of {side} x {side}, which the tower was made for",
+            expected=f"images of {side} x {side}, the size that the tower was trained with",
             found=processor.output,
             remedy="set size (and crop_size) to config.json's image_size",
         )
@@ -94,29 +95,23 @@ def image_tokens(
       NaloraError: a token that its config.json names is not in its tokenizer.
     """
 
-    def named(token_id: int, field: str) -> str:
+    def text_of(token_id: int, field: str) -> str:
         text = tokenizer.backend.id_to_token(token_id)
         if text is None or tokenizer.encode(text, special=False) != [token_id]:
-            expected = (
-                f"a special token with the id {token_id}, as config.json's {field} says"
-            )
+            expected = f"a special token with the id {token_id}, as config.json's {field} states"
             raise NaloraError(
-                f"{where}: tokenizer.json", expected=expected, found=repr(text)
+                f"{where}: tokenizer.json",
+                expected=expected,
+                found=repr(text),
             )
         return text
 
-    token = named(sight.image_token, "image_token_index")
+    token = text_of(sight.image_token, "image_token_index")
     if sight.model_type != "gemma3":
         return ImageTokens(token, sight.image_token, sight.tokens, token)
-    f = Fields(
-        raw,
-        {"boi_token_index": 255_999, "eoi_token_index": 256_000},
-        f"{where}: config.json",
-    )
-    first, last = (
-        named(f.integer(name, low=0), name)
-        for name in ("boi_token_index", "eoi_token_index")
-    )
+    defaults = {"boi_token_index": 255_999, "eoi_token_index": 256_000}
+    fields = Fields(raw, defaults, f"{where}: config.json")
+    first, last = (text_of(fields.integer(name, low=0), name) for name in defaults)
     return ImageTokens(
         token, sight.image_token, sight.tokens, first, f"\n\n{first}", f"{last}\n\n"
     )

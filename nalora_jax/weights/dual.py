@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
+from nalora_jax.common.digests import digest_of
 from nalora_jax.data.images.files import (
     ImageProcessor,
     TextTokenizer,
@@ -114,9 +114,8 @@ def described_dual(
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
     if names := _towers(source):
         image, text = (_tower(name)[0] for name in names.values())
-        return families.compose(
-            image, text, d_out or min(image.d_model, text.d_model), loss
-        )
+        width = d_out or min(image.d_model, text.d_model)
+        return families.compose(image, text, width, loss)
     return _described(source, families.read_dual)[0]
 
 
@@ -157,9 +156,10 @@ def _weights(
     tensors = open_tensors(resolved)
     shapes = config.param_shapes()
     shardings = param_shardings(shapes, mesh, prefix)
-    return tensors, load_params(
+    params = load_params(
         shapes, tensors, keymap_for(config), dtype=dtype, shardings=shardings
     )
+    return tensors, params
 
 
 def load_encoder(
@@ -176,14 +176,12 @@ def load_encoder(
     """
     require_dtype(dtype)  # before the download
     config, resolved = _tower(source)
+    tokenizer = None
+    processor = None
     if config.kind == "text":
         tokenizer = _tokenizer(resolved.path, config)
-    else:
-        tokenizer = None
-    if config.kind == "image":
+    elif config.kind == "image":
         processor = read_processor(resolved.path)
-    else:
-        processor = None
     tensors, params = _weights(config, resolved, dtype, mesh, prefix)
     return LoadedEncoder(
         config,
@@ -210,18 +208,16 @@ def join(
     Raises:
       NaloraError: a tower is of the other kind, or its images cannot be resized to that size.
     """
-    width = d_out or min(tower.config.d_model for tower in (image, text))
+    width = d_out or min(image.config.d_model, text.config.d_model)
     config = families.compose(image.config, text.config, width, loss)
     assert image.processor is not None
     assert text.tokenizer is not None
     projections = _fresh(config, seed, mesh)
     params = {
-        name: {**tower.params, **projections.pop(name)}
-        for name, tower in (("image", image), ("text", text))
+        "image": image.params | projections.pop("image"),
+        "text": text.params | projections.pop("text"),
     }
-    digest = hashlib.sha256(
-        f"{image.fingerprint} {text.fingerprint} {width} {loss} {seed}".encode()
-    ).hexdigest()
+    digest = digest_of(f"{image.fingerprint} {text.fingerprint} {width} {loss} {seed}")
     name = f"{image.source}{JOIN}{text.source}"
     processor = _of_side(image.processor, image.config, image_size)
     return LoadedDual(
@@ -236,12 +232,13 @@ def _of_side(
     if not side:
         return processor
     if config.any_shape:
-        remedy = (
-            "the number of patches is max_num_patches of its preprocessor_config.json"
-        )
+        remedy = "set max_num_patches in its preprocessor_config.json instead"
         expected = "0 for a model that takes images of any shape"
         raise NaloraError(
-            "--vision.image-size", expected=expected, found=side, remedy=remedy
+            "--vision.image-size",
+            expected=expected,
+            found=side,
+            remedy=remedy,
         )
     if side % config.patch_size:
         expected = f"a multiple of the patch size, {config.patch_size}"
@@ -249,7 +246,9 @@ def _of_side(
     if not (processor.shortest or processor.resize):
         where = "preprocessor_config.json: do_resize"
         raise NaloraError(
-            where, expected="true, with --vision.image-size", found="false"
+            where,
+            expected="true, with --vision.image-size",
+            found="false",
         )
     return processor.of_side(side)
 

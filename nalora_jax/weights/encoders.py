@@ -1,7 +1,8 @@
-"""Tensor names of every encoder family in transformers' files; see `nalora_jax.weights.keymaps`.
+"""Lists the tensor names of encoder families in transformers' files; see
+`nalora_jax.weights.keymaps`.
 
-A tower's table has the names in a folder with this tower only; in a dual encoder's file the names
-have a prefix, and so they do in a multimodal model's.
+A tower's table has the names in a folder with this tower only. In the file of a dual encoder or of
+a multimodal model they have a prefix.
 """
 
 from __future__ import annotations
@@ -96,8 +97,10 @@ _CLIP_VISION = (  # and SigLIP's
     TensorRow("head.attention.in_proj_bias", tuple(f"{path}/bias" for path in _QKV)),
     *_rows(_HEAD, "head.", "pool/"),
 )
-_SIGLIP2_VISION = tuple(
-    replace(row, change="transpose") if row is _PATCHES else row for row in _CLIP_VISION
+_SIGLIP2_VISION = (
+    _CLIP_VISION[0],
+    replace(_PATCHES, change="transpose"),
+    *_CLIP_VISION[2:],
 )
 _POOLER = _rows({"pooler.dense": "pooler"})
 _VIT = (
@@ -218,7 +221,6 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
         )
         return KeyMap(tensors, ignored, text.aliases, (*text.renames, *_RENAMES))
     shapes = config.param_shapes()
-    pair = isinstance(config, DualConfig)
     if isinstance(config, DualConfig):
         towers = [config.image, config.text]
     else:
@@ -229,39 +231,38 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
         ignored = _IGNORED
     else:
         ignored = (*_IGNORED, _POOLER_UNUSED)
-    return KeyMap(tensors, ignored, (), () if pair else _WRAPPERS)
+    if isinstance(config, DualConfig):
+        return KeyMap(tensors, ignored)
+    return KeyMap(tensors, ignored, renames=_WRAPPERS)
 
 
 def _names(config: DualConfig | EncoderConfig | Sight) -> Rows:
-    """Returns the rows of towers and of what connects them, by the names in files."""
+    """Returns the rows of towers and of the layers between them, by the names in files."""
     if isinstance(config, EncoderConfig):
         return TABLES[config.model_type]
     if isinstance(config, Sight):
         return _prefixed(config.tower, "image/", _TOWER) + _PROJECTORS[config.projector]
-    rows = _prefixed(config.image, "image/", "vision_model.") + _prefixed(
-        config.text, "text/", "text_model."
-    )
+    rows = [
+        *_prefixed(config.image, "image/", "vision_model."),
+        *_prefixed(config.text, "text/", "text_model."),
+    ]
     change: Change = "lead"
     if not config.model_type.startswith("siglip"):
         change = ""
         for name, path in (("visual_projection", "image"), ("text_projection", "text")):
-            rows += (
-                TensorRow(
-                    f"{name}.weight", (f"{path}/projection/kernel",), "transpose"
-                ),
-            )
-    return rows + tuple(
-        TensorRow(name, (name,), change) for name in ("logit_scale", "logit_bias")
-    )
+            kernel = f"{path}/projection/kernel"
+            rows.append(TensorRow(f"{name}.weight", (kernel,), "transpose"))
+    for name in ("logit_scale", "logit_bias"):
+        rows.append(TensorRow(name, (name,), change))
+    return tuple(rows)
 
 
 def _prefixed(tower: EncoderConfig, path: str, prefix: str) -> Rows:
-    return tuple(
-        TensorRow(
-            prefix + row.name, tuple(path + name for name in row.paths), row.change
-        )
-        for row in TABLES[tower.model_type]
-    )
+    rows = []
+    for row in TABLES[tower.model_type]:
+        paths = tuple(path + name for name in row.paths)
+        rows.append(TensorRow(prefix + row.name, paths, row.change))
+    return tuple(rows)
 
 
 def _tensors(
@@ -281,13 +282,11 @@ def _tensors(
 
 
 def _seen_tensors(sight: Sight) -> Iterator[SourceTensor]:
-    """Yields tensors of tower and projector; weights of layers that are not run get a separate
-    branch."""
+    """Yields tensors of tower and projector; weights of unused layers go to the branch `UNUSED`."""
     run = sight.running.param_shapes()
     ours = sight.param_shapes()
-    stored = {
-        f"image/{path}": shape for path, shape in sight.tower.param_shapes().items()
-    }
+    tower = sight.tower.param_shapes()
+    stored = {f"image/{path}": shape for path, shape in tower.items()}
     stored |= {
         path: shape for path, shape in ours.items() if path.startswith("projector/")
     }
@@ -296,16 +295,15 @@ def _seen_tensors(sight: Sight) -> Iterator[SourceTensor]:
         path = slot.path.removeprefix("image/")
         if path == slot.path:
             return slot
+        unused = replace(slot, path=f"{UNUSED}/{path}")
         if path not in run:
-            return replace(slot, path=f"{UNUSED}/{path}")
+            return unused
         if slot.layer is not None and slot.layer >= sight.used_layers:
-            return replace(
-                slot, path=f"{UNUSED}/{path}", layer=slot.layer - sight.used_layers
-            )
+            return replace(unused, layer=slot.layer - sight.used_layers)
         return slot
 
     for tensor in _tensors(_names(sight), stored, sight.tower):
-        yield replace(tensor, slots=tuple(place(slot) for slot in tensor.slots))
+        yield replace(tensor, slots=tuple(map(place, tensor.slots)))
 
 
 def _modules(config: ModelConfig | DualConfig) -> dict[tuple[str, ...], str]:
@@ -343,9 +341,8 @@ def _in_memory(tower: EncoderConfig | None, name: str) -> str:
     name = re.sub(r"attention\.attention\.([qkv])\w+", r"attention.\1_proj", name)
     name = name.replace("attention.output.dense", "attention.o_proj")
     if tower.model_type == "vit":
-        name = name.replace("intermediate.dense", "mlp.fc1").replace(
-            "output.dense", "mlp.fc2"
-        )
+        name = name.replace("intermediate.dense", "mlp.fc1")
+        name = name.replace("output.dense", "mlp.fc2")
         name = name.replace("encoder.layer.", "layers.")
     return name
 

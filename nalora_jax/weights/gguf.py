@@ -1,5 +1,5 @@
-"""Reads GGUF files: metadata, tensors dequantized block by block, the model's ``config.json``, and
-its tokenizer.
+"""Reads GGUF files: metadata, tensors (dequantized block by block), the model's ``config.json``,
+and its tokenizer.
 
 Block layouts and dequantization come from the ``gguf`` package. Its `GGUFReader` is not used: it
 creates several Python objects for every token of the vocabulary (3 s for 49,152 tokens, 10 s for
@@ -47,32 +47,28 @@ from nalora_jax.weights.shards import DTYPES, FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource, whole
 
 READABLE = (
-    *(
-        "F32",
-        "F16",
-        "BF16",
-        "Q4_0",
-        "Q4_1",
-        "Q5_0",
-        "Q5_1",
-        "Q8_0",
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-    ),
-    *(
-        "IQ1_S",
-        "IQ1_M",
-        "IQ2_XXS",
-        "IQ2_XS",
-        "IQ2_S",
-        "IQ3_XXS",
-        "IQ3_S",
-        "IQ4_NL",
-        "IQ4_XS",
-    ),
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_NL",
+    "IQ4_XS",
 )
 # Value types by number; 8 is a string, 9 an array.
 _SCALARS = dict(
@@ -124,14 +120,14 @@ class GGUFFile(TensorSource):
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory,
             ):
                 self.metadata, tensors = _read_header(_Cursor(memory, self.path))
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # ValueError: an empty file cannot be mapped
-            if isinstance(error, NaloraError):
-                raise
+        except NaloraError:
+            raise
+        # ValueError: an empty file cannot be mapped.
+        except (OSError, ValueError) as error:
             raise NaloraError(
-                str(self.path), expected="a GGUF file", found=error
+                str(self.path),
+                expected="a GGUF file",
+                found=error,
             ) from error
         super().__init__(str(self.path), tensors)
 
@@ -141,17 +137,15 @@ class GGUFFile(TensorSource):
         *lead, columns = index
         if len(lead) == 2 and lead[0].stop == lead[0].start + 1:  # of one expert
             start = lead[0].start * stored.shape[1]
-            return self._rows(stored, start + lead[1].start, start + lead[1].stop)[
-                None, :, columns
-            ]
-        first = lead[0] if lead else slice(0, 1)
+            rows = self._rows(stored, start + lead[1].start, start + lead[1].stop)
+            return rows[None, :, columns]
+        if not lead:
+            return self._rows(stored, 0, 1).reshape(stored.shape)[columns]
+        first, *inner = lead
         # rows of bytes in one row of the tensor
         per_row = math.prod(stored.shape[1:-1])
         flat = self._rows(stored, first.start * per_row, first.stop * per_row)
-        shape = (-1, *stored.shape[1:]) if lead else stored.shape
-        return flat.reshape(shape)[
-            (*(slice(None) for _ in lead[:1]), *lead[1:], columns)
-        ]
+        return flat.reshape(-1, *stored.shape[1:])[(slice(None), *inner, columns)]
 
     def whole(self, name: str) -> np.ndarray:
         """Returns a small tensor as float64."""
@@ -166,7 +160,8 @@ class GGUFFile(TensorSource):
         """Returns dequantized rows along the last axis: ``[stop - start, shape[-1]]``."""
         row = stored.size // math.prod(stored.shape[:-1])
         # Read, not mapped: a mapped file's pages would count as this process's memory.
-        raw = stored.read(start * row, (stop - start) * row).reshape(stop - start, row)
+        data = stored.read(start * row, (stop - start) * row)
+        raw = data.reshape(stop - start, row)
         if stored.format in ("F16", "BF16"):
             return raw.view(DTYPES[stored.format])
         return dequantize(raw, GGMLQuantizationType[stored.format])
@@ -206,8 +201,9 @@ class _Cursor:
     def count(self, limit: int, what: str) -> int:
         """Reads a count of items that take at least one byte each."""
         (count,) = self.numbers("<Q")
-        if count > min(limit, self.size - self.at):
-            raise self.error(f"at most {min(limit, self.size - self.at)} {what}", count)
+        most = min(limit, self.size - self.at)
+        if count > most:
+            raise self.error(f"at most {most} {what}", count)
         return int(count)
 
     def string(self) -> str:
@@ -234,16 +230,17 @@ class _Cursor:
         if not _SCALARS.get(kind):
             raise self.error(expected, f"type {kind}")
         dtype = np.dtype(_SCALARS[kind])
-        count = self.count(self.size, "numbers") if array else 1
-        values = np.frombuffer(
-            self.memory, dtype, count, self.skip(count * dtype.itemsize)
-        ).copy()
         if array:
-            return values
+            return self._array(dtype, self.count(self.size, "numbers"))
+        (value,) = self._array(dtype, 1)
         # the decimal that it was written from: 1e-05, not 9.999999747378752e-06
         if dtype == np.float32:
-            return float(str(values[0]))
-        return values[0].item()
+            return float(str(value))
+        return value.item()
+
+    def _array(self, dtype: np.dtype, count: int) -> np.ndarray:
+        start = self.skip(count * dtype.itemsize)
+        return np.frombuffer(self.memory, dtype, count, start).copy()
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]]:
@@ -251,7 +248,9 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]
     magic = cursor.memory[cursor.skip(4) : 4]
     if magic != b"GGUF":
         raise NaloraError(
-            where, expected="a GGUF file", found=f"a file that begins with {magic!r}"
+            where,
+            expected="a GGUF file",
+            found=f"a file that begins with {magic!r}",
         )
     (version,) = cursor.numbers("<I")
     if version not in (2, 3):
@@ -259,7 +258,9 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]
         if version >= 1 << 16:
             actual = "a big-endian file or a damaged version number"
         raise NaloraError(
-            where, expected="GGUF version 2 or 3, little-endian", found=actual
+            where,
+            expected="GGUF version 2 or 3, little-endian",
+            found=actual,
         )
     n_tensors = cursor.count(_MAX_ITEMS, "tensors")
     metadata: dict[str, Any] = {}
@@ -277,9 +278,8 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]
             found=found,
             remedy=f"join the parts with {remedy}",
         )
-    return metadata, _read_tensor_table(
-        cursor, n_tensors, metadata.get("general.alignment", 32)
-    )
+    alignment = metadata.get("general.alignment", 32)
+    return metadata, _read_tensor_table(cursor, n_tensors, alignment)
 
 
 def _read_tensor_table(
@@ -310,7 +310,13 @@ def _read_tensor_table(
         if name in tensors:
             raise cursor.error("each tensor once", f"{name} again")
         size = math.prod(shape) // block * block_bytes
-        tensors[name] = FileTensor(cursor.path, shape, kind.name, offset, size)
+        tensors[name] = FileTensor(
+            cursor.path,
+            shape,
+            kind.name,
+            offset,
+            size,
+        )
     # of the data, which offsets are relative to
     start = -(-cursor.at // alignment) * alignment
     for name, tensor in tensors.items():
@@ -318,7 +324,8 @@ def _read_tensor_table(
         beyond = start + tensor.start + tensor.size - cursor.size
         if beyond > 0:
             raise cursor.error(
-                f"{name} to end within the file", f"its end {beyond} bytes beyond"
+                f"{name} to end within the file",
+                f"its end {beyond} bytes beyond",
             )
     return tensors
 
@@ -351,13 +358,10 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             remedy=nearest(architecture, known),
         )
     reader = _Model(file, architecture)
-    of_architecture = [
+    name, form = next(
         (name, form)
         for name, form in formats.items()
-        if form.architecture == architecture
-    ]
-    name, form = next(
-        (name, form) for name, form in of_architecture if form.matches(reader)
+        if form.architecture == architecture and form.matches(reader)
     )
     raw = {
         "architectures": [BUILT_IN[name].class_name],
@@ -367,11 +371,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     }
     raw |= form.settings(reader)
     tokenizer = file.about("tokenizer.ggml")
-    raw |= {
-        key: tokenizer.get(theirs, int)
-        for key, theirs in _SPECIAL.items()
-        if tokenizer.has(theirs)
-    }
+    for key, theirs in _SPECIAL.items():
+        if tokenizer.has(theirs):
+            raw[key] = tokenizer.get(theirs, int)
     return raw
 
 
@@ -384,7 +386,9 @@ class _Model(Metadata):
 
     def tensor(self, name: str) -> np.ndarray | None:
         """Returns a small tensor as float64, or None."""
-        return self.file.whole(name) if name in self.file.shapes() else None
+        if name not in self.file.shapes():
+            return None
+        return self.file.whole(name)
 
 
 def _shape(r: _Model) -> dict[str, Any]:
@@ -394,7 +398,9 @@ def _shape(r: _Model) -> dict[str, Any]:
     vocabulary = r.file.shapes().get("token_embd.weight")
     if vocabulary is None:
         raise NaloraError(
-            r.where, expected="the tensor token_embd.weight", found="none of that name"
+            r.where,
+            expected="the tensor token_embd.weight",
+            found="none of that name",
         )
     if heads < 1:
         raise r.error("attention.head_count", "1 or more", heads)
@@ -439,13 +445,12 @@ def _long_factors(r: _Model) -> dict[str, Any] | None:
     long = r.tensor("rope_factors_long.weight")
     if short is None or long is None:
         return None
+    context = r.get("rope.scaling.original_context_length", int)
     scaling = {
         "rope_type": "longrope",
         "short_factor": short.tolist(),
         "long_factor": long.tolist(),
-        "original_max_position_embeddings": r.get(
-            "rope.scaling.original_context_length", int
-        ),
+        "original_max_position_embeddings": context,
     }
     if r.has("rope.scaling.attn_factor"):
         scaling["attention_factor"] = r.get("rope.scaling.attn_factor", float)
@@ -465,9 +470,8 @@ def _frequency_factors(r: _Model, theta: float) -> dict[str, Any] | None:
     spec = replace(
         plain, kind="llama3", factor=float(divisors.max()), max_positions=8192
     )
-    if np.allclose(
-        inverse_frequencies(plain) / inverse_frequencies(spec), divisors, rtol=1e-4
-    ):
+    expected = inverse_frequencies(plain) / inverse_frequencies(spec)
+    if np.allclose(expected, divisors, rtol=1e-4):
         return {
             "rope_type": "llama3",
             "factor": spec.factor,
@@ -552,32 +556,33 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
     tokens = about.get("tokens", list)
     if kind not in ("gpt2", "llama"):
         raise about.error(
-            "model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)", repr(kind)
+            "model",
+            "gpt2 (byte-level BPE) or llama (SentencePiece BPE)",
+            repr(kind),
         )
     try:
         if kind == "gpt2":
             backend = _byte_level(about, tokens)
         else:
-            backend = _sentencepiece(
-                about, tokens, file.about("general").get("architecture", str)
-            )
-        _add_special(
-            backend, tokens, _numbers(about, "token_type", len(tokens), default=1)
-        )
+            architecture = file.about("general").get("architecture", str)
+            backend = _sentencepiece(about, tokens, architecture)
+        kinds = _numbers(about, "token_type", len(tokens), default=1)
+        _add_special(backend, tokens, kinds)
     except NaloraError:
         raise
-    except (
-        BaseException
-    ) as error:  # the binding raises Exceptions, and panics (BaseException)
+    # The binding raises Exceptions, and panics (BaseException).
+    except BaseException as error:
         if ours.is_foreign(error):
             raise about.error(
-                "tokens", "a vocabulary and merges that fit together", error
+                "tokens",
+                "a vocabulary and merges that fit together",
+                error,
             ) from error
         raise
-    return _wrapped(file, about, backend, tokens, adds_bos=kind == "llama")
+    return _wrap(file, about, backend, tokens, adds_bos=kind == "llama")
 
 
-def _wrapped(
+def _wrap(
     file: GGUFFile,
     about: Metadata,
     backend: Tokenizer,
@@ -594,38 +599,40 @@ def _wrapped(
         "eot": "eot",
         "eom": "eom",
     }
-    optional = {
-        name: _token_id(about, f"{theirs}_token_id", len(tokens))
-        for name, theirs in names.items()
-    }
-    ids = {
-        name: token_id for name, token_id in optional.items() if token_id is not None
-    }
+    ids: dict[str, int] = {}
+    for name, theirs in names.items():
+        token_id = _token_id(about, f"{theirs}_token_id", len(tokens))
+        if token_id is not None:
+            ids[name] = token_id
     if "eos" not in ids:
         raise about.error(
-            "eos_token_id", "the id of the token that ends a text", "no such key"
+            "eos_token_id",
+            "the id of the token that ends a text",
+            "no such key",
         )
     by_name = [backend.token_to_id(name) for name in _STOPS]
     stops = [ids["eos"], *(ids.pop(name) for name in ("eot", "eom") if name in ids)]
     stops += [token_id for token_id in by_name if token_id is not None]
-    keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
-    template, tool_template = (
-        value if isinstance(value := file.metadata.get(key), str) else None
-        for key in keys
-    )
     return ours.Tokenizer(
         backend=backend,
         bos_id=ids.get("bos"),
         eos_id=ids["eos"],
         pad_id=ids.get("pad", ids["eos"]),
         eos_ids=tuple(dict.fromkeys(stops)),
-        chat_template=template,
-        tool_template=tool_template,
+        chat_template=_text(file, "tokenizer.chat_template"),
+        tool_template=_text(file, "tokenizer.chat_template.tool_use"),
         add_bos="bos" in ids and about.get("add_bos_token", bool, adds_bos),
         special_tokens={
             f"{name}_token": tokens[token_id] for name, token_id in ids.items()
         },
     )
+
+
+def _text(file: GGUFFile, key: str) -> str | None:
+    value = file.metadata.get(key)
+    if isinstance(value, str):
+        return value
+    return None
 
 
 # ---------------------------------------------------------------- byte-level BPE
@@ -634,15 +641,15 @@ def _wrapped(
 def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
     rule = about.get("pre", str, "")
     if rule not in _SPLITS:
-        raise about.error(
-            "pre", f"one of {', '.join(name for name in _SPLITS if name)}", repr(rule)
-        )
+        known = ", ".join(filter(None, _SPLITS))
+        raise about.error("pre", f"one of {known}", repr(rule))
     listed = about.get("merges", list)
     if any(pair.count(" ") != 1 for pair in listed):
         raise about.error("merges", "two tokens and one space in each", "another form")
-    merges = [
-        (left, right) for left, _, right in (pair.partition(" ") for pair in listed)
-    ]
+    merges = []
+    for pair in listed:
+        left, _, right = pair.partition(" ")
+        merges.append((left, right))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS)
@@ -672,19 +679,25 @@ def _splitter(rule: str) -> Any:
 def _sentencepiece(about: Metadata, tokens: list[str], architecture: str) -> Tokenizer:
     token_set = set(tokens)
     # GGUF files write runs of spaces as spaces; the tokenizer needs SentencePiece's visible mark.
-    spelled = [
-        t if t.strip(" ") or not t or _SPACE * len(t) in token_set else _SPACE * len(t)
-        for t in tokens
-    ]
+    spelled = []
+    for token in tokens:
+        marks = _SPACE * len(token)
+        if token and not token.strip(" ") and marks not in token_set:
+            spelled.append(marks)
+        else:
+            spelled.append(token)
     kinds = _numbers(about, "token_type", len(tokens), default=1)
     scores = _numbers(about, "scores", len(tokens), default=0)
     vocabulary = {token: i for i, token in enumerate(spelled)}
     unknown = _token_id(about, "unknown_token_id", len(tokens))
+    unknown_token = None
+    if unknown is not None:
+        unknown_token = spelled[unknown]
     backend = Tokenizer(
         models.BPE(
             vocab=vocabulary,
             merges=_merges_from_scores(vocabulary, spelled, scores, kinds),
-            unk_token=None if unknown is None else spelled[unknown],
+            unk_token=unknown_token,
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -722,12 +735,13 @@ def _merges_from_scores(
     others, as in the models' merge lists.
     """
     order = np.lexsort((np.arange(len(tokens)), -scores, kinds != _USER_DEFINED))
-    return [
-        (token[:k], token[k:])
-        for token in (tokens[i] for i in order.tolist())
-        for k in range(len(token) - 1, 0, -1)
-        if token[:k] in vocabulary and token[k:] in vocabulary
-    ]
+    merges = []
+    for i in order.tolist():
+        token = tokens[i]
+        for k in range(len(token) - 1, 0, -1):
+            if token[:k] in vocabulary and token[k:] in vocabulary:
+                merges.append((token[:k], token[k:]))
+    return merges
 
 
 # ---------------------------------------------------------------- metadata
@@ -739,15 +753,14 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> No
         (_CONTROL, backend.add_special_tokens),
         (_USER_DEFINED, backend.add_tokens),
     ):
-        chosen = (tokens[i] for i in np.flatnonzero(kinds == kind))
-        # others get new ids
-        present = [token for token in chosen if backend.token_to_id(token) is not None]
-        add(
-            [
-                AddedToken(token, normalized=False, special=kind == _CONTROL)
-                for token in present
-            ]
-        )
+        special = kind == _CONTROL
+        added = []
+        for i in np.flatnonzero(kinds == kind):
+            token = tokens[i]
+            # A token that the vocabulary lacks would get a new id.
+            if backend.token_to_id(token) is not None:
+                added.append(AddedToken(token, normalized=False, special=special))
+        add(added)
 
 
 def _numbers(about: Metadata, name: str, length: int, *, default: float) -> np.ndarray:

@@ -80,7 +80,7 @@ def write_adapter_gguf(
             writer.write_ti_data_to_file()
             (file,) = writer.fout
             for array in tensors.values():
-                # Not by numpy's ``tofile``, which ignores a full disk at its last flush.
+                # Not by NumPy's ``tofile``, which ignores a full disk at its last flush.
                 writer.write_padding(file, file.tell())
                 file.write(np.ascontiguousarray(array, np.float32).view(np.uint8))
             writer.write_padding(file, file.tell())
@@ -103,29 +103,25 @@ def verify_adapter_gguf(
     """
     file = GGUFFile(path)
     alpha = file.about("adapter.lora").get("alpha", float)
-    meant = {
-        tensor.name: (tensor, adapter)
-        for tensor, adapter in _adapters(config, lora, spec)
-    }
+    adapters = list(_adapters(config, lora, spec))
     differences = [0.0]
-    for name, (tensor, adapter) in meant.items():
-        for key in (f"{name}.lora_a", f"{name}.lora_b"):
+    for tensor, adapter in adapters:
+        for key in (f"{tensor.name}.lora_a", f"{tensor.name}.lora_b"):
             if key not in file.shapes():
                 raise NaloraError(
-                    file.where, expected=f"a tensor {key}", found="none of that name"
+                    file.where,
+                    expected=f"a tensor {key}",
+                    found="none of that name",
                 )
-        # [..., r, d_in], [..., d_out, r]
-        a, b = (file.whole(f"{name}.lora_{factor}") for factor in "ab")
-        product = alpha / a.shape[-2] * (b @ a)
-        update = adapter.scale * (
-            np.asarray(tensor.transform.back(adapter.b), np.float64)
-            @ adapter.a.swapaxes(-1, -2)
-        )
-        differences.append(
-            np.abs(product - update).max() / max(np.abs(update).max(), 1e-30)
-        )
+        a = file.whole(f"{tensor.name}.lora_a")  # [..., r, d_in]
+        b = file.whole(f"{tensor.name}.lora_b")  # [..., d_out, r]
+        update = alpha / a.shape[-2] * (b @ a)
+        trained_b = np.asarray(tensor.transform.back(adapter.b), np.float64)
+        expected = adapter.scale * (trained_b @ adapter.a.swapaxes(-1, -2))
+        largest = max(np.abs(expected).max(), 1e-30)
+        differences.append(np.abs(update - expected).max() / largest)
     worst = float(np.max(differences))
-    if not worst <= 1e-5 or len(file.shapes()) != 2 * len(meant):
+    if not worst <= 1e-5 or len(file.shapes()) != 2 * len(adapters):
         raise differs(str(path))
     return worst
 
@@ -140,8 +136,7 @@ def _adapters(
         if layer is None:
             continue
         paths = [slot.path.removesuffix("/kernel") for slot in tensor.slots]
-        adapter = fuse(
-            [layer_adapter(leaves, spec, path, layer) for path in paths], tensor.rows
-        )
+        parts = [layer_adapter(leaves, spec, path, layer) for path in paths]
+        adapter = fuse(parts, tensor.rows)
         if adapter is not None:
             yield tensor, adapter

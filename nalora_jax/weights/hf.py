@@ -34,7 +34,10 @@ from nalora_jax.weights.shards import (
 from nalora_jax.weights.tensors import WORKERS, Index, TensorSource
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = "convert it with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+CONVERT = (
+    "convert it with transformers: "
+    "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+)
 _MAX_MAPPED = 16 << 20  # bytes
 # bytes that the system may map in addition to the requested bytes
 _NEIGHBOURS = 1 << 20
@@ -48,12 +51,10 @@ class ResolvedSource:
     path: Path  # the GGUF file, or the Hugging Face folder
     name: str  # of the base in an adapter's config: hub id, package's file, or path as given
     copy_of: str = ""  # hub id of the model that a package's community GGUF file was converted from
-    streamed: str = (
-        ""  # bucket folder whose safetensors are read by ranges; the rest is at `path`
-    )
-    rope_scaling: str = (
-        ""  # in place of the config's: see `models.rope_scaling.with_rope_scaling`
-    )
+    # bucket folder whose safetensors are read by ranges; the rest is at `path`
+    streamed: str = ""
+    # in place of the config's: see `models.rope_scaling.with_rope_scaling`
+    rope_scaling: str = ""
 
 
 class SafetensorsFolder(TensorSource):
@@ -68,7 +69,8 @@ class SafetensorsFolder(TensorSource):
     remedy = "use the model's unquantized files"
 
     def __init__(self, folder: str | Path, where: str = "") -> None:
-        self.folder, self.where = Path(folder), where or str(folder)
+        self.folder = Path(folder)
+        self.where = where or str(folder)
         self._maps: dict[Path, np.ndarray] = {}  # memory maps of the files
         self._mapped = 0  # bytes of the maps in memory
         super().__init__(self.where, self._read_headers())
@@ -76,9 +78,8 @@ class SafetensorsFolder(TensorSource):
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a read-only slice of a tensor in the file's format, read on access."""
         stored = self._tensors[name]
-        flat = self._bytes(stored.file)[stored.start : stored.start + stored.size].view(
-            dtype_of(stored)
-        )
+        data = self._bytes(stored.file)[stored.start : stored.start + stored.size]
+        flat = data.view(dtype_of(stored))
         array = flat.reshape(stored.shape or (1,))[index]
         self._mapped += max(array.nbytes, _NEIGHBOURS)
         return array
@@ -133,14 +134,13 @@ class SafetensorsFolder(TensorSource):
         if SINGLE in present or not path.exists():
             return {}
         listed = read_json(path).get("weight_map")
-        if (
-            not listed
-            or not isinstance(listed, dict)
-            or any(type(file) is not str for file in listed.values())
-        ):
+        named = isinstance(listed, dict) and {*map(type, listed.values())} == {str}
+        if not named:
             expected = "file names of this folder by tensor name"
             raise NaloraError(
-                f"{path}: weight_map", expected=expected, found="something else"
+                f"{path}: weight_map",
+                expected=expected,
+                found="something else",
             )
         files = set(listed.values())
         if missing := sorted(files - set(present)):
@@ -152,17 +152,17 @@ class SafetensorsFolder(TensorSource):
 
     def _only_file(self, present: list[str]) -> str:
         files = sorted(name for name in present if name.endswith(".safetensors"))
-        if SINGLE in files or len(files) == 1:
-            return SINGLE if SINGLE in files else files[0]
+        if SINGLE in files:
+            return SINGLE
+        if len(files) == 1:
+            return files[0]
+        remedy = "give a folder with config.json, tokenizer.json and safetensors files"
+        pickles = sorted(name for name in present if name.endswith(PICKLES))
         if files:
             remedy = f"add {INDEX}"
-        else:
-            remedy = (
-                "give a folder with config.json, tokenizer.json and safetensors files"
-            )
-        pickles = sorted(name for name in present if name.endswith(PICKLES))
-        if pickles and not files:
-            remedy = f"{pickles[0]} is a pickle, which can run any code when it is opened; {CONVERT}"
+        elif pickles:
+            code = "which can run any code when it is opened"
+            remedy = f"{pickles[0]} is a pickle, {code}; {CONVERT}"
         found = ", ".join(files) or "no safetensors file"
         expected = f"{SINGLE}, or several files and {INDEX}"
         raise NaloraError(self.where, expected=expected, found=found, remedy=remedy)
@@ -205,26 +205,23 @@ class StreamedFolder(SafetensorsFolder):
         """Returns a slice of a tensor in the file's format, fetching the rows around it."""
         stored = self._tensors[name]
         if not stored.shape:
-            return (
-                self._fetched(stored, 0, stored.size).view(dtype_of(stored)).reshape(())
-            )
+            data = self._fetch_bytes(stored, 0, stored.size)
+            return data.view(dtype_of(stored)).reshape(())
         rows, *columns = index
         row = stored.size // max(1, stored.shape[0])
-        flat = self._fetched(stored, rows.start * row, rows.stop * row).view(
-            dtype_of(stored)
-        )
-        return flat.reshape(rows.stop - rows.start, *stored.shape[1:])[
-            (slice(None), *columns)
-        ]
+        data = self._fetch_bytes(stored, rows.start * row, rows.stop * row)
+        shape = (rows.stop - rows.start, *stored.shape[1:])
+        return data.view(dtype_of(stored)).reshape(shape)[(slice(None), *columns)]
 
-    def _fetched(self, stored: FileTensor, start: int, stop: int) -> np.ndarray:
+    def _fetch_bytes(self, stored: FileTensor, start: int, stop: int) -> np.ndarray:
         """Returns bytes of a tensor, uint8 ``[stop - start]``, from one or more chunks."""
         url = f"{self.where}/{stored.file.name}"
         parts = []
         for first in range(start // CHUNK * CHUNK, stop, CHUNK):
             last = min(first + CHUNK, stored.size)
             chunk = self._chunk(url, stored.start + first, stored.start + last)
-            parts.append(chunk[max(start, first) - first : min(stop, last) - first])
+            begin = max(start, first) - first
+            parts.append(chunk[begin : min(stop, last) - first])
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([*parts, np.zeros(0, np.uint8)])
@@ -265,15 +262,22 @@ class StreamedFolder(SafetensorsFolder):
                 expected = error.expected
                 found = error.found
                 raise NaloraError(
-                    url, expected=expected, found=found, remedy="upload it again"
+                    url,
+                    expected=expected,
+                    found=found,
+                    remedy="upload it again",
                 ) from error
-        place = self.folder / file
-        return {
-            name: _StreamedTensor(
-                place, stored.shape, stored.format, stored.start, stored.size, url
+        streamed: dict[str, FileTensor] = {}
+        for name, stored in tensors.items():
+            streamed[name] = _StreamedTensor(
+                self.folder / file,
+                stored.shape,
+                stored.format,
+                stored.start,
+                stored.size,
+                url,
             )
-            for name, stored in tensors.items()
-        }
+        return streamed
 
 
 @dataclass(frozen=True)
@@ -288,7 +292,9 @@ class _StreamedTensor(FileTensor):
 
 
 def _bytes(url: str, start: int, stop: int) -> np.ndarray:
-    data = buckets.read_range(url, start, stop) if stop > start else b""
+    data = b""
+    if stop > start:
+        data = buckets.read_range(url, start, stop)
     if len(data) != stop - start:
         raise NaloraError(
             url,

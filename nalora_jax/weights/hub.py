@@ -47,9 +47,8 @@ class Alias:
     def mirror(self) -> str:
         """Name of the package's file as a model."""
         package = self.package
-        return (
-            f"{_MIRROR}{package.package}=={package.version}/{Path(package.member).name}"
-        )
+        file = Path(package.member).name
+        return f"{_MIRROR}{package.package}=={package.version}/{file}"
 
 
 ALIASES: dict[str, Alias] = {
@@ -88,10 +87,10 @@ def resolve_source(source: str) -> ResolvedSource:
             expected=f"one of {mirrors}",
             found="another package, version or file",
         )
-    return _found(source, ALIASES)
+    return _find_files(source, ALIASES)
 
 
-def _found(source: str, aliases: Iterable[str], **options: Any) -> ResolvedSource:
+def _find_files(source: str, aliases: Iterable[str], **options: Any) -> ResolvedSource:
     """Returns the files of a URL, a path or a hub id."""
     if (where := buckets.bucket_url(source)) is not None:
         return _resolve_bucket(where)
@@ -110,7 +109,9 @@ def _found(source: str, aliases: Iterable[str], **options: Any) -> ResolvedSourc
         local = snapshot(repository, file, **options) / file
         if not local.exists():
             raise NaloraError(
-                repository, expected=f"the file {file} in it", found="none of that name"
+                repository,
+                expected=f"the file {file} in it",
+                found="none of that name",
             )
         return _resolve_local(local, source)
     actual = "no folder, no file, no hub id (owner/name) and no alias of that name"
@@ -120,9 +121,9 @@ def _found(source: str, aliases: Iterable[str], **options: Any) -> ResolvedSourc
 
 def alias_of(name: str) -> Alias | None:
     """Returns the alias with this name, or whose package's file has it; otherwise None."""
-    return ALIASES.get(name) or next(
-        (alias for alias in ALIASES.values() if alias.mirror == name), None
-    )
+    if name in ALIASES:
+        return ALIASES[name]
+    return next((alias for alias in ALIASES.values() if alias.mirror == name), None)
 
 
 def _resolve_alias(name: str, alias: Alias) -> ResolvedSource:
@@ -149,7 +150,10 @@ def _resolve_alias(name: str, alias: Alias) -> ResolvedSource:
         found = f"{from_hub} / {from_package}"
         remedy = "check the network, or pass a local folder or .gguf file"
         raise NaloraError(
-            name, expected=expected, found=found, remedy=remedy
+            name,
+            expected=expected,
+            found=found,
+            remedy=remedy,
         ) from from_package
     return ResolvedSource("gguf", path, alias.mirror, copy_of=alias.hub_id)
 
@@ -171,22 +175,27 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
         return ResolvedSource("gguf", path, name)
     if (path / "config.json").exists():
         return ResolvedSource("hf", path, name)
-    if any(
-        (folder / "adapter_config.json").exists() for folder in (path, path / "adapter")
-    ):
+    adapters = (path, path / "adapter")
+    if any((folder / "adapter_config.json").exists() for folder in adapters):
         actual = "an adapter, or a run with one"
         remedy = f"train it with --adapter {path}; its base is then the model"
         raise NaloraError(
-            str(path), expected="a base model", found=actual, remedy=remedy
+            str(path),
+            expected="a base model",
+            found=actual,
+            remedy=remedy,
         )
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return ResolvedSource("gguf", files[0], name)
+    remedy = "give a model's folder"
+    if files:
+        remedy = "give one of the files"
     raise NaloraError(
         str(path),
         expected="config.json with safetensors files, or one .gguf file",
         found=", ".join(file.name for file in files) or "neither",
-        remedy="give one of the files" if files else "give a model's folder",
+        remedy=remedy,
     )
 
 
@@ -243,7 +252,7 @@ def snapshot(
       needed: files that a complete copy has; another program may have cached a part.
 
     Raises:
-      NaloraError: the hub refuses (unknown repository, licence not accepted), cannot be reached,
+      NaloraError: the hub refuses (unknown repository, license not accepted), cannot be reached,
         or is switched off.
     """
     patterns = [*HUB_FILES]
@@ -253,34 +262,32 @@ def snapshot(
         unwanted = []
         needed = (file,)
 
-    def folder(*, local: bool) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository,
-                local_files_only=local,
-                allow_patterns=patterns,
-                ignore_patterns=unwanted,
-            )
+    def download(*, local: bool) -> Path:
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            local_files_only=local,
+            allow_patterns=patterns,
+            ignore_patterns=unwanted,
         )
+        return Path(folder)
 
     # not in the cache, or its weights are incomplete
     with contextlib.suppress(OSError, ValueError):
-        cached = folder(local=True)
+        cached = download(local=True)
         if all((cached / name).is_file() for name in needed):
             if not file:
                 SafetensorsFolder(cached)
             return cached
     try:
-        return folder(local=False)
+        return download(local=False)
     except errors.HFValidationError as error:
         raise NaloraError(
-            repository, expected="a hub id like owner/name", found=error
+            repository,
+            expected="a hub id like owner/name",
+            found=error,
         ) from error
-    except (
-        OSError,
-        ValueError,
-        errors.HfHubHTTPError,
-    ) as error:  # no network, a full disk, a server's failure
+    # no network, a full disk, a server's failure
+    except (OSError, ValueError, errors.HfHubHTTPError) as error:
         refused = _refusal(repository, error)
         if refused is not None:
             raise refused from error
@@ -290,19 +297,24 @@ def snapshot(
             reason = "it is switched off by HF_HUB_OFFLINE"
         remedy = "check the network, or give a local folder or .gguf file"
         raise NaloraError(
-            repository, expected=expected, found=reason, remedy=remedy
+            repository,
+            expected=expected,
+            found=reason,
+            remedy=remedy,
         ) from error
 
 
 def _refusal(repository: str, error: Exception) -> NaloraError | None:
     """Returns the error for a repository that the hub denies; None for other failures."""
-    causes = (getattr(each, "response", None) for each in (error, error.__cause__))
-    status = next((each.status_code for each in causes if each is not None), 0)
+    status = 0
+    for cause in (error.__cause__, error):
+        response = getattr(cause, "response", None)
+        if response is not None:
+            status = response.status_code
     # GatedRepoError is a subclass
     missing = isinstance(error, errors.RepositoryNotFoundError)
-    if isinstance(error, errors.DisabledRepoError) or not (
-        missing or status in (401, 403)
-    ):
+    denied = missing or status in (401, 403)
+    if isinstance(error, errors.DisabledRepoError) or not denied:
         return None
     token = "one whose account has no access"
     if not missing:
@@ -319,7 +331,8 @@ def _refusal(repository: str, error: Exception) -> NaloraError | None:
         repository,
         expected="a model of the hub that your token may read",
         found=f"{state}, and as token {token}",
-        remedy=f"{step}, then set HF_TOKEN on every host to a token that may read it, or log in with `hf auth login`",
+        remedy=f"{step}, then set HF_TOKEN on every host to a token that may read it, or log in "
+        "with `hf auth login`",
     )
 
 
@@ -370,11 +383,11 @@ def resolve_encoder(source: str) -> ResolvedSource:
     """
     if source in ENCODERS:
         return ResolvedSource("hf", *ENCODERS.get(source)(None))
-    found = _found(source, ENCODERS.names(), needed=("config.json",))
-    if found.kind != "hf":
+    resolved = _find_files(source, ENCODERS.names(), needed=("config.json",))
+    if resolved.kind != "hf":
         raise NaloraError(
             source,
             expected="the folder of an image or text encoder",
-            found=found.path.name,
+            found=resolved.path.name,
         )
-    return found
+    return resolved

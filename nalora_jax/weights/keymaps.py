@@ -33,7 +33,7 @@ from nalora_jax.models.tensor_rows import Source, TensorRow
 if TYPE_CHECKING:
     from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 
-Array = Any  # numpy or jax arrays: conversions use only methods that both have
+Array = Any  # NumPy or JAX arrays: conversions use only methods that both have
 T = TypeVar("T")
 
 
@@ -61,13 +61,11 @@ class Transform:
     into: Callable[[Array], Array]
     back: Callable[[Array], Array]
     swaps: bool = False  # exchanges the last two axes
-    mixes_rows: bool = (
-        False  # a slice of the result needs more than the same slice of the tensor
-    )
+    # a slice of the result needs more than the same slice of the tensor
+    mixes_rows: bool = False
     alternates: bool = False  # the slots' columns alternate along the last axis
-    shape: tuple[int, ...] | None = (
-        None  # of the file's tensor, if it is not a reordered leaf's
-    )
+    # of the file's tensor, if it is not a reordered leaf's
+    shape: tuple[int, ...] | None = None
 
     def reordered(self, axes: tuple[T, ...]) -> tuple[T, ...]:
         """Converts a shape or an index between the file's order of axes and ours."""
@@ -108,13 +106,12 @@ class KeyMap:
     """The complete mapping between one family's files of one format and the parameter tree."""
 
     tensors: tuple[SourceTensor, ...]
-    ignored: tuple[
-        str, ...
-    ] = ()  # regexes of canonical names whose tensors are not loaded
-    aliases: tuple[
-        tuple[str, str], ...
-    ] = ()  # (name, other): optional, must equal `other`
-    renames: tuple[tuple[str, str], ...] = ()  # (regex, replacement) to canonical names
+    # regexes of canonical names whose tensors are not loaded
+    ignored: tuple[str, ...] = ()
+    # (name, other): optional, must equal `other`
+    aliases: tuple[tuple[str, str], ...] = ()
+    # (regex, replacement) to canonical names
+    renames: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, SourceTensor]:
@@ -158,33 +155,36 @@ class KeyMap:
             tensor = self.by_name.get(canonical)
             if tensor is None:
                 raise error(
-                    self._nearest(canonical), f"the unknown tensor {name} {shape}"
+                    self._nearest(canonical),
+                    f"the unknown tensor {name} {shape}",
                 )
             if canonical in names:
                 raise error(f"{canonical} once", f"{names[canonical]} and {name}")
             if tuple(shape) != tensor.shape:
                 raise error(
-                    f"the shape {tensor.shape}", tuple(shape), f"{where}: {name}"
+                    f"the shape {tensor.shape}",
+                    tuple(shape),
+                    f"{where}: {name}",
                 )
             names[canonical] = name
         missing = [name for name in self.by_name if name not in names]
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise error(
-                f"{len(self.by_name)} tensors", f"no {', '.join(missing[:3])}{more}"
-            )
+            found = f"no {', '.join(missing[:3])}"
+            if len(missing) > 3:
+                found += f" and {len(missing) - 3} more"
+            raise error(f"{len(self.by_name)} tensors", found)
         return names
 
     def _nearest(self, name: str) -> str:
         """Describes the expected tensors that are closest to an unknown name."""
-        stems = (re.sub(r"\d+", "0", name).rsplit(".", cut)[0] for cut in (1, 2))
-        groups = (
-            [name for name in self.by_name if name.startswith(stem)] for stem in stems
-        )
-        near = next(filter(None, groups), [])[:4]
-        return "only tensors that config.json asks for" + (
-            f" (here {', '.join(near)})" if near else ""
-        )
+        of_first_layer = re.sub(r"\d+", "0", name)
+        for parts in (1, 2):
+            stem = of_first_layer.rsplit(".", parts)[0]
+            near = [known for known in self.by_name if known.startswith(stem)]
+            if near:
+                listed = ", ".join(near[:4])
+                return f"only tensors that config.json asks for (here {listed})"
+        return "only tensors that config.json asks for"
 
 
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
@@ -222,9 +222,8 @@ def keymap_for(
     Raises:
       NaloraError: llama.cpp's names of this family are not known here.
     """
-    if not isinstance(config, ModelConfig) or (
-        config.sight is not None and source == "hf"
-    ):
+    encoder = not isinstance(config, ModelConfig)
+    if encoder or (config.sight is not None and source == "hf"):
         keymap: KeyMap = OF_ENCODERS["keymap"](config)
         return keymap
     config = replace(config, sight=None)
@@ -242,18 +241,27 @@ def keymap_for(
         rows = gguf_of(config).tensors
         alias = ("output.weight", "token_embd.weight")
         ignored = GGUF_IGNORED
-    tensors = tuple(tensor for row in rows for tensor in _tensors(row, shapes, config))
+    tensors: list[SourceTensor] = []
+    for row in rows:
+        tensors += _tensors(row, shapes, config)
     check_covered(tensors, shapes, config.model_type)
-    renames = HF_RENAMES if source == "hf" else ()
-    return KeyMap(tensors, ignored, (alias,) if config.tie_embeddings else (), renames)
+    keymap = KeyMap(tuple(tensors), ignored)
+    if config.tie_embeddings:
+        keymap = replace(keymap, aliases=(alias,))
+    if source == "hf":
+        keymap = replace(keymap, renames=HF_RENAMES)
+    return keymap
 
 
 def check_covered(
     tensors: Iterable[SourceTensor], shapes: Iterable[str], name: str
 ) -> None:
     """Fails if the tensors do not fill all leaves of a model, or fill others."""
-    left = {slot.path for tensor in tensors for slot in tensor.slots} ^ set(shapes)
-    assert not left, f"{name}: {left}"
+    filled = set()
+    for tensor in tensors:
+        filled |= {slot.path for slot in tensor.slots}
+    difference = filled ^ set(shapes)
+    assert not difference, f"{name}: {difference}"
 
 
 def gguf_of(config: ModelConfig) -> GGUF:
@@ -266,22 +274,23 @@ def gguf_of(config: ModelConfig) -> GGUF:
     if form is None:
         names = [name for name, family in BUILT_IN.items() if family.gguf]
         raise NaloraError(
-            "GGUF", expected=f"one of {', '.join(names)}", found=config.model_type
+            "GGUF",
+            expected=f"one of {', '.join(names)}",
+            found=config.model_type,
         )
     return form
 
 
 def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
     """Returns the pattern of keys and values of layers that read an earlier layer's."""
-    layers = [
-        str(layer)
-        for stack in stacks(config)
-        if stack.config.reads
-        for layer in stack.layers
-    ]
+    layers: list[int] = []
+    for stack in stacks(config):
+        if stack.config.reads:
+            layers += stack.layers
     if not layers:
         return ()
-    return (rf"^model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\.",)
+    either = "|".join(map(str, layers))
+    return (rf"^model\.layers\.({either})\.self_attn\.[kv]_(proj|norm)\.",)
 
 
 def _tensors(
@@ -294,13 +303,10 @@ def _tensors(
         return
     for stack in stacks(config):
         paths = tuple(path.replace("layers", stack.prefix, 1) for path in row.paths)
-        if any(path in shapes for path in paths) and row.experts in (
-            None,
-            stack.config.n_experts > 0,
-        ):
-            yield from row_tensors(
-                row, paths, shapes, stack.config, list(enumerate(stack.layers))
-            )
+        applies = row.experts in (None, stack.config.n_experts > 0)
+        if applies and any(path in shapes for path in paths):
+            layers: Layers = list(enumerate(stack.layers))
+            yield from row_tensors(row, paths, shapes, stack.config, layers)
 
 
 # Index on a stack, and number in the file, of each layer.
@@ -324,25 +330,21 @@ def row_tensors(
       config: the decoder's stack, or the tower.
       layers: the stack's layers; `ONCE` for leaves without an axis of layers.
     """
-    stacked = layers[0][0] is not None
-    transform = _transform(row, shapes[paths[0]][stacked:], config)
+    leading = int(layers[0][0] is not None)  # axes of layers and experts
+    transform = _transform(row, shapes[paths[0]][leading:], config)
     experts: Sequence[int | None] = [None]
     if "{expert}" in row.name:
         assert isinstance(config, ModelConfig)
         experts = range(config.n_experts)
-    theirs = [
-        transform.reordered(shapes[path][stacked + ("{expert}" in row.name) :])
-        for path in paths
-    ]
+        leading += 1
+    theirs = [transform.reordered(shapes[path][leading:]) for path in paths]
     rows: tuple[int, ...] = (1,)
     shape = transform.shape
     if shape is None:
-        axis = max(len(theirs[0]) - 2 + transform.alternates, 0)
-        shape = (
-            *theirs[0][:axis],
-            sum(s[axis] for s in theirs),
-            *theirs[0][axis + 1 :],
-        )
+        first = theirs[0]
+        axis = max(len(first) - 2 + transform.alternates, 0)
+        total = sum(s[axis] for s in theirs)
+        shape = (*first[:axis], total, *first[axis + 1 :])
         rows = tuple(s[max(len(s) - 2, 0)] for s in theirs)
     elif shape:
         rows = shape[:1]
@@ -369,12 +371,16 @@ def _transform(
             heads = config.n_heads
         else:
             heads = config.n_kv_heads
-        swaps = row.change == "pairs_transpose"
-        turn = _swap if swaps else _same
+        if row.change == "pairs":
+            return Transform(
+                lambda x: halves_from_pairs(x, heads),
+                lambda x: pairs_from_halves(x, heads),
+                mixes_rows=True,
+            )
         return Transform(
-            lambda x: turn(halves_from_pairs(x, heads)),
-            lambda x: pairs_from_halves(turn(x), heads),
-            swaps=swaps,
+            lambda x: _swap(halves_from_pairs(x, heads)),
+            lambda x: pairs_from_halves(_swap(x), heads),
+            swaps=True,
             mixes_rows=True,
         )
     if row.change == "patches":
@@ -420,14 +426,12 @@ def halves_from_pairs(rows: Array, heads: int) -> Array:
     Example, one head of four rows: ``[0, 2, 1, 3] -> [0, 1, 2, 3]``.
     """
     half = rows.shape[0] // heads // 2
-    return (
-        rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-    )
+    pairs = rows.reshape(heads, half, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def pairs_from_halves(rows: Array, heads: int) -> Array:
     """Reorders rows to llama.cpp's order: the inverse of `halves_from_pairs`."""
     half = rows.shape[0] // heads // 2
-    return (
-        rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-    )
+    halves = rows.reshape(heads, 2, half, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)

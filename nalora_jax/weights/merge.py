@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
 from nalora_jax.common.folders import new_folder, write_json
@@ -56,20 +56,17 @@ def merged_tensors(
     leaves = flatten(params, _is_stored)
     adapters = flatten(lora or {})
 
-    def merged(slot: Slot) -> np.ndarray:
-        value = np.asarray(
-            _expanded(jax.tree.map(lambda array: array[slot.index], leaves[slot.path]))
-        )
+    def merge(slot: Slot) -> np.ndarray:
+        stored = jax.tree.map(lambda array: array[slot.index], leaves[slot.path])
+        value = np.asarray(_expand(stored))
         adapter = None
         if adapters and slot.layer is not None:
-            adapter = layer_adapter(
-                adapters, spec, slot.path.removesuffix("/kernel"), slot.layer
-            )
+            path = slot.path.removesuffix("/kernel")
+            adapter = layer_adapter(adapters, spec, path, slot.layer)
         if adapter is not None:
             expert = slot.index[1:]
-            if adapter.magnitude is None:
-                magnitude = None
-            else:
+            magnitude = None
+            if adapter.magnitude is not None:
                 magnitude = adapter.magnitude[expert]
             value = merged_kernel(
                 value,
@@ -81,11 +78,11 @@ def merged_tensors(
         return value.astype(_file_dtype(leaves, slot, dtype))
 
     for tensor in keymap_for(config).tensors:
-        joined = tensor.join([merged(slot) for slot in tensor.slots])
+        joined = tensor.join([merge(slot) for slot in tensor.slots])
         yield file_name(config, tensor.name), joined.reshape(tensor.shape)
 
 
-_expanded = jax.jit(expand)
+_expand = jax.jit(expand)
 
 
 def write_merged(
@@ -127,9 +124,13 @@ def write_merged(
     """
     if dtype not in (None, *_DTYPES):
         raise NaloraError(
-            "dtype", expected=f"one of {', '.join(_DTYPES)}", found=repr(dtype)
+            "dtype",
+            expected=f"one of {', '.join(_DTYPES)}",
+            found=repr(dtype),
         )
-    chosen = None if dtype is None else np.dtype(dtype)
+    chosen = None
+    if dtype is not None:
+        chosen = np.dtype(dtype)
     if isinstance(config, DualConfig) and config.trained:
         raise NaloraError(
             "merge",
@@ -138,12 +139,12 @@ def write_merged(
             remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
         )
     leaves = flatten(params, _is_stored)
-    likes = {
-        file_name(config, t.name): jax.ShapeDtypeStruct(
-            t.shape, _file_dtype(leaves, t.slots[0], chosen)
+    likes = {}
+    for tensor in keymap_for(config).tensors:
+        like = jax.ShapeDtypeStruct(
+            tensor.shape, _file_dtype(leaves, tensor.slots[0], chosen)
         )
-        for t in keymap_for(config).tensors
-    }
+        likes[file_name(config, tensor.name)] = like
     largest = max(likes.values(), key=size_of)
     settings = _settings(hf_config, config, largest.dtype.name)
     with new_folder(folder) as scratch:
@@ -160,7 +161,9 @@ def _file_dtype(
     leaves: Mapping[str, Any], slot: Slot, chosen: np.dtype | None
 ) -> np.dtype:
     """Returns the dtype of a tensor in the file; of a quantized one, that of the embedding."""
-    like = leaves["embed/embedding" if _is_stored(leaves[slot.path]) else slot.path]
+    like = leaves[slot.path]
+    if _is_stored(like):
+        like = leaves["embed/embedding"]
     return np.dtype(leaf_dtype(slot.path, chosen or like.dtype))
 
 
@@ -174,16 +177,14 @@ def _settings(
     """Returns the merged model's ``config.json``; ``dtype`` is that of its largest tensor."""
     settings = dict(raw)
     if isinstance(config, ModelConfig):
-        if config.sight is None and contains_text_model(
-            raw.get("model_type"), images=False
-        ):
+        model_type = raw.get("model_type")
+        if config.sight is None and contains_text_model(model_type, images=False):
             settings = text_part(raw, "config.json")  # only the text model is here
             named = family_of(settings["model_type"]).class_name
-            settings["architectures"] = [named] if named else []
+            settings["architectures"] = list(filter(None, [named]))
         ours = config.to_dict()
-        described = ModelConfig.from_hf(
-            settings, images=config.sight is not None
-        ).to_dict()
+        images = config.sight is not None
+        described = ModelConfig.from_hf(settings, images=images).to_dict()
         if fields := [name for name, value in described.items() if value != ours[name]]:
             raise NaloraError(
                 f"config.json: {', '.join(fields)}",
@@ -192,7 +193,6 @@ def _settings(
                 remedy="pass the config.json of the model whose parameters these are",
             )
     settings.pop("quantization_config", None)  # floats are written
-    settings["dtype"] = settings["torch_dtype"] = (
-        dtype  # transformers 5 and 4 read one each
-    )
+    # transformers 5 and 4 read one each
+    settings["dtype"] = settings["torch_dtype"] = dtype
     return settings

@@ -55,12 +55,10 @@ class LoadedModel:
     hf_config: dict[str, Any] | None
     origin: Origin | None = None  # source of the weights, if they were read from files
     processor: ImageProcessor | None = None  # for a model that was loaded with images
-    added: tuple[
-        str, ...
-    ] = ()  # tokens that its tokenizer has and the base's files lack
-    tokenizer_folder: Path | None = (
-        None  # of the tokenizer's files; None if it is in a GGUF file
-    )
+    # tokens that its tokenizer has and the base's files lack
+    added: tuple[str, ...] = ()
+    # of the tokenizer's files; None if it is in a GGUF file
+    tokenizer_folder: Path | None = None
     resized: int = 0  # number of table rows if it differs from the files'; otherwise 0
     rope_scaling: str = ""  # in place of the files', see `ResolvedSource.rope_scaling`
 
@@ -72,9 +70,8 @@ class ModelFiles:
     resolved: ResolvedSource
     raw: dict[str, Any]  # the config.json, or its equivalent for a GGUF file
     config: ModelConfig  # as stored
-    tokenizer: (
-        Tokenizer  # as stored; with image tokens for a model that is loaded with images
-    )
+    # as stored; with image tokens for a model that is loaded with images
+    tokenizer: Tokenizer
     file: TensorSource | None = None  # the tensors of a model in a single file
     processor: ImageProcessor | None = None  # for a model that is loaded with images
 
@@ -83,9 +80,8 @@ class ModelFiles:
         if not added:
             return self.config
         tokenizer = self.tokenizer.with_tokens(added)
-        return replace(
-            self.config, vocab_size=tokenizer.rows_for(added, self.config.vocab_size)
-        )
+        rows = tokenizer.rows_for(added, self.config.vocab_size)
+        return replace(self.config, vocab_size=rows)
 
     def tokenizer_with(self, added: AddedTokens = NO_TOKENS) -> Tokenizer:
         """Returns the tokenizer with added tokens, checked against the embedding.
@@ -105,14 +101,11 @@ class ModelFiles:
         """
         if not added:
             return {}
-        held = {
-            token.content
-            for token in self.tokenizer.backend.get_added_tokens_decoder().values()
-        }
-        ids = self.tokenizer.with_tokens(added).backend.get_vocab(
-            with_added_tokens=True
-        )
-        return {text: ids[text] for text in added.texts if text not in held}
+        present = self.tokenizer.backend.get_added_tokens_decoder().values()
+        contents = {token.content for token in present}
+        extended = self.tokenizer.with_tokens(added).backend
+        ids = extended.get_vocab(with_added_tokens=True)
+        return {text: ids[text] for text in added.texts if text not in contents}
 
 
 def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
@@ -175,14 +168,16 @@ def load_weights(
             resolved.rope_scaling,
             config.max_positions,
         )
-    if config.sight is None and contains_text_model(
-        files.raw.get("model_type"), images=False
-    ):
+    model_type = files.raw.get("model_type")
+    if config.sight is None and contains_text_model(model_type, images=False):
         log.info(
             "%s: the text model of %s, without its image tower",
             resolved.path,
-            files.raw["model_type"],
+            model_type,
         )
+    folder = None
+    if resolved.kind == "hf":
+        folder = resolved.path
     return LoadedModel(
         config,
         params,
@@ -192,7 +187,7 @@ def load_weights(
         files.raw,
         source_of,
         files.processor,
-        tokenizer_folder=resolved.path if resolved.kind == "hf" else None,
+        tokenizer_folder=folder,
         rope_scaling=resolved.rope_scaling,
     )
 
@@ -215,12 +210,10 @@ def rope_of(loaded: LoadedModel) -> dict[str, Any]:
 # Two stacks a layer, as transformers 5 holds mixtures and some releases are stored; a key map with
 # one tensor per expert reads both forms:
 #
-#     X.experts.gate_up_proj [E, 2 d_ff, d_model]  ->  X.experts.<e>.gate_proj.weight [d_ff,
-#     d_model],
-#                                                      X.experts.<e>.up_proj.weight   [d_ff,
-#                                                      d_model]
-#     X.experts.down_proj    [E, d_model, d_ff]    ->  X.experts.<e>.down_proj.weight [d_model,
-#     d_ff]
+#     X.experts.gate_up_proj [E, 2 d_ff, d_model]
+#         -> X.experts.<e>.gate_proj.weight [d_ff, d_model], X.experts.<e>.up_proj.weight
+#     X.experts.down_proj [E, d_model, d_ff]
+#         -> X.experts.<e>.down_proj.weight [d_model, d_ff]
 
 _BLOCKS = "_blocks"
 _SCALES = "_scales"
@@ -243,11 +236,9 @@ class Unpacked(TensorSource):
     """
 
     def __init__(self, source: TensorSource) -> None:
-        self.where, self._source, self._shapes = (
-            source.where,
-            source,
-            dict(source.shapes()),
-        )
+        self.where = source.where
+        self._source = source
+        self._shapes = dict(source.shapes())
         self._packed = {
             name.removesuffix(_BLOCKS)
             for name in self._shapes
@@ -259,7 +250,8 @@ class Unpacked(TensorSource):
             if len(shape) != 4 or shape[-1] * 2 != BLOCK or scales != shape[:-1]:
                 raise NaloraError(
                     f"{source.where}: {stem}{_BLOCKS}",
-                    expected=f"[experts, outputs, inputs / {BLOCK}, {BLOCK // 2}], and scales without the last axis",
+                    expected=f"[experts, outputs, inputs / {BLOCK}, {BLOCK // 2}], and scales "
+                    "without the last axis",
                     found=f"{shape} and {scales or 'no scales'}",
                 )
             self._shapes[stem] = (shape[0], shape[2] * BLOCK, shape[1])
@@ -275,7 +267,9 @@ class Unpacked(TensorSource):
 
     def stored(self, name: str) -> FileTensor:
         """Returns the location of a tensor's bytes; of one in MXFP4, of its blocks."""
-        return self._source.stored(name + _BLOCKS if name in self._packed else name)
+        if name in self._packed:
+            name += _BLOCKS
+        return self._source.stored(name)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a slice of a tensor as floats; of one in MXFP4, from the blocks that it
@@ -285,16 +279,16 @@ class Unpacked(TensorSource):
         experts, inputs, outputs = index
         first = inputs.start // BLOCK
         place = (experts, outputs, slice(first, -(-inputs.stop // BLOCK)))
-        blocks = self._source.read(name + _BLOCKS, (*place, slice(0, BLOCK // 2))).view(
-            np.uint8
-        )
+        codes = slice(0, BLOCK // 2)
+        blocks = self._source.read(name + _BLOCKS, (*place, codes)).view(np.uint8)
         scales = self._source.read(name + _SCALES, place).view(np.uint8)
         # [experts, outputs, blocks, 32]
         values = np.take(_PAIRS, blocks).view(np.float32)
         values *= np.take(_POWERS, scales)[..., None]
         flat = values.reshape(*values.shape[:2], -1)
         start = inputs.start - first * BLOCK
-        return flat[..., start : start + inputs.stop - inputs.start].swapaxes(-1, -2)
+        stop = inputs.stop - first * BLOCK
+        return flat[..., start:stop].swapaxes(-1, -2)
 
 
 def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
@@ -314,11 +308,11 @@ def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
             count += 1
         if count:  # [outputs, inputs] each -> [experts, outputs of all parts, inputs]
             rows = tuple(part.shape[0] for part in parts)
-            slots = tuple(
-                Slot(slot.path, slot.layer) for part in parts for slot in part.slots
-            )
+            slots: list[Slot] = []
+            for part in parts:
+                slots += [Slot(slot.path, slot.layer) for slot in part.slots]
             shape = (count, sum(rows), parts[0].shape[1])
             tensors[name] = replace(
-                parts[0], name=name, shape=shape, slots=slots, rows=rows
+                parts[0], name=name, shape=shape, slots=tuple(slots), rows=rows
             )
     return replace(keymap, tensors=tuple(tensors.values()))

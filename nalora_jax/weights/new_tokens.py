@@ -43,7 +43,7 @@ from nalora_jax.weights.tokenizer_files import (
 log = logging.getLogger(__name__)
 
 _SAVE = "save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)"
-# names of rows without a token
+# Names of rows without a token.
 _UNUSED = re.compile(r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>")
 
 
@@ -70,12 +70,10 @@ def with_added(
         log.info("tokens that the tokenizer has already: %s", _shown(there))
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
     if new := {text: ids[text] for text in added.texts if text not in held}:
-        grown = f"the embedding grows from {size:,} to {rows:,} rows"
-        log.info(
-            "added tokens: %s; %s",
-            _shown(new),
-            grown if rows > size else "their rows are there",
-        )
+        change = "their rows are there"
+        if rows > size:
+            change = f"the embedding grows from {size:,} to {rows:,} rows"
+        log.info("added tokens: %s; %s", _shown(new), change)
     return replace(_resized(base, rows, tokenizer, mesh), added=tuple(new))
 
 
@@ -109,7 +107,10 @@ def for_adapter(
         # No table states the number of rows: it is the number of tokens, not of the file's ids.
         if needed > last + 1:
             where = f"{folder / CONFIG_NAME}: trainable_token_indices"
-            expected = f"ids below {max(held, last + 1)}: the base's, or of new tokens in the folder's tokenizer"
+            expected = (
+                f"ids below {max(held, last + 1)}: the base's, or of new tokens in the folder's "
+                "tokenizer"
+            )
             raise NaloraError(where, expected=expected, found=needed - 1, remedy=_SAVE)
         rows = last + 1
     if rows == held and all(token_id >= held for token_id in new.values()):
@@ -119,19 +120,24 @@ def for_adapter(
                 folder,
             )
         return base
-    if rows != held and (
-        last >= rows or (not new and rows < min(held, base.tokenizer.vocab_size))
-    ):
+    too_few = not new and rows < min(held, base.tokenizer.vocab_size)
+    if rows != held and (last >= rows or too_few):
+        tokens = max(last + 1, base.tokenizer.vocab_size)
         raise NaloraError(
             str(folder / TENSORS_NAME),
-            expected=f"tables of at least {max(last + 1, base.tokenizer.vocab_size)} rows, one for each token",
+            expected=f"tables of at least {tokens} rows, one for each token",
             found=rows,
-            remedy="the tokenizer is not the one that the adapter was trained with, or its tables were not saved",
+            remedy="the tokenizer is not the one that the adapter was trained with, or its tables "
+            "were not saved",
         )
     if not new and rows > held and not (folder / "tokenizer.json").is_file():
-        expected = f"a tokenizer, since the adapter's tables have {rows - held} rows more than the base"
+        further = f"{rows - held} rows more than the base"
+        expected = f"a tokenizer, since the adapter's tables have {further}"
         raise NaloraError(
-            str(folder), expected=expected, found="no tokenizer.json", remedy=_SAVE
+            str(folder),
+            expected=expected,
+            found="no tokenizer.json",
+            remedy=_SAVE,
         )
     if not new:
         return _resized(base, rows, base.tokenizer, mesh)
@@ -152,9 +158,13 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
     """
     remedy = "load the model with that adapter from the start"
     if (scaling := recorded_fact(folder, "rope_scaling")) != base.rope_scaling:
-        expected = f"an adapter of the loaded model's RoPE scaling, {base.rope_scaling or 'the unchanged one'}"
+        loaded = base.rope_scaling or "the unchanged one"
+        expected = f"an adapter of the loaded model's RoPE scaling, {loaded}"
         raise NaloraError(
-            str(folder), expected=expected, found=scaling or "none", remedy=remedy
+            str(folder),
+            expected=expected,
+            found=scaling or "none",
+            remedy=remedy,
         )
     size = base.config.vocab_size
     rows = table_rows(folder, base.config) or rows_of_indices(folder, base.config)
@@ -215,20 +225,20 @@ def _own_tokens(
     if not path.is_file():
         return {}
     backends = read_backend(path), base.tokenizer.backend
-    theirs, ours = (backend.get_vocab(with_added_tokens=True) for backend in backends)
+    theirs, ours = [backend.get_vocab(with_added_tokens=True) for backend in backends]
     by_id = {token_id: text for text, token_id in ours.items()}
     for text, token_id in theirs.items():
         in_base = ours.get(text, token_id), by_id.get(token_id, text)
-        if in_base != (token_id, text) and not (
-            text not in ours and _UNUSED.fullmatch(in_base[1])
-        ):
+        unused = text not in ours and _UNUSED.fullmatch(in_base[1])
+        if in_base != (token_id, text) and not unused:
             conflict = f"{text!r} as {token_id}, where the model has {in_base[1]!r} as {in_base[0]}"
             if rows is not None and strict:
                 raise NaloraError(
                     str(path),
-                    expected="the tokens of the base under their own ids, and new ones besides",
+                    expected="the tokens of the base with the base's ids, and new tokens",
                     found=conflict,
-                    remedy="give the base that the adapter was trained on, and no adapter of other tokens beside it",
+                    remedy="give the base that the adapter was trained on, and no other adapter "
+                    "that has other tokens",
                 )
             if rows is not None:
                 log.warning(
@@ -238,9 +248,10 @@ def _own_tokens(
     # A text that is an ordinary vocabulary entry of the base becomes a separate token once it is
     # added.
     matched, before = map(_added_tokens, backends)
-    new = {text: token_id for text, token_id in theirs.items() if text not in ours} | {
-        text: token_id for text, token_id in matched.items() if text not in before
-    }
+    new = {text: token_id for text, token_id in theirs.items() if text not in ours}
+    for text, token_id in matched.items():
+        if text not in before:
+            new[text] = token_id
     return dict(sorted(new.items(), key=lambda item: item[1]))
 
 
@@ -289,29 +300,25 @@ def _with_rows(
     like = jax.ShapeDtypeStruct(tuple(shape), table.dtype)
     sharding = table.sharding
     if mesh is not None:
-        sharding = distributed.shardings({path: like}, mesh, distributed.PARAM_RULES)[
-            path
-        ]
-    return jax.jit(partial(_resize, rows=rows, axis=axis), out_shardings=sharding)(
-        table
-    )
+        placed = distributed.shardings({path: like}, mesh, distributed.PARAM_RULES)
+        sharding = placed[path]
+    resize = partial(_resize, rows=rows, axis=axis)
+    return jax.jit(resize, out_shardings=sharding)(table)
 
 
 def _resize(table: jax.Array, *, rows: int, axis: int) -> jax.Array:
     held = table.shape[axis]
     if rows <= held:
         return lax.slice_in_dim(table, 0, rows, axis=axis)
-    mean = jnp.mean(table, axis=axis, keepdims=True, dtype=jnp.float32).astype(
-        table.dtype
-    )
-    return jnp.concatenate([table, jnp.repeat(mean, rows - held, axis=axis)], axis=axis)
+    mean = jnp.mean(table, axis=axis, keepdims=True, dtype=jnp.float32)
+    new = jnp.repeat(mean.astype(table.dtype), rows - held, axis=axis)
+    return jnp.concatenate([table, new], axis=axis)
 
 
 def _shown(tokens: Mapping[str, int], most: int = 5) -> str:
     """Formats the first ``most`` tokens with their ids."""
-    listed = [
-        f"{text!r} ({token_id})" for text, token_id in list(tokens.items())[:most]
-    ]
+    first = list(tokens.items())[:most]
+    listed = [f"{text!r} ({token_id})" for text, token_id in first]
     if len(tokens) > most:
         listed.append(f"and {len(tokens) - most} more")
     return ", ".join(listed)

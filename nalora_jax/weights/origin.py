@@ -45,10 +45,11 @@ class Origin:
     def describe(self) -> str:
         """Returns one line for logs, reports and cards."""
         numbers = self.numbers.replace("%)", "% of the weights)", 1)
-        copied = ""
+        parts = [self.format, numbers]
         if self.copy_of:
-            copied = f", a community GGUF of {self.copy_of}"
-        return f"{self.file}: {self.format}, {numbers}{copied}, digest {self.fingerprint[:20]}"
+            parts.append(f"a community GGUF of {self.copy_of}")
+        parts.append(f"digest {self.fingerprint[:20]}")
+        return f"{self.file}: {', '.join(parts)}"
 
     def to_dict(self) -> dict[str, str]:
         """Returns plain values, for a log."""
@@ -57,12 +58,8 @@ class Origin:
     @staticmethod
     def from_dict(values: Mapping[str, str]) -> Origin:
         """Builds an Origin from `to_dict`'s result; missing fields (other versions) are empty."""
-        return Origin(
-            **{
-                field.name: values.get(field.name, "")
-                for field in dataclasses.fields(Origin)
-            }
-        )
+        names = [field.name for field in dataclasses.fields(Origin)]
+        return Origin(**{name: values.get(name, "") for name in names})
 
 
 def origin(
@@ -72,7 +69,7 @@ def origin(
     *,
     together: bool = False,
 ) -> Origin:
-    """Returns the origin of a model that `weights.hub.resolve_source` found.
+    """Returns the origin of a model whose files `weights.hub.resolve_source` returned.
 
     Args:
       config: the model's description, part of the fingerprint.
@@ -111,11 +108,9 @@ def number_formats(source: TensorSource) -> str:
 def fingerprint(config: Any, source: TensorSource, *, together: bool = False) -> str:
     """Computes a digest of a model's description and of all its tensors.
 
-    It covers name, shape, number format and every byte of each tensor.
-
-    The digest does not depend on the division into shards; it changes with a conversion to another
-    number format. All cores hash the bytes in pieces, directly after they were loaded, while they
-    are still in the page cache.
+    It covers name, shape, number format and every byte of each tensor. It does not depend on the
+    division into shards; it changes with a conversion to another number format. All cores hash the
+    bytes in pieces, directly after they were loaded, while they are still in the page cache.
 
     Args:
       config: the description.
@@ -124,33 +119,31 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
         large model.
     """
     names = sorted(source.shapes())
-    pieces = [
-        (name, start)
-        for name in names
-        for start in range(0, max(1, source.stored(name).size), _CHUNK)
-    ]
+    pieces: list[tuple[str, int]] = []
+    for name in names:
+        starts = range(0, max(1, source.stored(name).size), _CHUNK)
+        pieces += [(name, start) for start in starts]
     count = 1
     index = 0
     if together:
         count = jax.process_count()
         index = jax.process_index()
 
-    def digest(name: str, start: int) -> np.ndarray:
+    def digest(piece: tuple[str, int]) -> np.ndarray:
+        name, start = piece
         stored = source.stored(name)
         data = stored.read(start, min(_CHUNK, stored.size - start)).data
         return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
 
     digests = np.zeros((len(pieces), 32), np.uint8)
     with ThreadPoolExecutor(WORKERS) as pool:
-        for number, row in enumerate(
-            pool.map(lambda piece: digest(*piece), pieces[index::count])
-        ):
+        for number, row in enumerate(pool.map(digest, pieces[index::count])):
             digests[index + number * count] = row
     if count > 1:
         gathered = multihost_utils.process_allgather(digests)
         # zero except on the hashing process
         digests = gathered.sum(axis=0, dtype=np.uint8)
-    sha256 = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
+    sha256 = hashlib.sha256(json.dumps(_non_default(config), sort_keys=True).encode())
     shapes = source.shapes()
     for name in names:
         sha256.update(f"\n{name} {shapes[name]} {source.stored(name).format}".encode())
@@ -158,15 +151,15 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
     return _PREFIX + sha256.hexdigest()
 
 
-def _stated(value: Any) -> Any:
+def _non_default(value: Any) -> Any:
     """Converts a dataclass to its non-default fields, so new fields keep old fingerprints."""
     if dataclasses.is_dataclass(value):
-        pairs = (
-            (field, getattr(value, field.name)) for field in dataclasses.fields(value)
-        )
-        return {
-            field.name: _stated(item) for field, item in pairs if item != field.default
-        }
+        stated = {}
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if item != field.default:
+                stated[field.name] = _non_default(item)
+        return stated
     if not isinstance(value, tuple):
         return value
-    return [_stated(item) for item in value]
+    return [_non_default(item) for item in value]

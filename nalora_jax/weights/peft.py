@@ -32,6 +32,7 @@ from nalora_jax.weights.peft_config import (
     read_peft_config,
 )
 from nalora_jax.weights.peft_modules import (
+    Form,
     ModuleAdapter,
     ModuleLayout,
     Place,
@@ -144,32 +145,29 @@ def export_adapter(
     if for_vllm:
         _check_vllm(spec)
     else:
-        # PEFT takes names of target_modules that end like an expert's modules in transformers 4 for
+        # PEFT treats names of target_modules that end like an expert's modules in transformers 4 as
         # the experts, also if they name a dense layer or a shared expert.
         by_weight = {module.short for module in of_form(layout, "expert")}
-    one_by_one = for_vllm and of_form(layout, "expert")
-    layout = of_form(layout, "linear", "expert" if one_by_one else "stack")
+    experts: Form = "stack"
+    if for_vllm and of_form(layout, "expert"):
+        experts = "expert"
+    layout = of_form(layout, "linear", experts)
     entries = list(_entries(lora, spec, config, layout, by_weight))
     if for_vllm:
         entries = _for_vllm(entries, config, layout, max_lora_rank)
     else:
         # PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored": with
         # one rank and one scale no pattern is needed.
-        parameters = [entry for entry in entries if entry.parameter]
-        entries = [entry for entry in entries if not entry.parameter] + _even(
-            parameters
-        )
-    settings = _settings(
-        entries, config, layout, spec, rslora=spec.rslora and not for_vllm
-    )
+        modules = [entry for entry in entries if not entry.parameter]
+        entries = modules + _even([entry for entry in entries if entry.parameter])
+    rslora = spec.rslora and not for_vllm
+    settings = _settings(entries, config, layout, spec, rslora=rslora)
     settings["base_model_name_or_path"] = base_model_name
     if for_vllm:
         copies = value_names(config, layout)
-        copied = [entry for entry in entries if entry.place.name in copies]
-        entries += [
-            replace(e, place=replace(e.place, name=copies[e.place.name]))
-            for e in copied
-        ]
+        for entry in [entry for entry in entries if entry.place.name in copies]:
+            place = replace(entry.place, name=copies[entry.place.name])
+            entries.append(replace(entry, place=place))
     tensors = dict(_tensors(entries))
     if isinstance(config, ModelConfig):
         tensors |= table_tensors(lora, spec, config)
@@ -178,9 +176,10 @@ def export_adapter(
         "rope_scaling": rope_scaling,
         "base": base_weights,
     }
-    metadata = {"format": "pt"} | {
-        f"nalora.{name}": value for name, value in facts.items() if value
-    }
+    metadata = {"format": "pt"}
+    for name, value in facts.items():
+        if value:
+            metadata[f"nalora.{name}"] = value
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
         write_json(scratch / CONFIG_NAME, settings)
         write_tensors(scratch / TENSORS_NAME, tensors, metadata)
@@ -206,9 +205,8 @@ def layer_adapter(
     if target is None or target.ranks[layer] == 0:
         return None
     rank = target.ranks[layer]
-    a, b = (
-        np.asarray(leaves[f"{path}/{name}"][layer], np.float32) for name in ("a", "b")
-    )
+    a = np.asarray(leaves[f"{path}/a"][layer], np.float32)
+    b = np.asarray(leaves[f"{path}/b"][layer], np.float32)
     magnitude = None
     if spec.dora:
         magnitude = np.asarray(leaves[f"{path}/magnitude"][layer], np.float32)
@@ -228,7 +226,9 @@ def _entries(
     ``by_weight`` has short names of Linear modules that are named in target_parameters.
     """
     leaves = flatten(lora)
-    paths = {path for module in layout for path in module.parts}
+    paths: set[str] = set()
+    for module in layout:
+        paths.update(module.parts)
     for path, _ in spec.targets:
         if uniform_path(path) not in paths:
             expected = f"one of {', '.join(sorted(paths))}"
@@ -241,23 +241,22 @@ def _entries(
     for place in places_in(config, layout):
         module = place.module
         expert = place.expert
-        adapter = fuse(
-            [part(*slot) for slot in place.slots],
-            place.widths,
-            alternates=module.alternates,
-        )
+        parts = [part(*slot) for slot in place.slots]
+        adapter = fuse(parts, place.widths, alternates=module.alternates)
         if adapter is None:
             continue
         if expert is not None:
             adapter = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
-        parameter = place.stacked or (
-            module.form == "linear" and module.short in by_weight
-        )
+        named_by_weight = module.form == "linear" and module.short in by_weight
+        parameter = place.stacked or named_by_weight
         if spec.dora and (adapter.magnitude is None or parameter):
             expected = "a Linear module (PEFT has no DoRA for experts)"
             actual = "experts"
             if not parameter:
-                expected = "an adapter on every projection that the family fuses into this module, for its column norms"
+                expected = (
+                    "an adapter on every projection that the family fuses into this "
+                    "module, for its column norms"
+                )
                 actual = "some without"
             raise NaloraError(
                 f"DoRA at {place.name}",
@@ -285,7 +284,10 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 
 def _check_vllm(spec: AdapterSpec) -> None:
-    remedy = "vLLM takes no modules_to_save and no trainable_token_indices: merge it into the base instead"
+    remedy = (
+        "vLLM supports neither modules_to_save nor trainable_token_indices: merge it into the "
+        "base instead"
+    )
     refuse_saved(spec, "--for vllm", remedy)
     rule = "no DoRA (vLLM's rule: use_dora is refused)"
     actual = "a DoRA adapter"
@@ -308,14 +310,20 @@ def _for_vllm(
 ) -> list[Entry]:
     """Returns the adapters with one rank and scale, on every layer of each adapted module."""
     even = {entry.place.name: entry for entry in _even(entries)}
-    rank, scale = next(
-        (entry.adapter.rank, entry.adapter.scale) for entry in even.values()
-    )
+    first = next(iter(even.values())).adapter
+    rank = first.rank
+    scale = first.scale
     if rank > limit:
         expected = f"at most {limit} (vLLM's rule: max_lora_rank)"
-        remedy = f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank"
+        remedy = (
+            f"start vLLM with --max-lora-rank {rank} or more and export with the same "
+            "max_lora_rank"
+        )
         raise NaloraError(
-            "--for vllm: rank", expected=expected, found=rank, remedy=remedy
+            "--for vllm: rank",
+            expected=expected,
+            found=rank,
+            remedy=remedy,
         )
     adapted = {entry.place.module for entry in entries}
     shorts = {module.short for module in adapted if module.form != "stack"}
@@ -327,7 +335,10 @@ def _for_vllm(
         adapted |= set(of_form(layout, "expert", "stack"))
 
     def zeros(place: Place) -> ModuleAdapter:
-        *lead, d_in, d_out = place.shape[0 if place.stacked else -2 :]
+        shape = place.shape
+        if not place.stacked:
+            shape = shape[-2:]
+        *lead, d_in, d_out = shape
         a = np.zeros((*lead, d_in, rank), np.float32)
         b = np.zeros((*lead, rank, d_out), np.float32)
         return ModuleAdapter(a, b, scale)
@@ -344,19 +355,18 @@ def _tensors(entries: list[Entry]) -> Iterator[tuple[str, np.ndarray]]:
     keys = tensor_keys(entry.place for entry in entries)
     for entry in entries:
         key = keys[entry.place.name]
-        a = entry.adapter.a.T
-        b = entry.adapter.b.T
+        adapter = entry.adapter
+        a = adapter.a.T
+        b = adapter.b.T
         if entry.place.stacked:
             # [experts, d_in, r] -> [experts * r, d_in]; [experts, r, d_out] -> [d_out, r * experts]
-            a = entry.adapter.a.transpose(0, 2, 1).reshape(-1, entry.adapter.a.shape[1])
-            b = entry.adapter.b.transpose(2, 1, 0).reshape(entry.adapter.b.shape[2], -1)
+            a = adapter.a.transpose(0, 2, 1).reshape(-1, adapter.a.shape[1])
+            b = adapter.b.transpose(2, 1, 0).reshape(adapter.b.shape[2], -1)
         yield f"{PREFIX}{key}.lora_A.weight", np.ascontiguousarray(a)
         yield f"{PREFIX}{key}.lora_B.weight", np.ascontiguousarray(b)
-        if entry.adapter.magnitude is not None:
-            yield (
-                f"{PREFIX}{key}.lora_magnitude_vector",
-                np.ascontiguousarray(entry.adapter.magnitude),
-            )
+        if adapter.magnitude is not None:
+            magnitude = np.ascontiguousarray(adapter.magnitude)
+            yield f"{PREFIX}{key}.lora_magnitude_vector", magnitude
 
 
 def _settings(
@@ -370,42 +380,42 @@ def _settings(
     """Returns ``adapter_config.json`` without the base model's name."""
     dropout = spec.dropout
     if any(entry.parameter or entry.place.expert is not None for entry in entries):
-        dropout = (
-            0.0  # it acts in training only, and PEFT refuses to load it for experts
-        )
-    alphas = [
-        alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora)
-        for entry in entries
-    ]
+        # It acts in training only, and PEFT refuses to load it for experts.
+        dropout = 0.0
+    alphas: list[float] = []
+    for entry in entries:
+        alpha = alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora)
+        if alpha.is_integer():
+            alpha = int(alpha)
+        alphas.append(alpha)
     rank, rank_pattern = _pattern([entry.adapter.rank for entry in entries], entries)
-    alpha, alpha_pattern = _pattern(
-        [int(a) if a.is_integer() else a for a in alphas], entries
-    )
+    usual_alpha, alpha_pattern = _pattern(alphas, entries)
+    task = None
+    if isinstance(config, ModelConfig):
+        task = "CAUSAL_LM"
     settings = {
         "alpha_pattern": alpha_pattern,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": alpha,
+        "lora_alpha": usual_alpha,
         "lora_dropout": dropout,
         "modules_to_save": list(spec.saved) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
         "target_modules": _target_modules(entries, config, layout),
-        "task_type": "CAUSAL_LM" if isinstance(config, ModelConfig) else None,
+        "task_type": task,
         "use_dora": spec.dora,
         "use_rslora": rslora,
     }
-    if any(entry.parameter for entry in entries):
-        adapted = [
-            _parameter_names(entry.place) for entry in entries if entry.parameter
-        ]
-        existing = map(
-            _parameter_names, places_in(config, of_form(layout, "linear", "stack"))
+    parameters = [entry.place for entry in entries if entry.parameter]
+    if parameters:
+        existing = places_in(config, of_form(layout, "linear", "stack"))
+        settings["target_parameters"] = _shortened(
+            map(_parameter_names, parameters), map(_parameter_names, existing)
         )
-        settings["target_parameters"] = _shortened(adapted, existing)
     return settings | token_settings(spec)
 
 
@@ -420,7 +430,8 @@ def _pattern(values: list[Any], entries: list[Entry]) -> tuple[Any, dict[str, An
       entries: the adapters.
     """
     pairs = list(zip(entries, values, strict=True))
-    usual = _most_common([value for entry, value in pairs if entry.parameter] or values)
+    of_parameters = [value for entry, value in pairs if entry.parameter]
+    usual = _most_common(of_parameters or values)
     of_modules: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for entry, value in pairs:
         of_modules[entry.place.module.in_layer][entry.place.name] = value
@@ -440,21 +451,20 @@ def _target_modules(
     # A vision tower has modules with the same short names as a decoder or a text tower.
     if not isinstance(config, ModelConfig) or config.sight is not None:
         return sorted(names)
-    # A short name would target the experts too, which a file of their stacks does not hold one by
-    # one.
+    # A short name would target the experts too, which are not modules if they are stacks.
     experts = of_form(layout, "expert") or of_form(module_layout(config), "expert")
-    existing = [
-        place.name for place in places_in(config, of_form(layout, "linear") + experts)
-    ]
+    existing = places_in(config, of_form(layout, "linear") + experts)
     return _shortened(
-        *([(name.rpartition(".")[2], name) for name in of] for of in (names, existing))
+        [(name.rpartition(".")[2], name) for name in names],
+        [(place.name.rpartition(".")[2], place.name) for place in existing],
     )
 
 
 def _parameter_names(place: Place) -> tuple[str, str]:
     """Returns a parameter's name within the layer, and its full name."""
-    weight = "" if place.stacked else ".weight"
-    return place.module.in_layer + weight, place.name + weight
+    if place.stacked:
+        return place.module.in_layer, place.name
+    return f"{place.module.in_layer}.weight", f"{place.name}.weight"
 
 
 def _shortened(
@@ -463,15 +473,18 @@ def _shortened(
     """Returns short names whose full names are all adapted, full names of the others; pairs are
     (short, full)."""
     groups: defaultdict[str, set[str]] = defaultdict(set)
-    complete: defaultdict[str, set[str]] = defaultdict(set)
-    for pairs, names in ((adapted, groups), (existing, complete)):
-        for short, full in pairs:
-            names[short].add(full)
-    return sorted(
-        name
-        for short, names in groups.items()
-        for name in ({short} if names >= complete[short] else names)
-    )
+    for short, full in adapted:
+        groups[short].add(full)
+    incomplete = {
+        short for short, full in existing if full not in groups.get(short, ())
+    }
+    names: set[str] = set()
+    for short, full_names in groups.items():
+        if short in incomplete:
+            names |= full_names
+        else:
+            names.add(short)
+    return sorted(names)
 
 
 # ---------------------------------------------------------------- reading
@@ -515,8 +528,8 @@ def import_adapter(
             str(path),
             expected=f"an adapter of the base model {fingerprint}",
             found=f"one of the base model {noted}",
-            remedy="load exactly the weights that the adapter was trained on (named in adapter_config.json); the same "
-            "model in another precision is another base",
+            remedy="load exactly the weights that the adapter was trained on (named in "
+            "adapter_config.json); the same model in another precision is another base",
         )
     trained = AdapterSpec()
     if not isinstance(config, ModelConfig):
@@ -530,31 +543,32 @@ def import_adapter(
             raise NaloraError(f"{peft.where}: {field}", expected=expected, found=actual)
         tables = read_trained(folder, config)
     else:
+        of_tables = tuple(f"{name}.lora_" for name in table_modules(config).values())
         for key in tensors:
-            if key.startswith(
-                tuple(f"{module}.lora_" for module in table_modules(config).values())
-            ):
-                remedy = "train the table with modules_to_save, or merge the adapter in PEFT (merge_and_unload)"
+            if key.startswith(of_tables):
+                remedy = (
+                    "train the table with modules_to_save, or merge the adapter in PEFT "
+                    "(merge_and_unload)"
+                )
                 expected = "adapters of a model's layers"
                 actual = "an adapter of the embedding or the head"
                 raise NaloraError(
-                    f"{path}: {key}", expected=expected, found=actual, remedy=remedy
+                    f"{path}: {key}",
+                    expected=expected,
+                    found=actual,
+                    remedy=remedy,
                 )
         tables, trained = take_tables(config, tensors, peft, str(path))
     modules = _by_module(tensors, path, dora=peft.dora)
     layout = layout_of(config, modules)
     for name, copy in value_names(config, layout).items():
-        if (
-            name in modules
-            and copy in modules
-            and all(map(np.array_equal, modules[name], modules[copy]))
-        ):
+        both = name in modules and copy in modules
+        if both and all(map(np.array_equal, modules[name], modules[copy])):
             del modules[copy]
     slots = _slots(layout, config, peft)
     _check_complete(peft, path, slots, modules)
-    adapters = _by_projection(
-        config, peft, path, [(slots[key], modules[key]) for key in modules]
-    )
+    filled = [(slots[key], modules[key]) for key in modules]
+    adapters = _by_projection(config, peft, path, filled)
     leaves, spec = _stacked(config, peft, adapters)
     spec = replace(spec, saved=trained.saved, token_indices=trained.token_indices)
     return unflatten(leaves | tables), spec
@@ -571,7 +585,10 @@ def _check_exists(path: Path) -> None:
             actual = f"only {name}, a pickle, which can run code when it is read"
             remedy = "save it again with safe_serialization=True"
     raise NaloraError(
-        str(path), expected="the adapter's tensors", found=actual, remedy=remedy
+        str(path),
+        expected="the adapter's tensors",
+        found=actual,
+        remedy=remedy,
     )
 
 
@@ -583,30 +600,38 @@ def _by_module(
     tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool
 ) -> dict[str, Factors]:
     """Groups tensors by module: ``{"model.layers.0.mlp.up_proj": [A, B]}``."""
-    kinds = ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * dora
+    kinds = ["lora_A", "lora_B"]
+    if dora:
+        kinds.append("lora_magnitude_vector")
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        kind = match[2].removesuffix(".weight") if match else ""
+        kind = ""
+        if match:
+            kind = match[2].removesuffix(".weight")
         if match is None or kind not in kinds:
+            actual = "another prefix"
+            if key.startswith(PREFIX):
+                actual = "a tensor that no LoRA module reads"
             raise NaloraError(
                 f"{path}: {key}",
                 expected="keys such as base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
-                found="a tensor that no LoRA module reads"
-                if key.startswith(PREFIX)
-                else "another prefix",
-                remedy="PEFT would ignore it silently; save the adapter with PEFT's save_pretrained",
+                found=actual,
+                remedy="PEFT would ignore it silently; save the adapter with PEFT's "
+                "save_pretrained",
             )
         modules.setdefault(match[1], {})[kind] = tensor
+    factors = {}
     for module, parts in modules.items():
         missing = [kind for kind in kinds if kind not in parts]
         if missing:
             raise NaloraError(
-                f"{path}: {module}", expected=" and ".join(missing), found="nothing"
+                f"{path}: {module}",
+                expected=" and ".join(missing),
+                found="nothing",
             )
-    return {
-        module: [parts[kind] for kind in kinds] for module, parts in modules.items()
-    }
+        factors[module] = [parts[kind] for kind in kinds]
+    return factors
 
 
 @dataclass(frozen=True)
@@ -626,19 +651,25 @@ def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> dict[str, Sl
     linear = [place.name for place in places if not place.stacked]
     stacks = [place.name for place in places if place.stacked]
     modules = peft.targeted_modules(linear)
-    parameters = peft.targeted_parameters(
-        [*stacks, *(f"{name}.weight" for name in linear)]
-    )
+    weights = [f"{name}.weight" for name in linear]
+    parameters = peft.targeted_parameters(stacks + weights)
     places = [
         place for place in places if not place.stacked or place.name in parameters
     ]
     slots = {}
     for key, place in zip(tensor_keys(places).values(), places, strict=True):
+        name = place.name
         # An adapter on a Linear module's weight computes the same as an adapter on the module.
-        weight = f"{place.name}.weight"
-        name = weight if weight in parameters else place.name
+        if f"{name}.weight" in parameters:
+            name = f"{name}.weight"
         targeted = name in modules or name in parameters
-        slots[key] = Slot(key, place, targeted, peft.rank_of(name), peft.alpha_of(name))
+        slots[key] = Slot(
+            key,
+            place,
+            targeted,
+            peft.rank_of(name),
+            peft.alpha_of(name),
+        )
     return slots
 
 
@@ -657,7 +688,7 @@ def _check_complete(
                 expected="a module of this model that takes adapters",
                 found="an unknown module",
                 remedy="is it an adapter of another architecture or prefix? These exist: "
-                + ", ".join(patterns),
+                f"{', '.join(patterns)}",
             )
         if not slots[key].targeted:
             raise NaloraError(
@@ -680,7 +711,10 @@ def _check_complete(
         expected = "lora_A and lora_B of every module that target_modules names"
         remedy = "the file is incomplete, or the adapter belongs to another model"
         raise NaloraError(
-            f"{path}: {where}", expected=expected, found=actual, remedy=remedy
+            f"{path}: {where}",
+            expected=expected,
+            found=actual,
+            remedy=remedy,
         )
 
 
@@ -689,12 +723,11 @@ def _by_projection(
 ) -> dict[str, dict[int, ModuleAdapter]]:
     """Returns adapters by stacked path and layer."""
     adapters: defaultdict[str, dict[int, ModuleAdapter]] = defaultdict(dict)
-    experts: defaultdict[tuple[int, str, int], dict[int, ModuleAdapter]] = defaultdict(
-        dict
-    )
+    # By layer, stacked path and index; then by expert.
+    experts: dict[tuple[int, str, int], dict[int, ModuleAdapter]] = defaultdict(dict)
     for slot, factors in filled:
         place = slot.place
-        adapter = _adapter_of(peft, path, slot, factors)
+        adapter = _read_adapter(peft, path, slot, factors)
         if place.expert is not None:
             experts[place.layer, *place.slots[0]][place.expert] = adapter
             continue
@@ -708,7 +741,9 @@ def _by_projection(
             expected = f"adapters on all {count}"
             actual = len(members)
             raise NaloraError(
-                f"{path}: experts of layer {layer}", expected=expected, found=actual
+                f"{path}: experts of layer {layer}",
+                expected=expected,
+                found=actual,
             )
         # Ranks are padded, and scales folded relative to the first expert's.
         rank = max(member.rank for member in members.values())
@@ -720,7 +755,7 @@ def _by_projection(
     return adapters
 
 
-def _adapter_of(
+def _read_adapter(
     peft: PeftConfig, path: Path, slot: Slot, factors: Factors
 ) -> ModuleAdapter:
     """Checks one slot's tensors and converts them to this library's layout."""
@@ -728,7 +763,9 @@ def _adapter_of(
     rank = slot.rank
     stacked = slot.place.stacked
     d_in, d_out = shape[-2:]
-    count = shape[0] if stacked else 1
+    count = 1
+    if stacked:
+        count = shape[0]
     kinds = {
         "a": (count * rank, d_in),
         "b": (d_out, count * rank),
@@ -740,7 +777,8 @@ def _adapter_of(
                 f"{path}: {slot.key} ({kind})",
                 expected=f"shape {size} (rank {rank}, {d_in} -> {d_out})",
                 found=f"shape {tensor.shape}",
-                remedy="the adapter belongs to another base model, or r in adapter_config.json is wrong",
+                remedy="the adapter belongs to another base model, or r in adapter_config.json "
+                "is wrong",
             )
     if peft.dora and len(shape) > 2:
         expected = "false for experts (PEFT has no such adapter)"
@@ -752,7 +790,10 @@ def _adapter_of(
         a = factors[0].reshape(count, rank, d_in).transpose(0, 2, 1)
         b = factors[1].reshape(d_out, rank, count).transpose(2, 1, 0)
     scale = adapter_scale(slot.alpha, rank, rslora=peft.rslora)
-    adapter = ModuleAdapter(a, b, scale, factors[2] if peft.dora else None)
+    magnitude = None
+    if peft.dora:
+        magnitude = factors[2]
+    adapter = ModuleAdapter(a, b, scale, magnitude)
     # PEFT pads the ranks of stacks; a fresh adapter (B = 0) keeps its rank
     if stacked and b.any():
         return compact(adapter)
@@ -771,8 +812,9 @@ def _stacked(
         *lead, d_in, d_out = shapes[path]
         n = numbers[path]
         rank = max(adapter.rank for adapter in layers.values())
-        a = leaves[f"{path}/a"] = np.zeros((n, *lead, d_in, rank), np.float32)
-        b = leaves[f"{path}/b"] = np.zeros((n, *lead, rank, d_out), np.float32)
+        a = np.zeros((n, *lead, d_in, rank), np.float32)
+        b = np.zeros((n, *lead, rank, d_out), np.float32)
+        leaves |= {f"{path}/a": a, f"{path}/b": b}
         if peft.dora:  # layers without an adapter do not read theirs
             leaves[f"{path}/magnitude"] = np.ones((n, d_out), np.float32)
         ranks = [0] * n
@@ -780,10 +822,8 @@ def _stacked(
         for i, adapter in layers.items():
             ranks[i] = adapter.rank
             alphas[i] = alpha_for(adapter.scale, adapter.rank, rslora=peft.rslora)
-            a[i, ..., : adapter.rank], b[i, ..., : adapter.rank, :] = (
-                adapter.a,
-                adapter.b,
-            )
+            a[i, ..., : adapter.rank] = adapter.a
+            b[i, ..., : adapter.rank, :] = adapter.b
             if adapter.magnitude is not None:
                 leaves[f"{path}/magnitude"][i] = adapter.magnitude
         targets.append((path, TargetSpec(tuple(ranks), tuple(alphas))))
@@ -822,22 +862,18 @@ def verify_export(
     worst = 0.0
     if loaded_spec.token_indices != spec.token_indices:
         raise differs(f"{folder}: trainable_token_indices")
-    whole = {
-        path
-        for path in (*ours, *theirs)
-        if path.rpartition("/")[2] not in ("a", "b", "magnitude")
-    }
-    for path in sorted(whole):
-        trained, read = (
-            np.asarray(leaves.get(path, 0.0), np.float32) for leaves in (ours, theirs)
-        )
-        if not np.array_equal(trained, read):
+    for path in sorted(ours.keys() | theirs.keys()):
+        if path.rpartition("/")[2] in ("a", "b", "magnitude"):
+            continue
+        exported = np.asarray(ours.get(path, 0.0), np.float32)
+        read = np.asarray(theirs.get(path, 0.0), np.float32)
+        if not np.array_equal(exported, read):
             raise differs(f"{folder}: {path}")
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(depths(config)[path]):
-            meant = layer_adapter(ours, spec, path, layer)
             difference = _difference(
-                meant, layer_adapter(theirs, loaded_spec, path, layer)
+                layer_adapter(ours, spec, path, layer),
+                layer_adapter(theirs, loaded_spec, path, layer),
             )
             if difference > _FOLD_TOLERANCE:
                 raise differs(f"{folder}: {path}, layer {layer}")
@@ -851,37 +887,41 @@ def differs(where: str) -> NaloraError:
         where,
         expected="the adapter that was exported",
         found="another one on reading it back",
-        remedy="do not use these files; please report this as a bug, with the adapter's configuration",
+        remedy="do not use these files; please report this as a bug, with the adapter's "
+        "configuration",
     )
 
 
 def _difference(first: ModuleAdapter | None, second: ModuleAdapter | None) -> float:
     """Returns the relative difference of ``scale * B``, infinity if anything else that has an
     effect differs."""
-    both = [compact(adapter) for adapter in (first, second) if adapter is not None]
-    live = [
-        adapter for adapter in both if adapter.rank or adapter.magnitude is not None
+    present = [compact(adapter) for adapter in (first, second) if adapter is not None]
+    effective = [
+        adapter for adapter in present if adapter.rank or adapter.magnitude is not None
     ]
-    if len(live) < 2:
-        return np.inf if live else 0.0
-    a, b = live
-    ours, theirs = (
-        np.zeros(0) if adapter.magnitude is None else adapter.magnitude
-        for adapter in live
-    )
+    if not effective:
+        return 0.0
+    if len(effective) == 1:
+        return np.inf
+    ours, theirs = effective
     if (
-        a.b.shape != b.b.shape
-        or not np.array_equal(a.a, b.a)
-        or not np.array_equal(ours, theirs)
+        ours.b.shape != theirs.b.shape
+        or not np.array_equal(ours.a, theirs.a)
+        or not _equal_magnitudes(ours, theirs)
     ):
         return np.inf
-    if a.scale == b.scale and np.array_equal(a.b, b.b):
+    if ours.scale == theirs.scale and np.array_equal(ours.b, theirs.b):
         return 0.0
-    expected, found = (adapter.scale * adapter.b.astype(np.float64) for adapter in live)
-    relative = np.abs(expected - found) / np.maximum(
-        np.abs(expected), np.finfo(np.float32).tiny
-    )
-    return float(np.max(relative, initial=0.0))
+    expected = ours.scale * ours.b.astype(np.float64)
+    found = theirs.scale * theirs.b.astype(np.float64)
+    size = np.maximum(np.abs(expected), np.finfo(np.float32).tiny)
+    return float(np.max(np.abs(expected - found) / size, initial=0.0))
+
+
+def _equal_magnitudes(first: ModuleAdapter, second: ModuleAdapter) -> bool:
+    if first.magnitude is None or second.magnitude is None:
+        return first.magnitude is second.magnitude
+    return np.array_equal(first.magnitude, second.magnitude)
 
 
 def max_logit_difference(
@@ -894,7 +934,7 @@ def max_logit_difference(
       second: the same for the written model: the imported adapter, or the merged weights.
       tokens: input of both models, e.g. int32 ``[batch, seq]``.
     """
-    a, b = (np.asarray(model(tokens), np.float64) for model in (first, second))
-    return float(
-        np.max(np.abs(a - b)) / max(float(np.max(np.abs(a))), np.finfo(np.float32).tiny)
-    )
+    expected = np.asarray(first(tokens), np.float64)
+    found = np.asarray(second(tokens), np.float64)
+    largest = max(float(np.max(np.abs(expected))), np.finfo(np.float32).tiny)
+    return float(np.max(np.abs(expected - found)) / largest)

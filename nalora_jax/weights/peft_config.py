@@ -32,46 +32,38 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # and its settings matter only through `_PLAIN_INITS`; PEFT ignores `fan_in_fan_out` for Linear
 # layers.
 _SUPPORTED = {
-    *(
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "layers_to_transform",
-    ),
-    *(
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "lora_dropout",
-        "bias",
-    ),
-    *(
-        "peft_type",
-        "task_type",
-        "modules_to_save",
-        "ensure_weight_tying",
-        "trainable_token_indices",
-    ),
-    *(
-        "init_lora_weights",
-        "eva_config",
-        "corda_config",
-        "loftq_config",
-        "lora_ga_config",
-        "revision",
-    ),
-    *(
-        "base_model_name_or_path",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
-        "fan_in_fan_out",
-    ),
-    *("megatron_core", "runtime_config", "qalora_group_size"),
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "lora_dropout",
+    "bias",
+    "peft_type",
+    "task_type",
+    "modules_to_save",
+    "ensure_weight_tying",
+    "trainable_token_indices",
+    "init_lora_weights",
+    "eva_config",
+    "corda_config",
+    "loftq_config",
+    "lora_ga_config",
+    "revision",
+    "base_model_name_or_path",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "fan_in_fan_out",
+    "megatron_core",
+    "runtime_config",
+    "qalora_group_size",
 }
 
 
@@ -111,9 +103,15 @@ class PeftConfig(Fields):
         self.target_parameters = self._strings("target_parameters")
         if not self.target_modules and not self.target_parameters:
             expected = "the adapted modules, as a list or a pattern"
-            remedy = "name them: PEFT would fall back to defaults of its own and drop the other tensors"
+            remedy = (
+                "name them: PEFT would fall back to its own defaults and drop the other "
+                "tensors"
+            )
             raise self.error(
-                "target_modules", expected, raw.get("target_modules"), remedy
+                "target_modules",
+                expected,
+                raw.get("target_modules"),
+                remedy,
             )
         self.rank = self.integer("r", high=_MAX_RANK)
         self.alpha = self.number("lora_alpha")
@@ -131,7 +129,8 @@ class PeftConfig(Fields):
         self.alpha_pattern = self._by_pattern(
             "alpha_pattern", lambda sub, key: sub.number(key)
         )
-        self.rslora, self.dora = self.flag("use_rslora"), self.flag("use_dora")
+        self.rslora = self.flag("use_rslora")
+        self.dora = self.flag("use_dora")
         self.dropout = self.number("lora_dropout", default=0.0, zero=True)
         self.modules_to_save = self._strings("modules_to_save")
         self.tied = self.flag("ensure_weight_tying")
@@ -142,9 +141,11 @@ class PeftConfig(Fields):
         if isinstance(self.target_modules, str) and (
             self.layers_to_transform or self.layers_pattern
         ):
-            expected = "null beside a target_modules that is a pattern (PEFT refuses the pair too)"
+            expected = "null with a target_modules that is a pattern (PEFT refuses the pair too)"
             raise self.error(
-                "layers_to_transform", expected, raw.get("layers_to_transform")
+                "layers_to_transform",
+                expected,
+                raw.get("layers_to_transform"),
             )
 
     def targeted_modules(self, names: Sequence[str]) -> set[str]:
@@ -180,9 +181,10 @@ class PeftConfig(Fields):
             return True
         patterns = _compiled(self.layers_pattern, _layer_pattern) or [_ANY_LAYER]
         match = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
-        return match is not None and match.groupdict().get("idx", "") in [
-            *map(str, self.layers_to_transform)
-        ]
+        if match is None:
+            return False
+        layers = {str(layer) for layer in self.layers_to_transform}
+        return match.groupdict().get("idx", "") in layers
 
     def _sequence(self, key: str, kind: type[Any], expected: str) -> tuple[Any, ...]:
         value = listed(self.raw.get(key))
@@ -207,7 +209,10 @@ class PeftConfig(Fields):
         for module, ids in ids_by_table(value).items():
             name = module.rpartition(".")[2]
             if name not in ROWS or name in indices:
-                expected = f"token ids of {' and '.join(ROWS)} (rows of other modules are not supported), each once"
+                expected = (
+                    f"token ids of {' and '.join(ROWS)} (rows of other modules are not "
+                    "supported), each once"
+                )
                 raise self._refused(key, expected, module)
             valid = isinstance(ids, list) and all(
                 type(token_id) is int for token_id in ids
@@ -238,7 +243,9 @@ class PeftConfig(Fields):
         """Returns the patterns if they and the expressions ``use(pattern)`` are valid."""
         if len(patterns) > _MAX_PATTERNS:
             raise self._refused(
-                key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}"
+                key,
+                f"at most {_MAX_PATTERNS:,} patterns",
+                f"{len(patterns):,}",
             )
         for pattern in patterns:
             try:
@@ -246,7 +253,9 @@ class PeftConfig(Fields):
                 re.compile(use(pattern))
             except (re.error, OverflowError, RecursionError) as error:
                 raise self._refused(
-                    key, "a regular expression", f"{pattern!r} ({error})"
+                    key,
+                    "a regular expression",
+                    f"{pattern!r} ({error})",
                 ) from error
         return tuple(patterns)
 
@@ -264,7 +273,10 @@ def _refuse_unsupported(fields: Fields) -> None:
         for plain in _PLAIN_INITS
     )
     merge = "merge it in PEFT (merge_and_unload) and use the merged folder as the base"
-    convert = "convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    convert = (
+        "convert it first: in PEFT, "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    )
     for key, fine, expected, remedy in (
         ("peft_type", raw.get("peft_type") == "LORA", '"LORA"', merge),
         ("task_type", raw.get("task_type") in (None, "CAUSAL_LM"), '"CAUSAL_LM"', ""),
@@ -285,12 +297,8 @@ def _refuse_unsupported(fields: Fields) -> None:
             raise fields.error(key, expected, repr(raw.get(key)), remedy)
     for key, value in fields.raw.items():
         # A field of a newer PEFT is harmless if it is off; if it is on it may change the function.
-        if (
-            key not in _SUPPORTED
-            and value not in (None, False, "none")
-            and value != []
-            and value != {}
-        ):
+        off = value in (None, False, "none", [], {})
+        if key not in _SUPPORTED and not off:
             expected = "null or false (the feature is not supported)"
             raise fields.error(key, expected, json.dumps(value)[:80])
 
@@ -320,11 +328,16 @@ def read_peft_config(folder: Path) -> PeftConfig:
         expected = "the configuration of a PEFT adapter"
         remedy = f"an adapter folder holds {CONFIG_NAME} and tensors"
         raise NaloraError(
-            str(path), expected=expected, found="no such file", remedy=remedy
+            str(path),
+            expected=expected,
+            found="no such file",
+            remedy=remedy,
         )
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise NaloraError(
-            str(path), expected=f"at most {_MAX_CONFIG_BYTES} bytes", found="more"
+            str(path),
+            expected=f"at most {_MAX_CONFIG_BYTES} bytes",
+            found="more",
         )
     return PeftConfig(read_json(path), str(path))
 

@@ -53,9 +53,8 @@ class HostModule:
     # uniform paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
     parts: tuple[str, ...]
     form: Form = "linear"
-    alternates: bool = (
-        False  # the parts' outputs alternate instead of following each other
-    )
+    # the parts' outputs alternate instead of following each other
+    alternates: bool = False
 
     @property
     def short(self) -> str:
@@ -73,9 +72,8 @@ class HostModule:
 # Stacks are last, in the order in which they are registered.
 ModuleLayout = tuple[HostModule, ...]
 
-# the latter in multimodal models
 _TEXT = "model.layers."
-_TEXT_PART = "model.language_model.layers."
+_TEXT_PART = "model.language_model.layers."  # in multimodal models
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -116,7 +114,7 @@ def module_layout(config: Host) -> ModuleLayout:
                 )
         elif "{expert}" not in name and layers_with(config, paths[0], experts=False):
             modules.append(HostModule(name, paths))
-    if experts:  # transformers 5 holds all experts of a layer in two parameters
+    if experts:  # transformers 5 stores all experts of a layer in two parameters
         folder = experts[0].parts[0].rpartition("/")[0]
         module = f"{_TEXT}{{layer}}.{family.experts}"
         gate_up = f"{folder}/gate_proj", f"{folder}/up_proj"
@@ -158,38 +156,35 @@ def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
     stacks = of_form(layout, "stack")
     if of_form(layout, "expert") or any(stack.alternates for stack in stacks):
         return layout
-    experts = (
-        HostModule(
-            f"{stack.name.rpartition('.')[0]}.{{expert}}.{path.rpartition('/')[2]}",
-            (path,),
-            "expert",
-        )
-        for stack in stacks
-        for path in stack.parts
-    )
+    experts = []
+    for stack in stacks:
+        module = stack.name.rpartition(".")[0]
+        for path in stack.parts:
+            name = f"{module}.{{expert}}.{path.rpartition('/')[2]}"
+            experts.append(HostModule(name, (path,), "expert"))
     return (*of_form(layout, "linear"), *experts, *stacks)
 
 
 def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
-    """Returns the layout with other prefixes: ``names`` by the present ones."""
+    """Returns the layout with other prefixes: ``names`` maps present ones to new ones."""
 
-    def renamed(name: str) -> str:
+    def rename(name: str) -> str:
         old = next((old for old in names if name.startswith(old)), "")
         return names.get(old, "") + name.removeprefix(old)
 
-    return tuple(replace(module, name=renamed(module.name)) for module in layout)
+    return tuple(replace(module, name=rename(module.name)) for module in layout)
 
 
 @functools.cache
 def layers_with(config: Host, path: str, *, experts: bool) -> frozenset[int]:
     """Returns the layers that have a projection at a uniform path, of experts or not."""
     shapes = projection_shapes(config)
-    places = (
-        (layer, at)
-        for (name, layer), (at, _) in stacked_places(config).items()
-        if name == path
-    )
-    return frozenset(layer for layer, at in places if (len(shapes[at]) == 3) == experts)
+    layers = set()
+    for (name, layer), (stacked, _) in stacked_places(config).items():
+        has_experts = len(shapes[stacked]) == 3
+        if name == path and has_experts == experts:
+            layers.add(layer)
+    return frozenset(layers)
 
 
 @dataclass(frozen=True)
@@ -222,8 +217,12 @@ def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
                 continue
             slots = tuple(stacked_at[path, layer] for path in module.parts)
             widths = tuple(shapes[path][-1] for path, _ in slots)
-            shape = (*shapes[slots[0][0]][:-1], sum(widths))
-            for expert in range(shape[0]) if module.form == "expert" else (None,):
+            first = slots[0][0]
+            shape = (*shapes[first][:-1], sum(widths))
+            experts: Iterable[int | None] = (None,)
+            if module.form == "expert":
+                experts = range(shape[0])
+            for expert in experts:
                 name = module.name.format(layer=layer, expert=expert)
                 yield Place(name, layer, module, slots, widths, shape, expert)
 
@@ -241,9 +240,8 @@ def tensor_keys(adapted: Iterable[Place]) -> dict[str, str]:
     for place in reversed(list(adapted)):
         keys[place.name] = place.name
         if place.stacked:
-            keys[place.name] = (
-                place.name.rpartition(".")[0] + ".base_layer" * wrapped[place.layer]
-            )
+            module = place.name.rpartition(".")[0]
+            keys[place.name] = module + ".base_layer" * wrapped[place.layer]
             wrapped[place.layer] += 1
     return dict(reversed(keys.items()))
 
@@ -274,10 +272,7 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     if config.sight is not None:
         layouts = [layout, *(_renamed(layout, names) for names in _EARLIER)]
         layout = max(
-            layouts,
-            key=lambda each: len(
-                written & {place.name for place in places_in(config, each)}
-            ),
+            layouts, key=lambda layout: len(written & _names_in(config, layout))
         )
     elif any(name.startswith(_TEXT_PART) for name in written):
         layout = _renamed(layout, {_TEXT: _TEXT_PART})
@@ -290,6 +285,10 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     return layout
 
 
+def _names_in(config: Host, layout: ModuleLayout) -> set[str]:
+    return {place.name for place in places_in(config, layout)}
+
+
 _KEYS = "layers/attn/k_proj"
 _VALUES = "layers/attn/v_proj"
 
@@ -299,15 +298,15 @@ def value_names(config: Host, layout: ModuleLayout) -> dict[str, str]:
     (Gemma 4).
 
     vLLM loads the weight of `k_proj` into the slots of keys and of values, but an adapter only into
-    the slot of
-    its name: without a copy named `v_proj` it would serve values of the base.
+    the slot of its name: without a copy named `v_proj` it would serve values of the base.
     """
-    layers = layers_with(config, _KEYS, experts=False) - layers_with(
-        config, _VALUES, experts=False
-    )
+    with_keys = layers_with(config, _KEYS, experts=False)
+    layers = with_keys - layers_with(config, _VALUES, experts=False)
+    if not layers:
+        return {}
     return {
         place.name: f"{place.name.removesuffix('k_proj')}v_proj"
-        for place in places_in(config, of_form(layout, "linear") if layers else ())
+        for place in places_in(config, of_form(layout, "linear"))
         if place.module.parts == (_KEYS,) and place.layer in layers
     }
 
@@ -364,11 +363,9 @@ def fuse(
                 row += adapter.rank
         column += width
     if alternates:
-        b = (
-            b.reshape(*lead, a.shape[-1], len(parts), -1)
-            .swapaxes(-1, -2)
-            .reshape(b.shape)
-        )
+        # [..., r, d_out] -> [..., r, parts, width] -> [..., r, width, parts] -> [..., r, d_out]
+        by_part = b.reshape(*lead, a.shape[-1], len(parts), -1)
+        b = by_part.swapaxes(-1, -2).reshape(b.shape)
     magnitude = None
     if present[0].magnitude is not None and len(present) == len(parts):
         magnitude = np.concatenate(
@@ -389,9 +386,8 @@ def split_fused(
         return [adapter]
     fresh = not adapter.b.any()
     parts: list[ModuleAdapter | None] = []
-    for number, (start, width) in enumerate(
-        zip(np.cumsum([0, *widths[:-1]]), widths, strict=True)
-    ):
+    starts = np.cumsum([0, *widths[:-1]])
+    for number, (start, width) in enumerate(zip(starts, widths, strict=True)):
         if alternates:
             columns = slice(number, None, len(widths))
         else:
@@ -405,9 +401,15 @@ def split_fused(
             fresh or (magnitude is not None and not block.any())
         )
         piece = ModuleAdapter(
-            adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude
+            adapter.a[..., keep],
+            block[..., keep, :],
+            adapter.scale,
+            magnitude,
         )
-        parts.append(piece if piece.rank else None)
+        if piece.rank:
+            parts.append(piece)
+        else:
+            parts.append(None)
     return parts
 
 
@@ -421,13 +423,17 @@ def compact(adapter: ModuleAdapter) -> ModuleAdapter:
     """Returns the equivalent adapter without the ranks whose row of B is zero."""
     keep = _live_ranks(adapter.b)
     return ModuleAdapter(
-        adapter.a[..., keep], adapter.b[..., keep, :], adapter.scale, adapter.magnitude
+        adapter.a[..., keep],
+        adapter.b[..., keep, :],
+        adapter.scale,
+        adapter.magnitude,
     )
 
 
 def _live_ranks(b: np.ndarray) -> np.ndarray:
     """Returns bool ``[r]``: ranks with a nonzero entry in ``b [..., r, d_out]`` (of any expert)."""
-    return np.any(b != 0, axis=tuple(i for i in range(b.ndim) if i != b.ndim - 2))
+    others = tuple(axis for axis in range(b.ndim) if axis != b.ndim - 2)
+    return np.any(b != 0, axis=others)
 
 
 def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:

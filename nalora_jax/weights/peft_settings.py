@@ -8,6 +8,7 @@ over this library's projections.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,11 +48,13 @@ def _only(*accepted: Any, because: str) -> Field:
     """Returns a field that accepts only ``accepted`` and empty values, which have no effect
     here."""
     fine = (None, False, {}, [], *accepted)
-    return Field(
-        value=lambda value: (
-            None if any(value == each for each in fine) else Refused(because)
-        )
-    )
+
+    def convert(value: Any) -> Refused | None:
+        if any(value == each for each in fine):
+            return None
+        return Refused(because)
+
+    return Field(value=convert)
 
 
 def _init(value: Any) -> Any:
@@ -59,7 +62,8 @@ def _init(value: Any) -> Any:
         return "pissa"
     if value == "lora_ga":
         return Refused(
-            "PEFT's scales B by the singular values; --lora.init lora_ga scales both sides as the paper does"
+            "PEFT's scales B by the singular values; --lora.init lora_ga scales both sides as the "
+            "paper does"
         )
     if value in (True, None):
         return "default"
@@ -73,7 +77,8 @@ def _saved(value: Any) -> Any:
     if set(names) <= set(TABLES):
         return [name for name in TABLES if name in names] or None
     return Refused(
-        f"of the base, {' and '.join(TABLES)} are trained as a whole; norms and the rest stay as they are"
+        f"of the base, {' and '.join(TABLES)} are trained as a whole; norms and the rest stay as "
+        "they are"
     )
 
 
@@ -96,13 +101,8 @@ def _indices(value: Any) -> Any:
 
 
 def _token_modules(value: Any) -> list[str]:
-    return sorted(
-        {
-            str(name).rpartition(".")[2]
-            for name, ids in ids_by_table(value).items()
-            if ids
-        }
-    )
+    named = [str(name) for name, ids in ids_by_table(value).items() if ids]
+    return sorted({name.rpartition(".")[2] for name in named})
 
 
 _RULES = "lora.rules"  # of the fields that are combined into rules
@@ -110,16 +110,16 @@ _OTHER_METHOD = "it is another method than LoRA, and is not implemented here"
 _IGNORED = {
     **dict.fromkeys(
         ("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
-        "settings of an initialisation",
+        "it configures an initialization",
     ),
-    "qalora_group_size": "a setting of use_qalora",
-    "fan_in_fan_out": "without influence on Linear layers",
-    "inference_mode": "said by the verb",
-    "auto_mapping": "of PEFT's own loading",
-    "peft_version": "of the file",
+    "qalora_group_size": "it is a setting of use_qalora",
+    "fan_in_fan_out": "it has no effect on Linear layers",
+    "inference_mode": "the subcommand decides whether the adapter is trained",
+    "auto_mapping": "only PEFT needs it, to load a model",
+    "peft_version": "it does not change the adapter",
     "revision": "name a snapshot's folder as --model instead",
-    "megatron_core": "a name of a module",
-    "runtime_config": "of PEFT's own memory",
+    "megatron_core": "it names a module of Megatron",
+    "runtime_config": "it configures PEFT's use of memory",
 }
 PEFT: dict[str, Field] = {
     **dict.fromkeys(
@@ -156,19 +156,19 @@ PEFT: dict[str, Field] = {
     "megatron_config": _only(because="there is no Megatron here; see --mesh"),
     **{name: Field(ignored=reason) for name, reason in _IGNORED.items()},
     "ensure_weight_tying": _only(
-        because="a trained embedding and its head are apart here"
+        because="a trained embedding and its head are separate tables here"
     ),
 }
 
 # ---------------------------------------------------------------- single fields
 
 _RESIZED = (
-    "if the tokenizer got new tokens: name them in data.add_tokens or data.add_special_tokens, in their order; the "
-    "embedding is resized for them"
+    "if the tokenizer got new tokens: name them in data.add_tokens or data.add_special_tokens, in "
+    "their order; the embedding is resized for them"
 )
 _DENSE = (
-    "target_parameters: dense layers of a mixture have the same paths as experts; leave them out with a first rule "
-    "such as layers/0/ffn/:0"
+    "target_parameters: dense layers of a mixture have the same paths as experts; leave them out "
+    "with a first rule such as layers/0/ffn/:0"
 )
 
 # Settings of AdaLoRA's allocation: PEFT's name, our name, and PEFT's default.
@@ -222,16 +222,17 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
         expected = "settings that are supported here"
         remedy = "remove or change them"
         raise NaloraError(
-            "LoraConfig", expected=expected, found="; ".join(refused), remedy=remedy
+            "LoraConfig",
+            expected=expected,
+            found="; ".join(refused),
+            remedy=remedy,
         )
     if values.get("target_parameters"):
         notes.append(_DENSE)
     lora = settings.get("lora", {})
     indices = values.get("trainable_token_indices")
-    if (
-        "embed_tokens" in lora.get("modules_to_save", ())
-        or "trainable_token_indices" in lora
-    ):
+    saved = lora.get("modules_to_save", ())
+    if "embed_tokens" in saved or "trainable_token_indices" in lora:
         notes.append(_RESIZED)
     settings |= allocation
     if isinstance(indices, Mapping) and "trainable_token_indices" in lora:
@@ -259,14 +260,13 @@ def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], Setti
         steps = values.get(theirs) or 0
         if not isinstance(steps, int) or not 0 <= steps <= total:
             raise NaloraError(
-                theirs, expected=f"a number of steps up to {total}", found=shown(steps)
+                theirs,
+                expected=f"a number of steps up to {total}",
+                found=shown(steps),
             )
         ours[name] = steps / total
-    plain = {
-        name: value
-        for name, value in values.items()
-        if name not in {*_ADALORA, "rank_pattern"}
-    }
+    of_method = {*_ADALORA, "rank_pattern"}
+    plain = {name: value for name, value in values.items() if name not in of_method}
     plain |= {"peft_type": "LORA", "r": values.get("init_r", 12)}
     return plain, {"steps": total, "adalora": ours}
 
@@ -311,33 +311,36 @@ def _modules() -> tuple[dict[str, str], str]:
     In "all-linear" outputs of linear attention and convolutions are in one rule with o_proj,
     because a rule must match in every model.
     """
-    paths: dict[str, dict[str, None]] = {}
-    for row in (row for family in BUILT_IN.values() for row in family.tensors):
+    paths_of: dict[str, list[str]] = {}
+    for row in itertools.chain(*(family.tensors for family in BUILT_IN.values())):
+        name = row.name.removesuffix(".weight").rpartition(".")[2]
         for match in filter(None, map(_PATH.fullmatch, row.paths)):
             # A path also matches parts of a part: ffn/experts_ffn/gate_proj.
-            paths.setdefault(row.name.removesuffix(".weight").rpartition(".")[2], {})[
-                f"{match[1]}/{match[2]}"
-            ] = None
-    everything = dict.fromkeys(
-        path for of_module in paths.values() for path in of_module
-    )
+            paths = paths_of.setdefault(name, [])
+            path = f"{match[1]}/{match[2]}"
+            if path not in paths:
+                paths.append(path)
+    everything = list(dict.fromkeys(itertools.chain(*paths_of.values())))
 
-    def pattern(names: Sequence[str]) -> str:
+    def pattern(paths: Sequence[str]) -> str:
         """Returns an expression that is found in these paths only."""
-        exact = [
-            p + "$" * any(other != p and other.startswith(p) for other in everything)
-            for p in names
-        ]
-        return exact[0] if len(exact) == 1 else f"({'|'.join(exact)})"
+        exact = []
+        for path in paths:
+            if any(other != path and other.startswith(path) for other in everything):
+                exact.append(f"{path}$")
+            else:
+                exact.append(path)
+        if len(exact) == 1:
+            return exact[0]
+        return f"({'|'.join(exact)})"
 
     mixers = [
         path
         for path in everything
         if path.partition("/")[0] not in ("attn", "ffn", "tail")
     ]
-    return {name: pattern(list(of)) for name, of in paths.items()}, pattern(
-        ["attn/o_proj", *mixers]
-    )
+    patterns = {name: pattern(paths) for name, paths in paths_of.items()}
+    return patterns, pattern(["attn/o_proj", *mixers])
 
 
 def rules_of(values: Mapping[str, Any]) -> list[str]:
@@ -358,36 +361,46 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
     for where in ("rank_pattern", "alpha_pattern"):
         if not isinstance(values.get(where), Mapping | None):
             raise NaloraError(
-                where, expected="values by name", found=shown(values[where])
+                where,
+                expected="values by name",
+                found=shown(values[where]),
             )
     rank = values.get("r", 8)
     alpha = values.get("lora_alpha", 8)
-    ranks, alphas = (
-        dict(values.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
-    )
-    stacks = [
-        _stack_path(name)
-        for name in _names(listed(values.get("target_parameters")), "target_parameters")
-    ]
+    ranks = dict(values.get("rank_pattern") or {})
+    alphas = dict(values.get("alpha_pattern") or {})
+    parameters = listed(values.get("target_parameters"))
+    stacks = [_stack_path(name) for name in _names(parameters, "target_parameters")]
     targets = values.get("target_modules")
     excluded = values.get("exclude_modules")
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     if isinstance(targets, str) and not everything:
         expected = 'names, or "all-linear"'
         actual = f"the expression {targets!r}"
-        remedy = "write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj"
+        remedy = (
+            "write it as --lora.rules: patterns are searched in paths such as "
+            "layers/3/ffn/gate_proj"
+        )
         raise NaloraError(
-            "target_modules", expected=expected, found=actual, remedy=remedy
+            "target_modules",
+            expected=expected,
+            found=actual,
+            remedy=remedy,
         )
     if targets is None and not stacks:
         expected = "names of modules"
         remedy = "PEFT's default depends on the model: name them"
         raise NaloraError(
-            "target_modules", expected=expected, found="none", remedy=remedy
+            "target_modules",
+            expected=expected,
+            found="none",
+            remedy=remedy,
         )
     if isinstance(excluded, str):
         raise NaloraError(
-            "exclude_modules", expected="names", found=f"the expression {excluded!r}"
+            "exclude_modules",
+            expected="names",
+            found=f"the expression {excluded!r}",
         )
     out = {
         _path(name, "exclude_modules")
@@ -398,35 +411,38 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
         actual = ", ".join(excluded or ())
         remedy = "list target_modules by name"
         raise NaloraError(
-            "exclude_modules", expected=expected, found=actual, remedy=remedy
+            "exclude_modules",
+            expected=expected,
+            found=actual,
+            remedy=remedy,
         )
     named: Sequence[str] = _LINEAR
-    if not everything:
-        named = _names([] if targets is None else targets, "target_modules")
+    if targets is None:
+        named = ()
+    elif not everything:
+        named = _names(targets, "target_modules")
     paths = [
         path for name in named if (path := _path(name, "target_modules")) not in out
     ]
     within = ""
     if numbers := listed(values.get("layers_to_transform")):
-        if not isinstance(numbers, Sequence) or not all(
-            type(number) is int for number in numbers
-        ):
+        if not isinstance(numbers, Sequence) or {*map(type, numbers)} != {int}:
             raise NaloraError(
-                "layers_to_transform", expected="layer numbers", found=shown(numbers)
+                "layers_to_transform",
+                expected="layer numbers",
+                found=shown(numbers),
             )
         within = f"layers/({'|'.join(map(str, numbers))})/"
     rules = []
+    any_layer = {_without_layer(path) for path in stacks}
+    patterns = dict.fromkeys([*ranks, *alphas])
     # Of rules the first that matches counts, so longer names come before the names that they end
     # with.
-    for name in sorted(
-        dict.fromkeys([*ranks, *alphas]), key=lambda name: -_bare(name).count(".")
-    ):
+    for name in sorted(patterns, key=lambda name: -_bare(name).count(".")):
         path = _path(name, "rank_pattern, alpha_pattern")
         scales = _first_value(ranks, name, rank), _first_value(alphas, name, alpha)
         # PEFT ignores a pattern for a module that is not targeted.
-        if _may_be_stack(name) and _without_layer(_stack_path(name)) in map(
-            _without_layer, stacks
-        ):
+        if _may_be_stack(name) and _without_layer(_stack_path(name)) in any_layer:
             rules.append(_rule(_stack_path(name), *scales, ""))
         if _without_layer(path) in paths:
             rules.append(_rule(path, *scales, within))
@@ -440,46 +456,47 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
 
 
 def _names(value: Any, where: str) -> Sequence[str]:
-    if not isinstance(value, Sequence) or not all(
-        isinstance(name, str) for name in value
-    ):
-        raise NaloraError(where, expected="a list of names", found=shown(value))
-    return value
+    if isinstance(value, Sequence) and all(isinstance(name, str) for name in value):
+        return value
+    raise NaloraError(where, expected="a list of names", found=shown(value))
 
 
 def _first_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """Returns the value of the first key that ``name`` ends with, as PEFT looks it up for a
     module."""
     dotted = f".{_bare(name)}"
-    return next(
-        (value for key, value in pattern.items() if dotted.endswith(f".{_bare(key)}")),
-        default,
-    )
+    for key, value in pattern.items():
+        if dotted.endswith(f".{_bare(key)}"):
+            return value
+    return default
 
 
 def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
-    if (
-        isinstance(alpha, bool)
-        or not isinstance(alpha, int | float)
-        or not abs(alpha) < 1e38
-    ):
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not abs(alpha) < 1e38:
         raise NaloraError(
-            "lora_alpha or alpha_pattern", expected="a number", found=shown(alpha)
+            "lora_alpha or alpha_pattern",
+            expected="a number",
+            found=shown(alpha),
         )
-    pattern = path if path.startswith("layers/") else within + path
-    return f"{pattern}:{rank}:{alpha:g}"
+    if not path.startswith("layers/"):
+        path = within + path
+    return f"{path}:{rank}:{alpha:g}"
 
 
 def _path(name: str, where: str) -> str:
     """Returns the pattern of a module: in every layer, or in the layer that its name contains."""
     bare = _bare(name)
-    (modules, _) = _modules()
+    modules, _ = _modules()
     last = bare.rpartition(".")[2]
     if last in TABLES:
         actual = f"{name!r}, which is trained as a whole here"
         remedy = f"leave it out, and add --lora.modules-to-save {last}"
         raise NaloraError(
-            where, expected="modules of a model's layers", found=actual, remedy=remedy
+            where,
+            expected="modules of a model's layers",
+            found=actual,
+            remedy=remedy,
         )
     if not _NAME.fullmatch(bare) or last not in modules:
         expected = f"modules of {', '.join(modules)}"
@@ -495,7 +512,10 @@ def _stack_path(name: str) -> str:
         stacks = ", ".join(f"experts.{stack}" for stack in _STACKS)
         remedy = "name a Linear module in target_modules; routers and biases are not adapted here"
         raise NaloraError(
-            "target_parameters", expected=stacks, found=repr(name), remedy=remedy
+            "target_parameters",
+            expected=stacks,
+            found=repr(name),
+            remedy=remedy,
         )
     bare = _bare(name)
     return _in_layer(bare, _STACKS[bare.rpartition(".")[2]])

@@ -54,7 +54,7 @@ PREFIX = "base_model.model."
 _HEAD = TABLES["lm_head"]
 _EMBEDDING = TABLES["embed_tokens"]
 # Suffixes of a module with trained rows: its rows, and its table, which PEFT writes if it was
-#   resized.
+# resized.
 _ROWS = "token_adapter.trainable_tokens_delta"
 _RESIZED = "token_adapter.base_layer.weight"
 
@@ -85,9 +85,8 @@ def table_rows(folder: Path, config: ModelConfig) -> int | None:
     except NaloraError:
         return None  # the error is reported when the adapter is read
     modules = table_modules(config).values()
-    keys = [
-        f"{module}.{suffix}" for suffix in ("weight", _RESIZED) for module in modules
-    ]
+    keys = [f"{module}.weight" for module in modules]
+    keys += [f"{module}.{_RESIZED}" for module in modules]
     counts = {
         key: stored[key].shape[0] for key in keys if key in stored and stored[key].shape
     }
@@ -105,8 +104,10 @@ def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
         indices = read_peft_config(folder).token_indices
     except NaloraError:
         return None  # the error is reported when the adapter is read
-    rows = 1 + max((token_id for _, ids in indices for token_id in ids), default=-1)
-    return rows if rows > config.vocab_size else None
+    last = max([max(ids) for _, ids in indices], default=-1)
+    if last < config.vocab_size:
+        return None
+    return last + 1
 
 
 def take_tables(
@@ -129,7 +130,10 @@ def take_tables(
     """
     named = tuple(name.rpartition(".")[2] for name in peft.modules_to_save)
     spec = AdapterSpec(saved=named, token_indices=peft.token_indices)
-    remedy = "use its own base; if tokens were added, their tokenizer must be in the adapter's folder"
+    remedy = (
+        "use its own base; if tokens were added, their tokenizer must be in the adapter's "
+        "folder"
+    )
     check_token_indices(spec, config, f"{peft.where}: trainable_token_indices", remedy)
     trained = spec.own_rows(tied=config.tie_embeddings)
     shape = (config.vocab_size, config.d_model)
@@ -140,20 +144,24 @@ def take_tables(
         # values.
         for inner in ("modules_to_save", "original_module"):
             tensors.pop(f"{module}.{inner}.weight", None)
+        ids = trained.get(name, ())
         # A tied head's rows, if they are in the file at all, are a copy of the embedding's.
-        ids = trained.get(
-            name, trained.get("embed_tokens", ()) if config.tie_embeddings else ()
-        )
-        rows, table = (
-            tensors.pop(f"{module}.{suffix}", None) for suffix in (_ROWS, _RESIZED)
-        )
+        if config.tie_embeddings and name not in trained:
+            ids = trained.get("embed_tokens", ())
+        rows = tensors.pop(f"{module}.{_ROWS}", None)
+        table = tensors.pop(f"{module}.{_RESIZED}", None)
         if rows is None and name in trained:
             expected = f"the trained rows of {name}"
             raise NaloraError(
-                f"{where}: {module}.{_ROWS}", expected=expected, found="nothing"
+                f"{where}: {module}.{_ROWS}",
+                expected=expected,
+                found="nothing",
             )
         if rows is not None and rows.shape != (len(ids), config.d_model):
-            expected = f"shape {(len(ids), config.d_model)}, a row for each of trainable_token_indices"
+            expected = (
+                f"shape {(len(ids), config.d_model)}, a row for each of "
+                "trainable_token_indices"
+            )
             raise NaloraError(
                 f"{where}: {module}.{_ROWS}",
                 expected=expected,
@@ -174,7 +182,9 @@ def take_tables(
         if name not in TABLES:
             expected = f"some of {', '.join(TABLES)} (other modules are not supported)"
             raise NaloraError(
-                f"{where}: modules_to_save", expected=expected, found=name
+                f"{where}: modules_to_save",
+                expected=expected,
+                found=name,
             )
         key = f"{modules[name]}.weight"
         table = tensors.pop(key, None)
@@ -188,15 +198,12 @@ def take_tables(
                 f"{where}: {key}",
                 expected=f"shape {shape}, as the base has it",
                 found=f"shape {table.shape}",
-                remedy="an adapter with new tokens needs a base that is resized for them, as `nalora_jax.load` does",
+                remedy="an adapter with new tokens needs a base that is resized for them, as "
+                "`nalora_jax.load` does",
             )
-        leaves[TABLES[name]] = _flipped(name, table)
-    if (
-        peft.tied
-        and config.tie_embeddings
-        and _EMBEDDING in leaves
-        and _HEAD not in leaves
-    ):
+        leaves[TABLES[name]] = _flip(name, table)
+    tied = peft.tied and config.tie_embeddings
+    if tied and _EMBEDDING in leaves and _HEAD not in leaves:
         leaves[_HEAD] = np.ascontiguousarray(leaves[_EMBEDDING].T)
     with_rows = {name for name, path in ROWS.items() if path in leaves}
     # the head has the embedding's rows
@@ -215,21 +222,22 @@ def table_tensors(
     """Returns the trained tables and rows by PEFT's key, in the layout of its files."""
     leaves = trees.flatten(lora)
     modules = table_modules(config)
-    tensors = {
-        f"{modules[name]}.weight": _flipped(
-            name, np.asarray(leaves[TABLES[name]], np.float32)
-        )
-        for name in spec.saved
-    }
+    tensors = {}
+    for name in spec.saved:
+        table = np.asarray(leaves[TABLES[name]], np.float32)
+        tensors[f"{modules[name]}.weight"] = _flip(name, table)
     for name in spec.own_rows(tied=config.tie_embeddings):
-        tensors[f"{modules[name]}.{_ROWS}"] = np.asarray(leaves[ROWS[name]], np.float32)
+        rows = np.asarray(leaves[ROWS[name]], np.float32)
+        tensors[f"{modules[name]}.{_ROWS}"] = rows
     return tensors
 
 
-def _flipped(name: str, table: np.ndarray) -> np.ndarray:
+def _flip(name: str, table: np.ndarray) -> np.ndarray:
     """Converts a table between PEFT's layout, ``[rows, d_model]``, and ours: the head is
     transposed."""
-    return table if name == "embed_tokens" else np.ascontiguousarray(table.T)
+    if name == "embed_tokens":
+        return table
+    return np.ascontiguousarray(table.T)
 
 
 def fold_saved(
@@ -274,7 +282,8 @@ def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
     Raises:
       NaloraError: the adapter has trained tables or rows.
     """
-    trained = [*spec.saved, *(f"rows of {name}" for name, _ in spec.token_indices)]
+    trained = list(spec.saved)
+    trained += [f"rows of {name}" for name, _ in spec.token_indices]
     if trained:
         actual = f"trained {' and '.join(trained)}"
         raise NaloraError(
@@ -292,9 +301,11 @@ def token_settings(spec: AdapterSpec) -> dict[str, Any]:
     ``{"embed_tokens": [5, 6], ...}``.
     """
     listed = {name: list(ids) for name, ids in spec.token_indices}
+    if not listed:
+        return {}
     if set(listed) == {"embed_tokens"}:
         return {"trainable_token_indices": listed["embed_tokens"]}
-    return {"trainable_token_indices": listed} if listed else {}
+    return {"trainable_token_indices": listed}
 
 
 # ---------------------------------------------------------------- dual encoders
@@ -315,10 +326,11 @@ def trained_tensors(
 ) -> dict[str, np.ndarray]:
     """Returns the fully trained parameters by transformers' names, in the layout of its files."""
     leaves = trees.flatten(lora)
-    return {
-        _WHOLE[path]: np.array(np.asarray(leaves[path], np.float32).T, order="C")
-        for path in config.trained_shapes()
-    }
+    tensors = {}
+    for path in config.trained_shapes():
+        leaf = np.asarray(leaves[path], np.float32)
+        tensors[_WHOLE[path]] = np.array(leaf.T, order="C")
+    return tensors
 
 
 def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
@@ -336,10 +348,14 @@ def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
     for name, shape in shapes.items():
         stored = tensors.get(_WHOLE[name])
         if stored is None or stored.shape != shape[::-1]:
-            actual = "nothing" if stored is None else f"shape {stored.shape}"
+            actual = "nothing"
+            if stored is not None:
+                actual = f"shape {stored.shape}"
             expected = f"a tensor for {name} {shape}"
             raise NaloraError(
-                f"{path}: {_WHOLE[name]}", expected=expected, found=actual
+                f"{path}: {_WHOLE[name]}",
+                expected=expected,
+                found=actual,
             )
         leaves[name] = np.array(stored.T, order="C")
     return leaves

@@ -82,13 +82,18 @@ class FileTensor:
             data = np.fromfile(self.file, np.uint8, count, offset=self.start + start)
         except OSError as error:
             raise NaloraError(
-                str(self.file), expected="a file that can be read", found=error
+                str(self.file),
+                expected="a file that can be read",
+                found=error,
             ) from error
         if data.size != count:
             expected = f"{count} bytes from {self.start + start}"
             remedy = "the file changed; load again"
             raise NaloraError(
-                str(self.file), expected=expected, found=data.size, remedy=remedy
+                str(self.file),
+                expected=expected,
+                found=data.size,
+                remedy=remedy,
             )
         return data
 
@@ -164,7 +169,9 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         tensors[name] = tensor.astype(np.float32, copy=False)
         if not np.isfinite(tensors[name]).all():
             raise NaloraError(
-                f"{path}: {name}", expected="finite numbers", found="NaN or infinity"
+                f"{path}: {name}",
+                expected="finite numbers",
+                found="NaN or infinity",
             )
     return tensors, metadata
 
@@ -194,7 +201,10 @@ def complaints(path: Path) -> Iterator[None]:
         expected = "a complete safetensors file"
         remedy = "download it again: it is truncated, damaged or of another format"
         raise NaloraError(
-            str(path), expected=expected, found=str(error), remedy=remedy
+            str(path),
+            expected=expected,
+            found=str(error),
+            remedy=remedy,
         ) from error
 
 
@@ -250,10 +260,8 @@ def write_shards(
     """
     shards: list[dict[str, Any]] = [{}]
     for name, like in likes.items():
-        if (
-            shards[-1]
-            and sum(map(size_of, shards[-1].values())) + size_of(like) > shard_bytes
-        ):
+        size = sum(map(size_of, shards[-1].values())) + size_of(like)
+        if shards[-1] and size > shard_bytes:
             shards.append({})
         shards[-1][name] = like
     files = [SINGLE]
@@ -262,11 +270,9 @@ def write_shards(
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
             for i in range(len(shards))
         ]
-        weight_map = {
-            name: file
-            for file, shard in zip(files, shards, strict=True)
-            for name in shard
-        }
+        weight_map = {}
+        for file, shard in zip(files, shards, strict=True):
+            weight_map |= dict.fromkeys(shard, file)
         total = {"total_size": sum(map(size_of, likes.values()))}
         write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
     stream = iter(tensors)
@@ -311,9 +317,6 @@ def _write_file(
         file.write(len(header).to_bytes(8, "little") + header)
         for expected, like in likes.items():
             name, array = next(tensors)
-            assert (name, array.shape, array.dtype) == (
-                expected,
-                like.shape,
-                like.dtype,
-            ), (name, like)
+            described_as = (expected, like.shape, like.dtype)
+            assert (name, array.shape, array.dtype) == described_as, (name, like)
             file.write(_bytes_of(array))

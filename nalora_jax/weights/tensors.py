@@ -10,6 +10,7 @@ one block per core.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -71,7 +72,10 @@ class TensorSource(ABC):
             where = f"{tensor.file}: {name}"
             expected = f"one of {', '.join(self.readable)}"
             raise NaloraError(
-                where, expected=expected, found=tensor.format, remedy=self.remedy
+                where,
+                expected=expected,
+                found=tensor.format,
+                remedy=self.remedy,
             )
 
     def stored(self, name: str) -> FileTensor:
@@ -114,16 +118,16 @@ def load_params(
             fills[slot.path].append(
                 _Fill(names[tensor.name], tensor, number, slot.index)
             )
-    where = shardings or defaultdict(
-        lambda: SingleDeviceSharding(jax.local_devices()[0])
+    where: Mapping[str, Sharding] = shardings or dict.fromkeys(
+        shapes, SingleDeviceSharding(jax.local_devices()[0])
     )
     leaves: dict[str, Any] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
         for path, shape in shapes.items():
             read = partial(_read, fills[path], source, pool)
             if quantized and re.search(kernels(quantized), path):
-                one = lambda index, dtype, read=read: read([index], dtype)[0]  # noqa: E731
-                leaves[path] = quantized_leaf(shape, quantized, where[path], one)
+                read_slice = partial(_read_slice, read)
+                leaves[path] = quantized_leaf(shape, quantized, where[path], read_slice)
             else:
                 leaves[path] = _leaf(
                     shape, DTYPES[leaf_dtype(path, dtype)], where[path], read
@@ -182,9 +186,11 @@ def check_tensors(
         if not same:
             raise NaloraError(
                 f"{source.where}: {name}",
-                expected=f"the same numbers as {twin}, since the config ties the output head to the embedding",
+                expected=f"the same numbers as {twin}, since the config ties the output head to "
+                "the embedding",
                 found="a different tensor",
-                remedy='set "tie_word_embeddings": false in config.json if the model has its own head',
+                remedy='set "tie_word_embeddings": false in config.json if the model has its own '
+                "head",
             )
     return names
 
@@ -201,23 +207,20 @@ class _Fill:
     number: int  # of the part
     lead: tuple[int, ...]  # the leaf's leading indices: layer, expert
 
-    def within(
+    def find_view(
         self, buffer: np.ndarray, index: Index
-    ) -> Iterator[tuple[np.ndarray, Index]]:
-        """Yields the view of ``buffer``, which holds the slice ``index``, that this part fills, if
-        it does."""
-        lead = index[: len(self.lead)]
+    ) -> tuple[np.ndarray, Index] | None:
+        """Returns the view of ``buffer``, the leaf's slice ``index``, that this part fills; None if
+        it fills none."""
         trailing = index[len(self.lead) :]
-        if all(
-            place.start <= i < place.stop
-            for i, place in zip(self.lead, lead, strict=True)
-        ):
-            at = tuple(
-                i - place.start for i, place in zip(self.lead, lead, strict=True)
-            )
-            yield buffer[(*at, ...)], trailing  # a view, of a scalar too
+        at = []
+        for i, place in zip(self.lead, index[: len(self.lead)], strict=True):
+            if not place.start <= i < place.stop:
+                return None
+            at.append(i - place.start)
+        return buffer[(*at, ...)], trailing  # a view, of a scalar too
 
-    def into(
+    def write(
         self,
         target: np.ndarray,
         index: Index,
@@ -234,16 +237,18 @@ class _Fill:
         if transform.mixes_rows:
             if k:  # the first share writes all of it
                 return
-            part = whole((self.tensor.rows[self.number], *self.tensor.shape[1:]))
+            rows = self.tensor.rows[self.number]
+            part = whole((rows, *self.tensor.shape[1:]))
             complete = source.read(self.name, self._shifted(part))
             target[...] = transform.into(complete)[index].astype(target.dtype)
             return
         theirs = transform.reordered(index)
         blocks = list(_blocks(theirs, each=transform.swaps))
-        for block in blocks[len(blocks) * k // n : len(blocks) * (k + 1) // n]:
-            read = source.read(self.name, self._shifted(block)).astype(
-                target.dtype, copy=False
-            )
+        first = len(blocks) * k // n
+        last = len(blocks) * (k + 1) // n
+        for block in blocks[first:last]:
+            stored = source.read(self.name, self._shifted(block))
+            read = stored.astype(target.dtype, copy=False)
             relative = tuple(
                 slice(b.start - t.start, b.stop - t.start)
                 for b, t in zip(block, theirs, strict=True)
@@ -253,11 +258,9 @@ class _Fill:
     def _shifted(self, index: Index) -> Index:
         if self.tensor.transform.alternates:
             step = len(self.tensor.slots)
-            last = index[-1]
-            return (
-                *index[:-1],
-                slice(last.start * step + self.number, last.stop * step, step),
-            )
+            *others, columns = index
+            start = columns.start * step + self.number
+            return (*others, slice(start, columns.stop * step, step))
         axis = self.tensor.axis
         first = sum(self.tensor.rows[: self.number])
         shifted = slice(index[axis].start + first, index[axis].stop + first)
@@ -275,16 +278,13 @@ def _read(
 
     Ranges of a tensor that several slices need are read close together.
     """
-    buffers = [
-        aligned(tuple(place.stop - place.start for place in index), dtype)
-        for index in indices
-    ]
-    jobs = [
-        (fill, *place)
-        for fill in fills
-        for index, buffer in zip(indices, buffers, strict=True)
-        for place in fill.within(buffer, index)
-    ]
+    buffers = [aligned(_lengths(index), dtype) for index in indices]
+    jobs = []
+    for fill in fills:
+        for index, buffer in zip(indices, buffers, strict=True):
+            view = fill.find_view(buffer, index)
+            if view is not None:
+                jobs.append((fill, *view))
     # several workers share a tensor if there are few
     shares = -(-WORKERS // max(1, len(jobs)))
 
@@ -292,28 +292,35 @@ def _read(
         fill, target, index = job
         # no warnings about infinities and NaNs in the file
         with np.errstate(all="ignore"):
-            fill.into(target, index, source, (k, shares))
+            fill.write(target, index, source, (k, shares))
 
-    tasks = [(job, k) for job in jobs for k in range(shares)]
+    tasks = itertools.product(jobs, range(shares))
     list(pool.map(run, *zip(*tasks, strict=True)))  # list() raises the workers' errors
     return buffers
+
+
+def _read_slice(read: Callable[..., Any], index: Index, dtype: Any) -> np.ndarray:
+    """Returns one slice by a function that reads several."""
+    (array,) = read([index], dtype)
+    return array
 
 
 def _leaf(
     shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[..., Any]
 ) -> jax.Array:
     """Returns the leaf as a global array; each distinct slice is read once per process."""
-    keys = list(
-        {
-            span(index, shape)
-            for index in sharding.addressable_devices_indices_map(shape).values()
-        }
-    )
-    slices = [tuple(slice(*bounds) for bounds in key) for key in keys]
-    buffers = dict(zip(keys, read(slices, dtype), strict=True))
+    keys = list(_local_spans(shape, sharding))
+    arrays = read(list(map(_index_of, keys)), dtype)
+    buffers = dict(zip(keys, arrays, strict=True))
     return jax.make_array_from_callback(
         shape, sharding, lambda index: buffers[span(index, shape)]
     )
+
+
+def _local_spans(shape: tuple[int, ...], sharding: Sharding) -> set[Key]:
+    """Returns the distinct slices of an array that this process's devices hold."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return {span(index, shape) for index in indices}
 
 
 def whole(shape: tuple[int, ...]) -> Index:
@@ -329,28 +336,35 @@ def _blocks(index: Index, *, each: bool = False) -> Iterator[Index]:
     first, *inner = index
     if each and len(inner) > 1:
         for i in range(first.start, first.stop):
-            yield from ((slice(i, i + 1), *block) for block in _blocks(tuple(inner)))
+            for block in _blocks(tuple(inner)):
+                yield (slice(i, i + 1), *block)
         return
-    step = max(
-        1, BLOCK // max(1, math.prod(place.stop - place.start for place in inner))
-    )
+    row = math.prod(_lengths(inner))
+    step = max(1, BLOCK // max(1, row))
     for start in range(first.start, first.stop, step):
         yield (slice(start, min(start + step, first.stop)), *inner)
 
 
-_ALIGNMENT = (
-    64  # bytes; XLA's requirement for a host buffer that it uses without a copy
-)
+# bytes; XLA's requirement for a host buffer that it uses without a copy
+_ALIGNMENT = 64
 # start and stop are set; a step only where columns of several leaves alternate
 Index = tuple[slice, ...]
 Key = tuple[tuple[int, int], ...]  # the same, hashable
 
 
+def _index_of(key: Key) -> Index:
+    return tuple(slice(start, stop) for start, stop in key)
+
+
+def _lengths(index: Sequence[slice]) -> tuple[int, ...]:
+    """Returns the shape of a slice."""
+    return tuple(place.stop - place.start for place in index)
+
+
 def span(index: Index | None, shape: tuple[int, ...]) -> Key:
     """Returns start and stop along every axis."""
-    return tuple(
-        place.indices(size)[:2] for place, size in zip(index or (), shape, strict=True)
-    )
+    places = zip(index or (), shape, strict=True)
+    return tuple(place.indices(size)[:2] for place, size in places)
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -377,26 +391,19 @@ def quantized_leaf(
     like = jax.eval_shape(
         partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32)
     )
-    wholes = (like.codes.shape, like.scales.shape)
-    places = [_fitted(whole, sharding) for whole in wholes]
-    held = [
-        {
-            span(index, whole)
-            for index in place.addressable_devices_indices_map(whole).values()
-        }
-        for whole, place in zip(wholes, places, strict=True)
-    ]
-    parts = quantized_parts(shape, kind, held[0], held[1], read)
+    shapes = (like.codes.shape, like.scales.shape)
+    shardings = [_fitted(shape, sharding) for shape in shapes]
+    codes, scales = map(_local_spans, shapes, shardings)
+    parts = quantized_parts(shape, kind, codes, scales, read)
 
-    def placed(
-        whole: tuple[int, ...], place: Sharding, of: Mapping[Key, np.ndarray]
+    def place(
+        stored: tuple[int, ...], placed: Sharding, of: Mapping[Key, np.ndarray]
     ) -> jax.Array:
         return jax.make_array_from_callback(
-            whole, place, lambda index: of[span(index, whole)]
+            stored, placed, lambda index: of[span(index, stored)]
         )
 
-    codes, scales = (placed(*each) for each in zip(wholes, places, parts, strict=True))
-    return Quantized(codes, scales, kind)
+    return Quantized(*map(place, shapes, shardings, parts), kind)
 
 
 def quantized_parts(
@@ -425,22 +432,21 @@ def quantized_parts(
     # input channels per row of codes, and of scales
     inputs = [shape[-2] // array.shape[-2] for array in wholes]
     # Of codes (0) and scales (1), by leading axes (layers, experts) and columns.
-    groups: dict[tuple[Key, tuple[int, int]], list[tuple[int, Key]]] = defaultdict(list)
+    groups: dict[Key, list[tuple[int, Key]]] = defaultdict(list)
     for number, keys in enumerate((codes, scales)):
         for key in keys:
-            groups[key[:-2], key[-1]].append((number, key))
+            *lead, _, columns = key
+            groups[*lead, columns].append((number, key))
     parts: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
     block = inputs[1]
-    for (leads, (first, last)), members in groups.items():
+    for (*leads, (first, last)), members in groups.items():
         needed = np.zeros(shape[-2] // block, np.int8)
         for number, (*_, (start, stop), _) in members:
-            needed[
-                start * inputs[number] // block : -(-stop * inputs[number] // block)
-            ] = 1
+            first_block = start * inputs[number] // block
+            needed[first_block : -(-stop * inputs[number] // block)] = 1
         # Start and stop of each run of blocks.
-        spans = (
-            np.flatnonzero(np.diff(needed, prepend=0, append=0)).reshape(-1, 2) * block
-        )
+        changes = np.flatnonzero(np.diff(needed, prepend=0, append=0))
+        spans = changes.reshape(-1, 2) * block
         counts = tuple(stop - start for start, stop in leads)
         # With all rows, of which only the needed ones are touched and so take memory.
         filled = [
@@ -453,23 +459,22 @@ def quantized_parts(
                 for (start, _), i in zip(leads, lead, strict=True)
             )
             for begin, end in spans.tolist():
-                columns = max(1, _QUANTIZED // (end - begin))
-                for start in range(first, last, columns):
-                    stop = min(start + columns, last)
-                    quantized = _quantize(
-                        read(
-                            (*index, slice(begin, end), slice(start, stop)), np.float32
-                        ),
-                        kind,
-                    )
-                    for array, per_row, block_of in zip(
-                        filled, inputs, (quantized.codes, quantized.scales), strict=True
+                width = max(1, _QUANTIZED // (end - begin))
+                for start in range(first, last, width):
+                    stop = min(start + width, last)
+                    block_index = (*index, slice(begin, end), slice(start, stop))
+                    quantized = _quantize(read(block_index, np.float32), kind)
+                    stored = (quantized.codes, quantized.scales)
+                    for array, per_row, part in zip(
+                        filled, inputs, stored, strict=True
                     ):
-                        rows = np.asarray(block_of).reshape(block_of.shape[-2:])
-                        place = slice(begin // per_row, begin // per_row + len(rows))
-                        array[lead][place, start - first : stop - first] = rows
+                        rows = np.asarray(part).reshape(part.shape[-2:])
+                        row = begin // per_row
+                        places = array[lead][row : row + len(rows)]
+                        places[:, start - first : stop - first] = rows
         for number, key in members:
-            parts[number][key] = filled[number][..., slice(*key[-2]), :]
+            *_, (start, stop), _ = key
+            parts[number][key] = filled[number][..., start:stop, :]
     return parts
 
 
@@ -477,10 +482,12 @@ def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
     """Returns the float kernel's sharding, without splits that do not divide the new shape."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    parts = [mesh_axes(entry) for entry in sharding.spec]
-    ways = [math.prod(sharding.mesh.shape[name] for name in names) for names in parts]
-    axes = [
-        names if size % n == 0 else None
-        for names, n, size in zip(parts, ways, shape, strict=False)
-    ]
+    axes: list[tuple[str, ...] | None] = []
+    for entry, size in zip(sharding.spec, shape, strict=False):
+        names = mesh_axes(entry)
+        ways = math.prod(sharding.mesh.shape[name] for name in names)
+        if size % ways:
+            axes.append(None)
+        else:
+            axes.append(names)
     return NamedSharding(sharding.mesh, P(*axes))

@@ -1,4 +1,4 @@
-"""Tokenizer files for transformers: copied from the base, or written from a `Tokenizer`."""
+"""Writes tokenizer files for transformers: copies of the base's, or files from a `Tokenizer`."""
 
 from __future__ import annotations
 
@@ -48,19 +48,23 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
     Raises:
       NaloraError: there is no tokenizer among them, or one of them is a link out of the folder.
     """
-    _copy(source, folder, (*FILES, *(IMAGE_FILES if images else ())))
-    if not any(
-        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")
-    ):
+    _copy(source, folder, FILES)
+    if images:
+        _copy(source, folder, IMAGE_FILES)
+    names = ("tokenizer.json", "tokenizer.model")
+    if not any((folder / name).exists() for name in names):
         expected = "tokenizer.json"
         remedy = "give the base's folder"
         raise NaloraError(
-            str(source), expected=expected, found="no tokenizer", remedy=remedy
+            str(source),
+            expected=expected,
+            found="no tokenizer",
+            remedy=remedy,
         )
 
 
 def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copies the files that are there."""
+    """Copies the files that exist."""
     for name in names:
         if (source / name).is_file():
             refuse_link_out(source, name)
@@ -93,23 +97,20 @@ def write_extended(
     slow = folder / "added_tokens.json"
     # transformers gives these precedence over tokenizer.json.
     if "added_tokens_decoder" in settings or slow.is_file():
-        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-        listed = {
-            str(number): {flag: getattr(token, flag) for flag in flags}
-            for number, token in added.items()
-        }
-        write_json(
-            folder / "tokenizer_config.json",
-            settings | {"added_tokens_decoder": listed},
-        )
+        listed = {str(number): _flags(token) for number, token in added.items()}
+        settings["added_tokens_decoder"] = listed
+        write_json(folder / "tokenizer_config.json", settings)
     if not has_templates(folder, settings):
         write_templates(tokenizer, folder)
     if slow.is_file():
-        write_json(
-            slow,
-            read_json(slow)
-            | {token.content: number for number, token in added.items()},
-        )
+        ids = {token.content: number for number, token in added.items()}
+        write_json(slow, read_json(slow) | ids)
+
+
+def _flags(token: tokenizers.AddedToken) -> dict[str, Any]:
+    """Returns an added token as transformers' ``added_tokens_decoder`` describes it."""
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {name: getattr(token, name) for name in names}
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
@@ -135,9 +136,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
         "pad_token": tokenizer.pad_id,
     }
     known = {name: number for name, number in ids.items() if number is not None}
+    texts = {name: backend.id_to_token(number) for name, number in known.items()}
     settings = {
         **(tokenizer.special_tokens or {}),
-        **{name: backend.id_to_token(number) for name, number in known.items()},
+        **texts,
         "add_bos_token": tokenizer.add_bos,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,

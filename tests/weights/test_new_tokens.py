@@ -233,7 +233,7 @@ def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
     assert put_on(same, folder).base is same.base
     refused(renamed, "'<end-of-it>' as 49, where the model has '<out>' as 49", onto=same)
     (renamed / "tokenizer.json").write_text(words.replace('"w5"', '"v5"'))
-    refused(renamed, "the tokens of the base under their own ids")
+    refused(renamed, "the tokens of the base with the base's ids")
 
 
 # ---------------------------------------------------------------- rows and settings
