@@ -100,11 +100,11 @@ def load_dual(
         return join(
             *towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size
         )
-    config, resolved = _described(source, families.read_dual)
+    config, resolved = _read_description(source, families.read_dual)
     tensors, params = _weights(config, resolved, dtype, mesh)
     of = origin(config, resolved, tensors, together=mesh is not None)
     tokenizer = _tokenizer(resolved.path, config.text)
-    processor = _of_side(read_processor(resolved.path), config.image, image_size)
+    processor = _set_side(read_processor(resolved.path), config.image, image_size)
     return LoadedDual(config, params, tokenizer, processor, of.name, of.fingerprint, of)
 
 
@@ -116,7 +116,7 @@ def described_dual(
         image, text = (_tower(name)[0] for name in names.values())
         width = d_out or min(image.d_model, text.d_model)
         return families.compose(image, text, width, loss)
-    return _described(source, families.read_dual)[0]
+    return _read_description(source, families.read_dual)[0]
 
 
 def _towers(source: str) -> dict[str, str]:
@@ -128,7 +128,7 @@ def _towers(source: str) -> dict[str, str]:
     return {"image/": image.strip(), "text/": text.strip()}
 
 
-def _described(source: str, read: Callable[..., T]) -> tuple[T, ResolvedSource]:
+def _read_description(source: str, read: Callable[..., T]) -> tuple[T, ResolvedSource]:
     """Returns the architecture and the files of an encoder or a pair."""
     resolved = hub.resolve_encoder(source)
     where = resolved.path / "config.json"
@@ -138,7 +138,7 @@ def _described(source: str, read: Callable[..., T]) -> tuple[T, ResolvedSource]:
 def _tower(source: str) -> tuple[EncoderConfig, ResolvedSource]:
     """Returns a tower's architecture and files, with the pooling that sentence-transformers records
     for a BERT."""
-    config, resolved = _described(source, families.read_encoder)
+    config, resolved = _read_description(source, families.read_encoder)
     settings = read_json(resolved.path / "1_Pooling" / "config.json", missing={})
     if config.model_type == "bert" and settings.get("pooling_mode_cls_token"):
         config = replace(config, pooling="first")
@@ -212,20 +212,20 @@ def join(
     config = families.compose(image.config, text.config, width, loss)
     assert image.processor is not None
     assert text.tokenizer is not None
-    projections = _fresh(config, seed, mesh)
+    projections = _init_projections(config, seed, mesh)
     params = {
         "image": image.params | projections.pop("image"),
         "text": text.params | projections.pop("text"),
     }
     digest = digest_of(f"{image.fingerprint} {text.fingerprint} {width} {loss} {seed}")
     name = f"{image.source}{JOIN}{text.source}"
-    processor = _of_side(image.processor, image.config, image_size)
+    processor = _set_side(image.processor, image.config, image_size)
     return LoadedDual(
         config, params | projections, text.tokenizer, processor, name, digest
     )
 
 
-def _of_side(
+def _set_side(
     processor: ImageProcessor, config: EncoderConfig, side: int
 ) -> ImageProcessor:
     """Returns the processor for squares of ``side`` pixels; unchanged if ``side`` is 0."""
@@ -253,7 +253,9 @@ def _of_side(
     return processor.of_side(side)
 
 
-def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
+def _init_projections(
+    config: DualConfig, seed: int, mesh: Mesh | None
+) -> dict[str, Any]:
     """Initializes projections and temperature of separately trained towers.
 
     They are float32 because they are trained.

@@ -214,7 +214,7 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
     if isinstance(config, ModelConfig):
         assert config.sight is not None
         text = keymap_for(replace(config, sight=None))
-        tensors = (*text.tensors, *_seen_tensors(config.sight))
+        tensors = (*text.tensors, *_sight_tensors(config.sight))
         ignored = (
             *(pattern for pattern in text.ignored if pattern not in SIGHT),
             r"position_ids$",
@@ -241,10 +241,12 @@ def _names(config: DualConfig | EncoderConfig | Sight) -> Rows:
     if isinstance(config, EncoderConfig):
         return TABLES[config.model_type]
     if isinstance(config, Sight):
-        return _prefixed(config.tower, "image/", _TOWER) + _PROJECTORS[config.projector]
+        return (
+            _add_prefix(config.tower, "image/", _TOWER) + _PROJECTORS[config.projector]
+        )
     rows = [
-        *_prefixed(config.image, "image/", "vision_model."),
-        *_prefixed(config.text, "text/", "text_model."),
+        *_add_prefix(config.image, "image/", "vision_model."),
+        *_add_prefix(config.text, "text/", "text_model."),
     ]
     change: Change = "lead"
     if not config.model_type.startswith("siglip"):
@@ -257,7 +259,7 @@ def _names(config: DualConfig | EncoderConfig | Sight) -> Rows:
     return tuple(rows)
 
 
-def _prefixed(tower: EncoderConfig, path: str, prefix: str) -> Rows:
+def _add_prefix(tower: EncoderConfig, path: str, prefix: str) -> Rows:
     rows = []
     for row in TABLES[tower.model_type]:
         paths = tuple(path + name for name in row.paths)
@@ -281,7 +283,7 @@ def _tensors(
             yield from row_tensors(row, row.paths, shapes, tower, layers)
 
 
-def _seen_tensors(sight: Sight) -> Iterator[SourceTensor]:
+def _sight_tensors(sight: Sight) -> Iterator[SourceTensor]:
     """Yields tensors of tower and projector; weights of unused layers go to the branch `UNUSED`."""
     run = sight.running.param_shapes()
     ours = sight.param_shapes()
@@ -330,11 +332,11 @@ def _modules(config: ModelConfig | DualConfig) -> dict[tuple[str, ...], str]:
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
         if all(path in host.projection_shapes() for path in paths):
             name = prefix + row.name.removesuffix(".weight")
-            modules[paths] = _in_memory(towers.get(paths[0].partition("/")[0]), name)
+            modules[paths] = _module_name(towers.get(paths[0].partition("/")[0]), name)
     return modules
 
 
-def _in_memory(tower: EncoderConfig | None, name: str) -> str:
+def _module_name(tower: EncoderConfig | None, name: str) -> str:
     """Returns the module name in transformers 5 if it differs from the files' (ViT, DINOv2)."""
     if tower is None or tower.model_type not in ("vit", "dinov2"):
         return name

@@ -232,11 +232,11 @@ def keymap_for(
     if source == "hf":
         rows = family.tensors
         alias = ("lm_head.weight", "model.embed_tokens.weight")
-        own = (
+        of_family = (
             expression.replace("{n_layers}", str(config.n_layers))
             for expression in family.ignored
         )
-        ignored = (*_ROTARY, *SIGHT, *own, *_unread_keys(config))
+        ignored = (*_ROTARY, *SIGHT, *of_family, *_unread_keys(config))
     else:
         rows = gguf_of(config).tensors
         alias = ("output.weight", "token_embd.weight")

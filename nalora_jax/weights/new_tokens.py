@@ -62,19 +62,19 @@ def with_added(
     """
     if not added:
         return base
-    held = _added_tokens(base.tokenizer.backend)
+    present = _added_tokens(base.tokenizer.backend)
     size = base.config.vocab_size
     tokenizer = base.tokenizer.with_tokens(added)
     rows = tokenizer.rows_for(added, size)
-    if there := {text: held[text] for text in added.texts if text in held}:
-        log.info("tokens that the tokenizer has already: %s", _shown(there))
+    if known := {text: present[text] for text in added.texts if text in present}:
+        log.info("tokens that the tokenizer has already: %s", _format_tokens(known))
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
-    if new := {text: ids[text] for text in added.texts if text not in held}:
+    if new := {text: ids[text] for text in added.texts if text not in present}:
         change = "their rows are there"
         if rows > size:
             change = f"the embedding grows from {size:,} to {rows:,} rows"
-        log.info("added tokens: %s; %s", _shown(new), change)
-    return replace(_resized(base, rows, tokenizer, mesh), added=tuple(new))
+        log.info("added tokens: %s; %s", _format_tokens(new), change)
+    return replace(_resize_model(base, rows, tokenizer, mesh), added=tuple(new))
 
 
 def for_adapter(
@@ -96,32 +96,32 @@ def for_adapter(
         than the base, and there is no tokenizer that lists the extra tokens; a row was trained for
         a token that is in none of the tokenizers; or the tokenizer belongs to another base.
     """
-    held = base.config.vocab_size
+    size = base.config.vocab_size
     tables = table_rows(folder, base.config)
     needed = rows_of_indices(folder, base.config)
-    source_tables = tables or needed
-    rows = source_tables or held
-    new = _own_tokens(base, folder, source_tables, strict=rows != held)
+    adapter_rows = tables or needed
+    rows = adapter_rows or size
+    new = _new_tokens(base, folder, adapter_rows, strict=rows != size)
     last = max(new.values(), default=-1)
     if tables is None and needed is not None:
         # No table states the number of rows: it is the number of tokens, not of the file's ids.
         if needed > last + 1:
             where = f"{folder / CONFIG_NAME}: trainable_token_indices"
             expected = (
-                f"ids below {max(held, last + 1)}: the base's, or of new tokens in the folder's "
+                f"ids below {max(size, last + 1)}: the base's, or of new tokens in the folder's "
                 "tokenizer"
             )
             raise NaloraError(where, expected=expected, found=needed - 1, remedy=_SAVE)
         rows = last + 1
-    if rows == held and all(token_id >= held for token_id in new.values()):
+    if rows == size and all(token_id >= size for token_id in new.values()):
         if new:
             log.info(
-                "%s: its tokenizer has tokens that no row was trained for; the base's is taken",
+                "%s: its tokenizer has tokens that no row was trained for; the base's is used",
                 folder,
             )
         return base
-    too_few = not new and rows < min(held, base.tokenizer.vocab_size)
-    if rows != held and (last >= rows or too_few):
+    too_few = not new and rows < min(size, base.tokenizer.vocab_size)
+    if rows != size and (last >= rows or too_few):
         tokens = max(last + 1, base.tokenizer.vocab_size)
         raise NaloraError(
             str(folder / TENSORS_NAME),
@@ -130,8 +130,8 @@ def for_adapter(
             remedy="the tokenizer is not the one that the adapter was trained with, or its tables "
             "were not saved",
         )
-    if not new and rows > held and not (folder / "tokenizer.json").is_file():
-        further = f"{rows - held} rows more than the base"
+    if not new and rows > size and not (folder / "tokenizer.json").is_file():
+        further = f"{rows - size} rows more than the base"
         expected = f"a tokenizer, since the adapter's tables have {further}"
         raise NaloraError(
             str(folder),
@@ -140,9 +140,11 @@ def for_adapter(
             remedy=_SAVE,
         )
     if not new:
-        return _resized(base, rows, base.tokenizer, mesh)
-    log.info("%s: with its tokens %s", folder, _shown(new))
-    resized = _resized(base, rows, Tokenizer.from_folder(folder, base.tokenizer), mesh)
+        return _resize_model(base, rows, base.tokenizer, mesh)
+    log.info("%s: with its tokens %s", folder, _format_tokens(new))
+    resized = _resize_model(
+        base, rows, Tokenizer.from_folder(folder, base.tokenizer), mesh
+    )
     return replace(resized, added=tuple(new), tokenizer_folder=folder)
 
 
@@ -168,7 +170,7 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
         )
     size = base.config.vocab_size
     rows = table_rows(folder, base.config) or rows_of_indices(folder, base.config)
-    new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != size)
+    new = _new_tokens(base, folder, rows, strict=bool(base.added) or rows != size)
     trained = {
         text: token_id
         for text, token_id in new.items()
@@ -177,7 +179,7 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
     if trained or rows not in (None, size):
         expected = f"an adapter of the tokens and the {size} rows that the model was loaded with"
         if trained:
-            found = f"one with {_shown(trained)} besides"
+            found = f"one with the further tokens {_format_tokens(trained)}"
         else:
             found = f"tables of {rows} rows"
         raise NaloraError(str(folder), expected=expected, found=found, remedy=remedy)
@@ -202,7 +204,7 @@ def tokenizer_writer(
     return partial(write_extended, base.tokenizer, base.tokenizer_folder, base=files)
 
 
-def _own_tokens(
+def _new_tokens(
     base: LoadedModel, folder: Path, rows: int | None, *, strict: bool
 ) -> dict[str, int]:
     """Returns the ids of tokens in ``folder``'s tokenizer that ``base`` lacks.
@@ -242,7 +244,7 @@ def _own_tokens(
                 )
             if rows is not None:
                 log.warning(
-                    "%s has %s: the model's own tokenizer is taken", path, conflict
+                    "%s has %s: the model's own tokenizer is used", path, conflict
                 )
             return {}
     # A text that is an ordinary vocabulary entry of the base becomes a separate token once it is
@@ -263,7 +265,7 @@ def _added_tokens(backend: tokenizers.Tokenizer) -> dict[str, int]:
     }
 
 
-def _resized(
+def _resize_model(
     base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | None
 ) -> LoadedModel:
     """Returns the model with tables of ``rows`` rows and with ``tokenizer``."""
@@ -273,7 +275,9 @@ def _resized(
     params = dict(base.params)
     for axis, (group, name) in enumerate(path.split("/") for path in TABLES.values()):
         if group in params:
-            table = _with_rows(f"{group}/{name}", params[group][name], rows, axis, mesh)
+            table = _resize_sharded(
+                f"{group}/{name}", params[group][name], rows, axis, mesh
+            )
             params[group] = {**params[group], name: table}
     raw = base.hf_config
     if raw is not None and isinstance(raw.get("text_config"), dict):  # multimodal
@@ -291,7 +295,7 @@ def _resized(
     )
 
 
-def _with_rows(
+def _resize_sharded(
     path: str, table: jax.Array, rows: int, axis: int, mesh: Mesh | None
 ) -> jax.Array:
     """Returns ``table`` with ``rows`` entries along ``axis``, sharded for its new shape."""
@@ -302,20 +306,20 @@ def _with_rows(
     if mesh is not None:
         placed = distributed.shardings({path: like}, mesh, distributed.PARAM_RULES)
         sharding = placed[path]
-    resize = partial(_resize, rows=rows, axis=axis)
+    resize = partial(_resize_table, rows=rows, axis=axis)
     return jax.jit(resize, out_shardings=sharding)(table)
 
 
-def _resize(table: jax.Array, *, rows: int, axis: int) -> jax.Array:
-    held = table.shape[axis]
-    if rows <= held:
+def _resize_table(table: jax.Array, *, rows: int, axis: int) -> jax.Array:
+    size = table.shape[axis]
+    if rows <= size:
         return lax.slice_in_dim(table, 0, rows, axis=axis)
     mean = jnp.mean(table, axis=axis, keepdims=True, dtype=jnp.float32)
-    new = jnp.repeat(mean.astype(table.dtype), rows - held, axis=axis)
+    new = jnp.repeat(mean.astype(table.dtype), rows - size, axis=axis)
     return jnp.concatenate([table, new], axis=axis)
 
 
-def _shown(tokens: Mapping[str, int], most: int = 5) -> str:
+def _format_tokens(tokens: Mapping[str, int], most: int = 5) -> str:
     """Formats the first ``most`` tokens with their ids."""
     first = list(tokens.items())[:most]
     listed = [f"{text!r} ({token_id})" for text, token_id in first]

@@ -143,7 +143,7 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
         gathered = multihost_utils.process_allgather(digests)
         # zero except on the hashing process
         digests = gathered.sum(axis=0, dtype=np.uint8)
-    sha256 = hashlib.sha256(json.dumps(_non_default(config), sort_keys=True).encode())
+    sha256 = hashlib.sha256(json.dumps(_drop_defaults(config), sort_keys=True).encode())
     shapes = source.shapes()
     for name in names:
         sha256.update(f"\n{name} {shapes[name]} {source.stored(name).format}".encode())
@@ -151,15 +151,15 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
     return _PREFIX + sha256.hexdigest()
 
 
-def _non_default(value: Any) -> Any:
+def _drop_defaults(value: Any) -> Any:
     """Converts a dataclass to its non-default fields, so new fields keep old fingerprints."""
     if dataclasses.is_dataclass(value):
         stated = {}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
             if item != field.default:
-                stated[field.name] = _non_default(item)
+                stated[field.name] = _drop_defaults(item)
         return stated
     if not isinstance(value, tuple):
         return value
-    return [_non_default(item) for item in value]
+    return [_drop_defaults(item) for item in value]

@@ -154,12 +154,12 @@ def export_adapter(
     layout = of_form(layout, "linear", experts)
     entries = list(_entries(lora, spec, config, layout, by_weight))
     if for_vllm:
-        entries = _for_vllm(entries, config, layout, max_lora_rank)
+        entries = _adapt_to_vllm(entries, config, layout, max_lora_rank)
     else:
         # PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored": with
         # one rank and one scale no pattern is needed.
         modules = [entry for entry in entries if not entry.parameter]
-        entries = modules + _even([entry for entry in entries if entry.parameter])
+        entries = modules + _equalize([entry for entry in entries if entry.parameter])
     rslora = spec.rslora and not for_vllm
     settings = _settings(entries, config, layout, spec, rslora=rslora)
     settings["base_model_name_or_path"] = base_model_name
@@ -267,7 +267,7 @@ def _entries(
         yield Entry(place, adapter, parameter)
 
 
-def _even(entries: list[Entry]) -> list[Entry]:
+def _equalize(entries: list[Entry]) -> list[Entry]:
     """Returns the same adapters with one rank and one scale."""
     if not entries:
         return []
@@ -305,11 +305,11 @@ def _check_vllm(spec: AdapterSpec) -> None:
     )
 
 
-def _for_vllm(
+def _adapt_to_vllm(
     entries: list[Entry], config: Host, layout: ModuleLayout, limit: int
 ) -> list[Entry]:
     """Returns the adapters with one rank and scale, on every layer of each adapted module."""
-    even = {entry.place.name: entry for entry in _even(entries)}
+    even = {entry.place.name: entry for entry in _equalize(entries)}
     first = next(iter(even.values())).adapter
     rank = first.rank
     scale = first.scale
@@ -413,7 +413,7 @@ def _settings(
     parameters = [entry.place for entry in entries if entry.parameter]
     if parameters:
         existing = places_in(config, of_form(layout, "linear", "stack"))
-        settings["target_parameters"] = _shortened(
+        settings["target_parameters"] = _shorten(
             map(_parameter_names, parameters), map(_parameter_names, existing)
         )
     return settings | token_settings(spec)
@@ -454,7 +454,7 @@ def _target_modules(
     # A short name would target the experts too, which are not modules if they are stacks.
     experts = of_form(layout, "expert") or of_form(module_layout(config), "expert")
     existing = places_in(config, of_form(layout, "linear") + experts)
-    return _shortened(
+    return _shorten(
         [(name.rpartition(".")[2], name) for name in names],
         [(place.name.rpartition(".")[2], place.name) for place in existing],
     )
@@ -467,7 +467,7 @@ def _parameter_names(place: Place) -> tuple[str, str]:
     return f"{place.module.in_layer}.weight", f"{place.name}.weight"
 
 
-def _shortened(
+def _shorten(
     adapted: Iterable[tuple[str, str]], existing: Iterable[tuple[str, str]]
 ) -> list[str]:
     """Returns short names whose full names are all adapted, full names of the others; pairs are
@@ -559,7 +559,7 @@ def import_adapter(
                     remedy=remedy,
                 )
         tables, trained = take_tables(config, tensors, peft, str(path))
-    modules = _by_module(tensors, path, dora=peft.dora)
+    modules = _group_by_module(tensors, path, dora=peft.dora)
     layout = layout_of(config, modules)
     for name, copy in value_names(config, layout).items():
         both = name in modules and copy in modules
@@ -568,8 +568,8 @@ def import_adapter(
     slots = _slots(layout, config, peft)
     _check_complete(peft, path, slots, modules)
     filled = [(slots[key], modules[key]) for key in modules]
-    adapters = _by_projection(config, peft, path, filled)
-    leaves, spec = _stacked(config, peft, adapters)
+    adapters = _group_by_projection(config, peft, path, filled)
+    leaves, spec = _stack(config, peft, adapters)
     spec = replace(spec, saved=trained.saved, token_indices=trained.token_indices)
     return unflatten(leaves | tables), spec
 
@@ -596,7 +596,7 @@ def _check_exists(path: Path) -> None:
 Factors = list[np.ndarray]
 
 
-def _by_module(
+def _group_by_module(
     tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool
 ) -> dict[str, Factors]:
     """Groups tensors by module: ``{"model.layers.0.mlp.up_proj": [A, B]}``."""
@@ -718,7 +718,7 @@ def _check_complete(
         )
 
 
-def _by_projection(
+def _group_by_projection(
     config: Host, peft: PeftConfig, path: Path, filled: list[tuple[Slot, Factors]]
 ) -> dict[str, dict[int, ModuleAdapter]]:
     """Returns adapters by stacked path and layer."""
@@ -800,7 +800,7 @@ def _read_adapter(
     return adapter
 
 
-def _stacked(
+def _stack(
     config: Host, peft: PeftConfig, adapters: Mapping[str, Mapping[int, ModuleAdapter]]
 ) -> tuple[dict[str, np.ndarray], AdapterSpec]:
     """Stacks adapters over layers with zero-padding; returns leaves by path and their spec."""

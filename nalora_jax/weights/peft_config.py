@@ -123,10 +123,10 @@ class PeftConfig(Fields):
         self.layers_pattern = self._patterns(
             "layers_pattern", self._strings("layers_pattern"), _layer_pattern
         )
-        self.rank_pattern = self._by_pattern(
+        self.rank_pattern = self._read_patterns(
             "rank_pattern", lambda sub, key: sub.integer(key, high=_MAX_RANK)
         )
-        self.alpha_pattern = self._by_pattern(
+        self.alpha_pattern = self._read_patterns(
             "alpha_pattern", lambda sub, key: sub.number(key)
         )
         self.rslora = self.flag("use_rslora")
@@ -154,18 +154,18 @@ class PeftConfig(Fields):
         if isinstance(self.target_modules, str):
             named = set(names)
             if self.target_modules.lower() != "all-linear":
-                named = _matching(names, self.target_modules)
+                named = _match_names(names, self.target_modules)
         else:
             named = {
                 name
-                for name in _matching(names, self.target_modules)
-                if self._in_layers(name)
+                for name in _match_names(names, self.target_modules)
+                if self._is_in_layers(name)
             }
-        return named - _matching(names, self.exclude_modules)
+        return named - _match_names(names, self.exclude_modules)
 
     def targeted_parameters(self, names: Sequence[str]) -> set[str]:
         """Returns the targeted ones of a model's parameters, e.g. stacks of experts."""
-        return _matching(names, self.target_parameters)
+        return _match_names(names, self.target_parameters)
 
     def rank_of(self, name: str) -> int:
         """Returns the rank of a module or parameter."""
@@ -175,11 +175,11 @@ class PeftConfig(Fields):
         """Returns the alpha of a module or parameter."""
         return float(_first_value(self.alpha_pattern, name, self.alpha))
 
-    def _in_layers(self, name: str) -> bool:
+    def _is_in_layers(self, name: str) -> bool:
         """Returns True for a module in the layers of ``layers_to_transform``."""
         if not self.layers_to_transform:
             return True
-        patterns = _compiled(self.layers_pattern, _layer_pattern) or [_ANY_LAYER]
+        patterns = _compile(self.layers_pattern, _layer_pattern) or [_ANY_LAYER]
         match = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
         if match is None:
             return False
@@ -189,7 +189,7 @@ class PeftConfig(Fields):
     def _sequence(self, key: str, kind: type[Any], expected: str) -> tuple[Any, ...]:
         value = listed(self.raw.get(key))
         if not isinstance(value, list) or any(type(item) is not kind for item in value):
-            raise self._refused(key, expected, value)
+            raise self._refusal(key, expected, value)
         return tuple(value)
 
     def _strings(self, key: str) -> tuple[str, ...]:
@@ -213,7 +213,7 @@ class PeftConfig(Fields):
                     f"token ids of {' and '.join(ROWS)} (rows of other modules are not "
                     "supported), each once"
                 )
-                raise self._refused(key, expected, module)
+                raise self._refusal(key, expected, module)
             valid = isinstance(ids, list) and all(
                 type(token_id) is int for token_id in ids
             )
@@ -221,16 +221,16 @@ class PeftConfig(Fields):
                 expected = (
                     "a list of different token ids, or such lists by the table's name"
                 )
-                raise self._refused(key, expected, value)
+                raise self._refusal(key, expected, value)
             indices[name] = tuple(ids)
         return tuple((name, ids) for name, ids in sorted(indices.items()) if ids)
 
-    def _by_pattern(
+    def _read_patterns(
         self, key: str, read: Callable[[Fields, str], Any]
     ) -> dict[str, Any]:
         value = self.raw.get(key) or {}
         if not isinstance(value, dict):
-            raise self._refused(key, "an object of pattern: value", value)
+            raise self._refusal(key, "an object of pattern: value", value)
         inner = Fields(value, {}, f"{self.where}: {key}")
         return {
             name: read(inner, name)
@@ -242,7 +242,7 @@ class PeftConfig(Fields):
     ) -> tuple[str, ...]:
         """Returns the patterns if they and the expressions ``use(pattern)`` are valid."""
         if len(patterns) > _MAX_PATTERNS:
-            raise self._refused(
+            raise self._refusal(
                 key,
                 f"at most {_MAX_PATTERNS:,} patterns",
                 f"{len(patterns):,}",
@@ -252,14 +252,14 @@ class PeftConfig(Fields):
                 re.compile(pattern)
                 re.compile(use(pattern))
             except (re.error, OverflowError, RecursionError) as error:
-                raise self._refused(
+                raise self._refusal(
                     key,
                     "a regular expression",
                     f"{pattern!r} ({error})",
                 ) from error
         return tuple(patterns)
 
-    def _refused(self, key: str, expected: str, found: object) -> NaloraError:
+    def _refusal(self, key: str, expected: str, found: object) -> NaloraError:
         return self.error(key, expected, str(found)[:200])
 
 
@@ -362,19 +362,17 @@ def _first_value(pattern: Mapping[str, float], name: str, default: float) -> flo
     A suffix starts at the beginning of the name or after a dot.
     """
     matches = zip(
-        pattern.values(), _compiled(tuple(pattern), _suffix_pattern), strict=True
+        pattern.values(), _compile(tuple(pattern), _suffix_pattern), strict=True
     )
     return next((value for value, key in matches if key.match(name)), default)
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(
-    keys: tuple[str, ...], use: Callable[[str], str]
-) -> list[re.Pattern[str]]:
+def _compile(keys: tuple[str, ...], use: Callable[[str], str]) -> list[re.Pattern[str]]:
     return [re.compile(use(key)) for key in keys]
 
 
-def _matching(names: Sequence[str], pattern: tuple[str, ...] | str) -> set[str]:
+def _match_names(names: Sequence[str], pattern: tuple[str, ...] | str) -> set[str]:
     """Returns the ``names`` that match one expression, or that end with an entry of a list."""
     if isinstance(pattern, str):
         matches = re.compile(pattern).fullmatch

@@ -125,7 +125,7 @@ def module_layout(config: Host) -> ModuleLayout:
     layout = (*modules, *experts, *stacks)
     if config.sight is None:
         return layout
-    return _renamed(layout, {_TEXT: _TEXT_PART})
+    return _rename(layout, {_TEXT: _TEXT_PART})
 
 
 def layout_for(
@@ -140,15 +140,15 @@ def layout_for(
     layout = module_layout(config)
     if target != "vllm" or not isinstance(config, ModelConfig):
         return layout
-    layout = _expert_by_expert(layout)
+    layout = _split_stacks(layout)
     if contains_text_model((raw or {}).get("model_type"), images=False):
-        layout = _renamed(layout, {_TEXT: _TEXT_PART})
+        layout = _rename(layout, {_TEXT: _TEXT_PART})
         if family_of(config.model_type).stacks_in_vllm:
             layout = of_form(layout, "linear", "stack")
     return layout
 
 
-def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
+def _split_stacks(layout: ModuleLayout) -> ModuleLayout:
     """Returns ``layout`` with a name for each expert's modules, if its stacks do not alternate.
 
     Example: the stack ``experts.down_proj`` (Gemma 4) gives ``experts.{expert}.down_proj``.
@@ -165,7 +165,7 @@ def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
     return (*of_form(layout, "linear"), *experts, *stacks)
 
 
-def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
+def _rename(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
     """Returns the layout with other prefixes: ``names`` maps present ones to new ones."""
 
     def rename(name: str) -> str:
@@ -270,22 +270,22 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     if not isinstance(config, ModelConfig):
         return layout
     if config.sight is not None:
-        layouts = [layout, *(_renamed(layout, names) for names in _EARLIER)]
+        layouts = [layout, *(_rename(layout, names) for names in _EARLIER)]
         layout = max(
-            layouts, key=lambda layout: len(written & _names_in(config, layout))
+            layouts, key=lambda layout: len(written & _place_names(config, layout))
         )
     elif any(name.startswith(_TEXT_PART) for name in written):
-        layout = _renamed(layout, {_TEXT: _TEXT_PART})
+        layout = _rename(layout, {_TEXT: _TEXT_PART})
     if any(map(_ONE_EXPERT.search, written)):
-        return _expert_by_expert(layout)
+        return _split_stacks(layout)
     if of_form(layout, "stack"):
-        # transformers 5 has no modules of single experts: with their names, "w1" (LFM2-MoE) would
-        # target them besides the dense layers.
+        # transformers 5 has no modules of single experts. With their names, "w1" (LFM2-MoE) would
+        # target experts in addition to the dense layers.
         return of_form(layout, "linear", "stack")
     return layout
 
 
-def _names_in(config: Host, layout: ModuleLayout) -> set[str]:
+def _place_names(config: Host, layout: ModuleLayout) -> set[str]:
     return {place.name for place in places_in(config, layout)}
 
 

@@ -44,7 +44,7 @@ class Field:
     ignored: str = ""  # the reason that it does not matter here
 
 
-def _only(*accepted: Any, because: str) -> Field:
+def _accept_only(*accepted: Any, because: str) -> Field:
     """Returns a field that accepts only ``accepted`` and empty values, which have no effect
     here."""
     fine = (None, False, {}, [], *accepted)
@@ -57,7 +57,7 @@ def _only(*accepted: Any, because: str) -> Field:
     return Field(value=convert)
 
 
-def _init(value: Any) -> Any:
+def _convert_init(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"pissa(_niter_\d+)?", value):
         return "pissa"
     if value == "lora_ga":
@@ -72,7 +72,7 @@ def _init(value: Any) -> Any:
     )
 
 
-def _saved(value: Any) -> Any:
+def _convert_saved(value: Any) -> Any:
     names = [str(name).rpartition(".")[2] for name in value or []]
     if set(names) <= set(TABLES):
         return [name for name in TABLES if name in names] or None
@@ -82,7 +82,7 @@ def _saved(value: Any) -> Any:
     )
 
 
-def _indices(value: Any) -> Any:
+def _convert_indices(value: Any) -> Any:
     """Returns the token ids; `_token_modules` reads their tables from the same field."""
     lists = [ids for ids in ids_by_table(value).values() if ids]
     if not lists:
@@ -129,33 +129,33 @@ PEFT: dict[str, Field] = {
     **dict.fromkeys(
         ("rank_pattern", "alpha_pattern", "target_parameters"), Field(_RULES)
     ),
-    "layers_pattern": _only(because="layers are found by their number alone"),
+    "layers_pattern": _accept_only(because="layers are found by their number alone"),
     "lora_dropout": Field("lora.dropout"),
     "use_rslora": Field("lora.rslora"),
     "use_dora": Field("lora.dora"),
-    "init_lora_weights": Field("lora.init", _init),
+    "init_lora_weights": Field("lora.init", _convert_init),
     "base_model_name_or_path": Field("model"),
-    "bias": _only("none", because="biases stay as they are here"),
-    "task_type": _only(
+    "bias": _accept_only("none", because="biases stay as they are here"),
+    "task_type": _accept_only(
         "CAUSAL_LM", because="language models are trained here (images: --vision.task)"
     ),
-    "peft_type": _only("LORA", because=_OTHER_METHOD),
-    "modules_to_save": Field("lora.modules_to_save", _saved),
-    "trainable_token_indices": Field("lora.trainable_token_indices", _indices),
-    "layer_replication": _only(because="layers are not repeated here"),
-    "lora_bias": _only(because="adapters have no bias here"),
+    "peft_type": _accept_only("LORA", because=_OTHER_METHOD),
+    "modules_to_save": Field("lora.modules_to_save", _convert_saved),
+    "trainable_token_indices": Field("lora.trainable_token_indices", _convert_indices),
+    "layer_replication": _accept_only(because="layers are not repeated here"),
+    "lora_bias": _accept_only(because="adapters have no bias here"),
     **dict.fromkeys(
         ("alora_invocation_tokens", "use_qalora", "use_bdlora"),
-        _only(because=_OTHER_METHOD),
+        _accept_only(because=_OTHER_METHOD),
     ),
     **dict.fromkeys(
         ("velora_config", "monteclora_config", "arrow_config"),
-        _only(because=_OTHER_METHOD),
+        _accept_only(because=_OTHER_METHOD),
     ),
-    "kasa_config": _only(because=_OTHER_METHOD),
-    "megatron_config": _only(because="there is no Megatron here; see --mesh"),
+    "kasa_config": _accept_only(because=_OTHER_METHOD),
+    "megatron_config": _accept_only(because="there is no Megatron here; see --mesh"),
     **{name: Field(ignored=reason) for name, reason in _IGNORED.items()},
-    "ensure_weight_tying": _only(
+    "ensure_weight_tying": _accept_only(
         because="a trained embedding and its head are separate tables here"
     ),
 }
@@ -434,17 +434,17 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
             )
         within = f"layers/({'|'.join(map(str, numbers))})/"
     rules = []
-    any_layer = {_without_layer(path) for path in stacks}
+    any_layer = {_drop_layer(path) for path in stacks}
     patterns = dict.fromkeys([*ranks, *alphas])
     # Of rules the first that matches counts, so longer names come before the names that they end
     # with.
-    for name in sorted(patterns, key=lambda name: -_bare(name).count(".")):
+    for name in sorted(patterns, key=lambda name: -_bare_name(name).count(".")):
         path = _path(name, "rank_pattern, alpha_pattern")
         scales = _first_value(ranks, name, rank), _first_value(alphas, name, alpha)
         # PEFT ignores a pattern for a module that is not targeted.
-        if _may_be_stack(name) and _without_layer(_stack_path(name)) in any_layer:
+        if _may_be_stack(name) and _drop_layer(_stack_path(name)) in any_layer:
             rules.append(_rule(_stack_path(name), *scales, ""))
-        if _without_layer(path) in paths:
+        if _drop_layer(path) in paths:
             rules.append(_rule(path, *scales, within))
     rules += [_rule(path, rank, alpha, within) for path in paths]
     # PEFT applies neither exclude_modules nor layers_to_transform to target_parameters.
@@ -464,9 +464,9 @@ def _names(value: Any, where: str) -> Sequence[str]:
 def _first_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """Returns the value of the first key that ``name`` ends with, as PEFT looks it up for a
     module."""
-    dotted = f".{_bare(name)}"
+    dotted = f".{_bare_name(name)}"
     for key, value in pattern.items():
-        if dotted.endswith(f".{_bare(key)}"):
+        if dotted.endswith(f".{_bare_name(key)}"):
             return value
     return default
 
@@ -486,7 +486,7 @@ def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
 
 def _path(name: str, where: str) -> str:
     """Returns the pattern of a module: in every layer, or in the layer that its name contains."""
-    bare = _bare(name)
+    bare = _bare_name(name)
     modules, _ = _modules()
     last = bare.rpartition(".")[2]
     if last in TABLES:
@@ -502,7 +502,7 @@ def _path(name: str, where: str) -> str:
         expected = f"modules of {', '.join(modules)}"
         remedy = "write it as --lora.rules by hand"
         raise NaloraError(where, expected=expected, found=repr(name), remedy=remedy)
-    return _in_layer(bare, modules[last])
+    return _restrict_to_layer(bare, modules[last])
 
 
 def _stack_path(name: str) -> str:
@@ -517,11 +517,11 @@ def _stack_path(name: str) -> str:
             found=repr(name),
             remedy=remedy,
         )
-    bare = _bare(name)
-    return _in_layer(bare, _STACKS[bare.rpartition(".")[2]])
+    bare = _bare_name(name)
+    return _restrict_to_layer(bare, _STACKS[bare.rpartition(".")[2]])
 
 
-def _in_layer(name: str, pattern: str) -> str:
+def _restrict_to_layer(name: str, pattern: str) -> str:
     """Returns ``pattern`` for every layer, or for the layer that ``name`` contains."""
     layer = re.search(r"layers\.(\d+)\.", name)
     if layer:
@@ -531,16 +531,16 @@ def _in_layer(name: str, pattern: str) -> str:
 
 def _may_be_stack(name: str) -> bool:
     """Returns True for names that end like a stack of experts, and for a stack's bare name."""
-    module, _, last = _bare(name).rpartition(".")
+    module, _, last = _bare_name(name).rpartition(".")
     return last in _STACKS and module.rpartition(".")[2] in ("", "experts")
 
 
-def _bare(name: str) -> str:
+def _bare_name(name: str) -> str:
     """Returns a name without the marks of an expression that PEFT itself writes for experts."""
     name = name.removeprefix("^").removesuffix("$")
     return name.removeprefix(r".*\.").replace(r"\.", ".")
 
 
-def _without_layer(path: str) -> str:
+def _drop_layer(path: str) -> str:
     """Returns a pattern for every layer instead of one."""
     return re.sub(r"^layers/\d+", "", path).removeprefix("/")

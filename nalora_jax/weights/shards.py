@@ -76,7 +76,7 @@ class FileTensor:
         """Reads bytes of the tensor: uint8 ``[count]``.
 
         Raises:
-          NaloraError: the file cannot be read, or is shorter than its header said.
+          NaloraError: the file cannot be read, or is shorter than its header states.
         """
         try:
             data = np.fromfile(self.file, np.uint8, count, offset=self.start + start)

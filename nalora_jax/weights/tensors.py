@@ -392,7 +392,7 @@ def quantized_leaf(
         partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32)
     )
     shapes = (like.codes.shape, like.scales.shape)
-    shardings = [_fitted(shape, sharding) for shape in shapes]
+    shardings = [_fit_sharding(shape, sharding) for shape in shapes]
     codes, scales = map(_local_spans, shapes, shardings)
     parts = quantized_parts(shape, kind, codes, scales, read)
 
@@ -478,7 +478,7 @@ def quantized_parts(
     return parts
 
 
-def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
+def _fit_sharding(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
     """Returns the float kernel's sharding, without splits that do not divide the new shape."""
     if not isinstance(sharding, NamedSharding):
         return sharding
