@@ -14,7 +14,7 @@ The metadata of an adapter's file contains a digest of the tensors and of the ot
 fields announce it, so that a file in which the name of one is damaged does not count as a file
 without a digest:
 
-    {"format": "pt", "nalora.digest": "sha256", "nalora.sha256": "9f86d081884c7d65..."}
+    {"format": "pt", "nalora.digest": "sha256", "nalora.content_sha256": "9f86d081884c7d65..."}
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH = {"format": "pt"}
-_DIGEST = "nalora.sha256"
+_DIGEST = "nalora.content_sha256"
 _DIGEST_KIND = "nalora.digest"
 _UNITS = {
     "": 1,

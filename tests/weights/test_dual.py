@@ -26,6 +26,7 @@ from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora, init_params
 from nalora_jax.models.vision.families import compose, read_encoder
 from nalora_jax.weights.dual import load_dual
+from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 
 EVERYTHING = (
@@ -179,7 +180,19 @@ def test_what_two_towers_train_is_written_and_read_back(tmp_path):
     for path in config.trained_shapes():
         np.testing.assert_array_equal(whole[path], trees.flatten(lora)[path], err_msg=path)
     file = folder / "trained.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(NaloraError, match="merge: expected .*found two towers that were joined"):
+        write_merged(tmp_path / "m", config, params, lora, spec, hf_config={}, tokenizer=print)
+    settings = folder / "adapter_config.json"
+    written = settings.read_text()
+    settings.write_text(json.dumps(json.loads(written) | {"modules_to_save": ["head"]}))
+    with pytest.raises(NaloraError, match="modules_to_save: expected null for image and text enc"):
+        import_adapter(folder, config)
+    settings.write_text(written)
+    trained = file.read_bytes()
+    save_file({"logit_scale": np.zeros((), np.float32)}, file)
+    with pytest.raises(NaloraError, match="expected a tensor for image/projection.*found nothing"):
+        import_adapter(folder, config)
+    file.write_bytes(trained[:-1] + b"\x01")
     with pytest.raises(NaloraError, match="trained.safetensors: expected .* the digest"):
         import_adapter(folder, config)
     file.unlink()

@@ -133,7 +133,12 @@ def test_the_quantized_model_is_merged_as_its_floats(released, tmp_path):
 def test_blocks_without_their_scales_are_refused(released, tmp_path):
     shutil.copytree(released, tmp_path / "model")
     tensors = load_file(released / "model.safetensors")
-    del tensors["model.layers.1.mlp.experts.down_proj_scales"]
+    scales = "model.layers.1.mlp.experts.down_proj_scales"
+    tensors[scales] = tensors[scales].to(torch.int32)
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(NaloraError, match="down_proj_scales: expected U8, found I32"):
+        load_model(str(tmp_path / "model"), dtype="float32")
+    del tensors[scales]
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     with pytest.raises(NaloraError, match="model.layers.1.mlp.experts.down_proj_blocks.*no scales"):
         load_model(str(tmp_path / "model"), dtype="float32")

@@ -284,6 +284,49 @@ def test_gguf_errors_name_file_and_field(tmp_path):
         assert found in str(error.value)
 
 
+def text(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+def tensor(*shape: int, kind: int = 0) -> bytes:
+    """A row of the table of tensors."""
+    return text(b"t") + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, 0)
+
+
+UINT32, ARRAY, Q4_0 = 4, 9, 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "match"),
+    [
+        ([text(b"a") + struct.pack("<II", UINT32, 1)] * 2, [], "each key once, found a again"),
+        (
+            [text(b"general.alignment") + struct.pack("<II", UINT32, 3)],
+            [],
+            "a power of two as general.alignment, found 3",
+        ),
+        ([text(b"a") + struct.pack("<I", 99)], [], "a value type of GGUF, found type 99"),
+        (
+            [text(b"a") + struct.pack("<II", ARRAY, ARRAY)],
+            [],
+            "an array of numbers or strings, found type 9",
+        ),
+        ([text(b"\xff")], [], "a UTF-8 string, found invalid start byte"),
+        ([], [tensor(1, 1, 1, 1, 1)], "t: 1 to 4 dimensions, found 5"),
+        ([], [tensor(4, 0)], "t: dimensions of 1 or more, found"),
+        ([], [tensor(4, kind=999)], "t: a tensor type of GGUF, found 999"),
+        ([], [tensor(8, kind=Q4_0)], "t: rows of whole Q4_0 blocks of 32, found rows of 8"),
+        ([], [tensor(1)] * 2, "each tensor once, found t again"),
+    ],
+)
+def test_damaged_headers_are_refused_at_their_byte(tmp_path, keys, tensors, match):
+    counts = struct.pack("<IQQ", 3, len(tensors), len(keys))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"".join([b"GGUF", counts, *keys, *tensors, bytes(64)]))
+    with pytest.raises(NaloraError, match=f"m.gguf: GGUF header, byte .*expected {match}"):
+        GGUFFile(path)
+
+
 def value(add: str, *given: Any) -> Write:
     return lambda writer: getattr(writer, f"add_{add}")(*given)
 
@@ -300,6 +343,7 @@ def value(add: str, *given: Any) -> Write:
         (value("uint32", "llama.attention.sliding_window", 64), "sliding_window.*not supported"),
         (fields(causal_attention=False), "is_causal: expected true"),
         (fields(rope_dimension_count=2), "partial_rotary_factor"),
+        (value("uint32", "llama.attention.head_count", 0), "head_count: expected 1 or more, found"),
         (value("string", "llama.rope.scaling.type", "magic"), "scaling.factor"),
     ],
 )

@@ -188,6 +188,8 @@ def test_local_folders_and_files(tmp_path, monkeypatch):
     file.parent.mkdir()
     file.write_bytes(b"GGUF")
     assert resolve_source(str(file.parent)).path == file
+    with pytest.raises(NaloraError, match="folder of an image or text encoder, found m.gguf"):
+        resolve_encoder(str(file))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_source("~/one/m.gguf").path == file
     monkeypatch.chdir(tmp_path)
@@ -205,6 +207,7 @@ ALIASES = "aliases: smollm2-135m-instruct"
         ([], ".", "expected config.json with safetensors files, or one .gguf file, found neither"),
         (["a.gguf", "b.gguf"], ".", "found a.gguf, b.gguf; give one of the files"),
         (["m.bin"], "m.bin", "found a pickle, which can run any code"),
+        (["adapter_config.json"], ".", "a base model, found an adapter, .*train it with --adapter"),
         (["m.safetensors"], "m.safetensors", "the folder of a model, found one of its files"),
         ([], "~/nothing", "expected a model folder or a .gguf file, found nothing of that name"),
         *(([], name, ALIASES) for name in ("smollm", "", "a/b/c/d", "x" * 300)),

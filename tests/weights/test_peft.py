@@ -268,6 +268,9 @@ BAD_CONFIGS = [
     ({"alpha_pattern": PATTERNS}, "alpha_pattern: expected at most 4,096 patterns, found 100,000"),
     ({"use_dora": True}, "lora_magnitude_vector"),
     ({"lora_dropout": 1.5}, "lora_dropout"),
+    ({"target_modules": [5]}, "target_modules: expected a list of names, found"),
+    ({"alpha_pattern": [3]}, "alpha_pattern: expected an object of pattern: value, found"),
+    ({"revision": "x" * (5 << 20)}, "adapter_config.json: expected at most 4194304 bytes"),
 ]
 
 
@@ -406,7 +409,9 @@ def test_a_flipped_bit_of_an_adapter_is_refused(good):
     import_adapter(folder, LLAMA)
 
 
-@pytest.mark.parametrize("field", ["nalora.sha256", "nalora.digest", "nalora.base_fingerprint"])
+@pytest.mark.parametrize(
+    "field", ["nalora.content_sha256", "nalora.digest", "nalora.base_fingerprint"]
+)
 def test_damaged_metadata_of_an_adapter_is_refused(field, good):
     file = good[0] / TENSORS_NAME
     data = file.read_bytes()

@@ -221,6 +221,11 @@ INDICES = "trainable_token_indices"
             f"{INDICES} = .*give both the same list",
         ),
         ({"target_parameters": ["self_attn.down_proj"]}, STACKS),
+        ({"target_modules": ["other_proj"]}, "expected modules of .*found 'other_proj'"),
+        (
+            {"target_modules": "all-linear", "exclude_modules": ["in_proj_qkvz"]},
+            "exclude_modules: expected no linear attention, next to all-linear",
+        ),
     ],
     ids=str,
 )
