@@ -1,7 +1,11 @@
 """Adapters around a Flax model that knows nothing of them: one call for Linen and NNX.
 
-    adapted, mechanisms = adapt(model, {"mlp/": 8}, {"mlp/gate": "silu"}, variables=variables,
-    example=(x,)) model, mechanisms = adapt(model, {"mlp/": 8}, {"mlp/gate": "silu"})        # NNX
+    # Linen
+    adapted, mechanisms = adapt(model, layers, gates, variables=variables, example=(x,))
+    # NNX
+    model, mechanisms = adapt(model, layers, gates)
+
+``layers`` is ``{"mlp/": 8}``, ranks by layer, and ``gates`` ``{"mlp/gate": "silu"}``.
 
 A layer is an einsum of its input and its kernel, which its class states: ``...i,io->...o`` for a
 dense layer. Its output becomes ``y + s (x A) B``. Adapters of gates also have the leaves with which
@@ -27,12 +31,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.core import unfreeze
 
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.method import activations
+from nalora_jax.method import activations, applied
 from nalora_jax.method.low_rank import init_a, low_rank
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.method.statistics import observe
@@ -148,7 +153,12 @@ class Projection:
         return jnp.einsum(f"{batch}{outer}->{out}", z)
 
     def merged(self, kernel: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
-        """Returns the kernel with its adapter added, computed in float32."""
+        """Returns the kernel with its adapter added, computed in float32.
+
+        Raises:
+          NaloraError: an optimizer without `nalora_jax.method.transform.nalora` moved the taps.
+        """
+        _require_zero_taps(self.path, leaves)
         _, labels, _, inner, outer, _ = self.contraction
         delta = self.scale * jnp.matmul(
             leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST
@@ -156,6 +166,21 @@ class Projection:
         delta = delta.reshape(*self.lead, *self.sizes(inner), *self.sizes(outer))
         delta = jnp.einsum(f"...{inner}{outer}->...{labels}", delta)
         return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+
+def _require_zero_taps(path: str, leaves: Mapping[str, Any]) -> None:
+    """Raises an error if an optimizer has changed the taps; their values are known outside of jit.
+
+    Such an optimizer also took the statistics for gradients, and decayed the mask.
+    """
+    for name, tap in leaves.get(TAPS, {}).items():
+        if isinstance(tap, jax.core.Tracer) or not np.any(tap):
+            continue
+        where = f"lora: {path}/{TAPS}/{name}"
+        remedy = "wrap the optimizer: nalora(optax.adamw(...), mechanisms)"
+        expected = "zeros, which `nalora` keeps"
+        found = "other values: the optimizer trained them"
+        raise NaloraError(where, expected=expected, found=found, remedy=remedy)
 
 
 def adapt(
@@ -195,18 +220,23 @@ def adapt(
 
     Raises:
       NaloraError: a pattern without a match, an impossible rank or alpha, an unknown activation or
-        rule, or a layer whose einsum cannot have an adapter.
+        rule, an activation that a Linen module does not apply to its gate, or a layer whose einsum
+        cannot have an adapter.
 
     Example:
-      >>> adapted, mechanisms = adapt(model, {"mlp": 8}, {"wi_0": "silu"}, variables=v,
-      example=(x,)) >>> lora, optimizer = adapted.init(jax.random.key(0)), nalora(optax.adamw(1e-3),
-      mechanisms)
+      >>> gates = {"wi_0": "silu"}
+      >>> adapted, mechanisms = adapt(model, {"mlp": 8}, gates, variables=v, example=(x,))
+      >>> lora = adapted.init(jax.random.key(0))
+      >>> optimizer = nalora(optax.adamw(1e-3), mechanisms)
     """
     chosen = functools.partial(_chosen, layers=layers, gates=gates, alpha=alpha)
     settings = {"total_steps": total_steps, "seed": seed}
     if isinstance(model, nn.Module):
-        projections = chosen(_linen_layers(model, variables, example, classes))
+        layers_of_model, program = _linen_layers(model, variables, example, classes)
+        projections = chosen(layers_of_model)
         of_gates = {p.path: p.activation for p in projections if p.activation}
+        for path, activation in of_gates.items():
+            applied.require_activation(program, path, activation)
         mechanisms = _mechanisms(rules, of_gates, settings)
         return LinenAdapters(model, projections, mechanisms), mechanisms
     if not isinstance(model, nnx.Module):
@@ -433,8 +463,8 @@ class LinenAdapters:
 
 def _linen_layers(
     module: nn.Module, variables: Any, example: Sequence[Any], classes: Classes
-) -> list[Projection]:
-    """Returns the layers that a call of the module reaches and that can have an adapter."""
+) -> tuple[list[Projection], Any]:
+    """Returns the layers of a call that can have an adapter, and the program of the call."""
     if variables is None:
         where = "adapt(..., variables=)"
         expected = "the variables of the Linen module"
@@ -443,24 +473,22 @@ def _linen_layers(
     found = {}
 
     def record(layer: nn.Module, path: str, x: Any, y: Any) -> Any:
-        if (
-            path
-            and path not in found
-            and (contraction := _contraction(layer, path, classes)) is not None
-        ):
-            seen = nn.meta.unbox(unfreeze(layer.variables)).get("params", {})
-            name = _kernel(seen, contraction, path)
-            found[path] = Projection(
-                path, contraction, name, _node(stored, path)[name].shape
-            )
-        return y
+        contraction = _contraction(layer, path, classes) if path else None
+        if contraction is None:
+            return y
+        if path not in found:
+            params = nn.meta.unbox(unfreeze(layer.variables)).get("params", {})
+            name = _kernel(params, contraction, path)
+            shape = _node(stored, path)[name].shape
+            found[path] = Projection(path, contraction, name, shape)
+        return applied.tag(y, path)
 
     def call(variables: Any, example: Any) -> Any:
         with nn.intercept_methods(_on_calls(record)):
             return module.apply(variables, *example)
 
-    jax.eval_shape(call, variables, tuple(example))
-    return list(found.values())
+    program = jax.make_jaxpr(call)(variables, tuple(example))
+    return list(found.values()), program
 
 
 def _on_calls(function: Callable[..., Any]) -> Any:

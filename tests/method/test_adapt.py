@@ -19,6 +19,7 @@ from scipy import special
 
 from nalora_jax import adapt, merge_nnx, nalora, token_weights
 from nalora_jax.errors import NaloraError
+from nalora_jax.method.adapt import LoRAFactor
 from nalora_jax.method.transform import gate_state
 
 ROOT = Path(__file__).parents[2]
@@ -266,8 +267,8 @@ def test_every_class_of_nnx_layers_is_adapted_and_merged() -> None:
     model = KeysAndValues(nnx.Rngs(0))
     adapted, mechanisms = adapt(model, {"": 2}, {"gates/0": "silu"}, classes={TunixEinsum: "text"})
     np.testing.assert_array_equal(adapted(X), model(X))  # a fresh adapter is the identity
-    lora = nnx.state(adapted, nnx.LoRAParam)
-    nnx.update(adapted, jax.tree.map(lambda leaf: leaf + 0.1, lora))
+    factors = nnx.state(adapted, LoRAFactor)
+    nnx.update(adapted, jax.tree.map(lambda leaf: leaf + 0.1, factors))
     merged = merge_nnx(adapted)
     assert type(merged.kv) is TunixEinsum
     assert not jax.tree.leaves(nnx.state(merged, nnx.LoRAParam))
@@ -313,6 +314,8 @@ class Shared(nnx.Module):
         ({"": 2}, {"gate": "silu"}, {"variables": None}, "variables=.*expected the variables of the Linen module"),
         ({"": 2}, {"gate": "silu"}, {"model": Fused()}, "gates: gate_up: expected a layer with 12 outputs.*found 24"),
         ({"": 2}, {"first": "silu"}, {"model": Shared(nnx.Rngs(0))}, "first: expected a layer with one place"),
+        ({"": 2}, {"gate": "quick_gelu"}, {}, "gates: gate: expected 'silu', which the model applies"),
+        ({"": 2}, {"blocks/gate": "relu"}, {"model": Layers(True)}, "gates: blocks/gate: expected 'silu'"),
         ({"": 2}, {"": "silu"}, {"model": {}}, "adapt: expected a module of flax.linen or flax.nnx, found dict"),
     ],
 )  # fmt: skip
@@ -327,6 +330,56 @@ def test_what_cannot_be_adapted_is_named(
     given |= {name: value for name, value in options.items() if name != "model"}
     with pytest.raises(NaloraError, match=message):
         adapt(model, layers, gates, **given)
+
+
+def spelled_gelu(x: Any) -> Any:
+    return 0.5 * x * (1 + jax.scipy.special.erf(x.astype(jnp.float32) / np.sqrt(2)))
+
+
+@pytest.mark.parametrize(
+    ("function", "accepted", "refused"),
+    [
+        (nn.silu, {"silu"}, {"gelu", "relu", "relu2", "identity"}),
+        (nn.gelu, {"gelu", "gelu_tanh"}, {"silu", "relu"}),
+        (spelled_gelu, {"gelu", "gelu_tanh"}, {"quick_gelu"}),
+        (lambda x: jnp.where(x > 0, x, 0), {"relu"}, {"silu"}),
+        # Unknown functions pass: a bounded ReLU, a sum with another value.
+        (jax.nn.relu6, {"relu", "silu"}, set()),
+        (lambda x: nn.silu(x + X[..., :1]), {"relu", "silu"}, set()),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_activation_of_a_gate_is_read_from_the_model(
+    function: Any, accepted: set[str], refused: set[str], dtype: Any
+) -> None:
+    class Gated(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return function(nn.Dense(F, dtype=dtype, name="gate")(x))
+
+    variables = jax.eval_shape(Gated().init, jax.random.key(1), X)
+    options: dict[str, Any] = {"variables": variables, "example": (X,)}
+    for name in accepted:
+        adapt(Gated(), {"": 2}, {"gate": name}, **options)
+    for name in refused:
+        with pytest.raises(NaloraError, match=f"gates: gate: .*found '{name}'"):
+            adapt(Gated(), {"": 2}, {"gate": name}, **options)
+
+
+def test_merging_refuses_adapters_that_were_trained_without_nalora() -> None:
+    message = "lora: .*/taps/.*expected zeros, which `nalora` keeps.*wrap the optimizer"
+    adapted, variables, lora = linen(Block())
+    optimizer = optax.adamw(1e-2)
+    updates, _ = optimizer.update(gradients(adapted, variables, lora), optimizer.init(lora), lora)
+    with pytest.raises(NaloraError, match=message):
+        adapted.merge(variables, optax.apply_updates(lora, updates))
+    model = nnx.Sequential(nnx.Linear(D, D, rngs=nnx.Rngs(0)))
+    model, _ = adapt(model, {"": 2}, {"": "silu"})
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.LoRAParam)
+    of_lora = nnx.DiffState(0, nnx.LoRAParam)
+    optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(X)), argnums=of_lora)(model))
+    with pytest.raises(NaloraError, match=message):
+        merge_nnx(model)
 
 
 def test_a_call_that_misses_a_layer_and_weights_of_another_shape_are_refused() -> None:
