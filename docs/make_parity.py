@@ -49,6 +49,8 @@ TAIL = """
   the first tokens; here padding is absent. The released checkpoints have no such bias.
 - **One set of rotary parameters for all layers of OLMo 3.** transformers 5.24 ignores it; here such a file
   is refused: state the parameters for each kind of layer.
+- **Gemma 3 with images and `final_logit_softcapping`.** `Gemma3ForConditionalGeneration` of transformers 5.24
+  does not cap its logits; here they are capped as in `Gemma3ForCausalLM`. The released checkpoints have no cap.
 """
 
 

@@ -335,6 +335,11 @@ def _llava(f: Fields, d_model: int) -> Sight:
 
 
 def _gemma3(f: Fields, d_model: int) -> Sight:
+    """Returns what Gemma 3 sees.
+
+    The text model caps its logits (``final_logit_softcapping``) with images too, unlike
+    ``Gemma3ForConditionalGeneration`` of transformers 5.24 (docs/parity.md).
+    """
     tower = _tower(f, _SIGLIP_SO400M)
     tokens = f.integer("mm_tokens_per_image", high=2**20)
     side = math.isqrt(tokens)
