@@ -158,7 +158,9 @@ def _checked_alpha(
     if not 0 <= rule.rank <= limit:
         expected = f"0 to {limit} ({side} of {path} {shape})"
         raise NaloraError(f"{where}: rank", expected=expected, found=rule.rank)
-    alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
+    alpha = rule.alpha
+    if alpha is None:
+        alpha = 2.0 * rule.rank
     if rule.rank and not (math.isfinite(alpha) and alpha > 0):
         raise NaloraError(
             f"{where}: alpha", expected="a number above 0", found=rule.alpha
@@ -235,7 +237,9 @@ _EXACT = "router/correction"  # rounding it would choose other experts
 
 def leaf_dtype(path: str, dtype: Any) -> Any:
     """Returns the dtype in which a model of ``dtype`` holds an array."""
-    return "float32" if path.endswith(_EXACT) else dtype
+    if path.endswith(_EXACT):
+        return "float32"
+    return dtype
 
 
 def uniform_path(path: str) -> str:

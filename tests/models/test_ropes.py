@@ -13,7 +13,15 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import RMSNorm
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
-from nalora_jax.models.ropes import query_scales, rope_table, sequence_lengths
+from nalora_jax.models.ropes import (
+    RopeSpec,
+    context_length,
+    query_scales,
+    rope_table,
+    sequence_lengths,
+    sharing_length,
+    switch_length,
+)
 from tests.models.test_families import FULL, SIZES, SLIDING, rope
 
 TO_LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -137,9 +145,49 @@ def test_scalings_that_cannot_be_are_refused(raw, text, message):
         (TO_LLAMA3 | {"rope_type": "llama3", "high_freq_factor": 1.0}, "more than low_freq_factor"),
         ({"rope_type": "dynamic", "factor": 0.5}, "factor: expected 1 or more, found 0.5"),
         ({"rope_type": "yarn", "factor": 0.5}, "factor: expected 1 or more, found 0.5"),
+        ({"rope_type": ["yarn"]}, r"rope_type: expected one of default, .*, found \['yarn'\]"),
+        (
+            {"rope_type": "linear", "factor": 2.0, "beta_fast": 8.0},
+            "'linear' has no such parameter",
+        ),
+        ({FULL: rope("default")}, "expected one rotary embedding, found one per kind of layer"),
+        (
+            {"partial_rotary_factor": 0.5},
+            "expected 1: this family rotates all dimensions, found 0.5",
+        ),
     ],
 )
 def test_parameters_that_cannot_be_are_refused(parameters, message):
     whole = {"rope_type": "default", "rope_theta": 1e4} | parameters
     with pytest.raises(NaloraError, match=message):
         ModelConfig.from_hf(SHORT | {"rope_parameters": whole})
+
+
+GEMMA4 = {**WINDOWED, "model_type": "gemma4_text"}
+LONG = rope("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("raw", "parameters", "message"),
+    [
+        (SHORT | {"head_dim": 2}, rope("dynamic", factor=2.0), "more than 2 dimensions for 'dynamic', found 2"),
+        (GEMMA4, {FULL: rope("proportional", partial_rotary_factor=1.5), SLIDING: rope("default")},
+         "full_attention: partial_rotary_factor: expected a share from 0 to 1, found 1.5"),
+        (WINDOWED, {FULL: [1e4]}, "rope_parameters: full_attention: expected a JSON object"),
+        (PHI3, LONG | {"long_factor": None}, "long_factor: expected 4 numbers above 0"),
+        (PHI3, LONG | {"short_factor": [1.0, 0.0, 1.0, 1.0]}, "short_factor: expected 4 numbers above 0"),
+    ],
+)  # fmt: skip
+def test_parameters_that_a_family_cannot_have_are_refused(raw, parameters, message):
+    with pytest.raises(NaloraError, match=message):
+        ModelConfig.from_hf(raw | {"rope_parameters": parameters})
+
+
+def test_the_context_of_a_dynamic_scaling_starts_at_the_models_maximum():
+    dynamic = RopeSpec(8, kind="dynamic", factor=3.0, max_positions=16)
+    assert context_length((RopeSpec(8), dynamic), 16) == 48
+    assert context_length((RopeSpec(8, kind="linear", factor=3.0),), 16) == 16
+    longrope = RopeSpec(8, kind="longrope", max_positions=32)
+    assert sharing_length((RopeSpec(8), dynamic, longrope)) == 16
+    assert switch_length((RopeSpec(8), dynamic, longrope)) == 32
+    assert switch_length((dynamic,)) is None is sharing_length((RopeSpec(8),))
