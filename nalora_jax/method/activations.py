@@ -42,9 +42,8 @@ class Activation:
     phi: Elementwise
     rho: Elementwise
     gate: Selection
-    self_gated: bool = (
-        True  # rho is a smooth selection weight; otherwise the partition has no meaning
-    )
+    # rho is a smooth selection weight; otherwise the partition has no meaning
+    self_gated: bool = True
     flat_above: float = math.inf  # phi is constant above it
     degree: float = 1.0  # the only homogeneity of an activation that is not self-gated
 
@@ -129,16 +128,18 @@ def regions(z: Array, partition: Partition) -> Regions:
     below = z < 0
     below1 = z < partition.z1
     flat = z > partition.flat_above
-    return Regions(
-        below0, (below & ~below0) | flat, below1 & ~below & ~flat, ~below1 & ~flat
-    )
+    contracting = (below & ~below0) | flat
+    expanding = below1 & ~below & ~flat
+    linear = ~below1 & ~flat
+    return Regions(below0, contracting, expanding, linear)
 
 
 def homogeneity(z: Array, activation: Activation) -> Array:
-    """Returns ``h = z phi'(z) / phi(z) = 1 + z rho'(z) / rho(z)``; by convention 1 where rho is
-    0."""
+    """Returns ``h = z phi'(z) / phi(z) = 1 + z rho'(z) / rho(z)``, and 1 if rho is 0."""
     rho, drho = activation.gate(_at_least_float32(z))
-    return 1 + jnp.where(rho == 0, 0.0, z * drho / jnp.where(rho == 0, 1.0, rho))
+    is_zero = rho == 0
+    divisor = jnp.where(is_zero, 1.0, rho)
+    return 1 + jnp.where(is_zero, 0.0, z * drho / divisor)
 
 
 @functools.lru_cache(maxsize=64)
@@ -179,10 +180,10 @@ def partition(name: str) -> Partition:
     if degree(above).max() > _LINEAR:
         peak = above[np.argmax(degree(above))]
         z1 = _crossing(lambda z: _LINEAR - degree(z), peak, 700.0)
-    bounds = ((z0 - 8, z0), (z0, 0.0), (0.0, z1), (z1, z1 + 8))
-    inverted, contracting, expanding, linear = (
-        _normal_mean(degree, *b) for b in bounds
-    )
+    inverted = _normal_mean(degree, z0 - 8, z0)
+    contracting = _normal_mean(degree, z0, 0.0)
+    expanding = _normal_mean(degree, 0.0, z1)
+    linear = _normal_mean(degree, z1, z1 + 8)
     degrees = (inverted, contracting, expanding, linear)
     return Partition(
         activation.name,
@@ -200,8 +201,7 @@ def _grid(low: float, high: float) -> np.ndarray:
 
 
 def _crossing(f: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:
-    """Returns the root of an f that is negative at ``low`` and positive at ``high``, to float32's
-    precision."""
+    """Returns the root, to float32's precision, of an f that rises from ``low`` to ``high``."""
     for _ in range(4):  # each takes a thousandth of the interval
         grid = _grid(low, high)
         above = max(1, int(np.argmax(f(grid) > 0)))
@@ -218,7 +218,8 @@ def _normal_mean(
         return 1.0
     half = (high - low) / 2002
     z = _grid(low + half, high - half)
-    return float(np.average(f(z), weights=np.exp(-0.5 * (z * z - low * low))))
+    density = np.exp(-0.5 * (z * z - low * low))
+    return float(np.average(f(z), weights=density))
 
 
 # ---------------------------------------------------------------- formulas of released models
@@ -260,9 +261,9 @@ def clamped_swish(slope: float, limit: float) -> Activation:
         s = lax.logistic(slope * z)
         flat = z > limit
         high = jnp.maximum(z, limit)
-        return jnp.where(flat, top / high, s), jnp.where(
-            flat, -top / (high * high), slope * (s * (1 - s))
-        )
+        rho = jnp.where(flat, top / high, s)
+        drho = jnp.where(flat, -top / (high * high), slope * (s * (1 - s)))
+        return rho, drho
 
     return activation_of(f"clamped_swish({slope!r},{limit!r})", gate, flat_above=limit)
 
@@ -278,21 +279,22 @@ def _gelu(z: Array) -> tuple[Array, Array]:
     """Returns (rho, rho') of GELU."""
     density = jnp.exp(-0.5 * (z * z))
     tail = density * _tail_ratio(z)
-    return jnp.where(z > 0, 1 - tail, tail), _DENSITY_AT_0 * density
+    rho = jnp.where(z > 0, 1 - tail, tail)
+    return rho, _DENSITY_AT_0 * density
 
 
 def _tail_ratio(z: Array) -> Array:
     """Returns Phi(-|z|) exp(z^2 / 2), a scaled complementary error function."""
     x = jnp.minimum(jnp.where(z > 0, z, -z), 1e7)
-    return _polynomial(_TAIL_P, x) / _polynomial(_TAIL_Q, x)
+    numerator = _polynomial(_TAIL_P, x)
+    return numerator / _polynomial(_TAIL_Q, x)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
-    return functools.reduce(
-        lambda total, c: total * x + c,
-        coefficients[-2::-1],
-        jnp.full_like(x, coefficients[-1]),
-    )
+    total = jnp.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = total * x + coefficient
+    return total
 
 
 def _mish(z: Array) -> tuple[Array, Array]:
@@ -390,10 +392,8 @@ def register_activation(
     """
 
     def register(gate: Selection) -> Selection:
-        if name in (
-            *ALIASES,
-            *(activation.name for activation in _BUILT_IN),
-        ) or _CLAMPED.fullmatch(name):
+        built_in = [activation.name for activation in _BUILT_IN]
+        if name in (*ALIASES, *built_in) or _CLAMPED.fullmatch(name):
             actual = "a built-in activation"
             raise NaloraError(
                 f"activation {name!r}", expected="a name that is free", found=actual
@@ -413,8 +413,11 @@ def _require_derivative(name: str, gate: Selection) -> None:
     with jax.ensure_compile_time_eval():
         z = jnp.linspace(-6.0, 6.0, 97)
         step = 1e-2
-        difference = (gate(z + step)[0] - gate(z - step)[0]) / (2 * step)
-        worst = float(jnp.max(jnp.abs(gate(z)[1] - difference)))
+        above, _ = gate(z + step)
+        below, _ = gate(z - step)
+        difference = (above - below) / (2 * step)
+        _, derivative = gate(z)
+        worst = float(jnp.max(jnp.abs(derivative - difference)))
     if not worst < 1e-2:
         expected = "a function that returns rho(z) and its derivative"
         actual = f"a derivative that is off by {worst:.2g}"

@@ -74,25 +74,22 @@ class Contraction(NamedTuple):
           NaloraError: not an einsum of two operands, or an axis that all three have.
         """
         match = re.fullmatch(r"([\w.]+),(\w+)->([\w.]+)", text.replace(" ", ""))
-        expected = (
-            "an einsum of the input and the kernel without a label that all three have"
-        )
-        if match is None or set(match[1]) & set(match[2]) & set(match[3]):
+        x = kernel = out = ""
+        if match is not None:
+            x, kernel, out = match.groups()
+        of_all_three = set(x) & set(kernel) & set(out)
+        if match is None or of_all_three:
+            expected = (
+                "an einsum of the input and the kernel "
+                "without a label that all three have"
+            )
             raise NaloraError(
                 where, expected=expected, found=text, remedy="leave the layer out"
             )
-        x, kernel, out = match.groups()
-        inner, outer = (
-            "".join(label for label in labels if label in kernel) for labels in (x, out)
-        )
-        return cls(
-            x,
-            kernel,
-            out,
-            inner,
-            outer,
-            "".join(label for label in x if label not in kernel),
-        )
+        inner = "".join(label for label in x if label in kernel)
+        outer = "".join(label for label in out if label in kernel)
+        batch = "".join(label for label in x if label not in kernel)
+        return cls(x, kernel, out, inner, outer, batch)
 
 
 @dataclass(frozen=True)
@@ -114,23 +111,23 @@ class Projection:
 
     def sizes(self, labels: str) -> tuple[int, ...]:
         """Returns the sizes of some of the kernel's labels."""
-        of_label = dict(
-            zip(self.contraction.kernel, self.shape[len(self.lead) :], strict=True)
-        )
+        own = self.shape[len(self.lead) :]
+        of_label = dict(zip(self.contraction.kernel, own, strict=True))
         return tuple(of_label[label] for label in labels)
 
     @property
     def widths(self) -> tuple[int, int]:
         """``d_in`` and ``d_out`` of the flattened kernel."""
-        return math.prod(self.sizes(self.contraction.inner)), math.prod(
-            self.sizes(self.contraction.outer)
-        )
+        d_in = math.prod(self.sizes(self.contraction.inner))
+        d_out = math.prod(self.sizes(self.contraction.outer))
+        return d_in, d_out
 
     def init(self, key: jax.Array, mechanisms: Mechanisms) -> dict[str, Any]:
         """Returns a fresh adapter: A random, B zero, float32, and the leaves of a gate."""
         d_in, d_out = self.widths
-        leaves: dict[str, Any] = {"a": init_a(key, (*self.lead, d_in, self.rank))}
-        leaves["b"] = jnp.zeros((*self.lead, self.rank, d_out), jnp.float32)
+        a = init_a(key, (*self.lead, d_in, self.rank))
+        b = jnp.zeros((*self.lead, self.rank, d_out), jnp.float32)
+        leaves: dict[str, Any] = {"a": a, "b": b}
         if self.activation:
             leaves |= gate_leaves(mechanisms, (*self.lead, d_out))
         return leaves
@@ -141,15 +138,17 @@ class Projection:
         """Returns the layer's output ``y`` for ``x``, with the adapter's output added."""
         x_labels, _, out, inner, outer, batch = self.contraction
         rows = jnp.einsum(f"{x_labels}->{batch}{inner}", x)
-        rows = rows.reshape(*rows.shape[: rows.ndim - len(inner)], -1)  # [..., d_in]
-        dz = low_rank(
-            rows, leaves["a"], leaves["b"], self.scale, leaves.get(MASK)
-        ).astype(y.dtype)
-        # [..., d_out]
-        z = jnp.einsum(f"{out}->{batch}{outer}", y).reshape(dz.shape) + dz
+        lead = rows.shape[: rows.ndim - len(inner)]
+        rows = rows.reshape(*lead, -1)  # [..., d_in]
+        mask = leaves.get(MASK)
+        dz = low_rank(rows, leaves["a"], leaves["b"], self.scale, mask)
+        dz = dz.astype(y.dtype)
+        base = jnp.einsum(f"{out}->{batch}{outer}", y)
+        z = base.reshape(dz.shape) + dz  # [..., d_out]
         if leaves.get(TAPS):
             z = observe(z, dz, leaves[TAPS], self.activation)
-        z = z.reshape(*z.shape[:-1], *self.sizes(outer))
+        lead = z.shape[:-1]
+        z = z.reshape(*lead, *self.sizes(outer))
         return jnp.einsum(f"{batch}{outer}->{out}", z)
 
     def merged(self, kernel: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
@@ -264,9 +263,8 @@ def _mechanisms(
     """Returns the rules for gates with these activations."""
     activation = next(iter(gates.values()))
     others = tuple((path, name) for path, name in gates.items() if name != activation)
-    return replace(
-        make_mechanisms(rules, activation=activation, **settings), others=others
-    )
+    mechanisms = make_mechanisms(rules, activation=activation, **settings)
+    return replace(mechanisms, others=others)
 
 
 # ---------------------------------------------------------------- the choice of layers
@@ -283,14 +281,15 @@ def _chosen(
     _require_matches("layers", layers, found)
     adapted: dict[str, Projection] = {}
     for path, layer in found.items():
-        pattern = next(
-            (pattern for pattern in layers if re.search(pattern, path)), None
-        )
+        matching = (pattern for pattern in layers if re.search(pattern, path))
+        pattern = next(matching, None)
         if pattern is None or layers[pattern] == 0:
             continue
         rank = layers[pattern]
         most = min(layer.widths)
-        scaled = 2.0 * rank if alpha is None else alpha
+        scaled = alpha
+        if scaled is None:
+            scaled = 2.0 * rank
         if not 0 < rank <= most:
             expected = f"a rank from 0 to {most}, the smaller side of {path}"
             raise NaloraError(f"layers: {pattern!r}", expected=expected, found=rank)
@@ -354,21 +353,28 @@ def _contraction(layer: Any, path: str, classes: Classes) -> Contraction | None:
     """Returns the einsum of a layer by its class; None for other classes."""
     for kind, form in (*classes.items(), *_CLASSES.items()):
         if isinstance(layer, kind):
-            text = form(layer) if callable(form) else form
-            return Contraction.parse(getattr(layer, text, text), path)
+            if callable(form):
+                form = form(layer)
+            text = getattr(layer, form, form)  # an attribute's, or the einsum itself
+            return Contraction.parse(text, path)
     return None
 
 
 def _general(outputs: Any, axis: Any, batch: Any) -> str:
     """Returns the einsum of a dense layer with several axes, which must be the last ones."""
-    as_tuple = lambda value: tuple(value) if isinstance(value, Sequence) else (value,)  # noqa: E731
-    axis = as_tuple(axis)
-    outputs = as_tuple(outputs)
+    axis = _as_tuple(axis)
+    outputs = _as_tuple(outputs)
     if axis != tuple(range(-len(axis), 0)) or batch:
         return f"axis={axis}, batch axes {batch}"
     inner = "abcdef"[: len(axis)]
     outer = "uvwxyz"[: len(outputs)]
     return f"...{inner},{inner}{outer}->...{outer}"
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Sequence):
+        return tuple(value)
+    return (value,)
 
 
 _CLASSES: Classes = {
@@ -416,10 +422,11 @@ class LinenAdapters:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Returns fresh adapters, nested by the layers' paths."""
-        leaves = zip(
-            self.projections, jax.random.split(key, len(self.projections)), strict=True
-        )
-        return trees.unflatten({p.path: p.init(k, self.mechanisms) for p, k in leaves})
+        keys = jax.random.split(key, len(self.projections))
+        leaves = {}
+        for projection, key_of_layer in zip(self.projections, keys, strict=True):
+            leaves[projection.path] = projection.init(key_of_layer, self.mechanisms)
+        return trees.unflatten(leaves)
 
     def apply(self, variables: Any, lora: Any, *args: Any, **options: Any) -> Any:
         """Returns ``module.apply(variables, *args, **options)`` with the adapters ``lora``.
@@ -473,7 +480,9 @@ def _linen_layers(
     found = {}
 
     def record(layer: nn.Module, path: str, x: Any, y: Any) -> Any:
-        contraction = _contraction(layer, path, classes) if path else None
+        contraction = None
+        if path:
+            contraction = _contraction(layer, path, classes)
         if contraction is None:
             return y
         if path not in found:
@@ -515,10 +524,11 @@ def _node(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def _with(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Returns ``tree`` with another value at a path; nodes on the path are copied, others
-    shared."""
+    """Returns ``tree`` with another value at a path; nodes off the path are shared."""
     first, _, below = path.partition("/")
-    return {**tree, first: _with(tree[first], below, value) if below else value}
+    if below:
+        value = _with(tree[first], below, value)
+    return {**tree, first: value}
 
 
 # ---------------------------------------------------------------- NNX
@@ -559,8 +569,7 @@ class LoRA(nnx.Module):
 
 
 def merge_nnx(model: Any) -> Any:
-    """Returns a copy of an adapted NNX model with every adapter folded into its kernel, for
-    serving."""
+    """Returns a copy of an adapted NNX model with its adapters merged into the kernels."""
     model = nnx.merge(*nnx.split(model), copy=True)
     for _, layer in list(nnx.iter_modules(model)):
         if isinstance(adapter := vars(layer).get(_LORA), LoRA):
@@ -590,14 +599,14 @@ def _nnx_layers(model: Any, classes: Classes) -> list[Projection]:
 
 
 def _require_one_place(model: Any, projections: Sequence[Projection]) -> None:
-    """Raises an error for an adapted layer that the model uses at two places, or whose kernel it
-    does."""
+    """Raises an error if the model has an adapted layer, or its kernel, at two places."""
     places: Counter[int] = Counter()
     for _, module in nnx.iter_modules(model):
         places.update(id(child) for _, child in nnx.iter_children(module))
     for p in projections:
         layer = _child(model, p.path)
-        if max(places[id(layer)], places[id(getattr(layer, p.parameter))]) > 1:
+        kernel = getattr(layer, p.parameter)
+        if places[id(layer)] > 1 or places[id(kernel)] > 1:
             raise NaloraError(
                 p.path, expected="a layer with one place in the model", found="two"
             )
@@ -607,7 +616,9 @@ def _child(model: Any, path: str) -> Any:
     def step(node: Any, name: str) -> Any:
         if hasattr(node, name):
             return getattr(node, name)
-        return node[int(name) if name.isdigit() else name]
+        if name.isdigit():
+            return node[int(name)]
+        return node[name]
 
     return functools.reduce(step, path.split("/"), model)
 

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
 
+Values = dict[Any, Array]  # by variable of a program
 _TAG = "nalora.output:"
 _CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 # Operations that leave the elements as they are.
@@ -81,7 +82,7 @@ def _functions(jaxpr: Jaxpr, tagged: str, z: Array) -> Iterator[Array]:
             yield from _functions(inner, tagged, z)
 
 
-def _ends(jaxpr: Jaxpr, values: dict[Var, Array]) -> Iterator[Array]:
+def _ends(jaxpr: Jaxpr, values: Values) -> Iterator[Array]:
     """Yields the values that the program combines with others, or returns."""
     for equation in jaxpr.eqns:
         inputs = [values[v] for v in equation.invars if _is_known(v, values)]
@@ -95,11 +96,11 @@ def _ends(jaxpr: Jaxpr, values: dict[Var, Array]) -> Iterator[Array]:
     yield from (values[v] for v in jaxpr.outvars if _is_known(v, values))
 
 
-def _is_known(variable: Any, values: dict[Var, Array]) -> bool:
+def _is_known(variable: Any, values: Values) -> bool:
     return not isinstance(variable, Literal) and variable in values
 
 
-def _evaluate(equation: Any, values: dict[Var, Array]) -> list[Array] | None:
+def _evaluate(equation: Any, values: Values) -> list[Array] | None:
     """Returns the results of an elementwise operation; None for others and unknown inputs."""
     shape = next(iter(values.values())).shape
     inputs = []

@@ -75,19 +75,21 @@ def gated_mlp(
         (z, delta), (u, _) = parallel_dense(x, [gate, up], numerics.within())
     else:
         z, delta = adapted_dense(x, gate, numerics.within())
-        u = None if up is None else up.astype(z.dtype)
+        u = up
+        if u is not None:
+            u = u.astype(z.dtype)
     z = tapped(z, measurement)
     h, _ = gated_product(z, u, activation, numerics)
     measured = None
     if measurement is not None:
+        config = measurement.config
         measured = block_statistics(
             x, gate, z, delta, activation, numerics, measurement
         )
-        if (checks := measurement.config.checks) is not None:
-            sharding = measurement.config.sharding
+        if config.checks is not None:
             live = (z, u, h)
-            measured |= checks.block(
-                x, gate, live, delta, activation, numerics, sharding
+            measured |= config.checks.block(
+                x, gate, live, delta, activation, numerics, config.sharding
             )
     return adapted_dense(h, down, numerics).y, measured
 
@@ -125,8 +127,7 @@ def gated_product(
 
 
 def up_factor(u: jax.Array, up_limit: float) -> jax.Array:
-    """Returns the factor of phi(z): u; with a limit, ``1 + clip(u, -up_limit, up_limit)``
-    (gpt-oss)."""
+    """Returns the factor of phi(z): u, or ``1 + clip(u, -up_limit, up_limit)`` (gpt-oss)."""
     if not up_limit:
         return u
     return 1 + jnp.clip(u, -up_limit, up_limit)
@@ -140,7 +141,8 @@ def _gated_product(
     numerics: Numerics,
     up_limit: float,
 ) -> Any:
-    return _gated_product_fwd(z, u, activation, numerics, up_limit)[0]
+    outputs, _ = _gated_product_fwd(z, u, activation, numerics, up_limit)
+    return outputs
 
 
 def _gated_product_fwd(
@@ -156,15 +158,17 @@ def _gated_product_fwd(
         numerics=numerics,
         name=storage.SAVED_WIDE,
     )
-    saved = save(z), None if u is None else save(u)
+    read = partial(storage.read_residual, dtype=numerics.result)
+    saved_u = None
+    saved_z = save(z)
+    if u is not None:
+        saved_u = save(u)
+    saved = (saved_z, saved_u)
     # Computed from the saved arrays, so that a rematerialized layer needs no matmul for the value.
-    a = activation.phi(storage.read_residual(saved[0], numerics.result))
-    if saved[1] is None:
-        product = a
-    else:
-        product = a * up_factor(
-            storage.read_residual(saved[1], numerics.result), up_limit
-        )
+    a = activation.phi(read(saved_z))
+    product = a
+    if saved_u is not None:
+        product = a * up_factor(read(saved_u), up_limit)
     return (storage.rounded(product, z.dtype, numerics), a), (
         *saved,
         jnp.zeros((0,), z.dtype),
@@ -214,7 +218,8 @@ class LoRADense(nn.Module):
     rank: int = 0  # of the adapter; 0 for a plain frozen layer
     use_bias: bool = False  # True if the frozen layer adds a bias
     dora: bool = False  # True if the adapter is weight-decomposed
-    dropout: float = 0.0  # rate on the adapter's input if not deterministic (needs the rng "dropout")
+    # rate on the adapter's input if not deterministic (needs the rng "dropout")
+    dropout: float = 0.0
     experts: int = (
         0  # the leading axis of all arrays, if the layer is one of each expert
     )
@@ -236,7 +241,9 @@ class LoRADense(nn.Module):
           mask: ``[d_out]`` for the gated gradient of A (gates only).
           deterministic: True to switch dropout off.
         """
-        lead = (self.experts,) if self.experts else ()
+        lead: tuple[int, ...] = ()
+        if self.experts:
+            lead = (self.experts,)
         init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(lead))))
         kernel = frozen_kernel(self, (*lead, d_in, self.features), init)
         bias = None
@@ -396,10 +403,12 @@ class AdaptedBlock(nn.Module):
             }
             return self.adapters.dense(name, d_in, d_out, scales, **options)
 
-        gate = dense(
-            gate_name, x.shape[-1], self.d_ff, self.get_variable("gate_mask", "mask")
-        )
-        factor = dense(up_name[0], x.shape[-1], self.d_ff) if up_name else up
+        d_model = x.shape[-1]
+        mask = self.get_variable("gate_mask", "mask")
+        gate = dense(gate_name, d_model, self.d_ff, mask)
+        factor: Any = up
+        if up_name:
+            factor = dense(up_name[0], d_model, self.d_ff)
         down = dense(down_name, self.d_ff, self.d_model)
         measurement = None
         taps = self.variables.get("gate_taps", {})
@@ -408,7 +417,9 @@ class AdaptedBlock(nn.Module):
                 token_weights = jnp.ones(x.shape[:-1], bool)
             measurement = Measurement.of(token_weights, self.stats, taps)
         # A replacement of the operation computes projections, not a given factor.
-        block = gated_mlp.plain if up is not None else gated_mlp
+        block: Any = gated_mlp
+        if up is not None:
+            block = gated_mlp.plain
         phi = activations.get(self.activation)
         y, measured = block(x, gate, factor, down, phi, self.numerics, measurement)
         # The gradients of the taps are the statistics.

@@ -44,13 +44,11 @@ class Adapter(NamedTuple):
     a: jax.Array  # float32 [d_in, r]
     b: jax.Array  # float32 [r, d_out]
     scale: jax.Array | float = 1.0  # scalar s
-    mask: jax.Array | None = (
-        None  # [d_out], weights of the output channels in A's gradient
-    )
+    # [d_out], weights of the output channels in A's gradient
+    mask: jax.Array | None = None
     magnitude: jax.Array | None = None  # [d_out], of a weight-decomposed adapter (DoRA)
-    start: tuple[jax.Array, jax.Array] | None = (
-        None  # initial A and B if B is not 0 (PiSSA, LoRA-GA)
-    )
+    # initial A and B if B is not 0 (PiSSA, LoRA-GA)
+    start: tuple[jax.Array, jax.Array] | None = None
 
 
 class Dense(NamedTuple):
@@ -61,16 +59,15 @@ class Dense(NamedTuple):
     bias: jax.Array | None = None  # [d_out]
     dropout: Callable[[jax.Array], jax.Array] | None = None  # of the adapter's input
     name: str = "dense"  # in profiles
-    inner: jax.Array | None = (
-        None  # x for the adapter, if its gradient is summed separately
-    )
+    # x for the adapter, if its gradient is summed separately
+    inner: jax.Array | None = None
 
     @property
     def is_plain(self) -> bool:
         """True if the layer has no DoRA and no dropout of an adapter."""
-        return self.adapter is None or (
-            self.adapter.magnitude is None and self.dropout is None
-        )
+        if self.adapter is None:
+            return True
+        return self.adapter.magnitude is None and self.dropout is None
 
 
 class LowRankHidden(NamedTuple):
@@ -161,15 +158,11 @@ def _gated_bwd(
     products, x, layers, hidden = saved
     gs, _ = cotangents
     dx, das, dbs = products.backward(x, gs, layers, hidden)
-    zero = [jax.tree.map(jnp.zeros_like, (layer.scale, layer.mask)) for layer in layers]
-    return (
-        None,
-        dx,
-        tuple(
-            Factors(da, db, *zeros)
-            for da, db, zeros in zip(das, dbs, zero, strict=True)
-        ),
-    )
+    of_layers = []
+    for layer, da, db in zip(layers, das, dbs, strict=True):
+        scale, mask = jax.tree.map(jnp.zeros_like, (layer.scale, layer.mask))
+        of_layers.append(Factors(da, db, scale, mask))
+    return None, dx, tuple(of_layers)
 
 
 gated.defvjp(_gated_fwd, _gated_bwd)
@@ -182,7 +175,8 @@ def with_masked(layer: Factors) -> jax.Array:
     """
     if layer.mask is None:
         return layer.b
-    return jnp.concatenate([layer.b, layer.b * layer.mask[..., None, :]], axis=-2)
+    masked = layer.b * layer.mask[..., None, :]
+    return jnp.concatenate([layer.b, masked], axis=-2)
 
 
 def rank_cotangents(layer: Factors, back: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -213,8 +207,10 @@ class AdapterProducts(Products):
         """See `Products`."""
         (layer,) = layers
         # [rows, r]; saved by a rematerialized layer, which would multiply x by A again otherwise
-        hidden = checkpoint_name(layer.scale * self._dot(x, layer.a), SAVED)
-        return [self._dot(hidden, layer.b)], [hidden]
+        hidden = layer.scale * self._dot(x, layer.a)
+        hidden = checkpoint_name(hidden, SAVED)
+        y = self._dot(hidden, layer.b)
+        return [y], [hidden]
 
     def backward(
         self,
@@ -226,9 +222,12 @@ class AdapterProducts(Products):
         """See `Products`."""
         (layer,) = layers
         (g,) = gs
-        exact, masked = rank_cotangents(layer, self._dot(g, with_masked(layer), (1, 1)))
+        back = self._dot(g, with_masked(layer), (1, 1))
+        exact, masked = rank_cotangents(layer, back)
         dx = self._dot(exact, layer.a, (1, 1)).astype(x.dtype)
-        return dx, [self._dot(x, masked, (0, 0))], [self._dot(hidden[0], g, (0, 0))]
+        da = self._dot(x, masked, (0, 0))
+        db = self._dot(hidden[0], g, (0, 0))
+        return dx, [da], [db]
 
 
 def low_rank(
@@ -250,7 +249,8 @@ def low_rank(
     Returns:
       ``[..., d_out]`` float32.
     """
-    return _residual(x, Adapter(a, b, scale, mask), Numerics())[0]
+    y, _ = _residual(x, Adapter(a, b, scale, mask), Numerics())
+    return y
 
 
 def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -268,12 +268,11 @@ def _residual(
     """Returns ``s (x A) B`` float32 ``[..., d_out]`` and ``s x A``."""
     factors = Factors.of(adapter)
     chex.assert_axis_dimension(factors.a, 0, x.shape[-1])
-    flat = x.reshape(-1, x.shape[-1])  # [rows, d_in]
+    *lead, d_in = x.shape
+    rank, d_out = factors.b.shape
+    flat = x.reshape(-1, d_in)  # [rows, d_in]
     (y,), (hidden,) = gated(AdapterProducts(numerics), flat, (factors,))
-    lead = x.shape[:-1]
-    return y.reshape(*lead, factors.b.shape[1]), hidden.reshape(
-        *lead, factors.b.shape[0]
-    )
+    return y.reshape(*lead, d_out), hidden.reshape(*lead, rank)
 
 
 # ---------------------------------------------------------------- the layer
@@ -296,9 +295,12 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
         adapter = dense.adapter
         if adapter is None:
             return Adapted(add_bias(base, dense.bias))
-        inner = x if dense.inner is None else dense.inner
-        dropped = inner if dense.dropout is None else dense.dropout(inner)
-        delta, hidden = _residual(dropped, adapter, numerics)
+        inner = x
+        if dense.inner is not None:
+            inner = dense.inner
+        if dense.dropout is not None:
+            inner = dense.dropout(inner)
+        delta, hidden = _residual(inner, adapter, numerics)
         if adapter.magnitude is not None:
             delta = _dora(base, delta, dense.kernel, adapter)
         delta = delta.astype(base.dtype)
@@ -344,11 +346,12 @@ def column_norm(
     w = kernel.astype(jnp.float32)
     s = jnp.asarray(scale, jnp.float32)
     exact = Numerics()
-    cross = jnp.sum(dot(a, w, exact, (0, 0)) * b, axis=0)
-    gram = jnp.sum(dot(dot(a, a, exact, (0, 0)), b, exact) * b, axis=0)
-    return jnp.sqrt(
-        jnp.maximum(jnp.sum(w * w, axis=0) + 2 * s * cross + s * s * gram, 0.0)
-    )
+    a_w = dot(a, w, exact, (0, 0))  # [r, d_out]
+    cross = jnp.sum(a_w * b, axis=0)
+    a_a = dot(a, a, exact, (0, 0))  # [r, r]
+    gram = jnp.sum(dot(a_a, b, exact) * b, axis=0)
+    square = jnp.sum(w * w, axis=0) + 2 * s * cross + s * s * gram
+    return jnp.sqrt(jnp.maximum(square, 0.0))
 
 
 def _dora(
@@ -373,10 +376,10 @@ def find_gates(lora: Any) -> dict[str, str]:
       >>> find_gates({"layers": {"ffn": {"gate_proj": adapter, "up_proj": adapter}}})
       {'layers/ffn/gate_proj': 'layers/ffn'}
     """
-    paths = (
-        path.removesuffix("/b") for path in trees.flatten(lora) if path.endswith("/b")
-    )
-    split = {path: path.rpartition("/") for path in sorted(paths)}
-    return {
-        path: block for path, (block, _, name) in split.items() if name in _GATE_NAMES
-    }
+    blocks = {}
+    for leaf in sorted(trees.flatten(lora)):
+        path = leaf.removesuffix("/b")
+        block, _, name = path.rpartition("/")
+        if leaf.endswith("/b") and name in _GATE_NAMES:
+            blocks[path] = block
+    return blocks

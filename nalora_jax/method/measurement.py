@@ -280,7 +280,9 @@ _GRADIENT = 0.1
 CHECK_FAILED = "gate check failed"
 CHECKS = {
     "check_preactivation": "the gate's pre-activation is not x W + s (x A) B",
-    "check_identity": "phi(z + dz) - phi(z) is not F + S: phi and rho of the activation do not match",
+    "check_identity": (
+        "phi(z + dz) - phi(z) is not F + S: phi and rho of the activation do not match"
+    ),
     "check_gate": "Activation.gate is not (rho, rho')",
     "check_product": "the gate's output is not phi(z + dz)",
 }
@@ -361,9 +363,8 @@ class GateChecks:
         if live.u is not None:
             want = want * live.u.astype(residual).astype(jnp.float32)
         slack = max(rounding, 0.1 * tolerance)
-        allowed = tolerance * jnp.abs(dz) + slack * (
-            jnp.abs(base) + jnp.abs(dz) + jnp.abs(z)
-        )
+        size = jnp.abs(base) + jnp.abs(dz) + jnp.abs(z)
+        allowed = tolerance * jnp.abs(dz) + slack * size
         error = live.product.astype(jnp.float32) - want
         return {
             "check_preactivation": _worst(z - base - dz, allowed),
@@ -384,27 +385,31 @@ def _identity(z: Array, dz: Array, activation: Activation, tolerance: float) -> 
 
 
 def _gate(z: Array, activation: Activation, tolerance: float) -> Array:
-    (rho, drho), exact = activation.gate(z), activation.rho(z)
+    rho, drho = activation.gate(z)
+    exact = activation.rho(z)
     smooth = jnp.ones_like(z)
     # an activation with a jump at 0 has no derivative there
     if not activation.self_gated:
         smooth = (jnp.abs(z) > 2 * _STEP).astype(jnp.float32)
     # rho has a kink there
     smooth = smooth * (jnp.abs(z - activation.flat_above) > 2 * _STEP)
-    difference = (activation.rho(z + _STEP) - activation.rho(z - _STEP)) / (2 * _STEP)
-    slopes = _worst(smooth * (drho - difference), 0.01 * jnp.abs(difference) + 2e-4)
-    return jnp.maximum(
-        _worst(rho - exact, tolerance * jnp.abs(exact) + 16 * _EPS), slopes
-    )
+    above = activation.rho(z + _STEP)
+    below = activation.rho(z - _STEP)
+    difference = (above - below) / (2 * _STEP)
+    allowed = 0.01 * jnp.abs(difference) + 2e-4
+    slopes = _worst(smooth * (drho - difference), allowed)
+    values = _worst(rho - exact, tolerance * jnp.abs(exact) + 16 * _EPS)
+    return jnp.maximum(values, slopes)
 
 
 def _worst(error: Array, allowed: Array) -> Array:
-    """Returns the largest ratio over channels of the errors to the allowances, summed over
-    tokens."""
-    sums = [
-        jnp.sum(jnp.abs(x).reshape(-1, x.shape[-1]), axis=0) for x in (error, allowed)
-    ]
-    return jnp.max(sums[0] / (sums[1] + 1e-30))
+    """Returns the largest ratio over channels of errors and allowances, summed over tokens."""
+    return jnp.max(_over_tokens(error) / (_over_tokens(allowed) + 1e-30))
+
+
+def _over_tokens(x: Array) -> Array:
+    rows = jnp.abs(x).reshape(-1, x.shape[-1])
+    return jnp.sum(rows, axis=0)
 
 
 def require_sound(
@@ -442,13 +447,10 @@ def require_sound(
 def require_real_tokens(
     real: Array, stats: Mapping[str, Mapping[str, Array]], config: GateStatsConfig
 ) -> None:
-    """Asserts that counts and occupancy sum over the sampled tokens of ``real [..., rows, seq]``
-    alone."""
+    """Asserts that counts and occupancy are sums over real tokens, ``real [..., rows, seq]``."""
     config = config.of_rows(real.shape[-1])
-    of_gate, of_probe = (
-        jnp.sum(sampled_weights(real, stride))
-        for stride in (config.stride, config.probe_stride)
-    )
+    of_gate = jnp.sum(sampled_weights(real, config.stride))
+    of_probe = jnp.sum(sampled_weights(real, config.probe_stride))
     for path, sums in stats.items():
         layers, *_, d_ff = sums["occupancy"].shape
         occupied = jnp.sum(sums["occupancy"].reshape(layers, -1, d_ff), axis=1)
@@ -476,14 +478,17 @@ def require_gated_gradients(lora: Any, grads: Any, masks: Mapping[str, Array]) -
     for gate, path in gates.items():
         a = lora[f"{gate}/a"]
         b = lora[f"{gate}/b"]
-        sigma = lora.get(f"{gate}/singular", jnp.ones((*a.shape[:-2], a.shape[-1])))
-        masked = b * masks[path][..., None, :] if path in masks else b
-        of_a = sigma[..., :, None] * exact(jnp.swapaxes(a, -1, -2), grads[f"{gate}/a"])
-        of_b = (
-            exact(grads[f"{gate}/b"], jnp.swapaxes(masked, -1, -2))
-            * sigma[..., None, :]
-        )
-        error, size = (jnp.linalg.norm(x, axis=(-2, -1)) for x in (of_a - of_b, of_b))
+        da = grads[f"{gate}/a"]
+        db = grads[f"{gate}/b"]
+        *lead, _, rank = a.shape
+        sigma = lora.get(f"{gate}/singular", jnp.ones((*lead, rank)))
+        masked = b
+        if path in masks:
+            masked = b * masks[path][..., None, :]
+        of_a = sigma[..., :, None] * exact(jnp.swapaxes(a, -1, -2), da)
+        of_b = exact(db, jnp.swapaxes(masked, -1, -2)) * sigma[..., None, :]
+        error = jnp.linalg.norm(of_a - of_b, axis=(-2, -1))
+        size = jnp.linalg.norm(of_b, axis=(-2, -1))
         _require(error - _GRADIENT * size, path, _MASK)
 
 

@@ -71,8 +71,7 @@ class Mechanism:
     decay: float = 0.95
     # Optimizer steps before the rule acts.
     warmup: int = 10
-    # Permutation control: seed of a permutation of the factors over each layer's channels; -1:
-    #   none.
+    # Permutation control: seed of a permutation of the factors over each layer's channels, or -1.
     permute: int = -1
 
     # Name in the registry.
@@ -139,20 +138,21 @@ class Mechanism:
 
     def metrics(self, factor: Array) -> dict[str, Array]:
         """Returns the log metrics of its factor ``[layers, channels]``, ``[layers]`` each."""
-        mean, low, high = (f(factor, axis=1) for f in (jnp.mean, jnp.min, jnp.max))
-        return {"mean": mean, "min": low, "max": high}
+        return {
+            "mean": jnp.mean(factor, axis=1),
+            "min": jnp.min(factor, axis=1),
+            "max": jnp.max(factor, axis=1),
+        }
 
     def permuted(
         self, factor: Array, context: Context, order: Array | None = None
     ) -> Array:
-        """Returns ``factor`` with channels in ``order``; by default the permutation control's
-        order."""
+        """Returns ``factor`` with channels in ``order``, by default the permutation control's."""
         if order is None:
             if self.permute < 0:
                 return factor
-            order = jnp.asarray(
-                self.permutation(factor.shape, context.block, context.seed)
-            )
+            own = self.permutation(factor.shape, context.block, context.seed)
+            order = jnp.asarray(own)
         return jnp.take_along_axis(factor, order, axis=-1)
 
     def permutation(self, shape: tuple[int, ...], block: str, seed: int) -> np.ndarray:
@@ -187,7 +187,8 @@ class Mechanism:
         rate = pad(rate)
         count = pad(count)
         mean = value / jnp.where(count > 0, count, 1)
-        return jnp.where(count > 0, average + rate * (mean - average), average)
+        moved = average + rate * (mean - average)
+        return jnp.where(count > 0, moved, average)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -276,7 +277,8 @@ def make(rule: str | Mechanism) -> Mechanism:
 def relative(importance: Array) -> Array:
     """Returns ``I / mean(I)`` over each layer's channels [..., d_ff]; ones if I is all 0."""
     mean = jnp.mean(importance, axis=-1, keepdims=True)
-    return jnp.where(mean > 0, importance / jnp.where(mean > 0, mean, 1), 1)
+    divisor = jnp.where(mean > 0, mean, 1)
+    return jnp.where(mean > 0, importance / divisor, 1)
 
 
 def hard_mask(importance: Array, keep: float) -> Array:
@@ -289,11 +291,13 @@ def hard_mask(importance: Array, keep: float) -> Array:
       keep: share of channels, in (0, 1].
     """
     k = max(1, round(keep * importance.shape[-1]))
-    threshold = lax.top_k(importance, k)[0][..., -1:]
+    largest, _ = lax.top_k(importance, k)
+    threshold = largest[..., -1:]
     above = importance > threshold
     tied = importance == threshold
     vacancies = k - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
-    chosen = tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= vacancies)
+    rank_among_tied = jnp.cumsum(tied, axis=-1, dtype=jnp.int32)
+    chosen = tied & (rank_among_tied <= vacancies)
     return (above | chosen).astype(importance.dtype)
 
 
@@ -416,8 +420,7 @@ def degrees_vary(occupancy: Array, partition: Partition, min_occupancy: float) -
 @register_mechanism("homogeneity")
 @dataclass(frozen=True)
 class HomogeneityStep(Mechanism):
-    """`homogeneity_scale` where the partition has a meaning; 1 elsewhere, with one line in the
-    log."""
+    """`homogeneity_scale` if the partition has a meaning; otherwise 1, with a line in the log."""
 
     # Gain of the regions inverted, contracting, expanding, linear.
     gains: tuple[float, float, float, float] = (0.5, 0.75, 1.0, 1.0)

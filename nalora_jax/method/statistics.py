@@ -16,9 +16,8 @@ float32, without gradients. Its entry in the table determines gate state, shardi
 Sums leave a model as the gradients of zeros, its taps (`observe`). The zeros pass through every
 transformation of parameters (scan, remat, vmap, shards), and micro-batches and devices add
 gradients up. Flax's float8 matmuls return their scales in the same way
-(``_overwrite_with_gradient``). Two
-counts turn sums into means: ``tokens`` and ``probe_tokens``, the summed weights of the sampled
-positions.
+(``_overwrite_with_gradient``). Two counts turn sums into means: ``tokens`` and ``probe_tokens``,
+the summed weights of the sampled positions.
 """
 
 from __future__ import annotations
@@ -57,7 +56,9 @@ def gate_decomposition(
     """
     chex.assert_equal_shape([z, dz])
     rho = activation.rho(z)
-    return rho * dz, (activation.rho(z + dz) - rho) * (z + dz)
+    feature = rho * dz
+    selection = (activation.rho(z + dz) - rho) * (z + dz)
+    return feature, selection
 
 
 # ---------------------------------------------------------------- the table
@@ -96,20 +97,19 @@ class Statistic:
     # Function of a `Gate`, a `Move` or delta, per token and channel; a tuple has an axis of parts.
     values: Callable[[Any], Array | tuple[Array, ...]]
     parts: int = 0  # number of parts: a sum is [parts, d_ff], or [d_ff] for 0
-    complete: bool = (
-        False  # the parts of a token add up to 1: the last sum follows from the others
-    )
-    degree: float = (
-        0  # of a cotangent: the power of delta, by which the sum scales with the loss
-    )
-    metric: str = (
-        ""  # name of its mean over tokens and channels in the log; "" leaves it out
-    )
+    # the parts of a token add up to 1: the last sum follows from the others
+    complete: bool = False
+    # of a cotangent: the power of delta, by which the sum scales with the loss
+    degree: float = 0
+    # name of its mean over tokens and channels in the log; "" leaves it out
+    metric: str = ""
 
     @property
     def count(self) -> str:
         """Name of the count that divides its sum."""
-        return "probe_tokens" if self.source == "probe" else "tokens"
+        if self.source == "probe":
+            return "probe_tokens"
+        return "tokens"
 
     def shape(self, channels: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of its sum in a block of ``channels`` ``(..., d_ff)``."""
@@ -171,8 +171,7 @@ CHECK = "check_"
 
 
 def forward(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the statistics of the forward pass among ``names``; counts and checks are left
-    out."""
+    """Returns the statistics of the forward pass among ``names``, no counts and no checks."""
     return _of_sources(names, "gate", "probe")
 
 
@@ -229,7 +228,9 @@ def probe_statistics(
     chex.assert_equal_shape([z_base, dz])
     z = _float32(z_base, weights)
     dz = _float32(dz, weights)
-    values = Move(z, dz, *activation.gate(z), activation.gate(z + dz)[0])
+    rho, drho = activation.gate(z)
+    moved_rho, _ = activation.gate(z + dz)
+    values = Move(z, dz, rho, drho, moved_rho)
     return {"probe_tokens": _tokens(weights)} | _sums("probe", values, weights, names)
 
 
@@ -276,9 +277,9 @@ def total(values: Array, weights: Array) -> Array:
     weights = lax.stop_gradient(weights).astype(jnp.float32).reshape(1, -1)
     values = values.reshape(weights.shape[1], -1)
     contract = (((1,), (0,)), ((), ()))
-    return lax.dot_general(weights, values, contract, precision=lax.Precision.HIGHEST)[
-        0
-    ]
+    exact = lax.Precision.HIGHEST
+    sums = lax.dot_general(weights, values, contract, precision=exact)
+    return sums[0]
 
 
 # ---------------------------------------------------------------- the way out of a model
@@ -291,13 +292,12 @@ def taps(names: Iterable[str], channels: tuple[int, ...]) -> Sums:
       >>> {name: tap.shape for name, tap in taps(("slope", "delta_squared"), (30, 1536)).items()}
       {'slope': (30, 1536), 'delta_squared': (30, 1536), 'tokens': (30,)}
     """
-    names = tuple(names)
-    shapes = {name: get(name).shape(channels) for name in names}
-    shapes |= {
-        count: channels[:-1]
-        for count in ("tokens", *(get(name).count for name in names))
-        if names
-    }
+    entries = [get(name) for name in names]
+    shapes = {entry.name: entry.shape(channels) for entry in entries}
+    if entries:
+        shapes["tokens"] = channels[:-1]
+    for entry in entries:
+        shapes[entry.count] = channels[:-1]
     return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
 
 
@@ -354,28 +354,26 @@ def observe(
     if weights.shape != z.shape[:-1]:
         expected = f"shape {z.shape[:-1]}, the tokens of the gate"
         raise NaloraError("token_weights", expected=expected, found=weights.shape)
-    rows, moved = (
-        x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        for x in lax.stop_gradient((z, dz))
-    )
+    rows = _rows_of(z)
+    moved = _rows_of(dz)
     flat = weights.reshape(-1)
     partition = activations.partition(activation.name)
     names = forward(taps)
     sums = channel_statistics(rows, flat, activation, partition, names)
     sums |= probe_statistics(rows - moved, moved, flat, activation, names)
-    return emit(
-        z,
-        taps,
-        {name: sums[name] for name in taps if name in sums},
-        weights,
-        _of_tokens,
-    )
+    requested = {name: sums[name] for name in taps if name in sums}
+    return emit(z, taps, requested, weights, _of_tokens)
+
+
+def _rows_of(z: Array) -> Array:
+    """Returns ``[tokens, d_ff]`` float32, without gradient."""
+    rows = lax.stop_gradient(z).reshape(-1, z.shape[-1])
+    return rows.astype(jnp.float32)
 
 
 def _of_tokens(delta: Array, weights: Array, names: Iterable[str]) -> Sums:
-    return cotangent_statistics(
-        delta.reshape(-1, delta.shape[-1]), weights.reshape(-1), names
-    )
+    rows = delta.reshape(-1, delta.shape[-1])
+    return cotangent_statistics(rows, weights.reshape(-1), names)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -413,13 +411,12 @@ def _emit_fwd(
 def _emit_bwd(of_cotangent: Any, saved: Any, g: Array) -> tuple[Any, ...]:
     names, sums, weights = saved
     others = tuple(name for name in names if name not in sums)
-    measured = dict(sums) | (of_cotangent(g, weights, others) if others else {})
-    return (
-        g,
-        {name: measured[name] for name in names},
-        jax.tree.map(jnp.zeros_like, sums),
-        None,
-    )
+    measured = dict(sums)
+    if others:
+        measured |= of_cotangent(g, weights, others)
+    of_taps = {name: measured[name] for name in names}
+    of_sums = jax.tree.map(jnp.zeros_like, sums)
+    return g, of_taps, of_sums, None
 
 
 emit.defvjp(_emit_fwd, _emit_bwd)
@@ -461,9 +458,8 @@ def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
             totals[name] = jnp.sum(value, axis=1)
             continue
         first = jnp.sum(value[..., :-1, :], axis=1)
-        last = jnp.maximum(
-            totals[entry.count][..., None] - jnp.sum(first, axis=-2), 0.0
-        )
+        tokens = totals[entry.count][..., None]
+        last = jnp.maximum(tokens - jnp.sum(first, axis=-2), 0.0)
         totals[name] = jnp.concatenate([first, last[..., None, :]], axis=-2)
     return totals
 
@@ -475,11 +471,11 @@ def per_target(sums: Mapping[str, Array], target_tokens: Array) -> Sums:
     sum of the k-th power of delta is divided by the k-th power of their number.
     """
     scale = jnp.maximum(target_tokens, 1.0)
-    degrees = {name: get(name).degree if name in TABLE else 0 for name in sums}
-    return {
-        name: v / scale ** degrees[name] if degrees[name] else v
-        for name, v in sums.items()
-    }
+    scaled = dict(sums)
+    for name in sums:
+        if name in TABLE and get(name).degree:
+            scaled[name] = sums[name] / scale ** get(name).degree
+    return scaled
 
 
 def mean(name: str, sums: Mapping[str, Array]) -> Array:
@@ -489,11 +485,16 @@ def mean(name: str, sums: Mapping[str, Array]) -> Array:
     """
     value = sums[name]
     count = sums[get(name).count]
-    count = count.reshape(count.shape + (1,) * (value.ndim - count.ndim))
-    return jnp.where(count > 0, value / jnp.where(count > 0, count, 1), jnp.nan)
+    missing = (1,) * (value.ndim - count.ndim)
+    count = count.reshape(count.shape + missing)
+    divisor = jnp.where(count > 0, count, 1)
+    return jnp.where(count > 0, value / divisor, jnp.nan)
 
 
 def ratio(name: str, sums: Mapping[str, Array]) -> Array:
     """Returns an entry of `RATIOS` of any sums; 0 if the denominator is 0."""
-    above, below = (sums[name_of_sum] for name_of_sum in RATIOS[name])
-    return jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), 0.0)
+    numerator, denominator = RATIOS[name]
+    above = sums[numerator]
+    below = sums[denominator]
+    divisor = jnp.where(below > 0, below, 1.0)
+    return jnp.where(below > 0, above / divisor, 0.0)

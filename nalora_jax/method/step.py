@@ -56,8 +56,7 @@ class TrainState(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """The value of an objective on one micro-batch; the gradients of the taps are the
-    statistics."""
+    """The value of an objective on one micro-batch (the taps' gradients are the statistics)."""
 
     loss: Array  # summed
     # sums of further log metrics by name
@@ -94,9 +93,8 @@ class StepConfig:
     # Of adapters and masks within the step, if the state is sharded further.
     lora_sharding: Any = None
     mask_sharding: NamedSharding | None = None
-    stats_sharding: NamedSharding | None = (
-        None  # the blocks' (`measurement.GateStatsConfig`)
-    )
+    # the blocks' (`measurement.GateStatsConfig`)
+    stats_sharding: NamedSharding | None = None
     # Log metrics from a block's statistics, the mechanisms' own factors and their products.
     metrics: Callable[[BlockStats, BlockStats, Factors], Any] | None = None
     checks: tuple[str, ...] = ()  # names of the blocks' checks
@@ -153,12 +151,8 @@ def make_train_step(
         if state.gate is not None:
             factors_of_rules = own_factors(state.gate, mechanisms)
             factors = channel_factors(state.gate, mechanisms, factors_of_rules)
-        masks = _nested(
-            {
-                path: {"mask": mask}
-                for path, mask in factors.get("gradient_a", {}).items()
-            }
-        )
+        masks_of_blocks = factors.get("gradient_a", {})
+        masks = _nested({path: {"mask": m} for path, m in masks_of_blocks.items()})
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         lora = state.lora
         if config.lora_sharding is not None:  # gathered once, not in every layer
@@ -169,7 +163,7 @@ def make_train_step(
             )
         sums = accumulate(lambda b, k: evaluate(params, lora, masks, b, k), batch, key)
         if config.verify is not None:
-            config.verify(batch, lora, factors.get("gradient_a", {}), sums)
+            config.verify(batch, lora, masks_of_blocks, sums)
         targets = jnp.maximum(sums["target_tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / targets, sums["grads"])
         stats = {
@@ -180,17 +174,17 @@ def make_train_step(
             grads, state.opt_state, state.lora, gate_stats=reduced
         )
         lora = optax.apply_updates(state.lora, updates)
+        measured = {name: x / targets for name, x in sums["measured"].items()}
+        layers = {}
+        if config.metrics is not None:
+            layers = config.metrics(stats, factors_of_rules, factors)
         metrics = {
             "loss": sums["loss"] / targets,
-            "measured": {
-                name: value / targets for name, value in sums["measured"].items()
-            },
+            "measured": measured,
             "grad_norm": optax.tree.norm(grads),
             "tokens": sums["tokens"],
             "target_tokens": sums["target_tokens"],
-            "layers": {}
-            if config.metrics is None
-            else config.metrics(stats, factors_of_rules, factors),
+            "layers": layers,
             "idle": idle(gate_state(opt_state), mechanisms),
         }
         return TrainState(state.step + 1, lora, opt_state, state.key), metrics
@@ -206,7 +200,9 @@ def micro_gradients(
     def loss_sum(
         lora: Any, taps: Any, params: Any, masks: Any, batch: Batch, key: Array
     ) -> tuple[Array, dict[str, Array]]:
-        frozen = params if "params" in params else {"params": params}
+        frozen = params
+        if "params" not in params:
+            frozen = {"params": params}
         variables = {**frozen, "lora": lora, "gate_taps": taps}
         if masks:
             variables["gate_mask"] = masks
@@ -222,13 +218,14 @@ def micro_gradients(
         )
         stats = pinned(_by_block(of_taps), config.stats_sharding, axis=1)
         tokens, targets = objective.counts(batch)
-        counts = {"tokens": tokens, "target_tokens": targets}
         return {
             "loss": loss,
             "grads": grads,
             "stats": stats,
             "measured": measured,
-        } | counts
+            "tokens": tokens,
+            "target_tokens": targets,
+        }
 
     return sums
 
@@ -239,7 +236,9 @@ def _taps(config: StepConfig) -> Any:
     shards = count(config.stats_sharding)
     zeros: BlockStats = {}
     for path, (layers, *channels) in config.blocks.items():
-        lead = (layers, shards) if shards > 1 else (layers,)
+        lead: tuple[int, ...] = (layers,)
+        if shards > 1:
+            lead = (layers, shards)
         zeros[path] = statistics.taps(dict.fromkeys(names), (*lead, *channels))
         zeros[path] |= {name: jnp.zeros(lead, jnp.float32) for name in config.checks}
     return _nested(pinned(zeros, config.stats_sharding, axis=1))
@@ -290,24 +289,24 @@ def _by_block(collection: Any) -> BlockStats:
 
 def _nested(blocks: BlockStats) -> Any:
     """Returns the inverse of `_by_block`."""
-    leaves = (
-        (f"{path}/{name}", x)
-        for path, block in blocks.items()
-        for name, x in block.items()
-    )
-    return trees.unflatten({path.removeprefix("/"): x for path, x in leaves})
+    leaves = {}
+    for path, block in blocks.items():
+        for name, x in block.items():
+            leaves[f"{path}/{name}".removeprefix("/")] = x
+    return trees.unflatten(leaves)
 
 
 def idle(
     state: GateState | None, mechanisms: Mechanisms, patience: int = 10
 ) -> dict[str, Array]:
-    """Returns True by label for a mechanism without a token ``patience`` steps after its
-    warm-up."""
+    """Returns by label True for a mechanism without a token ``patience`` steps after warm-up."""
     if state is None:
         return {}
     measured = [jnp.max(updates) > 0 for updates in state.updates.values()]
-    none = ~jnp.any(jnp.stack(measured)) if measured else jnp.asarray(True)
-    return {
-        label: none & (state.count >= m.warmup + patience)
-        for label, m in mechanisms.entries
-    }
+    none = jnp.asarray(True)
+    if measured:
+        none = ~jnp.any(jnp.stack(measured))
+    flags = {}
+    for label, mechanism in mechanisms.entries:
+        flags[label] = none & (state.count >= mechanism.warmup + patience)
+    return flags

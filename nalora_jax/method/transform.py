@@ -4,9 +4,9 @@
 
 `scale_by_gates` multiplies the updates of every gate's B by the factors of the rules, one for each
 channel. It acts after the preconditioner, because Adam undoes a constant factor before it. Its
-state
-is a `GateState`: the averages of the statistics. A step reads the factors, which were computed from
-the averages after the step before, and then updates the averages with its own statistics.
+state is a `GateState`: the averages of the statistics. A step reads the factors, which were
+computed from the averages after the step before, and then updates the averages with its own
+statistics.
 
 `nalora` wraps an inner optimizer for adapters with gate leaves (`gate_leaves`): the gradient of
 their ``taps`` is the statistics (`nalora_jax.method.statistics.observe`), and their ``mask`` weighs
@@ -69,9 +69,10 @@ class Mechanisms:
     @property
     def places(self) -> tuple[str, ...]:
         """The places where at least one of them acts."""
-        return tuple(
-            place for place in PLACES if any(place in m.places for _, m in self.entries)
-        )
+        used: set[str] = set()
+        for _, mechanism in self.entries:
+            used |= set(mechanism.places)
+        return tuple(place for place in PLACES if place in used)
 
     def activation_of(self, block: str) -> str:
         """Returns the name of a block's activation."""
@@ -100,7 +101,7 @@ def make_mechanisms(
       seed: seed of the run, for rules that draw random numbers.
 
     Raises:
-      NaloraError: an unknown name, setting or factor location.
+      NaloraError: an unknown rule or setting, a value out of range, or an unknown place.
     """
     mechanisms = [make(rule) for rule in rules]
     names = labels([(mechanism.label, mechanism.name) for mechanism in mechanisms])
@@ -116,7 +117,9 @@ def labels(names: Sequence[tuple[str, str]]) -> list[str]:
     """
     distinct: list[str] = []
     for label, name in names:
-        chosen = name if label in ("", *distinct) else label
+        chosen = label
+        if label in ("", *distinct):
+            chosen = name
         number = 2
         while chosen in distinct:
             chosen = f"{name}_{number}"
@@ -153,13 +156,10 @@ def init_gate_state(
     memory = {}
     for label, mechanism in mechanisms.entries:
         memory[label] = {path: mechanism.init(shape) for path, shape in shapes.items()}
-    return GateState(
-        memory=memory,
-        updates={
-            path: jnp.zeros(shape[:-1], jnp.int32) for path, shape in shapes.items()
-        },
-        count=jnp.zeros((), jnp.int32),
-    )
+    updates = {}
+    for path, (*lead, _) in shapes.items():
+        updates[path] = jnp.zeros(tuple(lead), jnp.int32)
+    return GateState(memory, updates, count=jnp.zeros((), jnp.int32))
 
 
 def update_gate_state(
@@ -182,7 +182,8 @@ def update_gate_state(
     updates = {}
     memory = {label: dict(blocks) for label, blocks in state.memory.items()}
     for path, before in state.updates.items():
-        updates[path] = before + (_leaf(flat, path, "tokens") > 0).astype(jnp.int32)
+        has_tokens = _leaf(flat, path, "tokens") > 0
+        updates[path] = before + has_tokens.astype(jnp.int32)
         for label, mechanism in mechanisms.entries:
             counts = (statistics.get(name).count for name in mechanism.statistics)
             names = sorted({*mechanism.statistics, *counts})
@@ -225,17 +226,14 @@ def own_factors(
     for label, mechanism in mechanisms.entries:
         factors[label] = {}
         for path, updates in state.updates.items():
-            context = mechanisms.context(state.count, path)._replace(
-                update=updates_of.get(path)
-            )
+            context = mechanisms.context(state.count, path)
+            context = context._replace(update=updates_of.get(path))
             factor = mechanism.factor(state.memory[label][path], context)
-            factor = mechanism.permuted(
-                factor, context, mechanisms.orders.get((label, path))
-            )
+            order = mechanisms.orders.get((label, path))
+            factor = mechanism.permuted(factor, context, order)
             active = (state.count >= mechanism.warmup) & (updates > 0)
-            factors[label][path] = jnp.where(active[..., None], factor, 1).astype(
-                jnp.float32
-            )
+            factor = jnp.where(active[..., None], factor, 1)
+            factors[label][path] = factor.astype(jnp.float32)
     return factors
 
 
@@ -254,7 +252,9 @@ def channel_factors(
       mechanisms: of the run.
       own: `own_factors` of both, if already computed.
     """
-    factors = own_factors(state, mechanisms) if own is None else own
+    factors = own
+    if factors is None:
+        factors = own_factors(state, mechanisms)
 
     def joint(place: str, path: str) -> Array:
         acting = [
@@ -262,20 +262,21 @@ def channel_factors(
             for label, m in mechanisms.entries
             if place in m.places
         ]
-        product = jnp.ones_like(acting[0][1])
-        for factor in (factor for mechanism, factor in acting if mechanism.reallocates):
-            product = product * factor
+        _, first = acting[0]
+        product = jnp.ones_like(first)
+        for mechanism, factor in acting:
+            if mechanism.reallocates:
+                product = product * factor
         product = equalized(product)
-        for factor in (
-            factor for mechanism, factor in acting if not mechanism.reallocates
-        ):
-            product = product * factor
+        for mechanism, factor in acting:
+            if not mechanism.reallocates:
+                product = product * factor
         return product
 
-    return {
-        place: {path: joint(place, path) for path in state.updates}
-        for place in mechanisms.places
-    }
+    by_place: Factors = {}
+    for place in mechanisms.places:
+        by_place[place] = {path: joint(place, path) for path in state.updates}
+    return by_place
 
 
 def equalized(factor: Array) -> Array:
@@ -284,12 +285,13 @@ def equalized(factor: Array) -> Array:
     The norm of a layer's update stays about the same, so the factor is not a hidden learning rate.
     A layer whose channels all have one factor, 0 included, gets ones.
     """
-    low, high = (
-        jnp.broadcast_to(f(factor, axis=-1, keepdims=True), factor.shape)
-        for f in (jnp.min, jnp.max)
-    )
-    size = jnp.sqrt(jnp.mean(jnp.square(factor), axis=-1, keepdims=True))
-    return jnp.where(low == high, 1.0, factor / jnp.where(size > 0, size, 1.0))
+    low = jnp.min(factor, axis=-1, keepdims=True)
+    high = jnp.max(factor, axis=-1, keepdims=True)
+    is_constant = jnp.broadcast_to(low == high, factor.shape)
+    mean_square = jnp.mean(jnp.square(factor), axis=-1, keepdims=True)
+    size = jnp.sqrt(mean_square)
+    divisor = jnp.where(size > 0, size, 1.0)
+    return jnp.where(is_constant, 1.0, factor / divisor)
 
 
 # ---------------------------------------------------------------- the transform
@@ -333,19 +335,18 @@ def scale_by_gates(
 
     def init_fn(params: Any) -> GateState:
         flat = _named(params)
-        chosen = _gates_of(params) if gates is None else gates
-        for gate in chosen:
+        chosen = gates
+        if chosen is None:
+            chosen = _gates_of(params)
+        shapes = {}
+        for gate, block in chosen.items():
             if f"{gate}/b" not in flat:
-                present = (
-                    ", ".join(path for path in flat if path.endswith("/b"))
-                    or "no leaf named 'b'"
-                )
-                raise NaloraError(
-                    "gates", expected=f"a parameter {gate}/b", found=present
-                )
-        # (..., r, d_ff)
-        of_b = {block: flat[f"{gate}/b"].shape for gate, block in chosen.items()}
-        shapes = {block: (*shape[:-2], shape[-1]) for block, shape in of_b.items()}
+                expected = f"a parameter {gate}/b"
+                present = ", ".join(path for path in flat if path.endswith("/b"))
+                found = present or "no leaf named 'b'"
+                raise NaloraError("gates", expected=expected, found=found)
+            *lead, _, d_ff = flat[f"{gate}/b"].shape  # [..., r, d_ff]
+            shapes[block] = (*lead, d_ff)
         return init_gate_state(shapes, mechanisms)
 
     def update_fn(
@@ -363,13 +364,12 @@ def scale_by_gates(
                 expected=expected,
                 found="no argument",
             )
-        chosen = _gates_of(updates) if gates is None else gates
+        chosen = gates
+        if chosen is None:
+            chosen = _gates_of(updates)
         flat = _named(updates)
-        own = own_factors(
-            state,
-            mechanisms,
-            {block: flat[f"{gate}/b"] for gate, block in chosen.items()},
-        )
+        updates_of = {block: flat[f"{gate}/b"] for gate, block in chosen.items()}
+        own = own_factors(state, mechanisms, updates_of)
         factors = channel_factors(state, mechanisms, own).get("update_b", {})
         if factors:
             updates = multiply_columns(updates, factors, chosen)
@@ -475,14 +475,19 @@ def nalora(
 
 def gate_state(opt_state: Any) -> GateState | None:
     """Returns the averages in the state of an optimizer with `scale_by_gates`; None without one."""
-    return next(filter(_is_state, jax.tree.leaves(opt_state, is_leaf=_is_state)), None)
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
+    return next(filter(_is_state, nodes), None)
 
 
 def with_gate_state(opt_state: Any, state: GateState | None) -> Any:
     """Returns the state of an optimizer with other averages."""
-    return jax.tree.map(
-        lambda node: state if _is_state(node) else node, opt_state, is_leaf=_is_state
-    )
+
+    def with_state(node: Any) -> Any:
+        if _is_state(node):
+            return state
+        return node
+
+    return jax.tree.map(with_state, opt_state, is_leaf=_is_state)
 
 
 def _is_state(node: Any) -> bool:
@@ -490,8 +495,7 @@ def _is_state(node: Any) -> bool:
 
 
 def masks(opt_state: Any, mechanisms: Mechanisms) -> dict[str, Array]:
-    """Returns the masks of the next step's gradient of A by block, [..., d_ff]; empty without
-    masks."""
+    """Returns the masks of the next step's gradient of A by block, [..., d_ff]; {} without."""
     state = gate_state(opt_state)
     if state is None:
         return {}
@@ -500,9 +504,11 @@ def masks(opt_state: Any, mechanisms: Mechanisms) -> dict[str, Array]:
 
 def _gates_of(tree: Any) -> dict[str, str]:
     """Returns the nodes of a tree that have taps, as gates that are their own blocks."""
-    nodes = {
-        path.partition(f"/{TAPS}/")[0] for path in _named(tree) if f"/{TAPS}/" in path
-    }
+    nodes = set()
+    for path in _named(tree):
+        node, separator, _ = path.partition(f"/{TAPS}/")
+        if separator:
+            nodes.add(node)
     return {node: node for node in sorted(nodes)}
 
 
