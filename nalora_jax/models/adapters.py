@@ -112,10 +112,10 @@ def fresh_adapters(
     leaves: dict[str, jax.Array] = _factors(
         spec.targets, shapes, key, spec.adalora, spec.zero_a
     )
-    for path, _ in spec.targets if spec.dora else ():
-        leaves[f"{path}/magnitude"] = jnp.linalg.norm(
-            base[f"{path}/kernel"].astype(jnp.float32), axis=-2
-        )
+    if spec.dora:
+        for path, _ in spec.targets:
+            kernel = base[f"{path}/kernel"].astype(jnp.float32)
+            leaves[f"{path}/magnitude"] = jnp.linalg.norm(kernel, axis=-2)
     return leaves
 
 
@@ -146,7 +146,10 @@ def check_token_indices(
     if spec.head_rows(tied=config.tie_embeddings):
         both.add("lm_head")
     if both := both & set(spec.saved):
-        expected = "rows of tables that modules_to_save does not name (a tied head has the embedding's rows)"
+        expected = (
+            "rows of tables that modules_to_save does not name "
+            "(a tied head has the embedding's rows)"
+        )
         found = f"rows of {' and '.join(sorted(both))}, trained as a whole"
         remedy = "name a table in one of the two"
         raise NaloraError(where, expected=expected, found=found, remedy=remedy)
@@ -199,8 +202,12 @@ def merged_kernel(
       scale: s.
       magnitude: None or ``[..., d_out]``; the norm is over the inputs of each output.
     """
-    arrays: Any = np if isinstance(a, np.ndarray) else jnp
-    product = a @ b if arrays is np else jnp.matmul(a, b, precision="highest")
+    arrays: Any = jnp
+    if isinstance(a, np.ndarray):
+        arrays = np
+        product = a @ b
+    else:
+        product = jnp.matmul(a, b, precision="highest")
     merged = kernel.astype(np.float32) + scale * product
     if magnitude is None:
         return merged

@@ -80,7 +80,9 @@ class SoftmaxAttention(Mixer):
 
     def has_bias(self, config: ModelConfig, name: str) -> bool:
         """See `Part`."""
-        return config.o_bias if name == "o_proj" else config.qkv_bias
+        if name == "o_proj":
+            return config.o_bias
+        return config.qkv_bias
 
     def flops(self, config: ModelConfig, seq: int) -> float:
         """Returns the flops of scores and weighted sums; only pairs within causality and windows
@@ -161,9 +163,8 @@ class Attention(nn.Module):
             kv[0] = self._norm("k_norm")(kv[0])
         # [batch, seq, heads, head_dim]
         q, *kv = (y.reshape(*y.shape[:-1], -1, c.head_dim) for y in (q, *kv))
-        table = shared.tables[self.options.prefix][
-            0 if layer.rope is None else layer.rope
-        ]
+        rope = 0 if layer.rope is None else layer.rope
+        table = shared.tables[self.options.prefix][rope]
         if self.part.reads:
             k = shared.handed[self.part.reads].k
             v = shared.handed[self.part.reads].v
@@ -197,7 +198,9 @@ class Attention(nn.Module):
         if c.rope_adjacent:  # scores do not depend on the order of dimensions
             y = halves_from_adjacent(y, table)
         y = apply_rope(y, table)
-        return self._norm(name)(y) if c.qk_norm == "rotated" else y
+        if c.qk_norm != "rotated":
+            return y
+        return self._norm(name)(y)
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)

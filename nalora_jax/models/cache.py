@@ -147,8 +147,10 @@ def _written(
     stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics
 ) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""
-    new = new.astype(numerics.operand if isinstance(stack, Stored) else stack.dtype)
-    same = store(new, numerics) if isinstance(stack, Stored) else new
+    if isinstance(stack, Stored):
+        same = store(new.astype(numerics.operand), numerics)
+    else:
+        same = new.astype(stack.dtype)
     start = [jnp.zeros((), jnp.int32)] * stack.ndim
     start[axis] = index
     return jax.tree.map(

@@ -45,7 +45,8 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     tie_embeddings: bool = False  # the head is the transposed embedding
     gated: bool = True  # phi(x W_gate) * (x W_up); False: phi(x W_in)
-    up_limit: float = 0.0  # experts: phi is multiplied by 1 + clip(x W_up, -limit, limit); 0: by x W_up
+    # experts: phi is multiplied by 1 + clip(x W_up, -limit, limit); 0: by x W_up
+    up_limit: float = 0.0
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
@@ -60,7 +61,8 @@ class ModelConfig:
     query_growth: float = 0.0
     growth_length: int = 0
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
-    attn_gate: bool = False  # q_proj also computes gates: each head's output is multiplied by sigmoid(gate)
+    # q_proj also computes gates: each head's output is multiplied by sigmoid(gate)
+    attn_gate: bool = False
     attn_sinks: bool = (
         False  # a learned score per head that every query sees and that has no value
     )
@@ -99,12 +101,16 @@ class ModelConfig:
     @property
     def hands(self) -> str:
         """See `Mixer.hands`."""
-        return "" if self.mixer is None else self.mixer.hands
+        if self.mixer is None:
+            return ""
+        return self.mixer.hands
 
     @property
     def reads(self) -> str:
         """See `Mixer.reads`; such layers have no cache."""
-        return "" if self.mixer is None else self.mixer.reads
+        if self.mixer is None:
+            return ""
+        return self.mixer.reads
 
     @property
     def layer_windows(self) -> tuple[int, ...]:

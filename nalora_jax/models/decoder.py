@@ -77,7 +77,9 @@ class Block(nn.Module):
         x, normed = self._added(
             "ffn_norm", x, self._result("attn_post_norm", y, shared)
         )
-        stream = {"stream": x} if feed_forward.reads_stream else {}
+        stream = {}
+        if feed_forward.reads_stream:
+            stream = {"stream": x}
         y = self._module(feed_forward)(
             normed,
             layer.scales.get(feed_forward.name, {}),
@@ -497,7 +499,9 @@ def sampled_as_whole(
         # all others are 0. If the row's positions are taken singly, or blocks divide runs, all are
         # taken.
         singly = length % (RUN * stride) or block % RUN
-        return 1 if singly else math.gcd(stride, block // RUN)
+        if singly:
+            return 1
+        return math.gcd(stride, block // RUN)
 
     gate, probe = map(within_blocks, strides)
     return SampledWeights(parts(weights), of_gate, of_probe, (gate, probe), length)

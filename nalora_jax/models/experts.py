@@ -106,7 +106,10 @@ class RoutedConfig:
         """The names of the forward pass's sums and checks."""
         if not self.names:
             return ()
-        return (*statistics.COUNTS, *self.names, *(CHECKS if self.stats.checks else ()))
+        names = (*statistics.COUNTS, *self.names)
+        if self.stats.checks:
+            return (*names, *CHECKS)
+        return names
 
 
 # Returns an array with dropout, by its number: the inputs of the adapters of gate, up and down.
@@ -148,7 +151,8 @@ def routed_ffn(
     samples = samples_of(routing, token_weights, config)
     if over is not None and sends:
         return _exchanged(x, layer, routing, samples, config, over)
-    layer = layer if over is None else all_experts(layer, over)
+    if over is not None:
+        layer = all_experts(layer, over)
     if keys is None:
         drop = _unchanged
     else:
@@ -215,7 +219,9 @@ def of_tokens(
 ) -> jax.Array:
     """Returns the sums ``[batch, seq, d_model]`` over the experts of each token."""
     y = summed(y, places, config.top_k).reshape(shape)
-    return y if config.axis is None else lax.psum(y, config.axis)
+    if config.axis is None:
+        return y
+    return lax.psum(y, config.axis)
 
 
 def expert_rows(
@@ -398,7 +404,8 @@ def _dropped(
 # devices
 
 SLACK = 1.5  # rows of a block over the rows of an even distribution
-LEAST = 64  # rows of a block, if there are as many: few rows, in generation, are never evenly distributed
+# Rows of a block, if there are as many: few rows, in generation, are never evenly distributed.
+LEAST = 64
 UNEVEN = "uneven_experts"  # scope of the branch for more rows than a block holds
 # Collectives of a step move a kernel, or the rows there and back, once per pass.
 _WAYS = 2

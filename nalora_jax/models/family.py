@@ -156,7 +156,8 @@ class Family:
     ] = ()  # expressions of further tensors; "{n_layers}" is the number of layers
     ropes: RopeRules = field(default_factory=RopeRules)
     experts: str = "mlp.experts"  # transformers' module of all experts of a layer
-    multimodal: str = ""  # ``model_type`` of multimodal models of which only this text model is supported
+    # ``model_type`` of multimodal models of which only this text model is supported
+    multimodal: str = ""
     reader: Reader | None = (
         None  # of a family from outside the package, in place of ``features``
     )
@@ -246,7 +247,9 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
         )
     if contains_text_model(name, images=images):  # the text model is one of its parts
         text = read(text_part(raw, where), f"{where}: text_config")
-        return text | {"sight": _sight(raw, text, where)} if images else text
+        if not images:
+            return text
+        return text | {"sight": _sight(raw, text, where)}
     if images:
         expected = f"a model that sees images: one of {', '.join(MULTIMODAL)}"
         remedy = "use such a model, or leave --vision.task (or --image) out"

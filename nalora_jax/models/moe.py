@@ -131,7 +131,9 @@ class MoEFFN(nn.Module):
             routed_by,
             experts=options.experts,
         )
-        return statistics.emit_measured(y, taps, measured) if measured else y
+        if not measured:
+            return y
+        return statistics.emit_measured(y, taps, measured)
 
     def _experts(
         self,
@@ -198,9 +200,11 @@ def on_mesh(
     Args:
       sharding: of x; None on one device. If it does not divide the batch, every device computes all
         of it.
-      x, weights, keys, layer, config, routed_by: as for `routed_ffn`; if ``config.stats`` has a
-        sharding, taps have a leading axis ``[shards]``.
-      experts: see `MoEFFN`; with dropout, experts are gathered.
+      x, keys, layer, config, routed_by: as for `routed_ffn`; if ``config.stats`` has a sharding,
+        taps have a leading axis ``[shards]``.
+      weights: ``token_weights`` of `routed_ffn`.
+      experts: how rows meet the experts of other devices (`nalora_jax.config.ComputeConfig`); with
+        dropout, experts are gathered.
 
     Returns:
       As `routed_ffn`; the statistics are by shard if ``config.stats`` has a sharding.
@@ -216,10 +220,14 @@ def on_mesh(
         }
     rows = sharding.spec[0]
     mesh = sharding.mesh
-    axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
+    axis = None
+    if _splits(layer, mesh.shape.get(_AXIS, 1)):
+        axis = _AXIS
     devices = mesh.shape.get(_OVER, 1)  # that hold the same number of experts each
     shares = devices > 1 and layer.gate.kernel.shape[0] % devices == 0 and _OVER in rows
-    over = _OVER if shares else None
+    over = None
+    if shares:
+        over = _OVER
     sends = shares and keys is None and _sends(sharding, x, layer, config, experts)
 
     def local(
@@ -240,7 +248,9 @@ def on_mesh(
         }
 
     names = config.measured
-    taps = (rows,) if by_shard else ()
+    taps: tuple[Any, ...] = ()
+    if by_shard:
+        taps = (rows,)
     y, parts = jax.shard_map(
         local,
         mesh=mesh,

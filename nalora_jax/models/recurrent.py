@@ -358,4 +358,6 @@ class GatedConvolution(nn.Module):
         (y,) = self.options.projected(
             y, {"o_proj": self.d_model}, layer, shared, bias=bias
         )
-        return y, None if inputs is None else {"inputs": inputs}
+        if inputs is None:
+            return y, None
+        return y, {"inputs": inputs}

@@ -59,7 +59,9 @@ def chosen_remat(
     recomputes = (
         gated and d_model <= _WIDEST_RECOMPUTED and native_kind(numerics) == "tiles"
     )
-    return "attention" if recomputes else "dots"
+    if recomputes:
+        return "attention"
+    return "dots"
 
 
 def chosen_experts(asked: str, remat: str) -> str:
@@ -69,7 +71,9 @@ def chosen_experts(asked: str, remat: str) -> str:
     on most meshes of one slice, while it chooses layouts ("num_window_dims == normalized_rank -
     1").
     """
-    return "gather" if asked == "auto" and remat.endswith(OFFLOAD) else asked
+    if asked == "auto" and remat.endswith(OFFLOAD):
+        return "gather"
+    return asked
 
 
 def check_remat(asked: str, platform: str) -> None:
@@ -79,7 +83,8 @@ def check_remat(asked: str, platform: str) -> None:
       NaloraError: the platform's devices compute in the host's own memory.
     """
     if asked.endswith(OFFLOAD) and platform not in _WITH_HOST_MEMORY:
-        expected = f"a policy without {OFFLOAD} on {platform or 'this platform'}, whose memory is the host's"
+        device = platform or "this platform"
+        expected = f"a policy without {OFFLOAD} on {device}, whose memory is the host's"
         remedy = f"use {asked.removesuffix(OFFLOAD)}, or auto"
         raise NaloraError(
             "--compute.remat", expected=expected, found=asked, remedy=remedy
@@ -91,7 +96,9 @@ def of_position(remat: str, position: int, period: int) -> str:
     1."""
     if remat != DOTS_LAST:
         return remat
-    return "dots" if position == period - 1 else "attention"
+    if position == period - 1:
+        return "dots"
+    return "attention"
 
 
 def stacked(block: Any, remat: str, n_layers: int, *, drops: bool = True) -> Any:

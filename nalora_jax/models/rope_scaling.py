@@ -129,7 +129,8 @@ def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
         problem = f"{base.model_type}, whose files have no scaling except {', '.join(accepted[1:])}"
     elif specs:
         problem = f"{base.model_type} with {len(specs)} RoPEs of {', '.join(kinds)}"
-    expected = f"a model whose full-attention layers have one RoPE of {', '.join(('default', *FIELDS))}"
+    scalings = ", ".join(("default", *FIELDS))
+    expected = f"a model whose full-attention layers have one RoPE of {scalings}"
     remedy = "leave the flag out and keep --data.max-length within the model's context"
     raise NaloraError(
         f"{FLAG} {text}", expected=expected, found=f"{problem} ({where})", remedy=remedy
@@ -142,7 +143,10 @@ def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
     name = "rope_parameters" if flat else "rope_scaling"
     held = dict(raw.get(name) or {})
     nested = isinstance(held.get(_FULL), Mapping)
-    rope = dict(held[_FULL] if nested else held)
+    if nested:
+        rope = dict(held[_FULL])
+    else:
+        rope = dict(held)
     scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
     kind = settings["rope_type"]
     if (scaling.get("rope_type") or scaling.get("type")) == kind:

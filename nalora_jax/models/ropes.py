@@ -333,7 +333,9 @@ def read_ropes(
     specs = []
     for kind in sorted(set(kinds)):
         full = kind == "full_attention"
-        rope: Any = flat if full and not nested else nested.get(kind, {})
+        rope: Any = nested.get(kind, {})
+        if full and not nested:
+            rope = flat
         if not isinstance(rope, Mapping):
             raise f.error(f"rope_parameters: {kind}", "a JSON object", repr(rope)[:60])
         if full and f.get("rope_theta"):
@@ -405,7 +407,9 @@ def _spec(
         raise rope.error(
             "partial_rotary_factor", "1: this family rotates all dimensions", partial
         )
-    dim = head_dim if kind == "proportional" else int(head_dim * partial)
+    dim = int(head_dim * partial)
+    if kind == "proportional":
+        dim = head_dim
     if dim % 2 or not 2 <= dim <= head_dim:
         expected = f"an even share of head_dim ({head_dim})"
         raise rope.error("partial_rotary_factor", expected, f"{dim} dimensions")

@@ -224,7 +224,8 @@ class GroupedProducts(Products):
         )
 
 
-_GROUP_TOP = 2  # a group's score is the sum of its highest expert scores (DeepSeek-V3, arXiv 2412.19437)
+# A group's score is the sum of its highest expert scores (DeepSeek-V3, arXiv 2412.19437).
+_GROUP_TOP = 2
 
 
 @dataclass(frozen=True)

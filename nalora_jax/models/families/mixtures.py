@@ -251,7 +251,10 @@ def _sigmoid_router(f: Fields, n_experts: int, experts_per_token: int) -> Router
         )
     top_groups = f.integer("topk_group", high=2**12)
     if top_groups > groups or top_groups * (n_experts // groups) < experts_per_token:
-        expected = f"at most {groups} groups that hold num_experts_per_tok ({experts_per_token}) experts"
+        expected = (
+            f"at most {groups} groups that hold "
+            f"num_experts_per_tok ({experts_per_token}) experts"
+        )
         raise f.error("topk_group", expected, top_groups)
     scale = f.number("routed_scaling_factor")
     return RouterSpec(

@@ -66,7 +66,9 @@ class EncoderConfig:
     @property
     def kind(self) -> str:
         """The kind of input, "text" or "image"."""
-        return "text" if self.vocab_size else "image"
+        if self.vocab_size:
+            return "text"
+        return "image"
 
     @property
     def features(self) -> int:
