@@ -66,13 +66,17 @@ class AttentionConfig:
     @property
     def rows(self) -> P:
         """The spec of arrays ``[batch, ...]`` on the mesh."""
-        return P(None if self.sharding is None else (*self.sharding.spec, None)[0])
+        if self.sharding is None:
+            return P(None)
+        first, *_ = (*self.sharding.spec, None)
+        return P(first)
 
     @property
     def head_axis(self) -> str | None:
         """The mesh axis that splits heads; None if the mesh does not have it."""
-        axes = () if self.sharding is None else self.sharding.mesh.shape
-        return "tensor" if "tensor" in axes else None
+        if self.sharding is None or "tensor" not in self.sharding.mesh.shape:
+            return None
+        return "tensor"
 
 
 class Keys(NamedTuple):
@@ -130,7 +134,9 @@ def attention(
     chex.assert_rank([q, keys.k, keys.v], 4)
     chex.assert_equal_shape([keys.k, keys.v])
     drops = dropout_rng is not None and config.dropout > 0
-    slots = 0 if keys.cached is None else keys.cached.positions.shape[1]
+    slots = 0
+    if keys.cached is not None:
+        slots = keys.cached.positions.shape[1]
     if not slots:  # there were no earlier calls
         keys = keys._replace(cached=None)
     if not slots and keys.starts is None and not drops:

@@ -158,7 +158,9 @@ def compiles(
     except RuntimeError:  # this process has no GPU backend
         local = []
     device = next((device for device in local if kind_of(device) == kind), None)
-    place = None if device is None else SingleDeviceSharding(device)
+    place = None
+    if device is not None:
+        place = SingleDeviceSharding(device)
     q, k = (
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
         for shape in (q_shape, k_shape)
@@ -483,7 +485,9 @@ def _product(x: Array, y: Array) -> Array:
 
 def _scores(q: Array, k: Array, softcap: float) -> Array:
     scores = _product(q, k.T)
-    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+    if not softcap:
+        return scores
+    return softcap * jnp.tanh(scores / softcap)
 
 
 def _gradients(
@@ -541,7 +545,8 @@ def _forward_kernel(
 
 def _queries_kernel(
     segments: Any, key_segments: Any, visits: Any, first: Any, window: Any,
-    q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dq: Any, *, size: int, softcap: float,
+    q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dq: Any,
+    *, size: int, softcap: float,
 ) -> None:  # fmt: skip
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -574,7 +579,8 @@ def _queries_kernel(
 
 def _keys_kernel(
     segments: Any, key_segments: Any, visits: Any, first: Any, window: Any,
-    q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dk: Any, dv: Any, *, size: int, softcap: float,
+    q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dk: Any, dv: Any,
+    *, size: int, softcap: float,
 ) -> None:  # fmt: skip
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton

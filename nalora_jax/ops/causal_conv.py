@@ -44,7 +44,9 @@ def _weighed(x: Array, kernel: Array, segments: Array, *, ahead: bool) -> Array:
     """
     width = kernel.shape[0]
     seq = x.shape[1]
-    sides = (0, width - 1) if ahead else (width - 1, 0)
+    sides = (width - 1, 0)
+    if ahead:
+        sides = (0, width - 1)
     padded = jnp.pad(x, ((0, 0), sides, (0, 0)))
     ids = jnp.pad(segments, ((0, 0), sides), constant_values=-1)  # of no segment
     terms = [x.astype(jnp.float32) * kernel[-1][None, None]]

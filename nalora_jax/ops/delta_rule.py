@@ -86,9 +86,8 @@ def segment_runs(segments: Array, before: Array | int = 1) -> Array:
     """
     index = jnp.where(segments > 0, jnp.arange(segments.shape[1])[None], -1)
     last = lax.cummax(index, axis=1)
-    return jnp.where(
-        last < 0, before, jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1)
-    )
+    of_last = jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1)
+    return jnp.where(last < 0, before, of_last)
 
 
 def _chunks(x: Array, size: int, axis: int) -> Array:
@@ -96,11 +95,16 @@ def _chunks(x: Array, size: int, axis: int) -> Array:
 
     The last chunk is padded: by zeros, which leave the state unchanged, or by the last segment.
     """
-    more = -x.shape[1] % size
-    widths = [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)]
-    x = jnp.pad(x, widths, mode="edge" if x.ndim == 2 else "constant")
-    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-    return jnp.moveaxis(jnp.moveaxis(x, 2, axis), 1, 0)
+    batch, seq, *rest = x.shape
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, -seq % size)
+    mode = "constant"
+    if x.ndim == 2:  # segments
+        mode = "edge"
+    x = jnp.pad(x, widths, mode=mode)
+    x = x.reshape(batch, -1, size, *rest)
+    x = jnp.moveaxis(x, 2, axis)
+    return jnp.moveaxis(x, 1, 0)
 
 
 def _chunk(
@@ -118,23 +122,27 @@ def _chunk(
     k = _unit(k)
     total = jnp.cumsum(decay, axis=-1)
     last = total[..., -1:]
-    causal = jnp.tril(runs[:, :, None] == runs[:, None, :])[:, None, None]
-    # Decay between two tokens of a segment, from the state before, and to the state after: [...,
-    # size].
-    pairs = jnp.exp(
-        jnp.where(causal, total[..., :, None] - total[..., None, :], -jnp.inf)
-    )
+    same_run = runs[:, :, None] == runs[:, None, :]
+    causal = jnp.tril(same_run)[:, None, None]
+    # Decay between two tokens of a segment, from the state before, and to the state after:
+    # [..., size].
+    between = total[..., :, None] - total[..., None, :]
+    pairs = jnp.exp(jnp.where(causal, between, -jnp.inf))
+    last_run = runs[:, -1:]
     carried = _within(runs == before[:, None], jnp.exp(total))
-    remaining = _within(runs == runs[:, -1:], jnp.exp(last - total))
+    remaining = _within(runs == last_run, jnp.exp(last - total))
     both = jnp.concatenate([q, k], axis=2)
-    of_q, of_k = jnp.split(_product("bgcd,bgnde->bgnce", both, state), 2, axis=3)
-    qk, kk = jnp.split(_product("bgcd,bgsd->bgcs", both, k)[:, :, None], 2, axis=3)
-    system = jnp.tril(beta[..., None] * kk * pairs, -1)
-    delta = solve_unit(
-        system, beta[..., None] * (v.astype(jnp.float32) - carried * of_k), numerics
-    )
-    out = carried * of_q + _product("bgncs,bgnse->bgnce", qk * pairs, delta)
-    decayed = _within(runs[:, -1:] == before[:, None], jnp.exp(last)) * state
+    of_state = _product("bgcd,bgnde->bgnce", both, state)
+    of_q, of_k = jnp.split(of_state, 2, axis=3)
+    of_keys = _product("bgcd,bgsd->bgcs", both, k)
+    qk, kk = jnp.split(of_keys[:, :, None], 2, axis=3)
+    weight = beta[..., None]
+    system = jnp.tril(weight * kk * pairs, -1)
+    target = weight * (v.astype(jnp.float32) - carried * of_k)
+    delta = solve_unit(system, target, numerics)
+    within_chunk = _product("bgncs,bgnse->bgnce", qk * pairs, delta)
+    out = carried * of_q + within_chunk
+    decayed = _within(last_run == before[:, None], jnp.exp(last)) * state
     state = decayed + _product("bgcd,bgnce->bgnde", k, remaining * delta)
     return (state, runs[:, -1]), out
 
@@ -144,13 +152,14 @@ _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 def _unit(x: Array) -> Array:
     x = x.astype(jnp.float32)
-    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * lax.rsqrt(square + _EPS)
 
 
 def _within(mask: Array, decay: Array) -> Array:
-    """Returns ``decay [batch, groups, n, tokens]`` within ``mask [batch, tokens]``, with a last
-    axis of 1."""
-    return jnp.where(mask[:, None, None], decay, 0.0)[..., None]
+    """Returns ``[batch, groups, n, tokens, 1]``: ``decay`` within ``mask [batch, tokens]``."""
+    kept = jnp.where(mask[:, None, None], decay, 0.0)
+    return kept[..., None]
 
 
 def solve_unit(lower: Array, target: Array, numerics: Numerics) -> Array:
@@ -170,7 +179,8 @@ def solve_unit(lower: Array, target: Array, numerics: Numerics) -> Array:
 
 @jax.custom_vjp
 def _solve_unit(lower: Array, target: Array) -> Array:
-    return _solve_unit_fwd(lower, target)[0]
+    solution, _ = _solve_unit_fwd(lower, target)
+    return solution
 
 
 def _solve_unit_fwd(lower: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -182,7 +192,8 @@ def _solve_unit_fwd(lower: Array, target: Array) -> tuple[Array, tuple[Array, Ar
 def _solve_unit_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     inverse, solution = saved
     back = jnp.swapaxes(inverse, -1, -2) @ g
-    return jnp.tril(-back @ jnp.swapaxes(solution, -1, -2), -1), back
+    of_lower = -back @ jnp.swapaxes(solution, -1, -2)
+    return jnp.tril(of_lower, -1), back
 
 
 _solve_unit.defvjp(_solve_unit_fwd, _solve_unit_bwd)
@@ -194,23 +205,21 @@ def _unit_inverse(lower: Array) -> Array:
     ``[[A, 0], [C, B]]^-1 = [[A', 0], [-B' C A', B']]``. A Neumann series would have the same
     products but overflows for equal keys, whose powers grow like binomial coefficients.
     """
-    index = jnp.arange(lower.shape[-1])
+    size = lower.shape[-1]
+    index = jnp.arange(size)
     highest = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    inverse = jnp.broadcast_to(jnp.eye(lower.shape[-1]), lower.shape) - _corners(
-        lower, index
-    )
-    for level in range(1, lower.shape[-1].bit_length() - 1):
-        inverse = inverse - highest(
-            highest(inverse, _corners(lower, index >> level)), inverse
-        )
+    identity = jnp.broadcast_to(jnp.eye(size), lower.shape)
+    inverse = identity - _corners(lower, index)
+    for level in range(1, size.bit_length() - 1):
+        corners = _corners(lower, index >> level)
+        inverse = inverse - highest(highest(inverse, corners), inverse)
     return inverse
 
 
 def _corners(lower: Array, block: Array) -> Array:
-    """Returns the entries of ``lower`` in blocks next to the diagonal whose row of blocks is
-    odd."""
+    """Returns the entries of ``lower`` in odd rows of blocks, next to the diagonal."""
     row = block[:, None]
     column = block[None, :]
-    return jnp.where(
-        jnp.broadcast_to((row == column + 1) & (row % 2 == 1), lower.shape), lower, 0.0
-    )
+    is_corner = (row == column + 1) & (row % 2 == 1)
+    is_corner = jnp.broadcast_to(is_corner, lower.shape)
+    return jnp.where(is_corner, lower, 0.0)

@@ -77,12 +77,16 @@ class Numerics:
     def within(self) -> Self:
         """Returns the numerics of matmuls whose results are operands again after elementwise
         functions."""
-        return self if self.inner is None else replace(self, result=self.inner)
+        if self.inner is None:
+            return self
+        return replace(self, result=self.inner)
 
     @property
     def facts_of(self) -> str:
         """The platform whose facts hold; "" if the plain functions were asked for."""
-        return "" if self.implementation == XLA else self.platform.name
+        if self.implementation == XLA:
+            return ""
+        return self.platform.name
 
 
 class Operation(Generic[P, R]):
@@ -177,7 +181,9 @@ def numerics_for(
     result = "float32" if platform.name == "cpu" else "bfloat16"
     numerics = Numerics(dtype, result, dtype, dtype, None, platform, implementation)
     # Native kernels round while they store; XLA's matmuls would need a second pass over the result.
-    return replace(numerics, inner=dtype) if native_kind(numerics) else numerics
+    if not native_kind(numerics):
+        return numerics
+    return replace(numerics, inner=dtype)
 
 
 @operation
@@ -193,9 +199,13 @@ def check_implementation(name: str, platform: str) -> None:
     if name in (AUTO, XLA, *available):
         return
     other = next((of for of, names in IMPLEMENTATIONS.items() if name in names), None)
+    choices = ", ".join((AUTO, XLA, *available))
+    found = repr(name)
+    if other:
+        found = f"{name!r}, which is for {other}"
     raise NaloraError(
         "--compute.implementation",
-        expected=f"{', '.join((AUTO, XLA, *available))} (on {platform or 'this platform'})",
-        found=f"{name!r}, which is for {other}" if other else repr(name),
+        expected=f"{choices} (on {platform or 'this platform'})",
+        found=found,
         remedy="leave it at auto, which takes the fastest on the platform",
     )

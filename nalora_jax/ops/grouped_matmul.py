@@ -103,23 +103,18 @@ def _ragged_of_runs(
     sizes = _with_runs(sizes, batched[2], runs)
     rows = x.reshape(-1, x.shape[-1])
     if batched[1]:
-        y = _ragged(
-            rows, kernels.reshape(-1, *kernels.shape[2:]), sizes.reshape(-1), like
-        )
+        _, _, *kernel = kernels.shape
+        y = _ragged(rows, kernels.reshape(-1, *kernel), sizes.reshape(-1), like)
         return y.reshape(*x.shape[:2], -1), True
     ends = jnp.cumsum(sizes, axis=1)
     places = jnp.arange(x.shape[1])
-    group = jax.vmap(lambda of_run: jnp.searchsorted(of_run, places, side="right"))(
-        ends
-    )
+    group_of = partial(jnp.searchsorted, v=places, side="right")
+    group = jax.vmap(group_of)(ends)
     order = jnp.argsort(group.reshape(-1), stable=True)
-    y = _ragged(
-        jnp.take(rows, order, axis=0),
-        kernels,
-        jnp.sum(sizes, axis=0, dtype=sizes.dtype),
-        like,
-    )
-    return jnp.take(y, jnp.argsort(order), axis=0).reshape(*x.shape[:2], -1), True
+    of_groups = jnp.sum(sizes, axis=0, dtype=sizes.dtype)
+    y = _ragged(jnp.take(rows, order, axis=0), kernels, of_groups, like)
+    y = jnp.take(y, jnp.argsort(order), axis=0)
+    return y.reshape(*x.shape[:2], -1), True
 
 
 @custom_vmap
@@ -136,13 +131,14 @@ def _ragged_outer(x: Array, y: Array, sizes: Array) -> Array:
 def _ragged_outer_of_runs(
     runs: int, batched: Sequence[bool], x: Array, y: Array, sizes: Array
 ) -> tuple[Array, bool]:
-    x, y, sizes = (
-        _with_runs(*array, runs) for array in zip((x, y, sizes), batched, strict=True)
-    )
-    outer = _ragged_outer(
-        x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), sizes.reshape(-1)
-    )
-    return outer.reshape(runs, -1, *outer.shape[1:]), True
+    x = _with_runs(x, batched[0], runs)
+    y = _with_runs(y, batched[1], runs)
+    sizes = _with_runs(sizes, batched[2], runs)
+    rows = x.reshape(-1, x.shape[-1])
+    of_rows = y.reshape(-1, y.shape[-1])
+    outer = _ragged_outer(rows, of_rows, sizes.reshape(-1))
+    _, *kernel = outer.shape
+    return outer.reshape(runs, -1, *kernel), True
 
 
 def _with_runs(array: Array, is_batched: bool, runs: int) -> Array:
@@ -208,7 +204,9 @@ def _dot(x: Array, y: Array, operand: str) -> Array:
 def grouped_result(numerics: Numerics, result: str) -> str:
     """Returns the dtype of a stored `lax.ragged_dot`: on a TPU XLA accumulates in float32 and
     rounds once."""
-    return result if numerics.facts_of == "tpu" else "float32"
+    if numerics.facts_of == "tpu":
+        return result
+    return "float32"
 
 
 def joins_factors(groups: int, rank: int, numerics: Numerics) -> bool:
@@ -369,5 +367,7 @@ def _inside(ranges: Ranges, shape: tuple[int, ...]) -> Array | None:
             continue
         index = limits[0].start + lax.broadcasted_iota(jnp.int32, shape, dimension)
         within = index < limits[1]
-        mask = within if mask is None else mask & within
+        if mask is not None:
+            within = mask & within
+        mask = within
     return mask

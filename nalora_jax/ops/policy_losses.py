@@ -71,7 +71,8 @@ def advantages(rewards: np.ndarray, name: Name) -> np.ndarray:
         return centered * count / np.maximum(count - 1, 1)
     if name == "dr_grpo":
         return centered
-    deviation = np.sqrt((centered**2).sum(1, keepdims=True) / np.maximum(count - 1, 1))
+    squares = (centered**2).sum(1, keepdims=True)
+    deviation = np.sqrt(squares / np.maximum(count - 1, 1))
     return centered / (deviation + _SMALLEST)
 
 
@@ -81,7 +82,9 @@ def denominator(mask: Array, real: Array, settings: PolicyLoss) -> Array:
 
     ``mask [samples, tokens]`` is 1 for tokens in the loss, ``real [samples]`` 0 for padding only.
     """
-    return jnp.sum(mask if settings.name == "dapo" else real, dtype=jnp.float32)
+    if settings.name == "dapo":
+        return jnp.sum(mask, dtype=jnp.float32)
+    return jnp.sum(real, dtype=jnp.float32)
 
 
 def policy_loss(
@@ -105,7 +108,8 @@ def policy_loss(
     tokens = jnp.sum(mask, axis=1, keepdims=True)
     log_ratio = (log_probs - old) * mask
     if settings.name == "gspo":
-        log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(tokens, 1.0)
+        total = jnp.sum(log_ratio, axis=1, keepdims=True)
+        log_ratio = total / jnp.maximum(tokens, 1.0)
     elif settings.name == "rloo":
         log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
     ratio = jnp.exp(log_ratio)
@@ -113,10 +117,9 @@ def policy_loss(
     bounded = jnp.clip(ratio, 1 - settings.low, 1 + settings.high)
     # [samples, tokens], or [samples, 1] if all tokens of a sample have one ratio.
     loss = -jnp.minimum(ratio * gain, bounded * gain)
-    clipped = mask * (
-        ((ratio < 1 - settings.low) & (gain < 0))
-        | ((ratio > 1 + settings.high) & (gain > 0))
-    )
+    below = (ratio < 1 - settings.low) & (gain < 0)
+    above = (ratio > 1 + settings.high) & (gain > 0)
+    clipped = mask * (below | above)
     divergence = jnp.zeros_like(mask)
     if base is not None:
         divergence = mask * (jnp.exp(base - log_probs) - (base - log_probs) - 1)

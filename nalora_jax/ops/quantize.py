@@ -44,7 +44,8 @@ _FFN_KERNELS = r"layers/(.*/)?ffn/.*_proj/kernel$"
 NF4_LEVELS: tuple[float, ...] = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
 )
 # fmt: on
 # Sign, two bits of exponent, one bit of mantissa.
@@ -94,7 +95,9 @@ def _at(array: Array, place: NamedSharding) -> Array:
 
 def kernels(kind: Kind) -> str:
     """Returns the pattern of the leaves that are quantized in a model of that kind."""
-    return _FFN_KERNELS if kind == "mxfp4" else _KERNELS
+    if kind == "mxfp4":
+        return _FFN_KERNELS
+    return _KERNELS
 
 
 def quantize(kernel: Array, kind: Kind) -> Quantized:
@@ -150,25 +153,23 @@ def _mxfp4_codes(unit: Array) -> Array:
     #   number below.
     thresholds = _midpoints(_POSITIVE)
     thresholds[1::2] = np.nextafter(thresholds[1::2], np.float32(0))
-    return _nearest(jnp.abs(unit), thresholds) | (
-        jnp.signbit(unit).astype(jnp.uint8) << 3
-    )
+    sign = jnp.signbit(unit).astype(jnp.uint8) << 3
+    return _nearest(jnp.abs(unit), thresholds) | sign
 
 
 def _powers(scales: Array) -> Array:
-    """Returns ``2 ** (scale - 127)`` in float32; 0 for a scale of 0, which float32 cannot hold
-    normally."""
+    """Returns ``2 ** (scale - 127)`` in float32; 0 for a scale of 0, a subnormal number."""
     return lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
 
 
 def _packed(codes: Array) -> Array:
-    """Returns 4-bit codes ``[..., blocks, block, d_out]`` as bytes ``[..., blocks * block / 2,
-    d_out]``."""
+    """Packs 4-bit codes ``[..., blocks, block, d_out]``: ``[..., blocks * block / 2, d_out]``."""
     *lead, blocks, block, d_out = codes.shape
     halves = codes.reshape(*lead, blocks, 2, block // 2, d_out)
-    return (halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)).reshape(
-        *lead, blocks * block // 2, d_out
-    )
+    low = halves[..., 0, :, :]
+    high = halves[..., 1, :, :]
+    pairs = low | (high << 4)
+    return pairs.reshape(*lead, blocks * block // 2, d_out)
 
 
 def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
@@ -184,7 +185,7 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
     block = _BLOCKS[kernel.kind]
     pairs = kernel.codes.reshape(*lead, d_in // block, 1, block // 2, d_out)
     shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
-    codes = (pairs >> shifts) & 15
+    codes = (pairs >> shifts) & 15  # [..., blocks, 2, block / 2, d_out]
     blocks = (_of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
     # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and
     # stores the repeated codes and scales, three times the traffic.
@@ -192,8 +193,7 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
 
 
 def _of_levels(codes: Array, levels: Sequence[float]) -> Array:
-    """Returns float32 ``levels[codes]``, selected bit by bit: a TPU has no fast gather from a small
-    table."""
+    """Returns float32 ``levels[codes]``, selected bit by bit: a TPU gathers slowly from a table."""
     if len(levels) == 1:
         return jnp.float32(levels[0])
     half = len(levels) // 2
@@ -214,10 +214,8 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
     def told(leaf: Any) -> Any:
         if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
             return leaf
-        codes, scales = (
-            _without(array.sharding, leaf.codes.ndim, axes)
-            for array in (leaf.codes, leaf.scales)
-        )
+        codes = _without(leaf.codes.sharding, leaf.codes.ndim, axes)
+        scales = _without(leaf.scales.sharding, leaf.codes.ndim, axes)
         if codes is None or scales is None:
             return leaf
         return replace(leaf, places=(codes, scales))
@@ -226,15 +224,15 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
 
 
 def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding | None:
-    """Returns the sharding of the last two axes without ``axes``; None if the mesh has none of
-    them."""
-    if not isinstance(sharding, NamedSharding) or not set(axes) & set(
-        sharding.mesh.shape
-    ):
+    """Returns the sharding of the last two axes without ``axes``; None if the mesh has none."""
+    if not isinstance(sharding, NamedSharding):
         return None
-    spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[-2:]
-    remaining = [
-        tuple(name for name in mesh_axes(entry) if name not in axes) or None
-        for entry in spec
-    ]
+    if not set(axes) & set(sharding.mesh.shape):
+        return None
+    missing = ndim - len(sharding.spec)
+    spec = (*sharding.spec, *[None] * missing)
+    remaining = []
+    for entry in spec[-2:]:
+        names = tuple(name for name in mesh_axes(entry) if name not in axes)
+        remaining.append(names or None)
     return NamedSharding(sharding.mesh, P(*remaining))

@@ -39,23 +39,24 @@ def with_zeros(x: Array, count: int, axis: int) -> Array:
     """Returns ``x`` with ``count`` zeros at the end of an axis."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, count)
-    return jnp.pad(x, widths) if count else x
+    if not count:
+        return x
+    return jnp.pad(x, widths)
 
 
 def in_tiles(x: Array, tiles: int) -> Array:
-    """Returns ``[tiles, batch, tile, ...]`` of ``[batch, seq, ...]``; the last tile is padded with
-    zeros."""
+    """Returns ``[tiles, batch, tile, ...]`` of ``[batch, seq, ...]``, padded with zeros."""
     batch, seq, *rest = x.shape
     tile = -(-seq // tiles)
-    return jnp.moveaxis(
-        with_zeros(x, tiles * tile - seq, 1).reshape(batch, tiles, tile, *rest), 1, 0
-    )
+    padded = with_zeros(x, tiles * tile - seq, 1)
+    return jnp.moveaxis(padded.reshape(batch, tiles, tile, *rest), 1, 0)
 
 
 def of_tiles(x: Array, seq: int) -> Array:
     """Computes the inverse of `in_tiles`."""
     tiles, batch, tile, *rest = x.shape
-    return jnp.moveaxis(x, 0, 1).reshape(batch, tiles * tile, *rest)[:, :seq]
+    rows = jnp.moveaxis(x, 0, 1).reshape(batch, tiles * tile, *rest)
+    return rows[:, :seq]
 
 
 def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any) -> Any:
@@ -68,14 +69,16 @@ def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any)
     Example: 8 rows over 4 shards, ``sums=lambda z: {"total": z.sum((0, 1))}``
       z [8, seq, d_ff] -> [4, 2, seq, d_ff] -> {"total": [4, d_ff]}
     """
-    if (shards := count(rows)) == 1:
+    shards = count(rows)
+    if shards == 1:
         return sums(*arrays)
 
     def parted(x: Array) -> Any:
         x = with_zeros(x, -x.shape[0] % shards, 0)
         return pinned(x.reshape(shards, -1, *x.shape[1:]), rows)
 
-    return pinned(jax.vmap(sums)(*jax.tree.map(parted, arrays)), rows)
+    parts = jax.tree.map(parted, arrays)
+    return pinned(jax.vmap(sums)(*parts), rows)
 
 
 def pinned(tree: Any, rows: NamedSharding | None, axis: int = 0) -> Any:
@@ -98,9 +101,8 @@ def first_alone(value: Array, rows: NamedSharding | None) -> Array:
     shards = count(rows)
     if shards == 1:
         return value
-    alone: Array = pinned(
-        jnp.zeros((shards, *value.shape), value.dtype).at[0].set(value), rows
-    )
+    zeros = jnp.zeros((shards, *value.shape), value.dtype)
+    alone: Array = pinned(zeros.at[0].set(value), rows)
     return alone
 
 
@@ -141,15 +143,15 @@ def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
 
 
 def sampled_weights(weights: Array, stride: int) -> Array:
-    """Returns float32 ``weights`` ``[..., positions]``, 0 at positions that `sampled` does not
-    take."""
+    """Returns float32 ``weights [..., positions]``, 0 at positions that `sampled` leaves out."""
     if stride == 1:
         return weights.astype(jnp.float32)
     run, groups = _grouping(weights.shape[-1], stride, RUN)
     # [..., groups, stride]
     mask = jax.nn.one_hot(_chosen(weights, stride, run), stride, dtype=bool)
-    mask = jnp.repeat(mask.reshape(*weights.shape[:-1], groups * stride), run, axis=-1)
-    return jnp.where(mask[..., : weights.shape[-1]], weights.astype(jnp.float32), 0.0)
+    mask = mask.reshape(*weights.shape[:-1], groups * stride)
+    mask = jnp.repeat(mask, run, axis=-1)[..., : weights.shape[-1]]
+    return jnp.where(mask, weights.astype(jnp.float32), 0.0)
 
 
 def _grouping(length: int, stride: int, run: int) -> tuple[int, int]:

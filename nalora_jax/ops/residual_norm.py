@@ -29,7 +29,9 @@ def residual_norm(
     total = x
     if y is not None:
         total = x + y.astype(x.dtype)
-    read = total if recomputed else round_and_save(total, numerics)
+    read = total
+    if not recomputed:
+        read = round_and_save(total, numerics)
     return total, rms_norm(read, scale, eps).astype(numerics.result)
 
 

@@ -21,6 +21,7 @@ from nalora_jax.common.devices import BATCH_AXES, CONTEXT
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.causal_conv import causal_conv
 from nalora_jax.ops.delta_rule import DeltaInputs, gated_delta_rule, segment_runs
+from nalora_jax.ops.reductions import with_zeros
 from nalora_jax.ops.split_rows import (
     Row,
     block_numbers,
@@ -81,19 +82,21 @@ def _delta_rule(inputs: DeltaInputs, row: Row) -> Array:
     """Computes a shard's outputs ``[batch, 2 * block, groups, n, d_v]``."""
     inputs = jax.tree.map(by_block, inputs)
     segments = row.slices(0).segments
-    before = row._replace(segments=segment_runs(row.segments)).slices(1).segments[:, 0]
+    with_runs = row._replace(segments=segment_runs(row.segments))
+    before = with_runs.slices(1).segments[:, 0]
     d_k = inputs.k.shape[-1]
     d_v = inputs.v.shape[-1]
-    v = jnp.pad(inputs.v, [(0, 0)] * (inputs.v.ndim - 1) + [(0, d_k)])
+    v = with_zeros(inputs.v, d_k, -1)
     heads = (v.shape[0], *v.shape[2:4])
     # Zeros for the values' columns, then an identity.
-    state = jnp.broadcast_to(jnp.eye(d_k, d_v + d_k, d_v), (*heads, d_k, d_v + d_k))
+    identity = jnp.eye(d_k, d_v + d_k, d_v)
+    state = jnp.broadcast_to(identity, (*heads, d_k, d_v + d_k))
     out, summary = gated_delta_rule(inputs._replace(v=v), segments, state, before)
     state = _states_before(summary, d_v)
-    outputs = out[..., :d_v] + jnp.einsum(
+    of_state = jnp.einsum(
         "btgnd,bgnde->btgne", out[..., d_v:], state, preferred_element_type=jnp.float32
     )
-    return by_part(outputs)
+    return by_part(out[..., :d_v] + of_state)
 
 
 def _states_before(summary: Array, d_v: int) -> Array:
@@ -101,14 +104,18 @@ def _states_before(summary: Array, d_v: int) -> Array:
 
     ``summary [2 * batch, groups, n, d_k, d_v + d_k]`` has the matrices D and M of the blocks.
     """
-    # [blocks, batch, ...] in the order of the row
-    summaries = jnp.moveaxis(gathered(summary.reshape(-1, 2, *summary.shape[1:])), 1, 0)
+    _, *matrix = summary.shape
+    of_row = gathered(summary.reshape(-1, 2, *matrix))
+    summaries = jnp.moveaxis(
+        of_row, 1, 0
+    )  # [blocks, batch, ...] in the order of the row
 
     def after(state: Array, block: Array) -> tuple[Array, Array]:
         carried = jnp.matmul(block[..., d_v:], state, precision=lax.Precision.HIGHEST)
         return block[..., :d_v] + carried, state
 
-    states = lax.scan(after, jnp.zeros_like(summaries[0, ..., :d_v]), summaries)[1]
+    start = jnp.zeros_like(summaries[0, ..., :d_v])
+    _, states = lax.scan(after, start, summaries)
     local_states = [
         lax.dynamic_index_in_dim(states, number, 0, keepdims=False)
         for number in block_numbers()
@@ -119,7 +126,9 @@ def _states_before(summary: Array, d_v: int) -> Array:
 def _over_tensor(sharding: NamedSharding, size: int) -> str | None:
     """Returns the mesh axis "tensor" if it divides ``size``."""
     parts = sharding.mesh.shape.get("tensor", 0)
-    return "tensor" if parts and size % parts == 0 else None
+    if not parts or size % parts:
+        return None
+    return "tensor"
 
 
 def _mapped(

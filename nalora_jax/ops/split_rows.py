@@ -55,7 +55,9 @@ class Row(NamedTuple):
             ]
             return jnp.stack(slices, axis=1).reshape(-1, ahead + block)
 
-        starts = None if self.starts is None else of_blocks(self.starts, 0)
+        starts = self.starts
+        if starts is not None:
+            starts = of_blocks(starts, 0)
         return Row(of_blocks(self.positions, 0), of_blocks(self.segments, -1), starts)
 
 
@@ -79,13 +81,18 @@ def block_length(seq: int, shards: int) -> int:
     Raises a NaloraError if a row has fewer tokens than blocks.
     """
     if seq < 2 * shards:
-        expected = f"at most {max(seq // 2, 1)} for rows of {seq} tokens (two blocks of tokens a device)"
+        most = max(seq // 2, 1)
+        expected = (
+            f"at most {most} for rows of {seq} tokens (two blocks of tokens a device)"
+        )
         remedy = "use longer rows (--data.max-length), or --mesh.fsdp for these devices"
         raise NaloraError(
             "--mesh.context", expected=expected, found=shards, remedy=remedy
         )
     block = -(-seq // (2 * shards))
-    return block if block < _ALIGNED else -(-block // _ALIGNED) * _ALIGNED
+    if block < _ALIGNED:
+        return block
+    return -(-block // _ALIGNED) * _ALIGNED
 
 
 def padded(x: Array, sharding: NamedSharding | None) -> Array:
@@ -93,7 +100,9 @@ def padded(x: Array, sharding: NamedSharding | None) -> Array:
     shards = shards_of(sharding)
     if shards == 1:
         return x
-    return with_zeros(x, 2 * shards * block_length(x.shape[1], shards) - x.shape[1], 1)
+    seq = x.shape[1]
+    whole = 2 * shards * block_length(seq, shards)
+    return with_zeros(x, whole - seq, 1)
 
 
 def split(x: Array, sharding: NamedSharding | None) -> Array:
@@ -106,44 +115,45 @@ def split(x: Array, sharding: NamedSharding | None) -> Array:
         return x
     batch = x.shape[0]
     x = padded(x, sharding)
-    order = np.stack([np.arange(shards), 2 * shards - 1 - np.arange(shards)], axis=1)
+    first = np.arange(shards)
+    last = 2 * shards - 1 - first
+    order = np.stack([first, last], axis=1)
+    _, _, *rest = x.shape
     # [batch, blocks, block] -> [batch, shards, 2, block] -> [shards, batch, 2 * block]
-    x = x.reshape(batch, 2 * shards, -1, *x.shape[2:])[:, order]
-    x = jnp.moveaxis(x, 1, 0).reshape(shards, batch, -1, *x.shape[4:])
-    x = lax.with_sharding_constraint(
-        x, NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES))
-    )
-    return lax.with_sharding_constraint(
-        x.reshape(shards * batch, *x.shape[2:]), sharding
-    )
+    x = x.reshape(batch, 2 * shards, -1, *rest)
+    x = jnp.moveaxis(x[:, order], 1, 0)
+    x = x.reshape(shards, batch, -1, *rest)
+    by_shard = NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES))
+    x = lax.with_sharding_constraint(x, by_shard)
+    x = x.reshape(shards * batch, -1, *rest)
+    return lax.with_sharding_constraint(x, sharding)
 
 
 def joined(x: Array, sharding: NamedSharding | None, seq: int) -> Array:
-    """Returns rows ``[batch, seq, ...]`` of their parts: the inverse of `split`, without
-    padding."""
+    """Returns rows ``[batch, seq, ...]`` of their parts, without padding: inverts `split`."""
     shards = shards_of(sharding)
     if sharding is None or shards == 1:
         return x
-    x = _natural(x.reshape(shards, -1, 2, x.shape[1] // 2, *x.shape[2:]))[:, :seq]
-    return lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, P(BATCH_AXES)))
+    _, length, *rest = x.shape
+    x = _natural(x.reshape(shards, -1, 2, length // 2, *rest))
+    whole = NamedSharding(sharding.mesh, P(BATCH_AXES))
+    return lax.with_sharding_constraint(x[:, :seq], whole)
 
 
 def repeated(x: Array, sharding: NamedSharding | None) -> Array:
-    """Returns ``[shards * batch, ...]``: the array ``[batch, ...]`` of whole rows for each part of
-    them."""
+    """Returns ``[shards * batch, ...]``: the array ``[batch, ...]`` of rows for each part."""
     shards = shards_of(sharding)
     if sharding is None or shards == 1:
         return x
+    _, *rest = x.shape
     x = jnp.broadcast_to(x[None], (shards, *x.shape))
-    x = lax.with_sharding_constraint(
-        x, NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES))
-    )
-    return lax.with_sharding_constraint(x.reshape(-1, *x.shape[2:]), sharding)
+    by_shard = NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES))
+    x = lax.with_sharding_constraint(x, by_shard)
+    return lax.with_sharding_constraint(x.reshape(-1, *rest), sharding)
 
 
 def _natural(x: Array) -> Array:
-    """Returns rows ``[batch, seq, ...]`` of all shards' blocks ``[shards, batch, 2, block,
-    ...]``."""
+    """Returns rows ``[batch, seq, ...]`` of all blocks ``[shards, batch, 2, block, ...]``."""
     blocks = jnp.concatenate([x[:, :, 0], x[::-1, :, 1]])
     blocks = jnp.moveaxis(blocks, 0, 1)
     return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
@@ -170,7 +180,9 @@ def by_part(x: Array) -> Array:
 
 def gathered(x: Array) -> Array:
     """Returns rows ``[batch, seq, ...]`` of all shards' parts ``[batch, 2 * block, ...]``."""
-    return _natural(lax.all_gather(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), CONTEXT))
+    batch, _, *rest = x.shape
+    blocks = x.reshape(batch, 2, -1, *rest)
+    return _natural(lax.all_gather(blocks, CONTEXT))
 
 
 @jax.custom_vjp
@@ -184,15 +196,14 @@ def gathered_exactly(x: Array) -> Array:
 
 
 def _exchanged(_: None, g: Array) -> tuple[Array]:
-    batch = g.shape[0]
+    batch, seq, *rest = g.shape
     shards = lax.axis_size(CONTEXT)
-    blocks = jax.ShapeDtypeStruct(
-        (shards, batch, 2, g.shape[1] // (2 * shards), *g.shape[2:]), g.dtype
-    )
+    shape = (shards, batch, 2, seq // (2 * shards), *rest)
+    blocks = jax.ShapeDtypeStruct(shape, g.dtype)
     (parts,) = jax.linear_transpose(_natural, blocks)(g)
     parts = lax.all_to_all(parts, CONTEXT, 0, 0, tiled=True)
     total = jnp.sum(parts.astype(jnp.float32), axis=0).astype(g.dtype)
-    return (total.reshape(batch, -1, *g.shape[2:]),)
+    return (total.reshape(batch, -1, *rest),)
 
 
 gathered_exactly.defvjp(lambda x: (gathered(x), None), _exchanged)
@@ -206,7 +217,8 @@ def with_preceding(x: Array, ahead: int) -> Array:
     exchanged, between neighbours. There are zeros before the start of a row.
     """
     shards = lax.axis_size(CONTEXT)
-    early, late = jnp.unstack(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), axis=1)
+    batch, _, *rest = x.shape
+    early, late = jnp.unstack(x.reshape(batch, 2, -1, *rest), axis=1)
     tail = early[:, early.shape[1] - ahead :]
     late_tail = late[:, late.shape[1] - ahead :]
     # Block i follows i - 1 of the shard before; block 2 n - 1 - i follows 2 n - 2 - i of the shard

@@ -105,13 +105,17 @@ def from_bits(x: Array) -> Array:
 
 def bits_of(table: Kernel) -> Array:
     """Returns a frozen array as bits if it is bf16, otherwise as floats."""
-    return table.bits if isinstance(table, Bits) else bf16_bits(expand(table))
+    if isinstance(table, Bits):
+        return table.bits
+    return bf16_bits(expand(table))
 
 
 def expand(array: Kernel, dtype: Any = None) -> Array:
     """Returns a frozen array as floats; forms other than floats are rounded to ``dtype`` if it is
     given."""
-    return array.expand(dtype) if isinstance(array, Stored) else array
+    if isinstance(array, Stored):
+        return array.expand(dtype)
+    return array
 
 
 def take_rows(table: Kernel, rows: Array, numerics: Numerics, axis: int = 0) -> Array:
@@ -152,7 +156,9 @@ def prepare(
         return jnp.arange(bits.shape[0], dtype=jnp.int32)
 
     viewed = {**variables, "params": map_named(view, variables["params"])}
-    return viewed | ({STACKS: unflatten(stacks)} if stacks else {})
+    if not stacks:
+        return viewed
+    return viewed | {STACKS: unflatten(stacks)}
 
 
 def view_bits(leaf: Any) -> Any:
