@@ -180,11 +180,12 @@ def partition(name: str) -> Partition:
     if degree(above).max() > _LINEAR:
         peak = above[np.argmax(degree(above))]
         z1 = _crossing(lambda z: _LINEAR - degree(z), peak, 700.0)
-    inverted = _normal_mean(degree, z0 - 8, z0)
-    contracting = _normal_mean(degree, z0, 0.0)
-    expanding = _normal_mean(degree, 0.0, z1)
-    linear = _normal_mean(degree, z1, z1 + 8)
-    degrees = (inverted, contracting, expanding, linear)
+    degrees = (
+        _normal_mean(degree, z0 - 8, z0),
+        _normal_mean(degree, z0, 0.0),
+        _normal_mean(degree, 0.0, z1),
+        _normal_mean(degree, z1, z1 + 8),
+    )
     return Partition(
         activation.name,
         z0,

@@ -126,7 +126,7 @@ def _evaluate(equation: Any, values: Values) -> list[Array] | None:
     program = next(_programs(equation.params.values()))
     if len(program.invars) != len(inputs):
         return None
-    within = dict(zip(program.invars, inputs, strict=True))
+    within: Values = dict(zip(program.invars, inputs, strict=True))
     for inner in program.eqns:
         results = _evaluate(inner, within)
         if results is None:

@@ -241,9 +241,7 @@ class LoRADense(nn.Module):
           mask: ``[d_out]`` for the gated gradient of A (gates only).
           deterministic: True to switch dropout off.
         """
-        lead: tuple[int, ...] = ()
-        if self.experts:
-            lead = (self.experts,)
+        lead = (self.experts,) if self.experts else ()
         init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(lead))))
         kernel = frozen_kernel(self, (*lead, d_in, self.features), init)
         bias = None
@@ -406,9 +404,7 @@ class AdaptedBlock(nn.Module):
         d_model = x.shape[-1]
         mask = self.get_variable("gate_mask", "mask")
         gate = dense(gate_name, d_model, self.d_ff, mask)
-        factor: Any = up
-        if up_name:
-            factor = dense(up_name[0], d_model, self.d_ff)
+        factor = dense(up_name[0], d_model, self.d_ff) if up_name else up
         down = dense(down_name, self.d_ff, self.d_model)
         measurement = None
         taps = self.variables.get("gate_taps", {})
@@ -417,9 +413,7 @@ class AdaptedBlock(nn.Module):
                 token_weights = jnp.ones(x.shape[:-1], bool)
             measurement = Measurement.of(token_weights, self.stats, taps)
         # A replacement of the operation computes projections, not a given factor.
-        block: Any = gated_mlp
-        if up is not None:
-            block = gated_mlp.plain
+        block = gated_mlp.plain if up is not None else gated_mlp
         phi = activations.get(self.activation)
         y, measured = block(x, gate, factor, down, phi, self.numerics, measurement)
         # The gradients of the taps are the statistics.

@@ -295,9 +295,8 @@ def taps(names: Iterable[str], channels: tuple[int, ...]) -> Sums:
     entries = [get(name) for name in names]
     shapes = {entry.name: entry.shape(channels) for entry in entries}
     if entries:
-        shapes["tokens"] = channels[:-1]
-    for entry in entries:
-        shapes[entry.count] = channels[:-1]
+        counts = [entry.count for entry in entries]
+        shapes |= dict.fromkeys(("tokens", *counts), channels[:-1])
     return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
 
 
@@ -493,8 +492,6 @@ def mean(name: str, sums: Mapping[str, Array]) -> Array:
 
 def ratio(name: str, sums: Mapping[str, Array]) -> Array:
     """Returns an entry of `RATIOS` of any sums; 0 if the denominator is 0."""
-    numerator, denominator = RATIOS[name]
-    above = sums[numerator]
-    below = sums[denominator]
+    above, below = (sums[statistic] for statistic in RATIOS[name])
     divisor = jnp.where(below > 0, below, 1.0)
     return jnp.where(below > 0, above / divisor, 0.0)

@@ -236,9 +236,7 @@ def _taps(config: StepConfig) -> Any:
     shards = count(config.stats_sharding)
     zeros: BlockStats = {}
     for path, (layers, *channels) in config.blocks.items():
-        lead: tuple[int, ...] = (layers,)
-        if shards > 1:
-            lead = (layers, shards)
+        lead = (layers, shards) if shards > 1 else (layers,)
         zeros[path] = statistics.taps(dict.fromkeys(names), (*lead, *channels))
         zeros[path] |= {name: jnp.zeros(lead, jnp.float32) for name in config.checks}
     return _nested(pinned(zeros, config.stats_sharding, axis=1))

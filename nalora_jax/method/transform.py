@@ -69,9 +69,7 @@ class Mechanisms:
     @property
     def places(self) -> tuple[str, ...]:
         """The places where at least one of them acts."""
-        used: set[str] = set()
-        for _, mechanism in self.entries:
-            used |= set(mechanism.places)
+        used = {place for _, rule in self.entries for place in rule.places}
         return tuple(place for place in PLACES if place in used)
 
     def activation_of(self, block: str) -> str:
@@ -157,8 +155,8 @@ def init_gate_state(
     for label, mechanism in mechanisms.entries:
         memory[label] = {path: mechanism.init(shape) for path, shape in shapes.items()}
     updates = {}
-    for path, (*lead, _) in shapes.items():
-        updates[path] = jnp.zeros(tuple(lead), jnp.int32)
+    for path, shape in shapes.items():
+        updates[path] = jnp.zeros(shape[:-1], jnp.int32)
     return GateState(memory, updates, count=jnp.zeros((), jnp.int32))
 
 
@@ -287,11 +285,10 @@ def equalized(factor: Array) -> Array:
     """
     low = jnp.min(factor, axis=-1, keepdims=True)
     high = jnp.max(factor, axis=-1, keepdims=True)
-    is_constant = jnp.broadcast_to(low == high, factor.shape)
     mean_square = jnp.mean(jnp.square(factor), axis=-1, keepdims=True)
     size = jnp.sqrt(mean_square)
     divisor = jnp.where(size > 0, size, 1.0)
-    return jnp.where(is_constant, 1.0, factor / divisor)
+    return jnp.where(low == high, 1.0, factor / divisor)
 
 
 # ---------------------------------------------------------------- the transform
@@ -504,11 +501,8 @@ def masks(opt_state: Any, mechanisms: Mechanisms) -> dict[str, Array]:
 
 def _gates_of(tree: Any) -> dict[str, str]:
     """Returns the nodes of a tree that have taps, as gates that are their own blocks."""
-    nodes = set()
-    for path in _named(tree):
-        node, separator, _ = path.partition(f"/{TAPS}/")
-        if separator:
-            nodes.add(node)
+    taps = [path for path in _named(tree) if f"/{TAPS}/" in path]
+    nodes = {path.partition(f"/{TAPS}/")[0] for path in taps}
     return {node: node for node in sorted(nodes)}
 
 
