@@ -30,13 +30,17 @@ with epy.lazy_imports():  # on first use: help needs no JAX
 _TOP = 20  # log probabilities that a server is asked for; vLLM's largest number
 _TOKENS = 24  # length of a prompt, at most
 _TIMEOUT = 120  # seconds for a request
-_SCALES = [2.0 ** (step / 2) for step in range(-8, 9) if step]
-# Shares of the adapter's own effect: at most this far from a candidate, or from ours where no
-# candidate is nearer; at most this much of an effect.
-_EQUAL = 0.25
-_EXACT = 0.02
-_NONE = 0.1
+# Scales with which the adapter may be served.
+_SCALES = [2.0 ** (step / 2) for step in range(-8, 9) if step] + [0.8, 0.9, 1.1, 1.2]
 _SAME_BASE = 0.5  # nats of a quantized or rounded base; another model is off by several
+# Shares of the adapter's own effect.
+_EXPLAINED = 0.25  # a nearer candidate explains the server's change
+_NONE = 0.1  # a smaller change is none
+_ASSUMED = 0.04  # noise of a server without a base, as of bfloat16
+_ROUNDING = 0.001  # noise of float32, at least
+# Limit of a served adapter over the noise of the base. Independent errors with and without the
+# adapter give sqrt(2), and llama.cpp with a base in Q4_1 gives 1.6.
+_NOISES = 2.5
 
 LogProbs = list[dict[int, float]]  # by token id, for each prompt
 
@@ -69,24 +73,34 @@ def verify(args: VerifyArgs) -> None:
         or the adapter changes too little to tell.
     """
     server = Server(args.url, args.name)  # fails before a model is loaded
-    names = (args.model, args.adapter) if args.model else (args.adapter, None)
-    model = adapted.load(names[0], adapter=names[1], dtype=args.dtype)
-    encoded = [
-        model.base.tokenizer.encode(text) for text in args.texts or inspect.TEXTS
-    ]
-    # [prompts, tokens]
-    prompts = np.array([ids[: min(_TOKENS, *map(len, encoded))] for ids in encoded])
-    base, changed = (
-        server.log_probs(prompts, adapted=adapted) for adapted in (False, True)
-    )
-    verdict, good = judge(model, prompts, base, changed)
+    if args.model:
+        model = adapted.load(args.model, adapter=args.adapter, dtype=args.dtype)
+    else:
+        model = adapted.load(args.adapter, dtype=args.dtype)
+    tokenizer = model.base.tokenizer
+    encoded = [tokenizer.encode(text) for text in args.texts or inspect.TEXTS]
+    length = min(_TOKENS, *map(len, encoded))
+    if length == 0:
+        expected = "texts of at least one token"
+        raise NaloraError("--texts", expected=expected, found="an empty text")
+    prompts = np.array([ids[:length] for ids in encoded])  # [prompts, tokens]
+    base = None
+    if server.base is not None:
+        base = server.log_probs(prompts, adapted=False)
+    changed = server.log_probs(prompts, adapted=True)
+    verdict, served = judge(model, prompts, base, changed)
     print(f"{args.url}: {verdict}")
-    if not good:
+    if not served:
         raise SystemExit(1)
 
 
 class Server:
-    """An OpenAI-compatible server with a base model and one adapter."""
+    """An OpenAI-compatible server with one adapter, and its base unless the two are merged.
+
+    Attributes:
+      base: name of the base model; None if the server lists none.
+      name: name of the model with the adapter.
+    """
 
     def __init__(self, url: str, name: str | None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -95,20 +109,24 @@ class Server:
         self.files: list[dict[str, Any]] | None = None
         with suppress(NaloraError):
             self.files = self._call("/lora-adapters")
-        parents = [model["id"] for model in listed if not model.get("parent")]
-        adapters = [
-            model["id"] for model in listed if model["id"] not in parents
-        ] or parents[1:]
-        self.base = parents[0]
+        bases = [model["id"] for model in listed if not model.get("parent")]
+        adapters = [model["id"] for model in listed if model.get("parent")]
+        adapters = adapters or bases[1:]
+        self.base: str | None = next(iter(bases), None)
         self.name = self.base
-        if self.files is not None:
+        if self.files or (self.files is not None and name is None):
             return
         if name is None and len(adapters) == 1:
             name = adapters[0]
-        if name not in adapters:
+        if name is not None and name == self.base and not adapters:
+            self.base = None  # the only model: a merged one
+        elif name not in adapters:
             expected = "the name of an adapter that the server lists"
             found = f"{name or 'none'}; it lists {', '.join(adapters) or 'no adapter'}"
-            remedy = "start it with the adapter (vLLM: --enable-lora --lora-modules NAME=FOLDER)"
+            remedy = (
+                "start it with the adapter (vLLM: --enable-lora --lora-modules NAME=FOLDER); "
+                "of a server of a merged model give the model's name"
+            )
             raise NaloraError("--name", expected=expected, found=found, remedy=remedy)
         self.name = name
 
@@ -118,38 +136,35 @@ class Server:
             "model": self.name if adapted else self.base,
             "max_tokens": 1,
             "temperature": 1.0,
-        }
-        body |= {
             "logprobs": _TOP,
             "return_tokens_as_token_ids": True,
             "cache_prompt": False,
             "seed": 0,
         }
-        if self.files is not None and not adapted:
+        if self.files and not adapted:
             body["lora"] = [{"id": file["id"], "scale": 0.0} for file in self.files]
-        return [
-            self._top(self._call("/v1/completions", body | {"prompt": ids}))
-            for ids in prompts.tolist()
-        ]
+        tops = []
+        for ids in prompts.tolist():
+            answer = self._call("/v1/completions", body | {"prompt": ids})
+            tops.append(self._top(answer))
+        return tops
 
     def _top(self, answer: Mapping[str, Any]) -> dict[int, float]:
+        """Returns the log probabilities in an answer by token id."""
         found = answer["choices"][0].get("logprobs") or {}
         if found.get("content"):  # llama.cpp
-            return {
-                top["id"]: top["logprob"] for top in found["content"][0]["top_logprobs"]
-            }
+            likeliest = found["content"][0]["top_logprobs"]
+            return {token["id"]: token["logprob"] for token in likeliest}
         if found.get("top_logprobs"):  # vLLM, SGLang
-            (tops,) = found["top_logprobs"]
+            (likeliest,) = found["top_logprobs"]
+            prefix = "token_id:"
             return {
-                int(name[9:]): p
-                for name, p in tops.items()
-                if name.startswith("token_id:")
+                int(name.removeprefix(prefix)): value
+                for name, value in likeliest.items()
+                if name.startswith(prefix)
             }
-        raise NaloraError(
-            self.url,
-            expected="log probabilities by token id",
-            found=sorted(found) or "none",
-        )
+        expected = "log probabilities by token id"
+        raise NaloraError(self.url, expected=expected, found=sorted(found) or "none")
 
     def _call(self, path: str, body: Any = None) -> Any:
         url = self.url + path
@@ -165,64 +180,79 @@ class Server:
             found = f"status {error.code}: {error.read(300).decode(errors='replace')}"
             raise NaloraError(url, expected="an answer", found=found) from error
         except (OSError, ValueError) as error:
-            raise NaloraError(
-                url, expected="an OpenAI-compatible server", found=error
-            ) from error
+            expected = "an OpenAI-compatible server"
+            raise NaloraError(url, expected=expected, found=error) from error
 
 
 def judge(
-    model: adapted.AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: LogProbs
+    model: adapted.AdaptedModel,
+    prompts: np.ndarray,
+    base: LogProbs | None,
+    adapted: LogProbs,
 ) -> tuple[str, bool]:
-    """Returns the verdict on a server's log probabilities, and whether the adapter is served.
+    """Returns the verdict on a server's log probabilities, and True if the adapter is served.
 
-    Compared is the change by the adapter, which hardly depends on the precision of the server's
-    base.
+    Compares changes by the adapter, which hardly depend on the precision of the server's base. The
+    difference between the server's base and ours on the same tokens bounds the distance of a served
+    adapter; without a server's base (None) it is assumed.
     """
-    places = [
-        (row, token)
-        for row, top in enumerate(base)
-        for token in top
-        if token in adapted[row]
-    ]
+    places = []
+    for row, top in enumerate(adapted):
+        for token in top:
+            if base is None or token in base[row]:
+                places.append((row, token))
     if not places:
-        return (
-            "another adapter: with it none of the base's likely tokens is likely",
-            False,
-        )
+        verdict = "another adapter: with it none of the base's likely tokens is likely"
+        return verdict, False
     rows, tokens = np.array(places).T
-    before, after = (
-        np.array([top[row][token] for row, token in places]) for top in (base, adapted)
-    )
     ours = {name: values[rows, tokens] for name, values in _candidates(model, prompts)}
-    off = _size(ours["base"] - before)
+    base_of_ours = ours.pop("base")
+    if base is None:
+        before = base_of_ours
+    else:
+        before = np.array([base[row][token] for row, token in places])
+    off = _size(base_of_ours - before)
     if off > _SAME_BASE:
         return f"other base: its log probabilities are {off:.2f} nats off ours", False
-    effect = _size(ours["adapter"] - ours["base"])
+    effect = _size(ours["adapter"] - base_of_ours)
     if effect < max(3 * off, 1e-4):
-        expected = f"a change of {3 * off:.2g} nats by the adapter, three times the difference of the bases"
-        remedy = "give texts like those that it was trained on, or serve the base in a higher precision"
+        expected = (
+            f"a change of {3 * off:.2g} nats by the adapter, "
+            "three times the difference of the bases"
+        )
+        remedy = (
+            "give texts like those that it was trained on, "
+            "or serve the base in a higher precision"
+        )
         raise NaloraError(
             "--texts", expected=expected, found=f"{effect:.2g}", remedy=remedy
         )
-    if _size(after - before) < _NONE * effect:
+    after = np.array([adapted[row][token] for row, token in places])
+    change = after - before
+    if _size(change) < _NONE * effect:
         return "ignored: with the adapter it answers as without", False
-    base_of_ours = ours.pop("base")
     distance = {
-        n: _size(after - before - (x - base_of_ours)) / effect for n, x in ours.items()
+        name: _size(change - (values - base_of_ours)) / effect
+        for name, values in ours.items()
     }
     name = min(distance, key=distance.__getitem__)
-    # no candidate is clearly nearer
-    if distance["adapter"] < min(_EQUAL, max(_EXACT, 2 * distance[name])):
-        return (
-            f"served: the adapter's change is as here, to {distance['adapter']:.0%}",
-            True,
-        )
-    if distance[name] < _EQUAL:
+    nearest = distance[name]
+    away = distance["adapter"]
+    if base is None:
+        noise = _ASSUMED
+        source = "assumed, because the server lists no base"
+    else:
+        noise = max(off / effect, _ROUNDING)
+        source = f"{_NOISES:g} times the noise of the base"
+    # A candidate that is nearer by less than the noise cannot be told from the adapter.
+    if away**2 - nearest**2 > noise**2 and nearest < _EXPLAINED:
         return f"served wrongly: {name}", False
-    return (
-        f"another adapter: its change is {distance['adapter']:.0%} of ours away from ours",
-        False,
-    )
+    limit = min(_NOISES * noise, _EXPLAINED)
+    change_differs = f"its change of log probabilities differs by {away:.2%} from ours"
+    if away > limit:
+        verdict = f"another adapter: {change_differs}, more than {limit:.2%} ({source})"
+        return verdict, False
+    return f"served: {change_differs}, at most {limit:.2%} ({source})", True
 
 
 def _candidates(
@@ -233,28 +263,32 @@ def _candidates(
     assert model.lora is not None
     params = {"params": model.base.params}
     leaves = trees.flatten(model.lora)
-    part_of = {path: path.split("/")[-2] for path in leaves if path.endswith("/b")}
+    module_of = {path: path.split("/")[-2] for path in leaves if path.endswith("/b")}
     bare = model.module.clone(adapters=targets.AdapterSpec())
     yield "base", np.asarray(_log_probs(bare, params, prompts))
     applied = jax.jit(
         lambda lora: _log_probs(model.module, params | {"lora": lora}, prompts)
     )
-    parts = set(part_of.values())
-    kept = {"adapter": (1.0, parts)}
-    kept |= {
-        f"with about {scale:g} times its scale": (scale, parts) for scale in _SCALES
-    }
+    modules = set(module_of.values())
+    candidates = {"adapter": (1.0, modules)}
+    for scale in _SCALES:
+        candidates[f"with about {scale:.2g} times its scale"] = (scale, modules)
     if not model.spec.dora:
-        kept |= {f"without {part}": (1.0, parts - {part}) for part in sorted(parts)}
+        for module in sorted(modules):
+            candidates[f"without {module}"] = (1.0, modules - {module})
         for block in ("attn", "ffn"):
-            inside = {part for path, part in part_of.items() if f"{block}/" in path}
-            kept[f"the modules of {block} alone"] = (1.0, inside)
-    for name, (scale, names) in kept.items():
-        scaled = {
-            path: leaves[path] * (scale if part in names else 0.0)
-            for path, part in part_of.items()
-        }
-        yield name, np.asarray(applied(trees.unflatten(leaves | scaled)))
+            inside = {
+                module for path, module in module_of.items() if f"{block}/" in path
+            }
+            candidates[f"the modules of {block} alone"] = (1.0, inside)
+    for name, (scale, scaled) in candidates.items():
+        changed = dict(leaves)
+        for path, module in module_of.items():
+            if module in scaled:
+                changed[path] = leaves[path] * scale
+            else:
+                changed[path] = leaves[path] * 0.0
+        yield name, np.asarray(applied(trees.unflatten(changed)))
 
 
 def _log_probs(module: Any, variables: Mapping[str, Any], prompts: np.ndarray) -> Any:

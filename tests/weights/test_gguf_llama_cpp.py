@@ -13,7 +13,6 @@ import pytest
 import xllamacpp
 
 from nalora_jax.__main__ import main
-from nalora_jax.cli.verify import judge
 from nalora_jax.common.trees import map_named
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
@@ -115,6 +114,7 @@ def test_an_exported_adapter_gives_the_same_probabilities_there(adapted, tmp_pat
         ("whole", 1.0, "served: "),
         ("", 1.0, "ignored: "),
         ("whole", 0.5, "served wrongly: with about 0.5 times its scale"),
+        ("whole", 0.9, "served wrongly: with about 0.9 times its scale"),
         ("without attn/", 1.0, "served wrongly: the modules of ffn alone"),
         ("without gate_proj", 1.0, "served wrongly: without gate_proj"),
     ],
@@ -135,9 +135,3 @@ def test_a_server_is_asked_what_it_does_with_an_adapter(
     with contextlib.suppress(SystemExit) if verdict != "served: " else contextlib.nullcontext():
         assert main([*command, "--texts", *texts]) == 0
     assert verdict in capsys.readouterr().out
-
-
-def test_outputs_without_a_common_token_are_of_another_adapter():
-    verdict, good = judge(None, np.zeros((1, 4)), [{1: -0.5, 2: -1.0}], [{3: -0.5, 4: -1.0}])
-    assert verdict.startswith("another adapter")
-    assert not good
