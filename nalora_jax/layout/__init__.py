@@ -1,1 +1,2 @@
-"""Planning of runs for absent hardware: memory, flops and speed of the compiled step."""
+"""Meshes, shardings and layouts of a run over devices and hosts, with estimates of memory and
+speed."""

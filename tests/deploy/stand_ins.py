@@ -24,6 +24,7 @@ OPTIONS = {  # those that end with "=" take a value
     ("tpu-vm", "ssh"): "--zone= --worker= --command=",
     ("tpu-vm", "scp"): "--zone= --worker= --recurse",
     ("tpu-vm", "describe"): "--zone= --format=",
+    ("accelerator-types", "list"): "--zone=",
     ("queued-resources", "list"): "--zone=",
     ("queued-resources", "describe"): "--zone= --format=",
     ("queued-resources", "delete"): "--zone= --force --quiet --async",
@@ -31,7 +32,7 @@ OPTIONS = {  # those that end with "=" take a value
         "queued-resources",
         "create",
     ): "--zone= --node-id= --node-count= --node-prefix= --accelerator-type="
-    " --runtime-version= --spot",
+    " --runtime-version= --spot --provisioning-model= --max-run-duration=",
 }
 # A `nalora` whose runs wait for their SIGTERM, but for one that fails; other subcommands end at
 # once.
@@ -65,6 +66,8 @@ def main(program: str, *words: str) -> int | str:
     match program:
         case "gcloud" if words[:2] == ("compute", "tpus"):
             return tpus(*words[2:])
+        case "gcloud" if words[:3] == ("alpha", "compute", "tpus"):
+            return tpus(*words[3:])
         case "python3":  # of the image, which has no packages
             assert words == ("-m", "pip", "install", "--quiet", "--user", "uv"), words
             write(Path.home() / ".local" / "bin" / "uv")
@@ -102,6 +105,8 @@ def tpus(kind: str, verb: str, *words: str) -> int | str:
                     subprocess.Popen(["bash", "-c", args.command], **on(home)) for home in homes
                 ]
                 return max(process.wait() for process in started)
+        case "accelerator-types", _:
+            pass
         case "queued-resources", "list":
             print("\n".join(path.stem for path in cloud.glob("*.queue")))
         case "queued-resources", "create":

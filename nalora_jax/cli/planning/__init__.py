@@ -1,1 +1,1 @@
-"""Planning of runs for absent hardware: memory, flops and speed of the compiled step."""
+"""Plans of ``nalora plan``: the compiled step for hardware that is not attached, and its report."""
