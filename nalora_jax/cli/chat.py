@@ -6,16 +6,17 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from etils import epy
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 from nalora_jax.cli.outputs import mesh_of, shown_model
+from nalora_jax.cli.parser import ModelArgs
 from nalora_jax.common.files import expand_user
-from nalora_jax.config import MeshConfig, VisionConfig
+from nalora_jax.config import VisionConfig
 from nalora_jax.config.settings import GenerationConfig
 from nalora_jax.config.structured import MAX_RANK, SEED
 from nalora_jax.errors import NaloraError, visible
@@ -32,12 +33,12 @@ with epy.lazy_imports():  # on first use: help needs no JAX
     from nalora_jax.weights import hub, model_files
 
 HELP = """\
-/image PATH      show an image with the next message, to a model that sees; several one after another
+/image PATH      show an image with the next message, to a model that sees; repeat it for several
 /adapter PATH    answer with another adapter (a run's or a PEFT folder); "none" is the base alone
 /system TEXT     another system prompt; without a text, none
 /reset           forget what was said; the system prompt stays
-/help            this
-/exit            end (so does the end of input)"""
+/help            show these commands
+/exit            end the conversation (so does the end of input)"""
 
 
 # The defaults of a conversation.
@@ -45,13 +46,9 @@ _SAMPLING = GenerationConfig(max_new_tokens=512, temperature=0.7, top_p=0.95)
 
 
 @dataclass(frozen=True)
-class ChatArgs:
+class ChatArgs(ModelArgs):
     """Chat with a model, or with a model and an adapter; /help lists the other inputs."""
 
-    # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
-    model: Positional[str]
-    # Adapter folder in PEFT's format, or the folder of a run.
-    adapter: Path | None = None
     # System prompt.
     system: str | None = None
     sampling: Annotated[GenerationConfig, arg(name="")] = _SAMPLING
@@ -59,14 +56,8 @@ class ChatArgs:
     seed: Annotated[int, SEED] = 0
     # Adapters up to this rank can be switched without compilation.
     max_lora_rank: Annotated[int, MAX_RANK] = 16
-    # Dtype of the base weights. By default the run's, else bfloat16.
-    dtype: Literal["bfloat16", "float32"] | None = None
     # Quantize the adapted model's projections. By default as in the run, else not.
     quantize: Literal["none", "int8", "nf4", "mxfp4"] | None = None
-    # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
-    mesh: MeshConfig = field(
-        default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1)
-    )
 
 
 def chat(args: ChatArgs) -> None:
@@ -144,8 +135,10 @@ class _Talk:
         )
         self.name = shown_model(self.model.located.base, adapter)
         if adapter is not None and located.trained_in_turns(adapter) is False:
-            without = "was trained on prompts without a chat template; nalora generate --prompt uses none"
-            _say(f"warning: {adapter} {without}")
+            _say(
+                f"warning: {adapter} was trained on prompts without a chat template; "
+                "nalora generate --prompt uses none"
+            )
 
     def take(self, line: str) -> bool:
         """Executes a line and returns True to continue, also after an error, which is printed."""
@@ -176,7 +169,10 @@ class _Talk:
                 self._add_image(argument)
             case "/system":
                 self.conversation.system = argument or None
-                _say(f"system prompt: {argument}" if argument else "no system prompt")
+                if argument:
+                    _say(f"system prompt: {argument}")
+                else:
+                    _say("no system prompt")
             case "/reset":
                 self.conversation.reset()
                 self.pictures = []
@@ -199,9 +195,11 @@ class _Talk:
         self.pictures.append(
             processor(image_files.open_image(expand_user(path)))["pixels"]
         )
-        _say(
-            f"with the next message: {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}"
-        )
+        count = len(self.pictures)
+        if count == 1:
+            _say("with the next message: 1 image")
+        else:
+            _say(f"with the next message: {count} images")
 
     def _answer(self, text: str) -> None:
         seed = (self.args.seed + self.answers) % 2**32

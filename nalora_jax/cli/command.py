@@ -92,14 +92,17 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     name, *words = argv or [""]
     if name in ("", "-h", "--help", "--help-all"):
         text = usage.overview({name: verb.arguments for name, verb in VERBS.items()})
-        print(text, file=sys.stdout if name else sys.stderr)
-        raise SystemExit(0 if name else 2)
+        if not name:
+            print(text, file=sys.stderr)
+            raise SystemExit(2)
+        print(text)
+        raise SystemExit(0)
     if name == "--version":
         print(f"nalora_jax {installed_version('nalora_jax')}")
         raise SystemExit(0)
     if name not in VERBS:
         raise unknown(
-            name, name, VERBS, f"a verb: {', '.join(VERBS)}", "see nalora --help"
+            name, name, VERBS, f"a subcommand: {', '.join(VERBS)}", "see nalora --help"
         )
     return name, _arguments(name, VERBS[name], words)
 
@@ -208,26 +211,27 @@ def _spelled_out(words: list[str]) -> list[str]:
     """Replaces ``auto``, ``--mechanisms none``, ``--resume`` and ``--resume FOLDER`` by flags of
     the parser."""
     spelled: list[str] = []
-    remaining = [
-        piece
-        for word in words
-        for piece in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))
-    ]
+    remaining: list[str] = []
+    for word in words:
+        if word.startswith(_ASSIGNED):
+            remaining += word.split("=", 1)
+        else:
+            remaining.append(word)
     while remaining:
         pair = tuple(remaining[:2])
         if pair in _SHORT:
             spelled += _SHORT[pair]
         elif pair[0] == "--resume" and not pair[-1].startswith("-"):
-            spelled += (
-                [*pair]
-                if pair[1] in _RESUME
-                else ["--output", pair[1], "--resume", "yes"]
-            )
+            if pair[1] in _RESUME:
+                spelled += pair
+            else:
+                spelled += ["--output", pair[1], "--resume", "yes"]
         else:
             pair = pair[:1]
-            spelled += {
+            whole = {
                 "--resume": ["--resume", "yes"],
                 "--no-resume": ["--resume", "no"],
-            }.get(pair[0], pair)
+            }
+            spelled += whole.get(pair[0], pair)
         remaining = remaining[len(pair) :]
     return spelled

@@ -41,9 +41,10 @@ def load_config(path: str | Path) -> RunConfig:
     if path.suffix in ENDINGS:
         return settings_of(read_values(path), path)
     if not path.is_file():
-        raise _bad_config(
-            path, "a Python file", "a folder" if path.is_dir() else "no such file"
-        )
+        found = "no such file"
+        if path.is_dir():
+            found = "a folder"
+        raise _bad_config(path, "a Python file", found)
     function = getattr(
         execute_file(path, "nalora_config", f"--config {path}"), "config", None
     )
@@ -96,9 +97,9 @@ def settings_of(values: Any, path: Path) -> RunConfig:
     Raises:
       NaloraError: an unknown field, or a value of the wrong type.
     """
-    config = structured(
-        RunConfig, {} if values is None else values, f"--config {path}: "
-    )
+    if values is None:  # an empty file
+        values = {}
+    config = structured(RunConfig, values, f"--config {path}: ")
     if config.imports:
         remedy = f"give --import {' '.join(config.imports)}"
         raise NaloraError(
@@ -117,9 +118,10 @@ def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
       config: the settings; without ``imports``, which only the command line executes.
       changed_only: leave out settings with their default values.
     """
-    values = plain_settings(
-        replace(config, imports=()), RunConfig() if changed_only else None
-    )
+    default = None
+    if changed_only:
+        default = RunConfig()
+    values = plain_settings(replace(config, imports=()), default)
     if not values:
         return "{}\n"
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
@@ -136,9 +138,9 @@ def plain_settings(value: Any, default: Any = None) -> Any:
             value_of = getattr(value, entry.name)
             usual = getattr(default, entry.name, None)
             if default is None or value_of != usual:
-                plain[entry.name] = plain_settings(
-                    value_of, usual if is_dataclass(value_of) else None
-                )
+                if not is_dataclass(value_of):
+                    usual = None
+                plain[entry.name] = plain_settings(value_of, usual)
         return plain
     if not isinstance(value, tuple):
         return value

@@ -76,9 +76,10 @@ def doctor(args: Any) -> None:
         print(title)
         for name, value in rows(problems):
             print(f"  {name:<32}{value}")
-    print("\n  ! ".join(["Problems", *problems]) if problems else "No problem found.")
     if problems:
+        print("\n  ! ".join(["Problems", *problems]))
         raise SystemExit(1)
+    print("No problem found.")
 
 
 def _versions(_: list[str]) -> Iterator[tuple[str, str]]:
@@ -122,21 +123,25 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
         f"{len(every)} ({', '.join(sorted(set(map(devices.kind_of, every))))})",
     )
     yield "processes", str(jax.process_count())
-    of_each = f" of {_size(limit)}" if limit else ""
-    yield "of this process", f"{len(local)} x {devices.kind_of(local[0])}{of_each}"
+    of_process = f"{len(local)} x {devices.kind_of(local[0])}"
+    if limit:
+        of_process += f" of {_size(limit)}"
+    yield "of this process", of_process
 
 
 def _kernels(problems: list[str]) -> Iterator[tuple[str, str]]:
     if importlib.util.find_spec("nalora_jax.cpu") is None:
         yield "kernels", "none: nalora_jax.cpu is not installed"
         return
-    (free, total), kinds, used = machine.host_memory(), processor.kinds(), ""
+    free, total = machine.host_memory()
+    kinds = processor.kinds()
+    used = ""
     yield "name", processor.name()
     yield "cores", str(os.cpu_count())
     yield "kernels", ", ".join(kinds) or "none"
     yield "memory", f"{_size(free)} free of {_size(total)}"
     try:
-        used = library.chosen() or "none: products are XLA's"
+        used = library.chosen() or "none: matmuls are XLA's"
         yield "in use", used
         yield "compiler", library.find_compiler()
     except NaloraError as error:
@@ -195,4 +200,6 @@ def _caches(problems: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.1f} MB"

@@ -91,10 +91,14 @@ def _describe_images(inputs: job.Inputs) -> list[str]:
     of = ""
     if records.classes:
         of = f"{len(records.classes)} classes, "
-    held = f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients and what the optimizer remembers"
+    held = (
+        f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients "
+        "and the optimizer's state"
+    )
     return [
         f"base model: {total:,} parameters, {config.model}",
-        f"trained parameters: {trained:,}, on {len(spec.targets)} projections a layer of both towers",
+        f"trained parameters: {trained:,}, "
+        f"on {len(spec.targets)} projections a layer of both towers",
         f"mechanisms: {_mechanisms(config, base.towers['image'].activation, spec)}",
         f"training data: {of}{len(records.indices)} images of {len(records.source)}",
         *_sizes(inputs, len(records.indices), "images", "images"),
@@ -121,9 +125,8 @@ def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
             adapters.adapter_spec(run, base)  # raises for rules that match nothing
             run = optimizers.with_learning_rate(run, base.d_model)
         settings.append(run)
-    lines = [
-        f"base model: {sum(map(math.prod, stacks.param_shapes(base).values())):,} parameters, {files.resolved.path}"
-    ]
+    size = sum(map(math.prod, stacks.param_shapes(base).values()))
+    lines = [f"base model: {size:,} parameters, {files.resolved.path}"]
     if added := AddedTokens.of(config.data):
         tokenizer = files.tokenizer_with(added).backend
         ids = ", ".join(
@@ -141,7 +144,8 @@ def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
         f"mechanisms: {_mechanisms(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         *_rollouts(concrete, base, mesh),
-        f"rows: {config.data.max_length:,} tokens; the model's context has {base.max_positions:,}{scaling}",
+        f"rows: {config.data.max_length:,} tokens; "
+        f"the model's context has {base.max_positions:,}{scaling}",
         *_sizes(inputs, data.rows_per_epoch, "examples", "rows"),
         *_memory(concrete, base, spec, mesh),
         *_differences(settings),
@@ -156,7 +160,8 @@ def _sizes(inputs: job.Inputs, of_epoch: int, held: str, rows: str) -> list[str]
     session.say_counts(reported, selecting, chosen=config.train.eval_every > 0)
     batch = config.train.batch_size
     return [
-        f"held out: {reported} {held} that results are reported on, {selecting} that choose the checkpoint",
+        f"held out: {reported} {held} that results are reported on, "
+        f"{selecting} that choose the checkpoint",
         f"steps: {config.steps} of {batch} {rows}, {config.steps * batch / of_epoch:.2f} epochs",
     ]
 
@@ -178,8 +183,9 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     )
     cache = trees.size_bytes(jax.eval_shape(make)) / shards
     return [
-        f"rollouts: {rl.samples} samples of each of {prompts} prompts, at most {rl.max_new_tokens} tokens, "
-        f"{count * samples} rows at once with {cache / 1e9:.2f} GB of keys and values on a device"
+        f"rollouts: {rl.samples} samples of each of {prompts} prompts, "
+        f"at most {rl.max_new_tokens} tokens, {count * samples} rows at once "
+        f"with {cache / 1e9:.2f} GB of keys and values on a device"
     ]
 
 
@@ -284,12 +290,15 @@ def _memory(
     ]
     if config.rl.rewards:
         update = layout.seconds - layout.rollout
-        times = f"{layout.rollout:.2g} s for a rollout without an early end, {update:.2g} s for an update"
-        lines.append(f"time of a step, estimated: {times}")
+        lines.append(
+            f"time of a step, estimated: {layout.rollout:.2g} s for a rollout "
+            f"without an early end, {update:.2g} s for an update"
+        )
     room = device_memory()
     if layout.memory > room:
         lines += [
             f"that is more than the {room / 1e9:.0f} GB of this machine; for TPUs and GPUs:",
-            f"  nalora plan --model {config.model} --topology v5e:4x4 --seq {config.data.max_length}",
+            f"  nalora plan --model {config.model} --topology v5e:4x4 "
+            f"--seq {config.data.max_length}",
         ]
     return lines

@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from etils import epy
-from tyro.conf import Positional
 
 from nalora_jax.cli.outputs import (
     check_new_file,
     data_settings,
-    flags_of_verb,
     is_dual,
     labelled,
     mesh_of,
+    name_flags_of,
 )
+from nalora_jax.cli.parser import ModelArgs
 from nalora_jax.common.files import write_atomically
-from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
+from nalora_jax.config import DataConfig, config_from_dict
 from nalora_jax.config.structured import COUNT
 from nalora_jax.errors import NaloraError
 
@@ -40,13 +40,9 @@ with epy.lazy_imports():  # on first use: help needs no JAX
 
 
 @dataclass(frozen=True)
-class EvalArgs:
+class EvalArgs(ModelArgs):
     """Evaluate a model, or a model with an adapter: on held-out data, tasks, or against another."""
 
-    # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
-    model: Positional[str]
-    # Adapter folder in PEFT's format, or the folder of a run.
-    adapter: Path | None = None
     # Data set, as for --data.dataset of nalora train. By default the run's data set, else
     # socialiqa.
     dataset: str | None = None
@@ -76,14 +72,8 @@ class EvalArgs:
     records: Path | None = None
     # Also write the metrics to this new JSON file.
     output: Path | None = None
-    # Dtype of the base weights. By default the run's, else bfloat16.
-    dtype: Literal["bfloat16", "float32"] | None = None
     # Quantize the adapted model's projections. By default as in the run, else not.
     quantize: Literal["none", "int8", "nf4", "mxfp4"] | None = None
-    # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
-    mesh: MeshConfig = field(
-        default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1)
-    )
 
 
 class Side(NamedTuple):
@@ -115,7 +105,9 @@ def evaluate(args: EvalArgs) -> None:
     pairs = config_from_dict(place.run).preference.loss != "none"
     if pairs and not (named or args.harness):
         return _preference(args, place.run)
-    sets = _data_sets(args, place.run) if named or not args.harness else []
+    sets: list[DataConfig] = []
+    if named or not args.harness:
+        sets = _data_sets(args, place.run)
     if args.harness:
         harness.require_harness()
     # needs only the base
@@ -158,13 +150,15 @@ def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
     data = data_settings(run, _asked(args))
     if config_from_dict(run).vision.task == "chat":  # opened with the model
         return [data]
-    flag = "--tasks" if args.tasks else "--dataset"
+    flag = "--dataset"
+    if args.tasks:
+        flag = "--tasks"
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if args.tasks and not names:
         raise NaloraError(
             flag, expected="names, separated by commas", found=repr(args.tasks)
         )
-    with flags_of_verb(flag):
+    with name_flags_of(flag):
         if args.dataset is not None and args.split is None:
             data = replace(data, eval_split=sources.split_to_measure(data))
         sets = [_task(name, args, data) for name in names] or [data]
@@ -300,7 +294,7 @@ def _held_out(args: EvalArgs, model: adapted.AdaptedModel, data: DataConfig) -> 
         splits: tuple[str, ...] = (data.train_split, data.eval_split)
         if _asked(args):
             splits = (data.eval_split,)
-        with flags_of_verb("--dataset"):
+        with name_flags_of("--dataset"):
             source = images.seen_sources(data, vision, tokenizer.images, splits=splits)
     if _asked(args):
         items = questions.eval_examples(
@@ -348,8 +342,8 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     """Prints the held-out loss and rewards of a run on pairs, computed as in the run."""
     for flag, value in (("--against", args.against), ("--records", args.records)):
         if value is not None:
-            expected = "--tasks or --dataset beside it"
-            remedy = "a run on pairs is compared with its base by itself: that is what its rewards are"
+            expected = "--tasks or --dataset with it"
+            remedy = "the rewards of a run on pairs compare it with its base already"
             raise NaloraError(flag, expected=expected, found="neither", remedy=remedy)
     data = data_settings(run, _asked(args))
     settings = config_from_dict(run).preference
@@ -440,9 +434,8 @@ def _needle(args: EvalArgs) -> None:
         interval = (
             f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, n {grid['n']}"
         )
-        print(
-            f"{labelled('needle retrieval', label)}: exact match {grid['accuracy']:.3f} ({interval})"
-        )
+        title = labelled("needle retrieval", label)
+        print(f"{title}: exact match {grid['accuracy']:.3f} ({interval})")
         print(tables.text_table(*sections.needle_cells(grid)), flush=True)
         records += [{"model": label, **record} for record in answers[-1]]
     grids: dict[str, Any] = {"after" if against else "before": summaries[0]}

@@ -36,12 +36,16 @@ def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
 
 def shown_model(base: str, adapter: Path | None) -> str:
     """Returns the names of a base and its adapter in one line."""
-    return base if adapter is None else f"{base} + {adapter}"
+    if adapter is None:
+        return base
+    return f"{base} + {adapter}"
 
 
 def labelled(title: str, label: str) -> str:
     """Returns ``title``, followed by a label if there is one."""
-    return f"{title}, {label}" if label else title
+    if label:
+        return f"{title}, {label}"
+    return title
 
 
 def data_settings(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
@@ -130,7 +134,7 @@ def check_new_file(flag: str, path: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def flags_of_verb(dataset: str) -> Iterator[None]:
+def name_flags_of(dataset: str) -> Iterator[None]:
     """Replaces the names of a run's data settings in errors by the subcommand's flags.
 
     ``dataset`` is the flag of the data set.

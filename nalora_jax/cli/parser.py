@@ -52,17 +52,29 @@ class TrainArgs:
 
 
 @dataclass(frozen=True)
-class GenerateArgs:
-    """Respond to a prompt or a conversation with a model, or with a model and an adapter."""
+class ModelArgs:
+    """Flags of the subcommands that run a model, or a model and an adapter."""
 
     # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
     model: Positional[str]
+    # Adapter folder in PEFT's format, or the folder of a run.
+    adapter: Path | None = None
+    # Dtype of the base weights. By default the run's, else bfloat16.
+    dtype: Dtype | None = None
+    # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
+    mesh: MeshConfig = field(
+        default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1)
+    )
+
+
+@dataclass(frozen=True)
+class GenerateArgs(ModelArgs):
+    """Respond to a prompt or a conversation with a model, or with a model and an adapter."""
+
     # The text to continue; "-" reads it from standard input.
     prompt: str | None = None
     # JSON file of chat messages to respond to instead: a list of {"role": ..., "content": ...}.
     messages: Path | None = None
-    # Adapter folder in PEFT's format, or the folder of a run.
-    adapter: Path | None = None
     sampling: Annotated[GenerationConfig, arg(name="")] = field(
         default_factory=GenerationConfig
     )
@@ -73,12 +85,6 @@ class GenerateArgs:
     chat: bool | None = None
     # Image files for the prompt, for a model with image input (LLaVA, Gemma 3).
     image: tuple[Path, ...] = ()
-    # Dtype of the base weights. By default the run's, else bfloat16.
-    dtype: Dtype | None = None
-    # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
-    mesh: MeshConfig = field(
-        default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1)
-    )
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def check_flags(verb: str, kind: type, argv: Sequence[str]) -> None:
+def check_flags(subcommand: str, kind: type, argv: Sequence[str]) -> None:
     """Refuses unknown flags of the subcommand.
 
     Raises:
@@ -92,13 +92,13 @@ def check_flags(verb: str, kind: type, argv: Sequence[str]) -> None:
             and name not in by_name
             and name not in off
         ):
-            expected = f"a flag of nalora {verb}"
-            remedy = f"see nalora {verb} --help-all"
+            expected = f"a flag of nalora {subcommand}"
+            remedy = f"see nalora {subcommand} --help-all"
             raise unknown(name, name, [*by_name, *off], expected, remedy)
 
 
 @contextlib.contextmanager
-def one_line_errors(verb: str) -> Iterator[None]:
+def one_line_errors(subcommand: str) -> Iterator[None]:
     """Turns tyro's output about wrong arguments, boxes of many lines, into a NaloraError."""
     said = io.StringIO()
     before = os.environ.get("COLUMNS")
@@ -109,14 +109,14 @@ def one_line_errors(verb: str) -> Iterator[None]:
     except SystemExit as end:
         if not end.code:
             raise
-        raise _as_error(verb, said.getvalue()) from None
+        raise _as_error(subcommand, said.getvalue()) from None
     finally:
         del os.environ["COLUMNS"]
         if before is not None:
             os.environ["COLUMNS"] = before
 
 
-def _as_error(verb: str, box: str) -> NaloraError:
+def _as_error(subcommand: str, box: str) -> NaloraError:
     """Returns the error in a box of tyro, whose first paragraph names the flag and the bad
     value."""
     plain = (
@@ -128,8 +128,8 @@ def _as_error(verb: str, box: str) -> NaloraError:
     text = " ".join(
         lines[start : next((index for index in rules if index > 0), len(lines))]
     )
-    where = f"nalora {verb}"
-    remedy = f"see nalora {verb} --help-all"
+    where = f"nalora {subcommand}"
+    remedy = f"see nalora {subcommand} --help-all"
     if match := re.match(
         r"Error parsing (\S+?): (?:.*: )?expected (.*), found (.*)", text
     ):
@@ -192,48 +192,43 @@ def _entry(name: str, text: str, *, indent: int) -> str:
     )
 
 
-def overview(verbs: Mapping[str, type]) -> str:
+def overview(subcommands: Mapping[str, type]) -> str:
     """Returns the output of ``nalora --help``: one line per subcommand."""
-    lines = ["usage: nalora VERB [ARGUMENTS]", ""]
+    lines = ["usage: nalora SUBCOMMAND [FLAGS]", ""]
     lines += ["Nonlinearity-aware LoRA for gated-FFN Transformers.", ""]
-    lines += [_entry(name, summary(kind), indent=12) for name, kind in verbs.items()]
-    also = "with any verb:"
-    lines += [
-        "",
-        "  nalora VERB --help   the flags of a verb (--help-all: all of them)",
-        "  nalora --version     the version",
-        _entry(
-            "--log-format json",
-            f"{also} notes, steps and errors as one JSON object a line",
-            indent=23,
-        ),
-        _entry(
-            "--import FILE ...",
-            f"{also} execute Python files that register rules of your own",
-            indent=23,
-        ),
-    ]
+    for name, kind in subcommands.items():
+        lines.append(_entry(name, summary(kind), indent=12))
+    lines.append("")
+    also = "with any subcommand:"
+    common = {
+        "SUBCOMMAND --help": "its flags (--help-all: all of them)",
+        "--version": "the version",
+        "--log-format json": f"{also} notes, steps and errors as one JSON object a line",
+        "--import FILE ...": f"{also} execute Python files that register rules of your own",
+    }
+    for name, text in common.items():
+        lines.append(_entry(name, text, indent=23))
     return "\n".join(lines)
 
 
-def short_help(verb: str, kind: type, common: Mapping[str, str]) -> str:
+def short_help(subcommand: str, kind: type, common: Mapping[str, str]) -> str:
     """Returns the most used flags, and one line about each group of other flags.
 
     Args:
-      verb: name of the subcommand.
+      subcommand: its name.
       kind: its arguments.
       common: names of the flags to show, separated by blanks, by heading.
     """
     every = list(flags(kind))
     by_name = {flag.name: flag for flag in every}
-    lines = [f"usage: nalora {verb} [FLAGS]", "", fill(summary(kind), width())]
+    lines = [f"usage: nalora {subcommand} [FLAGS]", "", fill(summary(kind), width())]
     for heading, names in common.items():
         lines += ["", f"{heading}:"]
         for flag in map(by_name.__getitem__, names.split()):
             default = _typed(flag.default)
             note = f" (default: {default})" if default else ""
             lines += [f"  {flag.name}", _entry("", f"{flag.text}{note}", indent=6)]
-    lines += ["", f"All {len(every)} flags: nalora {verb} --help-all"]
+    lines += ["", f"All {len(every)} flags: nalora {subcommand} --help-all"]
     groups: dict[type, list[Flag]] = {}
     for flag in every:
         if "." in flag.name:
@@ -259,7 +254,9 @@ def _typed(value: Any) -> str:
         return " ".join(map(_typed, value))
     if isinstance(value, LoRARule):
         return value.text
-    return "" if value is None or value is False else str(value)
+    if value is None or value is False:
+        return ""
+    return str(value)
 
 
 def summary(kind: type) -> str:

@@ -75,7 +75,9 @@ def generate(args: cli.GenerateArgs) -> None:
         messages = None
     else:
         messages = conversation.read_messages(args.messages)
-    prompt = _standard_input() if args.prompt == "-" else args.prompt or ""
+    prompt = args.prompt or ""
+    if prompt == "-":
+        prompt = _standard_input()
     asked = [{"role": "user", "content": prompt}]
     mesh = outputs.mesh_of(args.mesh)
     # fails before a model is loaded
@@ -156,8 +158,9 @@ def export(args: cli.ExportArgs) -> None:
     base = model.base
     lora = model.lora
     assert lora is not None
-    tool = "llama.cpp" if args.target == "gguf" else args.target
+    tool: str = args.target
     if args.target == "gguf":
+        tool = "llama.cpp"
         with folders.new_file(args.output) as path:
             gguf_export.write_adapter_gguf(path, base.config, lora, model.spec)
             difference = gguf_export.verify_adapter_gguf(
@@ -173,9 +176,8 @@ def export(args: cli.ExportArgs) -> None:
         with folders.new_folder(args.output) as folder:
             difference = text.write_adapter(folder, base, lora, model.spec, **options)
             files.write_atomically(folder / "README.md", card(model, "adapter"))
-    print(
-        f"{output}: adapter for {tool}, read back and compared (largest difference {difference:.1e})"
-    )
+    compared = f"read back and compared (largest difference {difference:.1e})"
+    print(f"{output}: adapter for {tool}, {compared}")
     if args.target == "gguf" and base.rope_scaling:
         scaling = (
             f"RoPE scaling {base.rope_scaling}: set it in llama.cpp (--rope-scaling)"
@@ -257,7 +259,7 @@ def inspect(args: cli.InspectArgs) -> None:
         data = outputs.data_settings(
             located.locate(args.model, args.adapter).run, changes
         )
-        with outputs.flags_of_verb("--dataset"):
+        with outputs.name_flags_of("--dataset"):
             source = sources.open_held_out(data, data.eval_split)
             source.read([0])
     model = adapted.load(args.model, adapter=args.adapter, dtype=args.dtype)
@@ -284,12 +286,11 @@ def report(args: cli.ReportArgs) -> None:
     """Writes report.html again, or a page about several runs, and prints its path."""
     if not args.run:
         raise NaloraError("nalora report", expected="the folder of a run", found="none")
-    several = len(args.run) > 1
-    print(
-        compare.write_comparison(args.run, args.output)
-        if several
-        else html.write_report(args.run[0])
-    )
+    if len(args.run) > 1:
+        page = compare.write_comparison(args.run, args.output)
+    else:
+        page = html.write_report(args.run[0])
+    print(page)
 
 
 def study(args: cli.StudyArgs) -> None:
@@ -317,8 +318,9 @@ def from_peft(args: cli.FromPeftArgs) -> None:
     path = args.file
     where = buckets.bucket_url(path)
     if where is not None:
-        is_file = path.suffix in (".json", ".yaml", ".yml")
-        path = buckets.local_copy(where if is_file else f"{where}/adapter_config.json")
+        if path.suffix not in (".json", ".yaml", ".yml"):
+            where = f"{where}/adapter_config.json"
+        path = buckets.local_copy(where)
     elif path.is_dir():
         path /= "adapter_config.json"
     values = config_files.read_values(path)

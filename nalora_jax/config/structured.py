@@ -427,8 +427,13 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
 
 @cache
 def field_comments(kind: type) -> Mapping[str, str]:
-    """Returns the comment above each field of a dataclass, by name; empty text if there is none."""
-    lines = inspect.getsource(kind).splitlines()
+    """Returns the comment above each field of a dataclass, by name; empty text if there is none.
+
+    Inherited fields have their comments in the class that declares them.
+    """
+    lines: list[str] = []
+    for owner in kind.__mro__[:-1]:
+        lines += inspect.getsource(owner).splitlines()
     comments = {}
     for field in fields(kind):
         at = 0

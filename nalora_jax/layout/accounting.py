@@ -42,8 +42,9 @@ _COUNTERS = ("s32", "s64", "u32")  # dtypes of loop counters
 _BLOCKS = ("while", "conditional", "call")
 # Instructions without direct memory traffic.
 _FREE = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
-    "iota", "partition-id", "replica-id", "opt-barrier", "add-dependency",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
+    "conditional", "after-all", "iota", "partition-id", "replica-id", "opt-barrier",
+    "add-dependency",
 )  # fmt: skip
 _ELEMENTWISE = frozenset(("convert", "add", "subtract", "multiply", "negate", "select"))
 
@@ -115,9 +116,9 @@ class Program:
             computation, times = pending.pop()
             counts[computation.name] += times
             for instruction in computation.instructions.values():
-                inside = times * (
-                    _trips(instruction) if instruction.opcode == "while" else 1
-                )
+                inside = times
+                if instruction.opcode == "while":
+                    inside *= _trips(instruction)
                 for called in instruction.calls:
                     if instruction.opcode != "conditional" or not _is_uneven(called):
                         pending.append((called, inside))
@@ -274,7 +275,9 @@ def _trips(loop: Instruction) -> int:
 
 def _inner(instruction: Instruction) -> tuple[Computation, ...]:
     """Returns the computations whose instructions are part of this one."""
-    return () if instruction.opcode in _BLOCKS else instruction.calls
+    if instruction.opcode in _BLOCKS:
+        return ()
+    return instruction.calls
 
 
 def _inside(instruction: Instruction) -> Iterator[Instruction]:
@@ -302,8 +305,9 @@ def _parts(holder: Computation) -> dict[str, list[tuple[Instruction, Instruction
                 names = re.findall(
                     r'(?:channel_id=|chain_id=")\d+', instruction.attributes
                 )
-                in_parts = names and instruction is not caller
-                key = " ".join(names) if in_parts else instruction.name
+                key = instruction.name
+                if names and instruction is not caller:
+                    key = " ".join(names)
                 parts.setdefault(key, []).append((caller, instruction))
     return parts
 
@@ -415,7 +419,9 @@ def _used(instruction: Instruction, index: int) -> float:
 def _read(computation: Computation, index: int) -> float:
     """Returns the bytes of its operand that a fusion reads."""
     parameter = computation.parameter(index)
-    return math.inf if parameter is None else _read_of(parameter)
+    if parameter is None:
+        return math.inf
+    return _read_of(parameter)
 
 
 def _read_of(source: Instruction) -> float:
@@ -432,7 +438,10 @@ def _read_of(source: Instruction) -> float:
             and user.inputs[0] is source
         ):
             # The slice may be used only in part, like the array itself: rows of rows.
-            total += user.size if user.is_root else min(user.size, _read_of(user))
+            if user.is_root:
+                total += user.size
+            else:
+                total += min(user.size, _read_of(user))
         elif user.opcode == "fusion" and user.calls and not _hands_on(user, source):
             inner = user.calls[0]
             for index in (

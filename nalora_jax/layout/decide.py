@@ -146,20 +146,22 @@ def decide(
                     raise
             else:
                 raise
-    # The fastest that fits, else the smallest.
-    layout, result = min(
-        tried,
-        key=lambda pair: (
-            not pair[1].fits,
-            pair[1].seconds if pair[1].fits else pair[1].memory or math.inf,
-        ),
-    )
+
+    def rank(pair: tuple[Layout, Compiled]) -> tuple[bool, float]:
+        """Orders the fastest that fits first, else the smallest."""
+        _, result = pair
+        if result.fits:
+            return False, result.seconds
+        return True, result.memory or math.inf
+
+    layout, result = min(tried, key=rank)
     if result.memory is None or (must_fit and not result.fits):
         raise NaloraError(
             "--mesh",
             expected=f"a layout whose compiled step fits in {limit / 1e9:.1f} GB a chip",
             found="; ".join(f"{layout.short} ({result})" for layout, result in tried),
-            remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
+            remedy="use more chips, fewer rows a device (--train.accumulate), "
+            "shorter rows, or --compute.quantize int8",
         )
     others = [
         f"{other.short} ({program})" for other, program in tried if other is not layout

@@ -51,8 +51,12 @@ from nalora_jax.ops.dispatch import Platform
 
 def platform_of(mesh: Mesh | None = None) -> Platform:
     """Returns the platform of a mesh; by default of this process's devices."""
-    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-    tensor = 1 if mesh is None else int(mesh.shape.get("tensor", 1))
+    if mesh is None:
+        devices = jax.devices()
+        tensor = 1
+    else:
+        devices = list(mesh.devices.flat)
+        tensor = int(mesh.shape.get("tensor", 1))
     return Platform(
         platform_name(devices[0]), kind_of(devices[0]), len(devices), tensor
     )
@@ -203,7 +207,8 @@ def axis_sizes(
     if data % slices:
         raise NaloraError(
             "--mesh.data",
-            expected=f"a multiple of the {slices} slices, because fsdp and tensor stay within a slice",
+            expected=f"a multiple of the {slices} slices, "
+            "because fsdp and tensor stay within a slice",
             found=data,
             remedy=f"use --mesh.data {slices} --mesh.fsdp -1",
         )
@@ -266,9 +271,11 @@ def check_heads(tensor: int, *, n_heads: int, n_kv_heads: int) -> None:
         ]
         raise NaloraError(
             "--mesh.tensor",
-            expected=f"a divisor of the model's {n_heads} query heads and {n_kv_heads} key/value heads",
+            expected=f"a divisor of the model's {n_heads} query heads "
+            f"and {n_kv_heads} key/value heads",
             found=tensor,
-            remedy=f"use {' or '.join(map(str, fits))}, and --mesh.fsdp for the rest of the devices",
+            remedy=f"use {' or '.join(map(str, fits))}, "
+            "and --mesh.fsdp for the rest of the devices",
         )
 
 
@@ -374,7 +381,8 @@ def _check_rows(rows: int, parts: int) -> None:
             "--train.batch-size",
             expected=f"rows per micro-batch in multiples of {parts} (mesh axes data x fsdp)",
             found=rows,
-            remedy="change the batch size or --train.accumulate, or move devices to --mesh.context or --mesh.tensor",
+            remedy="change the batch size or --train.accumulate, "
+            "or move devices to --mesh.context or --mesh.tensor",
         )
 
 
@@ -406,19 +414,17 @@ _V5E = (
     }
 )
 # The same on v5p and v6e, whose SparseCores gather while the TensorCore computes.
-_SPARSE_CORES = (
-    _WHOLE_KERNELS
-    | {
-        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
-        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",  # over two dimensions of the torus
-        "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
-        "xla_tpu_enable_all_gather_offload_tracing": "true",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
-        "xla_enable_async_all_gather": "true",
-        "xla_tpu_use_tc_device_shape_on_sc": "true",
-        "xla_sc_disable_megacore_partitioning": "true",
-    }
-)
+_SPARSE_CORES = _WHOLE_KERNELS | {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    # over two dimensions of the torus
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
+    "xla_tpu_enable_all_gather_offload_tracing": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_disable_megacore_partitioning": "true",
+}
 # Keys are JAX's names of device kinds.
 _TPU = {"tpu v5 lite": _V5E, "tpu v5e": _V5E} | dict.fromkeys(
     ("tpu v5", "tpu v5p", "tpu v6 lite", "tpu v6e"), _SPARSE_CORES

@@ -162,8 +162,10 @@ class Layout:
     @property
     def short(self) -> str:
         """The layout without its estimates."""
-        sends = ", rows sent to experts" if self.experts == "send" else ""
-        return f"{self.axes}, remat {self.remat}{sends}"
+        text = f"{self.axes}, remat {self.remat}"
+        if self.experts == "send":
+            text += ", rows sent to experts"
+        return text
 
     def __str__(self) -> str:
         """Returns one line for the log and for `nalora plan`."""
@@ -265,8 +267,10 @@ def active_size(config: ModelConfig, shape: tuple[int, ...]) -> float:
     ``shape`` comes from `projection_shapes`: experts have a leading axis, and a token reaches
     ``config.experts_per_token`` of them.
     """
-    chosen = config.experts_per_token if len(shape) == 3 else 1
-    return float(shape[-1] * shape[-2] * chosen)
+    size = shape[-1] * shape[-2]
+    if len(shape) == 3:
+        size *= config.experts_per_token
+    return float(size)
 
 
 def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) -> float:
@@ -301,7 +305,9 @@ def attention_kernel(
 ) -> str:
     """Returns attention's implementation for rows of a shard; "" for the plain function."""
     if where.chip.platform == "tpu":
-        return SPLASH if takes(seq, base.head_dim) else ""
+        if takes(seq, base.head_dim):
+            return SPLASH
+        return ""
     if context > 1:
         if base.head_dim in attention_gpu.HEAD_DIMS:
             return attention_gpu.SPLIT_TRITON
@@ -312,7 +318,9 @@ def attention_kernel(
     by_triton = attention_gpu.triton_takes(
         seq, base.head_dim, base.layer_windows, base.attn_softcap
     )
-    return attention_gpu.TRITON if by_triton and not base.attn_sinks else ""
+    if by_triton and not base.attn_sinks:
+        return attention_gpu.TRITON
+    return ""
 
 
 def weight_bytes(
@@ -387,9 +395,7 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
         ) / tensor
     # The layer's input and the FFN's; or the results of both parts, if norms follow them.
     residuals = (2 + base.post_norm) * base.d_model
-    wide = (
-        (2 if base.gated else 1) * base.d_ff * max(base.experts_per_token, 1) / tensor
-    )
+    wide = (1 + base.gated) * base.d_ff * max(base.experts_per_token, 1) / tensor
     if base.ffn is not None:
         wide = base.ffn.saved(base) / tensor
     return {
@@ -411,12 +417,11 @@ def _recomputed(config: ModelConfig, remat: str) -> float:
         return sum(size for path, size in sizes.items() if path.endswith(names))
 
     # A norm after the FFN reads its result in the backward pass.
-    every = sum(sizes.values()) - (
-        0.0 if config.post_norm else of("/down_proj", "/out_proj")
-    )
-    return {"full": every, "attention": of("/gate_proj", "/up_proj", "/in_proj")}.get(
-        remat, 0.0
-    )
+    every = sum(sizes.values())
+    if not config.post_norm:
+        every -= of("/down_proj", "/out_proj")
+    recomputed = {"full": every, "attention": of("/gate_proj", "/up_proj", "/in_proj")}
+    return recomputed.get(remat, 0.0)
 
 
 def summed_bytes(
@@ -427,7 +432,9 @@ def summed_bytes(
     Each layer has two sums in the forward and two in the backward pass, of ``[tokens, d_model]``;
     recomputed layers repeat their sums.
     """
-    sums = 6 if remat == "full" else 4
+    sums = 4
+    if remat == "full":
+        sums = 6
     return (
         sums * base.n_layers * 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
     )
@@ -511,7 +518,9 @@ class _Share:
             host = saved
             activations = saved * min(on_chip / base.n_layers, 1)
         out = host / chip.host_link
-        passes = 2.3 if self.saves == "full" else 2.0
+        passes = 2.0
+        if self.saves == "full":
+            passes = 2.3
         stay, sent = self._rows_for_experts()
         received = (
             passes
@@ -525,7 +534,9 @@ class _Share:
             passes, self.weights - stay * (1 - 1 / split) + self.ends
         )
         hbm = (moved / tensor + self._activation_traffic(saved)) / chip.bandwidth
-        hidden = _HIDDEN_EXPERTS.get(where.kind, 0.0) if base.n_experts else 1.0
+        hidden = 1.0
+        if base.n_experts:
+            hidden = _HIDDEN_EXPERTS.get(where.kind, 0.0)
         exposed = (1 - hidden) * gathered
         sums = summed_bytes(
             base, self.tokens, tensor, self.saves, self.wide
@@ -619,7 +630,9 @@ class _Share:
         # Only "full" recomputes the forward pass of splash attention and cuDNN; every policy
         # recomputes it for the others. The backward pass takes five matmuls for the plain function
         # and cuDNN, seven for Triton, against two in the forward pass.
-        passes = 2 if remat == "full" else 1
+        passes = 1
+        if remat == "full":
+            passes = 2
         if self.kernel == SPLASH:
             attention = rows * (
                 splash_flops(base, seq, forward=passes) + 4 * mixer_flops(base, seq)
@@ -628,8 +641,10 @@ class _Share:
             attention = rows * causal_flops(base, seq, 2 * passes + 5)
         elif self.kernel == attention_gpu.SPLIT_TRITON:
             attention = (passes + 3.5) * flops
+        elif self.kernel == attention_gpu.TRITON:
+            attention = 5.5 * flops
         else:
-            attention = (5.5 if self.kernel == attention_gpu.TRITON else 4.5) * flops
+            attention = 4.5 * flops
         return tokens * (4 * active_parameters(base) + 2 * again) + adapters + attention
 
     def _rows_for_experts(self) -> tuple[float, float]:
@@ -706,7 +721,9 @@ class _Share:
             * (_READ_NARROW * config.d_model + _READ_WIDE * config.d_ff / tensor)
             for config in uniform(base)
         )
-        return (SLACK if self.sends else 1.0) * sorted_rows + mixers
+        if self.sends:
+            sorted_rows *= SLACK
+        return sorted_rows + mixers
 
     def _copied_weights(self) -> float:
         """Returns the bytes of kernels that are copied at the start of a step, summed over devices.
@@ -767,11 +784,14 @@ class _Share:
         )
         width = config.d_ff / self.tensor
         if not config.n_experts:
-            arrays = _WIDE_ON_TPUS if self.on_tpu else _WIDE
+            arrays = _WIDE
+            if self.on_tpu:
+                arrays = _WIDE_ON_TPUS
             width *= max(config.experts_per_token, 1)
-            return arrays * 4.0 * self.tokens * width + (
-                _GATHERED * kernel if self.split > 1 else 0.0
-            )
+            live = arrays * 4.0 * self.tokens * width
+            if self.split > 1:
+                live += _GATHERED * kernel
+            return live
         # Each expert has separate rows.
         width = max(width, config.d_model) * max(config.experts_per_token, 1)
         rows = _WIDE * 4.0 * self.tokens * width
@@ -787,9 +807,9 @@ class _Share:
         """
         base = self.base
         if not self.on_tpu:
-            return 0.9 if base.tie_embeddings else 0.0
+            return 0.9 * base.tie_embeddings
         if self.where.kind == "v5e":
-            return 0.9 if base.tie_embeddings or not self.offloads else 0.0
+            return 0.9 * (base.tie_embeddings or not self.offloads)
         if base.tie_embeddings or base.d_model // self.split % 16:
             return 1.0
         return 0.0

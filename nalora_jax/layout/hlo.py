@@ -11,14 +11,20 @@ from functools import cached_property
 from nalora_jax.ops.grouped_matmul import NAME as GROUPED_MATMUL
 
 COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
-)  # fmt: skip
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 STARTS = (
     'custom_call_target="AsyncCollectiveStart"'  # ends the first part of a collective
 )
 _DTYPE_BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
-    "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "token": 0, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8,
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5,
+    "token": 0, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8,
 }  # fmt: skip
 HOST = 5  # memory space of the host in layouts: S(5)
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{(?:[^}]*S\((\d+)\))?[^}]*\})?")
@@ -26,7 +32,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|(?:branch|called)_computations|(?:true|false)_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
+    r"(?:calls|to_apply|body|condition|(?:branch|called)_computations"
+    r"|(?:true|false)_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
@@ -37,7 +44,8 @@ class Shape:
 
     dtype: str
     dims: tuple[int, ...]
-    space: int  # 0: the device's main memory (HBM), `HOST`, or a memory next to the cores (TPU: VMEM)
+    # 0: the device's main memory (HBM), `HOST`, or a memory next to the cores (TPU: VMEM)
+    space: int
 
     @property
     def size(self) -> float:
@@ -108,7 +116,9 @@ class Instruction:
 
         It is decided by the result, which a copy lists first and other instructions last.
         """
-        return self.shapes[0 if self.opcode == "copy-start" else -2].space == HOST
+        if self.opcode == "copy-start":
+            return self.shapes[0].space == HOST
+        return self.shapes[-2].space == HOST
 
     @property
     def is_continued(self) -> bool:
@@ -190,12 +200,17 @@ def first_count(loop: Instruction) -> int:
     while counter.opcode == "copy":
         counter = counter.inputs[0]
     value = re.match(r"(\d+)\)", counter.attributes)
-    return int(value[1]) if value and counter.opcode == "constant" else 0
+    if value and counter.opcode == "constant":
+        return int(value[1])
+    return 0
 
 
 def _add_instruction(holder: Computation, named: re.Match[str], line: str) -> None:
     """Parses the shapes, opcode, operands and attributes after a name and its sign."""
-    end = _closing(line, 0) + 1 if line.startswith("(") else line.index(" ")
+    if line.startswith("("):
+        end = _closing(line, 0) + 1
+    else:
+        end = line.index(" ")
     opcode = _OPCODE.match(line, end)
     if opcode is None:
         return
@@ -254,10 +269,10 @@ def kernel_name(instruction: Instruction) -> str:
     attention = re.search(
         r'custom_call_target="__cudnn\$fmha(\w*)"', instruction.attributes
     )
+    if attention and "Backward" in attention[1]:
+        return "cudnn_attention_backward"
     if attention:
-        return (
-            f"cudnn_attention_{'backward' if 'Backward' in attention[1] else 'forward'}"
-        )
+        return "cudnn_attention_forward"
     name = re.sub(r"[.\d]+$", "", instruction.name)
     pallas_name = re.search(
         r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes
@@ -277,7 +292,10 @@ def _grouped_flops(instruction: Instruction) -> float:
     # The first operand with two axes (lists of groups have one, kernels three) shares a side with
     # the result.
     first, second = next((dims for dims in operands if len(dims) == 2), (0, 0))
-    inner = second if len(result) == 2 else first * second / result[-2]
+    if len(result) == 2:
+        inner = second
+    else:
+        inner = first * second / result[-2]
     return 2.0 * result[-2] * result[-1] * inner
 
 
@@ -366,4 +384,6 @@ def group_size(attributes: str) -> int:
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(iota[1])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    return listed[1].count(",") + 1 if listed else 1
+    if listed:
+        return listed[1].count(",") + 1
+    return 1

@@ -88,10 +88,11 @@ def fitting(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layou
         micro = config.train.batch_size // config.train.accumulate
         raise NaloraError(
             "--train.batch-size",
-            expected=f"rows per micro-batch that {where.size} devices can share (a multiple of mesh axes data x fsdp)",
+            expected=f"rows per micro-batch that {where.size} devices can share "
+            "(a multiple of mesh axes data x fsdp)",
             found=micro,
-            remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, or a larger --mesh.context or "
-            "--mesh.tensor",
+            remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, "
+            "or a larger --mesh.context or --mesh.tensor",
         )
     fits = usable_layouts(layouts, where)
     if not fits:
@@ -111,7 +112,8 @@ def fitting(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layou
             expected=f"{base.model_type} with {config.data.max_length} tokens a row to fit in "
             f"{room / 1e9:.2f} GB {of}",
             found=f"{needed / 1e9:.2f} GB at the least ({smallest})",
-            remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
+            remedy="use more chips, fewer rows a device (--train.accumulate), "
+            "shorter rows, or --compute.quantize int8",
         )
     return fits
 
@@ -266,7 +268,8 @@ def fitting_sweep(
     if not layouts:
         raise NaloraError(
             "--mesh.run",
-            expected="groups of devices that can share the rows and heads of a run, or one device a run",
+            expected="groups of devices that can share the rows and heads of a run, "
+            "or one device a run",
             found=config.mesh.run,
         )
     fits = usable_layouts(layouts, where)
@@ -276,7 +279,8 @@ def fitting_sweep(
             "--sweep",
             expected=f"runs that fit in {usable_memory(where) / 1e9:.2f} GB a chip",
             found=f"{smallest.memory / 1e9:.2f} GB ({smallest.axes})",
-            remedy="use shorter rows, --compute.quantize int8, or fewer runs on a device (--mesh.runs-per-device)",
+            remedy="use shorter rows, --compute.quantize int8, "
+            "or fewer runs on a device (--mesh.runs-per-device)",
         )
     return fits
 

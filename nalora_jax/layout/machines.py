@@ -50,12 +50,17 @@ _CLOUD = "cloud.google.com/tpu/docs"
 _BOOK = "jax-ml.github.io/scaling-book/tpus"
 CHIPS = {
     "v5e": Chip(
-        "TPU v5e", "tpu", 197e12, 15.75 * 2**30, 819e9, 100e9, 6.25e9, 48e9, 15e9, f"{_CLOUD}/v5e", _BOOK
+        "TPU v5e", "tpu", 197e12, 15.75 * 2**30, 819e9, 100e9, 6.25e9, 48e9, 15e9,
+        f"{_CLOUD}/v5e", _BOOK,
     ),
     "v6e": Chip(
-        "TPU v6e", "tpu", 918e12, 31.25 * 2**30, 1640e9, 224e9, 12.5e9, 180e9, 32e9, f"{_CLOUD}/v6e", _BOOK
+        "TPU v6e", "tpu", 918e12, 31.25 * 2**30, 1640e9, 224e9, 12.5e9, 180e9, 32e9,
+        f"{_CLOUD}/v6e", _BOOK,
     ),
-    "v5p": Chip("TPU v5p", "tpu", 459e12, 95.0e9, 2765e9, 300e9, 12.5e9, 112e9, 15e9, f"{_CLOUD}/v5p", _BOOK),
+    "v5p": Chip(
+        "TPU v5p", "tpu", 459e12, 95.0e9, 2765e9, 300e9, 12.5e9, 112e9, 15e9,
+        f"{_CLOUD}/v5p", _BOOK,
+    ),
     "h100": Chip(
         "NVIDIA H100 SXM", "gpu", 989e12, 79.0e9 * 0.92, 3350e9, 450e9, 50e9, 234e9, 64e9,
         "NVIDIA H100 data sheet", "NVIDIA H100 data sheet",
@@ -147,7 +152,8 @@ class Topology:
             return {
                 "platform": "cuda",
                 "topology_name": self.kind,
-                "topology": f"{nodes}x1x{a_node}",  # NVLink domains, hosts of each, GPUs of each host
+                # NVLink domains, hosts of each, GPUs of each host
+                "topology": f"{nodes}x1x{a_node}",
                 "target_config": _TARGET.read_text(),
             }
         shape = "x".join(map(str, self.dims))
@@ -190,7 +196,8 @@ def topology(name: str) -> Topology:
             a_node = min(count, _GPUS_A_NODE)
             return Topology(name, CHIPS["h100"], "h100", (count // a_node, a_node))
     tpus = re.fullmatch(
-        r"(?:([1-9]\d{0,6})x)?(?:(v5e|v6e|v5p):(\d{1,7}(?:x\d{1,7}){1,2})|(v5litepod|v6e|v5p)-(\d+))",
+        r"(?:([1-9]\d{0,6})x)?"
+        r"(?:(v5e|v6e|v5p):(\d{1,7}(?:x\d{1,7}){1,2})|(v5litepod|v6e|v5p)-(\d+))",
         name.lower(),
     )
     if tpus:
@@ -200,7 +207,9 @@ def topology(name: str) -> Topology:
                 shape for shape in shapes(kind) if "x".join(map(str, shape)) == dims
             ]
         else:
-            kind = "v5e" if generation == "v5litepod" else generation
+            kind = generation
+            if generation == "v5litepod":
+                kind = "v5e"
             # that the type counts for each chip
             if kind == "v5p":
                 cores = 2
@@ -231,8 +240,9 @@ def topology(name: str) -> Topology:
         )
     raise NaloraError(
         "--topology",
-        expected="a TPU topology such as v5e:16x16, v6e:16x16, v5p:8x8x16 or 2xv6e:16x16 (two slices), a type such as "
-        "v5litepod-16 or v6e-16, or GPUs such as 8xh100 or 64xh100 (whole nodes of 8)",
+        expected="a TPU topology such as v5e:16x16, v6e:16x16, v5p:8x8x16 or 2xv6e:16x16 "
+        "(two slices), a type such as v5litepod-16 or v6e-16, "
+        "or GPUs such as 8xh100 or 64xh100 (whole nodes of 8)",
         found=repr(name),
     )
 

@@ -26,7 +26,8 @@ _LOST_IN_A_COLLECTIVE = re.compile(
     r"heartbeat|Gloo[^\n]{0,80}failed|[Bb]arrier timed out|NCCL[^\n]{0,80}(remote|abort)"
 )
 _LOST = re.compile(
-    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Socket closed|UNAVAILABLE|ABORTED"
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Socket closed"
+    r"|UNAVAILABLE|ABORTED"
     rf"|DEADLINE_EXCEEDED|{_LOST_IN_A_COLLECTIVE.pattern}"
 )
 

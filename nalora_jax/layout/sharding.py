@@ -93,7 +93,8 @@ PARAM_RULES: Rules = (
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
     (
-        r"(^|/)(class_token|probe|sinks|taps|taps_bias|attn_scale|ffn_scale|logit_scale|logit_bias)$",
+        r"(^|/)(class_token|probe|sinks|taps|taps_bias"
+        r"|attn_scale|ffn_scale|logit_scale|logit_bias)$",
         P(),
     ),
     (r"(^|/)tail/scale$", P()),
@@ -148,7 +149,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
             "sharding rules",
             expected="a rule for every array",
             found="none for " + ", ".join(uncovered),
-            remedy='add a (regex, PartitionSpec) rule, or the trailing default ("", P()) to replicate what is left',
+            remedy="add a (regex, PartitionSpec) rule, "
+            'or the trailing default ("", P()) to replicate what is left',
         )
 
     def place(path: str, leaf: Any) -> NamedSharding:
@@ -190,9 +192,8 @@ def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
     axes = tuple(name for name in WEIGHT_AXES if name in mesh.shape)
     for experts, inner in ((axes, None), (axes[:1], axes[1:] or None)):
         if shape[1] % math.prod(mesh.shape[name] for name in experts) == 0:
-            return P(
-                experts, *(inner if axis in ("fsdp", axes) else axis for axis in spec)
-            )
+            replaced = {"fsdp": inner, axes: inner}
+            return P(experts, *(replaced.get(axis, axis) for axis in spec))
     return spec
 
 
@@ -222,7 +223,9 @@ def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
     names = _names(axis)
     for count in range(len(names), 0, -1):
         if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:
-            return names[0] if count == 1 else tuple(names[:count])
+            if count == 1:
+                return names[0]
+            return tuple(names[:count])
     return None
 
 

@@ -53,7 +53,8 @@ def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(plac
     lines, numbers, records = evaluate(place, capsys, "adapter0", tasks, "--limit", "20")
     model = load(place / "adapter0", dtype="float32")
     places = [(f"{place}/choices.jsonl", "train[:30]", 20), (f"{place}/texts.jsonl", "train", 6)]
-    for line, (dataset, split, count) in zip(lines, places, strict=False):
+    assert len(lines) == len(numbers) == len(places)
+    for line, (dataset, split, count) in zip(lines, places, strict=True):
         task = f"{dataset}[{split}]"
         assert line.startswith(f"{task}: ")
         config = replace(

@@ -104,7 +104,7 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
         ),
         (
             "fly",
-            f"fly: expected a verb: {', '.join(KINDS)}, found none of that name; see nalora --help",
+            f"fly: expected a subcommand: {', '.join(KINDS)}, found none of that name; see nalora --help",
         ),
         ("generate m --prompt \udcff", r"--prompt: expected text in UTF-8, found b'\xff'"),
         (
@@ -227,7 +227,7 @@ def test_lines_are_json_where_that_is_asked_for(monkeypatch, capsys, tmp_path):
     assert found["time"] > 1.7e9
     assert main(["--log-format=json", "fly"]) == 2
     found = json.loads(capsys.readouterr().err)
-    assert (found["level"], found["message"][:20]) == ("ERROR", "fly: expected a verb")
+    assert (found["level"], found["message"][:26]) == ("ERROR", "fly: expected a subcommand")
 
 
 def test_a_closed_pipe_ends_quietly(tmp_path):

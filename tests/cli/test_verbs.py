@@ -155,6 +155,11 @@ def test_a_base_alone_has_nothing_to_merge_or_export_which_is_said_before_it_is_
             ["export", "run", "--for", "gguf", "--output", "absent.bin"],
             "--output: expected a name that ends in .gguf, found absent.bin",
         ),
+        (
+            ["generate", "base", "--prompt", "a", "--messages", "m.json"],
+            "nalora generate: expected --prompt or --messages, found both",
+        ),
+        (["generate", "base"], "nalora generate: expected --prompt or --messages, found neither"),
     ],
 )
 def test_what_a_verb_cannot_do_is_refused_before_a_model_is_read(arguments, said, capsys):
@@ -179,3 +184,21 @@ def test_inspect_measures_what_the_blocks_compute(base):
         np.testing.assert_allclose(getattr(summary, name), getattr(expected, name), rtol=1e-5)
     assert np.isnan(summary.misalignment).all()
     assert ((summary.limit > 0.05) & (summary.limit < 1)).all()
+
+
+def test_a_file_that_exists_is_not_overwritten_by_an_export(run, tmp_path, capsys):
+    file = tmp_path / "lora.gguf"
+    file.write_text("mine")
+    assert main(["export", str(run), "--for", "gguf", "--output", str(file)]) == 2
+    assert "--output: expected a new file" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+def test_an_output_below_a_folder_that_cannot_be_written_is_refused(
+    run, tmp_path, capsys, monkeypatch
+):
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and writable(path, mode))
+    assert main(["merge", str(run), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"--output: expected a folder that can be written, found {tmp_path}, which" in error

@@ -226,4 +226,4 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
     for name in ("loss", "rewards_margin", "rewards_accuracy", "n"):
         assert found[name] == pytest.approx(result.after[name], rel=1e-6)
     assert main(["eval", str(result.folder), "--against", "base"]) == 2
-    assert "--against: expected --tasks or --dataset beside it" in capsys.readouterr().err
+    assert "--against: expected --tasks or --dataset with it" in capsys.readouterr().err

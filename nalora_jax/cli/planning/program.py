@@ -42,8 +42,12 @@ from nalora_jax.train.program import RunProgram, decoder_program
 from nalora_jax.weights import hub
 
 _BATCH = {
-    "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
-}  # fmt: skip
+    "tokens": "int32",
+    "targets": "int32",
+    "loss_weights": "float32",
+    "segment_ids": "int32",
+    "positions": "int32",
+}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FOLDER = Path(__file__).parent / "released"  # its README.md states the sources
@@ -89,7 +93,10 @@ def architecture(
             found = f"{error.found} ({name} on the hub)"
             remedy = error.remedy or remedy
     if raw is None:
-        expected = f"a config.json, a folder that contains one, a hub id, or one of {', '.join(CONFIGS)}"
+        names = ", ".join(CONFIGS)
+        expected = (
+            f"a config.json, a folder that contains one, a hub id, or one of {names}"
+        )
         raise NaloraError("--model", expected=expected, found=found, remedy=remedy)
     return ModelConfig.from_hf(
         with_rope_scaling(raw, rope_scaling, where), where, images=images

@@ -70,8 +70,10 @@ class Plan:
     @property
     def fits(self) -> bool:
         """True if the chip and its share of the host have enough memory."""
-        drawn = 0.0 if self.rollout is None else self.rollout.memory
-        return self.nalora.fits(self.where.chip) and drawn <= self.where.chip.memory
+        chip = self.where.chip
+        if self.rollout is not None and self.rollout.memory > chip.memory:
+            return False
+        return self.nalora.fits(chip)
 
     @property
     def seconds(self) -> float:
@@ -294,8 +296,11 @@ def _compiler(
     def compiled(layout: estimates.Layout) -> Compiled:
         concrete = layout.into(config)
         mesh = distributed.make_mesh(concrete.mesh, chips)
-        together = layout.together if runs else 0
-        programs = math.ceil(runs / together) if runs else 1
+        together = 0
+        programs = 1
+        if runs:
+            together = layout.together
+            programs = math.ceil(runs / together)
         measured = figures(
             *step_and_arguments(concrete, base, mesh, images=images, runs=together)
         )
@@ -341,48 +346,59 @@ def plan_lines(
     where = plan.where
     rows = plan.config.train.batch_size
     seq = plan.config.data.max_length
-    yield f"{plan.config.model} on {where.name} ({where.size} x {chip.name}), {rows} rows of {seq} tokens a step"
+    machine = f"{where.name} ({where.size} x {chip.name})"
+    yield f"{plan.config.model} on {machine}, {rows} rows of {seq} tokens a step"
     yield f"  layout      {plan.layout}"
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield f"  memory      {nalora.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}: {verdict}"
-    weights, temporary = (
-        f"{size / 1e9:.2f}" for size in (plan.layout.weights, nalora.temporary)
-    )
-    yield f"              arguments {nalora.arguments / 1e9:.2f} GB (weights {weights}), temporary {temporary}"
+    verdict = "DOES NOT FIT"
+    if plan.fits:
+        verdict = "fits"
+    available = f"{chip.memory / 1e9:.1f}"
+    yield f"  memory      {nalora.memory / 1e9:.2f} GB a chip of {available}: {verdict}"
+    arguments = f"{nalora.arguments / 1e9:.2f} GB"
+    weights = f"{plan.layout.weights / 1e9:.2f}"
+    temporary = f"{nalora.temporary / 1e9:.2f}"
+    yield f"              arguments {arguments} (weights {weights}), temporary {temporary}"
     for kind in sorted({c.kind for c in nalora.collectives}):
         same = [c for c in nalora.collectives if c.kind == kind]
         received = sum(c.total for c in same) / 1e9
-        behind = sum(c.total for c in same if c.overlapped) / 1e9
-        yield f"  {kind:<11} {received:.2f} GB received a chip and step, {behind:.2f} of them behind products"
+        hidden = sum(c.total for c in same if c.overlapped) / 1e9
+        yield (
+            f"  {kind:<11} {received:.2f} GB received a chip and step, "
+            f"{hidden:.2f} of them overlapped with matmuls"
+        )
     if nalora.custom_calls:
         calls = (
             f"{name} x {times:g}" for name, times in sorted(nalora.custom_calls.items())
         )
         yield "  kernels     " + ", ".join(calls)
-    yield f"  matrix unit {_milliseconds(bound.matrix)}, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
+    peak = f"{chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
+    yield f"  matrix unit {_milliseconds(bound.matrix)}, at 75% of {peak}"
     yield f"  HBM         {_milliseconds(bound.hbm)}, at {chip.bandwidth / 1e9:,.0f} GB/s"
     for scope, work in nalora.scopes.items():
         matrix = _milliseconds(work.flops / chip.matrix_rate)
         hbm = _milliseconds(work.memory_bytes / chip.bandwidth)
         yield f"  {scope:<11} {matrix} of the matrix unit's and {hbm} of HBM's time"
-    hidden = _milliseconds(bound.hidden)
+    overlapped = _milliseconds(bound.hidden)
     exposed = _milliseconds(bound.exposed)
-    yield f"  interconn.  {hidden} behind products, {exposed} not, at {chip.interconnect / 1e9:.0f} GB/s inbound"
+    speed = f"{chip.interconnect / 1e9:.0f} GB/s inbound"
+    yield f"  interconn.  {overlapped} overlapped with matmuls, {exposed} not, at {speed}"
     if nalora.host:
         there, back = (
             sum(t.total for t in nalora.transfers if t.to_host == out)
             for out in (True, False)
         )
         moved = f"({there / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
-        yield f"  host        {nalora.host / 1e9:.2f} GB a chip of {chip.host_memory / 1e9:.0f} {moved}"
-        hidden = _milliseconds(bound.host)
+        available = f"{chip.host_memory / 1e9:.0f}"
+        yield f"  host        {nalora.host / 1e9:.2f} GB a chip of {available} {moved}"
+        overlapped = _milliseconds(bound.host)
         exposed = _milliseconds(bound.host_exposed)
         speed = f"{chip.host_link / 1e9:.0f} GB/s ({chip.host_source})"
-        yield f"  host link   {hidden} behind products, {exposed} not, at {speed}"
+        yield f"  host link   {overlapped} overlapped with matmuls, {exposed} not, at {speed}"
     if plan.rollout is not None:
         yield from _describe_rollout(plan, plan.rollout)
     rate = plan.tokens_per_second
-    yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {plan.seconds:.3g} s a step"
+    a_chip = f"{rate / where.size:,.0f}"
+    yield f"  at most     {rate:,.0f} tokens/s ({a_chip} a chip), {plan.seconds:.3g} s a step"
     yield f"  implied MFU {bound.mfu:.1%}"
     yield "  over LoRA   " + ", ".join(
         f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items()
@@ -401,15 +417,20 @@ def _describe_rollout(plan: Plan, rollout: RolloutPlan) -> Iterator[str]:
     prompts = plan.config.train.batch_size // rl.samples
     yield f"  update      at least {plan.bound.seconds:.3g} s, as above"
     yield (
-        f"  rollout     at least {rollout.seconds:.3g} s for {prompts} prompts x {rl.samples} samples x "
-        f"{rl.max_new_tokens:,} tokens, {rollout.programs} program(s) after each other"
+        f"  rollout     at least {rollout.seconds:.3g} s for {prompts} prompts x "
+        f"{rl.samples} samples x {rl.max_new_tokens:,} tokens, "
+        f"{rollout.programs} program(s) after each other"
     )
     yield (
-        f"              {rollout.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}; a program takes "
-        f"{bound.matrix:.3g} s of the matrix unit's and {bound.hbm:.3g} s of HBM's time, "
+        f"              {rollout.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}; "
+        f"a program takes {bound.matrix:.3g} s of the matrix unit's "
+        f"and {bound.hbm:.3g} s of HBM's time, "
         f"{bound.hidden + bound.exposed:.3g} s of the interconnect's"
     )
-    yield f"  between     {rollout.moved:,.0f} bytes of weights moved, by the weights' shardings in both programs"
+    yield (
+        f"  between     {rollout.moved:,.0f} bytes of weights moved, "
+        "by the weights' shardings in both programs"
+    )
 
 
 def describe_sweep(
