@@ -82,7 +82,7 @@ def execute(argv: Sequence[str]) -> None:
     if verb == "train" and args.run.adapter and not args.run.adapter_sha256:
         from nalora_jax.train.initial_adapter import with_adapter
 
-        args = replace(args, run=with_adapter(args.run, named=_named(argv)))
+        args = replace(args, run=with_adapter(args.run, named=_name_settings(argv)))
     VERBS[verb].handler(args)
 
 
@@ -108,12 +108,12 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
-    words = _spelled_out(words)
-    swept, others = parser.taken(words, "--sweep")
+    words = _spell_out(words)
+    swept, others = parser.take_flag(words, "--sweep")
     if swept:  # values of the repeated flag after one
         words = [*others, "--sweep", *swept]
     imports = _IMPORT in words
-    files, words = parser.taken(words, _IMPORT, ".py")
+    files, words = parser.take_flag(words, _IMPORT, ".py")
     if imports and not files:
         raise NaloraError(
             _IMPORT, expected="Python files, with names that end in .py", found="none"
@@ -144,7 +144,7 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
             config=(PositionalMetavarFromFieldName, DisallowNone),
             **start,
         )
-    if trains and args.run.epochs and parser.taken(words, "--steps")[0]:
+    if trains and args.run.epochs and parser.take_flag(words, "--steps")[0]:
         remedy = "leave one of them out"
         raise NaloraError(
             "--steps", expected="steps or epochs", found="both", remedy=remedy
@@ -183,7 +183,7 @@ def _check_paths(name: str, args: Any) -> None:
                     )
 
 
-def _named(argv: Sequence[str]) -> set[str]:
+def _name_settings(argv: Sequence[str]) -> set[str]:
     """Returns the settings of a run that a command line names, by dotted name."""
     flags = {
         word.partition("=")[0].removeprefix("--")
@@ -207,7 +207,7 @@ _ASSIGNED = ("--resume=", *(f"{flag}=" for flag, _ in _SHORT))
 _IMPORT = "--import"
 
 
-def _spelled_out(words: list[str]) -> list[str]:
+def _spell_out(words: list[str]) -> list[str]:
     """Replaces ``auto``, ``--mechanisms none``, ``--resume`` and ``--resume FOLDER`` by flags of
     the parser."""
     spelled: list[str] = []

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from etils import epy
 
 from nalora_jax.cli.outputs import (
+    add_label,
     check_new_file,
     data_settings,
     is_dual,
-    labelled,
     mesh_of,
     name_flags_of,
 )
@@ -134,7 +134,7 @@ def evaluate(args: EvalArgs) -> None:
     _write(args, results, records)
 
 
-def _asked(args: EvalArgs) -> dict[str, Any]:
+def _collect_changes(args: EvalArgs) -> dict[str, Any]:
     """Returns the settings that the user changed from the run's."""
     asked = {
         "dataset": args.dataset,
@@ -147,7 +147,7 @@ def _asked(args: EvalArgs) -> dict[str, Any]:
 
 def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
     """Returns the data sets to evaluate on, after opening each."""
-    data = data_settings(run, _asked(args))
+    data = data_settings(run, _collect_changes(args))
     if config_from_dict(run).vision.task == "chat":  # opened with the model
         return [data]
     flag = "--dataset"
@@ -214,14 +214,16 @@ def _task_results(
     summaries = []
     for label, model, module, variables in sides:
         tokenizer = model.base.tokenizer
-        if args.tasks or _asked(args):
+        if args.tasks or _collect_changes(args):
             items = questions.eval_examples(data, tokenizer, split=data.eval_split)
         else:  # the examples of the run's reported results
             items, _ = questions.held_out(sources.open_pair(data)[1], data, tokenizer)
         evaluator = text.TextEvaluator(module, None, items, mesh=mesh_of(args.mesh))
         answers.append(evaluator.records(variables["params"], variables.get("lora")))
         summaries.append(evaluator.summary(answers[-1]))
-        print(f"{labelled(name, label)}: {metrics.describe(summaries[-1])}", flush=True)
+        print(
+            f"{add_label(name, label)}: {metrics.describe(summaries[-1])}", flush=True
+        )
         records += [{"task": name, "model": label, **record} for record in answers[-1]]
     if len(sides) == 1:
         return dict(summaries[0])
@@ -256,7 +258,7 @@ def _harness(
                 and "stderr" not in name
                 and isinstance(value, int | float)
             )
-            print(f"{labelled(task, label)}: {numbers}", flush=True)
+            print(f"{add_label(task, label)}: {numbers}", flush=True)
         for task, rows in results[-1]["samples"].items():
             records += [{"task": task, "model": label, **row} for row in rows]
     summary = {name: results[0][name] for name in ("results", "versions")}
@@ -292,11 +294,11 @@ def _held_out(args: EvalArgs, model: adapted.AdaptedModel, data: DataConfig) -> 
     if model.base.processor is not None:
         vision = config_from_dict(model.located.run).vision
         splits: tuple[str, ...] = (data.train_split, data.eval_split)
-        if _asked(args):
+        if _collect_changes(args):
             splits = (data.eval_split,)
         with name_flags_of("--dataset"):
             source = images.seen_sources(data, vision, tokenizer.images, splits=splits)
-    if _asked(args):
+    if _collect_changes(args):
         items = questions.eval_examples(
             data, tokenizer, split=data.eval_split, source=source
         )
@@ -324,7 +326,7 @@ def _images(args: EvalArgs) -> None:
         args.model, adapter=args.adapter, dtype=args.dtype
     )
     run = config_from_dict(model.located.run)
-    data = data_settings(model.located.run, _asked(args))
+    data = data_settings(model.located.run, _collect_changes(args))
     classes: tuple[str, ...] = ()
     if run.vision.task == "classify":
         classes = opened.open_images(data, run.vision, data.train_split).classes()
@@ -345,7 +347,7 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
             expected = "--tasks or --dataset with it"
             remedy = "the rewards of a run on pairs compare it with its base already"
             raise NaloraError(flag, expected=expected, found="neither", remedy=remedy)
-    data = data_settings(run, _asked(args))
+    data = data_settings(run, _collect_changes(args))
     settings = config_from_dict(run).preference
     model = _sides(args, None)[0].model
     records = sources.open_held_out(data, data.eval_split)
@@ -434,7 +436,7 @@ def _needle(args: EvalArgs) -> None:
         interval = (
             f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, n {grid['n']}"
         )
-        title = labelled("needle retrieval", label)
+        title = add_label("needle retrieval", label)
         print(f"{title}: exact match {grid['accuracy']:.3f} ({interval})")
         print(tables.text_table(*sections.needle_cells(grid)), flush=True)
         records += [{"model": label, **record} for record in answers[-1]]

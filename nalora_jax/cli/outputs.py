@@ -41,7 +41,7 @@ def shown_model(base: str, adapter: Path | None) -> str:
     return f"{base} + {adapter}"
 
 
-def labelled(title: str, label: str) -> str:
+def add_label(title: str, label: str) -> str:
     """Returns ``title``, followed by a label if there is one."""
     if label:
         return f"{title}, {label}"
@@ -60,7 +60,7 @@ def shown_output(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def removed_if_stopped() -> Iterator[None]:
+def remove_if_stopped() -> Iterator[None]:
     """Lets SIGTERM and Ctrl-C end the block as errors do, so that unfinished outputs are removed.
 
     Raises:

@@ -236,10 +236,10 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
     Raises:
       NaloraError: the file is missing or is not a config.
     """
-    config, _ = taken(argv, "--config")
+    config, _ = take_flag(argv, "--config")
     if not config:
-        resume = taken(argv, "--resume")[0]
-        output = taken(argv, "--output")[0]
+        resume = take_flag(argv, "--resume")[0]
+        output = take_flag(argv, "--output")[0]
         if resume in ([], ["no"]):
             return TrainArgs()
         folder = (output or [RunConfig.output])[-1]
@@ -259,7 +259,7 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
     return TrainArgs(Path(config[-1]), run=load_config(config[-1]))
 
 
-def taken(
+def take_flag(
     words: Sequence[str], flag: str, ending: str = ""
 ) -> tuple[list[str], list[str]]:
     """Returns the values of a flag, which may be repeated, and the other words.

@@ -225,7 +225,7 @@ def short_help(subcommand: str, kind: type, common: Mapping[str, str]) -> str:
     for heading, names in common.items():
         lines += ["", f"{heading}:"]
         for flag in map(by_name.__getitem__, names.split()):
-            default = _typed(flag.default)
+            default = _type_out(flag.default)
             note = f" (default: {default})" if default else ""
             lines += [f"  {flag.name}", _entry("", f"{flag.text}{note}", indent=6)]
     lines += ["", f"All {len(every)} flags: nalora {subcommand} --help-all"]
@@ -248,10 +248,10 @@ def short_help(subcommand: str, kind: type, common: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _typed(value: Any) -> str:
+def _type_out(value: Any) -> str:
     """Returns a default as a user would type it; "" for None and for disabled features."""
     if isinstance(value, tuple):
-        return " ".join(map(_typed, value))
+        return " ".join(map(_type_out, value))
     if isinstance(value, LoRARule):
         return value.text
     if value is None or value is False:

@@ -120,7 +120,7 @@ def generate(args: cli.GenerateArgs) -> None:
     print()
 
 
-@outputs.removed_if_stopped()
+@outputs.remove_if_stopped()
 def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
     if args.target != "gguf":
@@ -185,7 +185,7 @@ def export(args: cli.ExportArgs) -> None:
         print(f"{output}: trained with {scaling}")
 
 
-@outputs.removed_if_stopped()
+@outputs.remove_if_stopped()
 def merge(args: cli.MergeArgs) -> None:
     """Writes base and adapter as one Hugging Face folder."""
     shard_bytes = shards.parse_size(args.shard_size)

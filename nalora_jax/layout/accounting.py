@@ -393,7 +393,9 @@ def bytes_of(instruction: Instruction) -> float:
             for index, x in enumerate(instruction.inputs)
         )
         return read + min(instruction.in_hbm, _written_by(inner.root))
-    read = sum(_used(instruction, index) for index in range(len(instruction.inputs)))
+    read = sum(
+        _count_used(instruction, index) for index in range(len(instruction.inputs))
+    )
     if opcode.endswith("-start"):  # its result lists the operand again
         return read + sum(
             shape.size for shape in instruction.shapes[1:2] if shape.space == 0
@@ -403,7 +405,7 @@ def bytes_of(instruction: Instruction) -> float:
     return read + instruction.in_hbm
 
 
-def _used(instruction: Instruction, index: int) -> float:
+def _count_used(instruction: Instruction, index: int) -> float:
     """Returns the bytes that an instruction reads of an operand."""
     held = instruction.inputs[index].in_hbm
     shapes = instruction.shapes

@@ -97,14 +97,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         del sizes[CONTEXT]
     data, *inner_sizes = sizes.values()
     axes: tuple[str, ...] = tuple(sizes)
-    grid = _placed(available, (groups * data, *inner_sizes))
+    grid = _place(available, (groups * data, *inner_sizes))
     if groups > 1:
         grid = grid.reshape(groups, data, *inner_sizes)
         axes = (RUN, *axes)
     return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
-def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
+def _place(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
     """Returns the devices in the order of the mesh's axes, "data" first."""
     groups = domains(available)
     boxes: set[tuple[int, ...] | None] = {None}

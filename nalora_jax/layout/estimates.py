@@ -406,7 +406,7 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
     }[remat]
 
 
-def _recomputed(config: ModelConfig, remat: str) -> float:
+def _count_recomputed(config: ModelConfig, remat: str) -> float:
     """Returns the weights of one layer that a token meets again in the backward pass."""
     sizes = {
         path: active_size(config, shape)
@@ -622,7 +622,8 @@ class _Share:
         seq = self.seq
         tokens = self.tokens
         again = sum(
-            c.n_layers * _recomputed(c, policy) for c, policy in _policies(base, remat)
+            c.n_layers * _count_recomputed(c, policy)
+            for c, policy in _policies(base, remat)
         )
         flops = rows * attention_flops(base, seq)
         frozen = tokens * 4 * active_parameters(base)

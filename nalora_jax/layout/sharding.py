@@ -167,7 +167,7 @@ def _over_context(spec: P, mesh: Mesh) -> P:
     if CONTEXT not in mesh.shape:
         return spec
 
-    def widened(axis: Any) -> Any:
+    def widen(axis: Any) -> Any:
         names: list[str] = []
         for name in _names(axis):
             if name == "fsdp":
@@ -176,7 +176,7 @@ def _over_context(spec: P, mesh: Mesh) -> P:
                 names.append(name)
         return tuple(names) or None
 
-    return P(*map(widened, spec))
+    return P(*map(widen, spec))
 
 
 def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
@@ -249,12 +249,12 @@ def split_outputs(
     """
     if numerics.platform.tensor == 1:
         return NotImplemented
-    x, inner = _forked(x)
+    x, inner = _fork(x)
     return [adapted_dense(x, layer._replace(inner=inner), numerics) for layer in layers]
 
 
 @jax.custom_vjp
-def _forked(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _fork(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns x for frozen matmuls, in float32, and for adapters; their gradients are summed
     separately.
 
@@ -265,9 +265,9 @@ def _forked(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x.astype(jnp.float32), x
 
 
-def _joined(_: None, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
+def _join(_: None, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
     of_frozen, of_adapters = gradients
     return (of_frozen.astype(of_adapters.dtype) + of_adapters,)
 
 
-_forked.defvjp(lambda x: (_forked(x), None), _joined)
+_fork.defvjp(lambda x: (_fork(x), None), _join)
