@@ -120,9 +120,9 @@ def render_chat(
 
     A completion runs from the position at which generation would start to the end of its
     end-of-turn token. It excludes white space that a template writes between turns, and an
-    end-of-sequence token that a template writes only after the last turn (as Phi-3's does). If the
-    template ends turns by the next role's token, that token is part of the completion. If the loss
-    is computed on the last completion only, the text after it is left out.
+    end-of-sequence token that a template writes after the end of the last turn (as Phi-3's does).
+    If the template ends turns by the next role's token, that token is part of the completion. If
+    the loss is computed on the last completion only, the text after it is left out.
 
     Example (ChatML, completions in brackets, loss on every assistant turn):
       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n[Hello<|im_end|>]\\n
@@ -347,6 +347,11 @@ def completions(
             answers.append((len(before), len(upto.rstrip())))
         else:
             answers.append(rewritten(turn, before, upto))
+    start, end = answers[0]
+    ends = tuple(tokenizer.turn_ends.values())
+    if after_chat and text[end:] == after_chat and not text[:end].endswith(ends):
+        # gpt-oss: `<|return|>` ends the turn here; `<|end|>` replaces it if the chat continues.
+        answers[0] = (start, len(text))
     return text, tuple(answers[::-1])
 
 

@@ -230,6 +230,29 @@ def test_masks_are_those_of_trls_training_templates(released, case):
         assert one == other.removeprefix(prompt)
 
 
+@pytest.mark.parametrize("loss_on", ["answer", "assistant"])
+@pytest.mark.parametrize(
+    ("messages", "end"),
+    [
+        (PLAIN[:2], "<|channel|>final<|message|>the sky<|return|>"),
+        (PLAIN, "<|channel|>final<|message|><b>hills<|return|>"),
+        ([*called(), turn("warm")], "<|channel|>final<|message|>warm<|return|>"),
+        (called()[:2], WEATHER),
+        (called(thinking="ask")[:2], WEATHER),
+    ],
+)
+def test_text_of_gpt_oss_ends_with_the_stop_token_of_its_completion(
+    released, loss_on, messages, end
+):
+    """`tokenize` would add the token to the ids, but neither to the text nor to its ranges."""
+    rendered = render_record(
+        {"messages": messages}, DataConfig(loss_on=loss_on), released("gpt_oss"), "here"
+    )
+    start, stop = rendered.answers[-1]
+    assert rendered.text[start:stop].endswith(end)
+    assert stop == len(rendered.text)
+
+
 REASONED_CALL = [*called(thinking="ask"), turn("warm", thinking="so")]
 
 
