@@ -1,7 +1,8 @@
 """Chat templates: reading them from a Hugging Face folder, and rendering in jinja2's sandbox.
 
 A template is a program of somebody else. The sandbox gives it no access to Python; texts that it
-repeats, joins or returns have at most 4 million characters. Its time is not limited.
+repeats, joins or returns have at most 4 million characters, and a rendering takes at most 10
+seconds of CPU time. Loops and calls read the clock, because an endless loop may write nothing.
 Multimodal models replace a template's placeholders by image tokens.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
@@ -20,6 +22,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 from jinja2.compiler import CodeGenerator
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nalora_jax.errors import NaloraError
@@ -33,7 +36,13 @@ PROCESSOR_FILE = (
     "chat_template.json"  # of multimodal models, as their processors saved it
 )
 _MAX_TEXT = 4_000_000  # characters: a million tokens
+_MAX_SECONDS = 10.0  # of CPU time: long chats take milliseconds
 _MAX_DIGITS = 4300  # of a power, as in Python's conversion to text
+_MAX_BITS = 16_384  # of an integer: more than 4,300 digits
+
+
+class EndlessTemplateError(NaloraError):
+    """A chat template reached its limit of time."""
 
 
 def read_templates(
@@ -107,6 +116,7 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
     """Returns a chat template's text as transformers renders it.
 
     Raises:
+      EndlessTemplateError: the template takes more than 10 seconds of CPU time.
       Exception: of any type: the template does not compile, fails, or makes a text of more than 4
         million characters.
     """
@@ -137,8 +147,32 @@ class _GenerationTag(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body).set_lineno(lineno)
 
 
+class _Context(Context):
+    """The variables of one rendering, and the CPU time at which it must have ended."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._deadline = time.thread_time() + _MAX_SECONDS
+
+    def check_time(self) -> None:
+        """Raises an `EndlessTemplateError` after the deadline."""
+        if time.thread_time() > self._deadline:
+            raise EndlessTemplateError(
+                "chat template",
+                expected=f"a text within {_MAX_SECONDS:g} seconds of CPU time",
+                found="a template that still runs, probably without end",
+                remedy="use the chat template that the model was released with, or shorter chats",
+            )
+
+
 class _CodeGenerator(CodeGenerator):
-    """Calls the environment for ``~``, which jinja2 does not intercept."""
+    """Calls the environment for ``~`` and for the iterations of loops, which jinja2 does not
+    intercept."""
+
+    def visit_For(self, node: jinja2.nodes.For, frame: Any) -> None:
+        timed = jinja2.nodes.EnvironmentAttribute("timed")
+        node.iter = jinja2.nodes.Call(timed, [node.iter], [], None, None)
+        super().visit_For(node, frame)
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: Any) -> None:
         self.write("environment.concatenated((")
@@ -153,6 +187,19 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
     code_generator_class = _CodeGenerator
+    context_class = _Context
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **options: Any) -> Any:
+        context.check_time()
+        return super().call(context, obj, *args, **options)
+
+    @staticmethod
+    @jinja2.pass_context
+    def timed(context: Any, values: Iterable[Any]) -> Iterator[Any]:
+        """Yields the values of a loop while its template has time."""
+        for value in values:
+            context.check_time()
+            yield value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
@@ -165,8 +212,10 @@ class _Environment(ImmutableSandboxedEnvironment):
                     raise OverflowError(
                         f"a repetition of more than {_MAX_TEXT:,} characters"
                     )
-        if operator == "**" and isinstance(right, int) and abs(right) > _MAX_DIGITS:
-            raise OverflowError(f"a power above {_MAX_DIGITS:,}")
+        if operator == "**" and isinstance(right, int):
+            bits = left.bit_length() if isinstance(left, int) else 1
+            if abs(right) > _MAX_DIGITS or bits * abs(right) > _MAX_BITS:
+                raise OverflowError(f"a power above {_MAX_DIGITS:,}")
         if (
             operator == "%"
             and isinstance(left, str)
@@ -183,6 +232,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _bounded(value: Any) -> Any:
     if isinstance(value, str | list | tuple) and len(value) > _MAX_TEXT:
         raise OverflowError(f"a text of more than {_MAX_TEXT:,} characters")
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise OverflowError(f"a number of more than {_MAX_DIGITS:,} digits")
     return value
 
 

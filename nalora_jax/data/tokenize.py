@@ -17,6 +17,7 @@ import tokenizers
 from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import MissingFieldError, Rendered
+from nalora_jax.data.chat_templates import EndlessTemplateError
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.source import Record, Source
 from nalora_jax.errors import ListedError, NaloraError, shorten
@@ -63,6 +64,10 @@ def converted(
                 [convert(record, source.where(index)) for index, record in pairs],
             )
             done += len(chunk)
+    except (
+        EndlessTemplateError
+    ):  # a search for other broken records would take as long for each
+        raise
     except NaloraError as error:
         known = source[int(indices[0])] if done else None
         raise broken_records(

@@ -20,6 +20,7 @@ import tokenizers
 
 from nalora_jax.data.chat_templates import (
     PROCESSOR_FILE,
+    EndlessTemplateError,
     ImageTokens,
     as_parts,
     read_templates,
@@ -248,8 +249,8 @@ class Tokenizer:
           tools: JSON schemas of the tools that the assistant may call.
 
         Raises:
-          NaloraError: the model has no chat template, or the template rejects the messages or
-            makes a text that is too long.
+          NaloraError: the model has no chat template, or the template rejects the messages, makes
+            a text that is too long, or takes too long.
         """
         return self.render_chats([(messages, add_generation_prompt)], tools)[0]
 
@@ -288,6 +289,8 @@ class Tokenizer:
                     **common,
                 }
                 texts.append(render_template(template, values))
+        except EndlessTemplateError:
+            raise
         except Exception as error:  # a template may raise any
             roles = [message.get("role") for message in chats[0][0]]
             raise NaloraError(

@@ -1,5 +1,6 @@
 """Chat templates render as in transformers, and cannot make texts without end."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from nalora_jax.data.chat_templates import render_template
+from nalora_jax.data import chat_templates
+from nalora_jax.data.chat_templates import EndlessTemplateError, render_template
 
 CALL = {
     "type": "function",
@@ -52,6 +54,11 @@ HOSTILE = {
         "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
         "4,000,000 characters",
     ),
+    "a number that doubles its digits": (
+        "{% set n = namespace(x=10) %}{% for i in range(18) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x > 1 }}",
+        "number of more than 4,300 digits",
+    ),
+    "a power of a long number": ("{{ (10**4000) ** 4000 }}", "power above 4,300"),
     "a long number": ("{{ 10**5000 }}", "power above 4,300"),
     "no template": ("{{ x", "unexpected end"),
     "nested brackets": ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "recursion"),
@@ -73,3 +80,27 @@ def test_operators_of_real_templates_are_those_of_jinja():
     assert render_template(template, {}) == "8 3 abab 1bNone a-2 [1, 2]"
     values = {"x": {"a": np.float64(0.5), "b": np.arange(2)}}  # of table files
     assert render_template("{{ x | tojson }}", values) == '{"a": 0.5, "b": [0, 1]}'
+
+
+# They write nothing, and end after a second without a limit, so that a fault cannot hang the test.
+VALUES = "{% set values = range(3000) | list %}"
+MACRO = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+ENDLESS = {
+    "loops in loops": VALUES + "{% for i in values %}{% for j in values %}{% endfor %}{% endfor %}",
+    "a loop's condition": VALUES
+    + "{% for i in values if values | sort | length == 1 %}{% endfor %}",
+    "a macro that calls itself twice": MACRO + "{{ f(18) }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_templates_without_end_are_stopped_by_the_clock(monkeypatch, name):
+    monkeypatch.setattr(chat_templates, "_MAX_SECONDS", 0.02)
+    with ThreadPoolExecutor(1) as threads:  # the limit needs no signals
+        rendering = threads.submit(render_template, ENDLESS[name], {})
+        message = (
+            "chat template: expected a text within 0.02 seconds of CPU time, found .*; use the"
+        )
+        with pytest.raises(EndlessTemplateError, match=message):
+            rendering.result()
+    assert render_template("{% for i in range(3) %}{{ i }}{% endfor %}", {}) == "012"

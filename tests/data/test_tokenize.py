@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from nalora_jax.config import DataConfig
+from nalora_jax.data import chat_templates
 from nalora_jax.data import tokenize as module
 from nalora_jax.data.chat import Rendered
 from nalora_jax.data.sources import FileSource
@@ -151,3 +153,13 @@ def test_one_odd_record_is_told_the_form_of_the_others(write_jsonl, tokenizer, p
     # A wrong setting is one error.
     message = error_of(write_jsonl(*[GOOD] * 30), tokenizer, messages_field="turns")
     assert "data.jsonl:1: expected a field 'prompt' (or 'turns'), found 'messages'; name" in message
+
+
+def test_a_template_without_end_is_reported_once_for_all_records(
+    write_jsonl, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(chat_templates, "_MAX_SECONDS", 0.02)
+    loop = "{% for i in range(9999) %}{% for j in range(300) %}{% endfor %}{% endfor %}"
+    endless = dataclasses.replace(tokenizer, chat_template=loop)
+    message = error_of(write_jsonl(GOOD, EMPTY), endless)
+    assert message.startswith("chat template: expected a text within 0.02 seconds of CPU time")
