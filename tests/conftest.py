@@ -160,18 +160,26 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _seconds() -> Iterator[None]:
+def _seconds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Runs need not collect garbage after they compiled (0.5 s), nor a new NALORA_CACHE the CPU
-    kernels (15 s)."""
+    kernels (15 s). Tokens are made once a session: those of an earlier one hide what a change of
+    the code does to them."""
     from nalora_jax.common.downloads import cache_dir
     from nalora_jax.train.profile import Profile
 
     folder = cache_dir()
+    tokens = tmp_path_factory.mktemp("cache")
+
+    def tokens_dir() -> Path:
+        named = cache_dir()
+        return tokens if named == folder else named
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nalora_jax.train.compilation.gc", SimpleNamespace(collect=lambda: 0))
         if HAS_CPU:
             patch.setattr("nalora_jax.cpu.native.library.cache_dir", lambda: folder)
         patch.setattr("nalora_jax.train.profile.Profile.step", _without_transfers(Profile.step))
+        patch.setattr("nalora_jax.data.store.cache_dir", tokens_dir)
         yield
 
 

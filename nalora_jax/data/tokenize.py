@@ -64,10 +64,8 @@ def converted(
                 [convert(record, source.where(index)) for index, record in pairs],
             )
             done += len(chunk)
-    except (
-        EndlessTemplateError
-    ):  # a search for other broken records would take as long for each
-        raise
+    except EndlessTemplateError:
+        raise  # a search for other broken records would take as long for each
     except NaloraError as error:
         known = source[int(indices[0])] if done else None
         raise broken_records(

@@ -270,6 +270,10 @@ def test_data_that_give_no_rows_are_refused(open_records, records, settings, opt
         ),  # one token stays before the answer, which goes from the right
         (3, 9, 1, [1, 4, 5, 6, 7]),
         (0, 9, None, [1, 2, 3, 4, 5]),
+        (1, 9, None, [1, 2, 3, 4, 5]),
+        (2, 3, None, [1, 2, 3, 4, 5]),  # fits exactly
+        (2, 3, 1, [1, 2, 3, 4, 5]),
+        (6, 1, None, [3, 4, 5, 6, 7]),
     ],
 )
 def test_truncation_keeps_answers(prompt, answer, bos, expected):
@@ -277,6 +281,17 @@ def test_truncation_keeps_answers(prompt, answer, bos, expected):
     cut = fit_example(Example(ids, ids > prompt), 4, bos)
     assert cut.ids.tolist() == expected
     assert cut.answer.tolist() == [index > prompt for index in expected]
+    assert cut.has_target
+
+
+@pytest.mark.parametrize(("first", "expected"), [(0, [1, 2, 3, 4, 5]), (6, [3, 4, 5, 6, 7])])
+def test_truncation_keeps_the_token_before_the_first_target(first, expected):
+    """The first token is no target, even of a text with the loss on all of it."""
+    ids = np.arange(1, 8)
+    answer = np.arange(7) >= first
+    answer[0] = True
+    cut = fit_example(Example(ids, answer), 4, None)
+    assert cut.ids.tolist() == expected
     assert cut.has_target
 
 

@@ -12,8 +12,10 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data import chat_templates
 from nalora_jax.data import tokenize as module
 from nalora_jax.data.chat import Rendered
+from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.sources import FileSource
 from nalora_jax.data.store import text_examples
+from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 
@@ -118,6 +120,21 @@ GOOD = {
 }
 EMPTY = {"messages": [{"role": "user", "content": "up"}, {"role": "assistant", "content": ""}]}
 ODD = {"question": "up", "answer": "the sky"}
+
+
+@pytest.mark.parametrize("loss_on", ["all", "answer"])
+def test_tokens_of_images_are_not_learned(tokenizer, loss_on):
+    token = tokenizer.backend.token_to_id("<|im_start|>")
+    images = ImageTokens("<|im_start|>", token, 3, "<|im_start|>")
+    seeing = dataclasses.replace(tokenizer, images=images)
+    text = f"up {images.expansion} the {images.expansion}sky"
+    start = 0 if loss_on == "all" else text.index("the")
+    (example,) = tokenize([Rendered(text, ((start, len(text)),), special=True)], seeing)
+    assert (example.ids == token).sum() == 6
+    assert not example.answer[example.ids == token].any()
+    learned = example.answer[example.ids != token]
+    assert learned[-1]
+    assert learned.all() == (loss_on == "all")
 
 
 def error_of(path, tokenizer, **options):

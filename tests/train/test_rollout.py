@@ -89,7 +89,8 @@ def test_a_rollout_is_a_function_of_seed_step_and_adapter(sampler, tokenizer, as
     again = replace(sampler, rows=16)(lora, 7, asked)  # more prompts in a program
     np.testing.assert_array_equal(first.tokens, again.tokens)
     np.testing.assert_array_equal(first.rewards, again.rewards)
-    for other in (sampler(lora, 8, asked), replace(sampler, seed=4)(lora, 7, asked)):
+    others = [sampler(lora, 8, asked), sampler(lora, 7, asked, attempt=1)]
+    for other in (*others, replace(sampler, seed=4)(lora, 7, asked)):
         assert (first.tokens != other.tokens).mean() > 0.2
     texts = [tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in first.tokens]
     expected = [len(text) + row // SAMPLES / 100 for row, text in enumerate(texts)]
