@@ -46,8 +46,8 @@ class Pattern:
         return len(self.starts) - 1
 
     @property
-    def filling(self) -> float:
-        """Returns the packing efficiency: the share of the positions with a token."""
+    def efficiency(self) -> float:
+        """Returns the packing efficiency, the share of the positions with a token."""
         return float(self.lengths.sum() / (self.rows * self.capacity))
 
 

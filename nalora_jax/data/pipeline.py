@@ -53,15 +53,17 @@ def stream_text(figures: Mapping[str, Any]) -> str:
 
     Example:
       >>> stream_text({"examples": 1200, "dropped": 0, "tokens": 40000, "steps_per_epoch": 40.5,
-      "filling": 0.98}) '1,200 examples, 40,000 tokens, 40.5 steps per epoch, filling 98.0%'
+      "packing_efficiency": 0.98})
+      '1,200 examples, 40,000 tokens, 40.5 steps per epoch, packing efficiency 98.0%'
     """
     texts = []
     for name, value in figures.items():
         if value or name not in ("dropped", "truncated", "split"):
             noun = name.replace("_", " ")
-            texts.append(
-                f"{noun} {value:.1%}" if name == "filling" else f"{value:,} {noun}"
-            )
+            if name == "packing_efficiency":
+                texts.append(f"{noun} {value:.1%}")
+            else:
+                texts.append(f"{value:,} {noun}")
     return ", ".join(texts)
 
 
@@ -173,7 +175,7 @@ class TrainData(Stream):
             "targets": counts.targets,
             "rows_per_epoch": rows,
             "steps_per_epoch": round(rows / self.batch_size, 2),
-            "filling": round(self.pattern.filling, 4),
+            "packing_efficiency": round(self.pattern.efficiency, 4),
         }
 
     def arrays(self, rows: list[int]) -> HostBatch:
@@ -361,7 +363,7 @@ def with_length(
             fitting = lengths[(lengths > 0) & (lengths <= longer)]
             if len(fitting):
                 repeated = np.tile(fitting, -(-_REPEATED // len(fitting)))
-                tried.append((longer, pack(repeated, longer).filling))
+                tried.append((longer, pack(repeated, longer).efficiency))
             if tried and tried[-1][1] >= FULL:
                 break
         length, full = max(tried, key=lambda row: row[1], default=(length, 0.0))

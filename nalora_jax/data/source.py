@@ -277,7 +277,7 @@ class MixedSource(JoinedSource):
         """
         pairs = zip(self.parts, self._counts, strict=True)
         return ", ".join(
-            f"{source.name} {count} ({count / len(self):.0%})"
+            f"{source.name} {count} ({share_text(count, len(self))})"
             for source, count in pairs
         )
 
@@ -285,6 +285,19 @@ class MixedSource(JoinedSource):
     def parts(self) -> list[Source]:
         """Returns the sources that are mixed."""
         return list(self._members)
+
+
+def share_text(count: int, total: int) -> str:
+    """Returns ``count`` of ``total`` in percent; a share below 1% has one digit.
+
+    Example:
+      >>> share_text(140, 280), share_text(1, 280), share_text(1, 30_000)
+      ('50%', '0.4%', '0.003%')
+    """
+    share = count / total
+    if 0 < share < 0.01:
+        return f"{100 * share:.1g}%"
+    return f"{share:.0%}"
 
 
 def _chosen(source: Source, weight: float) -> np.ndarray:

@@ -26,7 +26,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import Rendered, render_record
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.source import Record, Source, require_some
+from nalora_jax.data.source import Record, Source, require_some, share_text
 from nalora_jax.data.tokenize import Example, fit_example, rows_of, tokenized_texts
 from nalora_jax.errors import NaloraError
 
@@ -365,7 +365,9 @@ def _report_dropped(
     count = int(np.sum(positions > config.max_length))
     total = len(positions)
     longest = int(positions.max())
-    found = f"{count} of {total} records ({count / total:.0%}), longer than --data.max-length {config.max_length}"
+    share = share_text(count, total)
+    limit = f"longer than --data.max-length {config.max_length}"
+    found = f"{count} of {total} records ({share}), {limit}"
     keeps = f"--data.max-length {longest} keeps all"
     if longest > context:
         keeps = f"some are longer than the {context:,} tokens that a row may have with this model"

@@ -148,18 +148,24 @@ def broken_records(
     reasons = {(str(error.expected), str(error.found)) for error in errors}
     if len(errors) < 2 or (known is None and len(reasons) == 1):
         return next(iter(errors), first)
-    # Without the folders, which the first line names: a long path would leave no room for the
-    # error.
-    short = (
-        NaloraError(e.where.rpartition("/")[2], expected=e.expected, found=e.found)
-        for e in errors
-    )
-    lines = [shorten(" ".join(str(error).split()), _SHOWN) for error in short]
+    remedies = list(dict.fromkeys(error.remedy for error in errors))
+    common = remedies[0] if len(remedies) == 1 else ""
+    lines = []
+    shown = {common, ""}
+    for error in errors:
+        # Without the folders, which the first line names: a long path would leave no room for the
+        # error.
+        place = error.where.rpartition("/")[2]
+        short = NaloraError(place, expected=error.expected, found=error.found)
+        line = shorten(" ".join(str(short).split()), _SHOWN)
+        if error.remedy not in shown:  # once, in the line of the first record
+            line += f"; {shorten(error.remedy, _SHOWN)}"
+            shown.add(error.remedy)
+        lines.append(line)
     count = len(errors) if len(errors) < _NAMED else f"{_NAMED} or more"
-    remedy = errors[0].remedy if len(reasons) == 1 else ""
     found = "\n  ".join([f"{count} broken ones:", *lines])
     return ListedError(
-        source.name, expected="records without errors", found=found, remedy=remedy
+        source.name, expected="records without errors", found=found, remedy=common
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from nalora_jax.config import DataConfig, PreferenceConfig
 from nalora_jax.data import packing, tokenize
-from nalora_jax.data.pipeline import train_data, with_length
+from nalora_jax.data.pipeline import stream_text, train_data, with_length
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenize import Example, fit_example, rows_of
@@ -37,15 +38,15 @@ def test_every_example_lies_in_one_row_and_no_row_overflows(case, several):
     rows = [plan.row(index) for index in range(pattern.rows)]
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(len(lengths)))
     assert max(lengths[row].sum() for row in rows) <= capacity
-    assert pattern.filling == pytest.approx(lengths.sum() / (len(rows) * capacity))
+    assert pattern.efficiency == pytest.approx(lengths.sum() / (len(rows) * capacity))
     assert several or len(rows) == len(lengths)
 
 
 def test_fills_rows_that_best_fit_leaves_gappy():
     # Best fit puts the 6s with nothing and wastes; 6 + 4 and 5 + 5 fill every row.
-    assert packing.pack([5] * 100 + [6] * 10 + [4] * 10 + [3] * 20 + [7] * 20, 10).filling == 1.0
+    assert packing.pack([5] * 100 + [6] * 10 + [4] * 10 + [3] * 20 + [7] * 20, 10).efficiency == 1.0
     narrow = np.random.default_rng(0).normal(33, 6, 20_000).astype(int).clip(15, 64)
-    assert packing.pack(narrow, 128).filling > 0.98
+    assert packing.pack(narrow, 128).efficiency > 0.98
 
 
 def test_documented_rows():
@@ -349,6 +350,12 @@ def test_tokens_are_made_once(open_data, config, tokenizer, cache, monkeypatch):
             with pytest.raises(AssertionError, match="tokenized again"):
                 train_data(*other, batch_size=4)
     assert sorted(path.name for path in (cache / "tokens").glob(".*")) == []
+
+
+def test_figures_of_a_stream_are_one_line(open_records):
+    text = stream_text(open_records(*sky(1, 1, 1, 1), max_length=64).describe())
+    assert re.search(r"^4 examples, .* epoch, packing efficiency \d\d?\.\d%", text)
+    assert "dropped" not in text
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "digests.json"])

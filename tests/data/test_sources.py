@@ -14,7 +14,7 @@ from nalora_jax.data.chat import messages_of
 from nalora_jax.data.given import NAME, formatted, given_sources
 from nalora_jax.data.images.files import open_image
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.data.source import RecordsSource, components
+from nalora_jax.data.source import RecordsSource, components, share_text
 from nalora_jax.data.sources import MOST, check_disjoint, open_pair, open_source, split_to_measure
 from nalora_jax.errors import NaloraError
 
@@ -155,6 +155,14 @@ def test_weights_say_how_often_a_record_is_seen(write_jsonl):
     again = open_pair(DataConfig(dataset=f"{a}*2.5,{b}*0.25", eval_split=held))[0]
     assert (again.fingerprint, texts(again)) == (train.fingerprint, texts(train))
     assert len(open_source(config, "train")) == 18  # as data to measure on each counts once
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "text"),
+    [(1, 280, "0.4%"), (1, 30_000, "0.003%"), (0, 9, "0%"), (1, 3, "33%"), (9, 9, "100%")],
+)
+def test_a_small_share_is_not_shown_as_none(count, total, text):
+    assert share_text(count, total) == text
 
 
 def test_names_of_a_mixture_and_names_with_commas_and_stars(tmp_path):

@@ -151,13 +151,24 @@ def test_a_message_names_up_to_ten_broken_records(write_jsonl, tokenizer):
     lines = message.splitlines()
     assert lines[0].endswith("expected records without errors, found 3 broken ones:")
     assert [re.match(r"  data.jsonl:(\d+)", line)[1] for line in lines[1:]] == ["31", "232", "234"]
-    assert "found an empty text" in lines[1]
+    assert lines[1].endswith(
+        "found an empty text; the model would learn to end at once: write the answer, or remove the record"
+    )
+    assert lines[3].endswith("; fix or remove this record")
     many = error_of(write_jsonl(GOOD, *[EMPTY] * 40, name="many.jsonl"), tokenizer)
     assert "found 10 or more broken ones:" in many
     assert len(many.splitlines()) == 11
     assert many.endswith(
         "; the model would learn to end at once: write the answer, or remove the record"
     )
+
+
+def test_a_remedy_of_several_broken_records_is_shown_once(write_jsonl, tokenizer):
+    records = [GOOD, EMPTY, {"messages": []}, EMPTY]
+    lines = error_of(write_jsonl(*records), tokenizer).splitlines()
+    assert ["write the answer" in line for line in lines] == [False, True, False, False]
+    assert lines[2].endswith("found none")
+    assert lines[3].endswith("found an empty text")
 
 
 @pytest.mark.parametrize("place", [0, 299])
