@@ -22,18 +22,22 @@ from nalora_jax.data import tasks
 from nalora_jax.errors import NaloraError
 
 Splits = dict[str, Iterator[tuple[int, dict[str, Any]]]]
+_ANSWERS = {"mc": "letters", "rc": "full texts"}  # of each completion form
+
+
+def _description(name: str) -> str:
+    task, form = tasks.task_of(name)
+    return f"{task}, answered by {_ANSWERS[form]}"
 
 
 class Commonsense(tfds.core.GeneratorBasedBuilder):
     """``commonsense/<task>`` and ``commonsense/<task>_mc``; records in the order of the source."""
 
     VERSION = tfds.core.Version(tasks.VERSION)
-    RELEASE_NOTES = {tasks.VERSION: "First release."}  # noqa: RUF012 (TFDS reads this class attribute)
-    BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads this class attribute)
-        tfds.core.BuilderConfig(
-            name=name,
-            description=f"{tasks.task_of(name)[0]}, answered by {'letters' if name.endswith('_mc') else 'full texts'}",
-        )
+    # TFDS reads these class attributes.
+    RELEASE_NOTES = {tasks.VERSION: "First release."}  # noqa: RUF012
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        tfds.core.BuilderConfig(name=name, description=_description(name))
         for name in tasks.NAMES
     ]
 
@@ -126,7 +130,8 @@ class Needle(tfds.core.GeneratorBasedBuilder):
     """``needle/<words>``; records in the order of their numbers."""
 
     VERSION = tfds.core.Version(tasks.NEEDLE_VERSION)
-    RELEASE_NOTES = {tasks.NEEDLE_VERSION: "First release."}  # noqa: RUF012 (TFDS reads this class attribute)
+    # TFDS reads this class attribute.
+    RELEASE_NOTES = {tasks.NEEDLE_VERSION: "First release."}  # noqa: RUF012
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads this class attribute)
         tfds.core.BuilderConfig(
             name=str(length), description=f"texts of at most {length} words"
@@ -143,7 +148,8 @@ class Needle(tfds.core.GeneratorBasedBuilder):
             "depth": number(np.int32, doc="percent of the text before the needle"),
             "length": number(np.int32, doc="largest number of words of the text"),
         }
-        about = f"Needle retrieval in paragraphs of Wikipedia. This config: {self.builder_config.description}."
+        config = self.builder_config.description
+        about = f"Needle retrieval in paragraphs of Wikipedia. This config: {config}."
         return _info(self, features, about, "boolq")
 
     def _split_generators(self, dl_manager: Any) -> Splits:

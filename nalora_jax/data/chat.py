@@ -21,7 +21,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 from nalora_jax.config import DataConfig
@@ -165,7 +165,8 @@ def render_chat(
         answers: Ranges = ((0, len(text)),)
     else:
         text, answers = _completions(messages, turns, tokenizer, where, tools)
-        text = text[: answers[-1][1]] if ends_in_turn else text
+        if ends_in_turn:
+            text = text[: answers[-1][1]]
     if ends_in_turn or loss_on != "all":
         text, answers = _with_stops(text, answers, messages[-1], tokenizer, tools)
     return Rendered(text, answers, special=False)
@@ -189,9 +190,7 @@ def _completions(
     if len(turns) * sum(map(len, long.values())) > _MOST:
         short = _marked(messages, long)
         text, answers = completions(short.messages, turns, tokenizer, where, tools)
-        expanded = short.expanded(
-            text, [place for answer in answers for place in answer]
-        )
+        expanded = short.expanded(text, list(chain.from_iterable(answers)))
         if expanded is not None and expanded[0] == tokenizer.render_chat(
             messages, tools=tools
         ):
@@ -298,12 +297,11 @@ def completions(
     """
     render = _renderer(messages, turns, tokenizer, tools)
     # The full text, then for each completion the text before it and the text up to its end.
-    parts = [
-        part
-        for turn in turns
-        for part in ((messages[:turn], True), (messages[: turn + 1], False))
-    ]
-    text, *texts = render([(messages, False), *parts])
+    parts: list[tuple[Sequence[Message], bool]] = [(messages, False)]
+    for turn in turns:
+        parts.append((messages[:turn], True))
+        parts.append((messages[: turn + 1], False))
+    text, *texts = render(parts)
     eos = (tokenizer.special_tokens or {}).get("eos_token", "")
     after_chat = _end_of_chat(text, messages, eos, render)
     texts = [part.removesuffix(after_chat) for part in texts]
@@ -317,7 +315,8 @@ def completions(
                 where,
                 expected="a chat template whose turns begin like its generation prompt",
                 found=f"another beginning of messages[{turn}], so that no exact loss mask exists",
-                remedy="use records of plain texts (prompt and completion, or pairs of texts), or --data.loss-on all",
+                remedy="use records of plain texts (prompt and completion, or pairs of texts), "
+                "or --data.loss-on all",
             )
         if own is not None and text.startswith(upto):
             return own[0], len(upto.rstrip())
@@ -325,11 +324,8 @@ def completions(
         if own is not None and place is not None:
             start, place_of_words = place
             words = upto[own[1] :].rstrip()
-            # the token may follow the last turn only
-            for written in (
-                words,
-                words.removesuffix(eos),
-            ):
+            # The token may follow the last turn only.
+            for written in (words, words.removesuffix(eos)):
                 if text.startswith(written, place_of_words):
                     return start, place_of_words + len(written)
         expected = (
@@ -384,27 +380,33 @@ def _stop_after(
 ) -> str:
     """Returns the stop token with which the message after an assistant's ``message`` begins, or
     ""."""
-    role = "tool" if message.get("tool_calls") else "user"
+    role = "user"
+    if message.get("tool_calls"):
+        role = "tool"
     turn = {name: value for name, value in message.items() if name not in REASONING}
-    chat = [
-        {"role": "user", "content": "x"},
-        turn | {"content": "x" if message.get("content") else ""},
-    ]
+    turn["content"] = ""
+    if message.get("content"):
+        turn["content"] = "x"
+    chat = [{"role": "user", "content": "x"}, turn]
     longer = [*chat, {"role": role, "content": "x"}]
     try:
         upto, text = tokenizer.render_chats([(chat, False), (longer, False)], tools)
     except NaloraError:  # such a message cannot follow
         return ""
     upto = upto.rstrip()
-    return _stop_at(text, len(upto), tokenizer) if text.startswith(upto) else ""
+    if not text.startswith(upto):
+        return ""
+    return _stop_at(text, len(upto), tokenizer)
 
 
 def _stop_at(text: str, place: int, tokenizer: Tokenizer) -> str:
     """Returns the stop token at ``place``, with white space before it, or "" if there is none."""
     begin = len(text) - len(text[place:].lstrip())
-    stops = (tokenizer.turn_ends.get(index) for index in tokenizer.eos_ids)
-    stop = next((stop for stop in stops if stop and text.startswith(stop, begin)), "")
-    return text[place : begin + len(stop)] if stop else ""
+    for index in tokenizer.eos_ids:
+        stop = tokenizer.turn_ends.get(index)
+        if stop and text.startswith(stop, begin):
+            return text[place : begin + len(stop)]
+    return ""
 
 
 def _renderer(
@@ -525,12 +527,9 @@ class ShortChat:
         """Returns a rendered text with its contents, and the positions in it; None if one is inside
         a content."""
         marks = list(_CONTENT_MARK.finditer(text))
-        if any(
-            mark.start() < position < mark.end()
-            for mark in marks
-            for position in positions
-        ):
-            return None
+        for mark in marks:
+            if any(mark.start() < position < mark.end() for position in positions):
+                return None
         contents = [self.contents[int(mark[1])] for mark in marks]
         ends = [mark.end() for mark in marks]
         longer = (

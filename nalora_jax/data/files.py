@@ -136,7 +136,9 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
     files: dict[Any, PurePath]
     if buckets.is_url(name):
         if "*" in name or buckets.exists(name):
-            return {"train": buckets.files(name) if "*" in name else [name]}
+            if "*" in name:
+                return {"train": buckets.files(name)}
+            return {"train": [name]}
         root = name.rstrip("/") + "/"
         files = {
             file: PurePath(file.removeprefix(root)) for file in buckets.files(root)
@@ -168,7 +170,9 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
         raise NaloraError(
             name, expected=expected, found=f"no file that ends in {', '.join(ENDINGS)}"
         )
-    return {"train": splits[""]} if set(splits) == {""} else splits
+    if set(splits) == {""}:
+        return {"train": splits[""]}
+    return splits
 
 
 def is_path(text: str) -> bool:
@@ -196,8 +200,9 @@ def _split_of(file: PurePath) -> str:
 def _arrow_files(folder: Path) -> list[Path]:
     """Returns the Arrow files of one split as listed by save_to_disk."""
     listed = read_json(folder / "state.json").get("_data_files")
-    entries = listed if isinstance(listed, list) else []
-    names = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
+    names = []
+    if isinstance(listed, list):
+        names = [entry.get("filename") for entry in listed if isinstance(entry, dict)]
     if not names or not all(
         isinstance(name, str) and Path(name).name == name for name in names
     ):
@@ -331,7 +336,10 @@ def _json_lines(path: Path, name: str) -> RecordFile:
         path.open("rb") as handle,
     ):
         for text in handle:
-            (offsets if text.strip() else skipped).append(position)
+            if text.strip():
+                offsets.append(position)
+            else:
+                skipped.append(position)
             position += len(text)
             digest.update(text)
         if not offsets:
@@ -379,7 +387,10 @@ def _table(path: Path | str, name: str) -> RecordFile:
         with readable(path):
             sha256 = file_digest(path)
     with errors():
-        groups = _parquet(path) if kind == ".parquet" else _arrow(Path(path))
+        if kind == ".parquet":
+            groups = _parquet(path)
+        else:
+            groups = _arrow(Path(path))
     bounds = np.cumsum([0, *(size for size, _ in groups)])
 
     @lru_cache(_OPEN_GROUPS)

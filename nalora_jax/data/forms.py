@@ -92,27 +92,35 @@ def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, 
     tools = record.get("tools")
 
     def with_messages(turns: Any) -> Record:
-        return type(record)({messages: turns, **({"tools": tools} if tools else {})})
+        chat = type(record)({messages: turns})
+        if tools:
+            chat["tools"] = tools
+        return chat
 
     if messages in record:
-        return record, f"chat messages ({messages}){', with tools' if tools else ''}"
+        form = f"chat messages ({messages})"
+        if tools:
+            form += ", with tools"
+        return record, form
     if isinstance(prompt, list) and isinstance(completion, list):
-        return with_messages(
-            [*prompt, *completion]
-        ), f"chat messages ({asked} and {answered})"
+        form = f"chat messages ({asked} and {answered})"
+        return with_messages([*prompt, *completion]), form
     if asked in record:
-        choices = ", with choices" if record.get("choices") else ""
-        return record, f"prompt and completion ({asked}, {answered}){choices}"
+        form = f"prompt and completion ({asked}, {answered})"
+        if record.get("choices"):
+            form += ", with choices"
+        return record, form
     if CONVERSATIONS in record:
         system = record.get("system")
         turns = record[CONVERSATIONS]
         if isinstance(turns, list) and isinstance(system, str) and system:
             turns = [{"role": "system", "content": system}, *turns]
-        return with_messages(
-            turns
-        ), f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
+        form = f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
+        return with_messages(turns), form
     if {"instruction", "output"} <= record.keys():
-        author = "the chat template" if config.chat else "Alpaca's prompt"
+        author = "Alpaca's prompt"
+        if config.chat:
+            author = "the chat template"
         form = f"Alpaca fields (instruction, input, output), written by {author}"
         return _alpaca(record, config, where), form
     if TEXT not in record:
@@ -141,10 +149,11 @@ def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
         else:
             context = ""
         prompt = (
-            f"Below is an instruction that describes a task{context}. Write a response that appropriately "
-            f"completes the request.\n\n### Instruction:\n{instruction}\n\n"
+            f"Below is an instruction that describes a task{context}. Write a response that "
+            f"appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
         )
-        prompt += f"### Input:\n{given}\n\n" if given else ""
+        if given:
+            prompt += f"### Input:\n{given}\n\n"
         prompt += "### Response:\n"
     return {config.prompt_field: prompt, config.completion_field: texts["output"]}
 
@@ -173,7 +182,8 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
     check_role(message.get("role"), where)
     calls = message.get("tool_calls")
     if isinstance(calls, list) and calls:
-        calls = _without_null(calls) if filled else calls
+        if filled:
+            calls = _without_null(calls)
         message["tool_calls"] = [
             _call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)
         ]
@@ -260,13 +270,13 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
     if isinstance(record, TableRecord):
         value = _without_null(value)
     try:
-        value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = json.loads(value)
         if isinstance(value, list):
-            texts = [isinstance(tool, str) and tool[:1] == "{" for tool in value]
-            value = [
-                json.loads(tool) if text else tool
-                for tool, text in zip(value, texts, strict=True)
-            ]
+            value = list(value)
+            for i, tool in enumerate(value):
+                if isinstance(tool, str) and tool[:1] == "{":
+                    value[i] = json.loads(tool)
     except (ValueError, RecursionError) as error:
         raise NaloraError(
             f"{where}: tools", expected="a JSON list of tools", found=error

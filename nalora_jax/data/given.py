@@ -99,8 +99,9 @@ def given_sources(
         raise NaloraError("run", expected="data or source", found="both")
     sources = source
     if data is not None:
-        splits = data if isinstance(data, Mapping) else {"train": data}
-        sources = {name: _records(name, records) for name, records in splits.items()}
+        if not isinstance(data, Mapping):
+            data = {"train": data}
+        sources = {name: _records(name, records) for name, records in data.items()}
         config = replace(config, dataset=NAME)
     if format is None:
         return config, sources
@@ -108,7 +109,8 @@ def given_sources(
         held = config.eval_split
         sources = {config.train_split: open_source(config, config.train_split)}
         if held != AUTO or "validation" in sources[config.train_split].siblings:
-            held = "validation" if held == AUTO else held
+            if held == AUTO:
+                held = "validation"
             sources[held] = open_source(config, held)
     return config, {
         name: formatted(records, format) for name, records in sources.items()

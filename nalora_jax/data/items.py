@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nalora_jax.common.digests import digest_of, json_digest
 
@@ -73,13 +74,15 @@ Item = ChoiceItem | CompletionItem
 def digest(items: Sequence[Item]) -> str:
     """Returns the SHA-256 of the examples: equal if prompts, completions, images and order are
     equal."""
-    asked = [
-        {name: value for name, value in asdict(item).items() if name != "turns"}
-        for item in items
-    ]
-    return json_digest(
-        asked,
-        default=lambda image: digest_of(
-            image if isinstance(image, bytes) else image.read_bytes()
-        ),
-    )
+    asked = []
+    for item in items:
+        values = asdict(item)
+        values.pop("turns", None)
+        asked.append(values)
+    return json_digest(asked, default=_digest_of_image)
+
+
+def _digest_of_image(image: Any) -> str:
+    if not isinstance(image, bytes):
+        image = image.read_bytes()
+    return digest_of(image)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -225,7 +226,7 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
                 available = available - 1
             if row:
                 put(row, available, room)
-    return [group for stack in groups.values() for group in stack]
+    return list(chain.from_iterable(groups.values()))
 
 
 def _fullest_first(counts: np.ndarray, capacity: int) -> list[Group]:

@@ -235,7 +235,10 @@ class BatchIterator(Iterator[HostBatch]):
         if state.get("data") != self._data.fingerprint:
             where = "checkpoint: data position"
             expected = f"a position in {self._data.fingerprint}"
-            remedy = "continue with the data, tokenizer, --data options and --seed of the run, or start a new run"
+            remedy = (
+                "continue with the data, tokenizer, --data options and --seed of the run, "
+                "or start a new run"
+            )
             raise NaloraError(
                 where, expected=expected, found=state.get("data"), remedy=remedy
             )
@@ -306,6 +309,8 @@ def packed_data(
     if batch_size % accumulate:
         expected = f"a multiple of the {accumulate} micro-batches"
         raise NaloraError("--train.batch-size", expected=expected, found=batch_size)
+    if rows is None:
+        rows = range(batch_size // accumulate)
     group = kind.group
     examples = examples or partial(text_examples, config=config, tokenizer=tokenizer)
     uncut = open_store(records, config, tokenizer, seed, examples, **fields)
@@ -324,7 +329,7 @@ def packed_data(
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,
-        rows=tuple(map(int, range(batch_size // accumulate) if rows is None else rows)),
+        rows=tuple(map(int, rows)),
         workers=config.workers,
     )
 
@@ -353,7 +358,10 @@ def with_length(
       context: maximum tokens of the model.
     """
     quantile = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
-    length = min(max(_rounded(quantile), SHORTEST if config.pack else 1), context)
+    shortest = 1
+    if config.pack:
+        shortest = SHORTEST
+    length = min(max(_rounded(quantile), shortest), context)
     full = 1.0
     if config.pack:
         tried = []

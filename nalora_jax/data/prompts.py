@@ -103,7 +103,8 @@ class PromptData(Stream):
         segments = np.zeros_like(tokens)
         for row, place in enumerate(places):
             ids = self.items[place].prompt_ids
-            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+            tokens[row, : len(ids)] = ids
+            segments[row, : len(ids)] = 1
         positions = np.arange(self.length, dtype=np.int32)[None] * segments
         prompt = np.array(places, np.int32)
         return {
@@ -224,8 +225,14 @@ def _fitting(
             kept.append(index)
             items.append(item)
         elif config.too_long == "error":
-            expected = f"a prompt of at most {limit} tokens, --data.max-length minus --rl.max-new-tokens"
-            remedy = 'raise --data.max-length, or leave such prompts out with --data.too-long "drop"'
+            expected = (
+                f"a prompt of at most {limit} tokens, "
+                "--data.max-length minus --rl.max-new-tokens"
+            )
+            remedy = (
+                "raise --data.max-length, or leave such prompts out with "
+                '--data.too-long "drop"'
+            )
             found = len(item.prompt_ids)
             raise NaloraError(
                 records.where(index), expected=expected, found=found, remedy=remedy

@@ -72,20 +72,18 @@ def eval_examples(
     else:
         read = open_held_out(config, split, source=source)
     require_some(read)
-    return examples_at(
-        read,
-        _drawn(read, config.eval_limit if limit is None else limit),
-        config,
-        tokenizer,
-    )
+    if limit is None:
+        limit = config.eval_limit
+    return examples_at(read, _drawn(read, limit), config, tokenizer)
 
 
 def held_out_indices(records: Source, config: DataConfig) -> list[int]:
     """Returns the indices of the held-out records that a run evaluates, ascending: the same in all
     runs."""
-    return _drawn(
-        records, config.eval_limit + config.select_limit if config.eval_limit else 0
-    )
+    limit = 0
+    if config.eval_limit:
+        limit = config.eval_limit + config.select_limit
+    return _drawn(records, limit)
 
 
 def _drawn(records: Source, limit: int) -> list[int]:
@@ -162,8 +160,8 @@ def split_questions(
         )
     order = permutation(len(items), _SEED + 1).tolist()
     cut = max(1, min(selecting, len(items) // 3))
-    parts = sorted(order[cut:][: reported or None]), sorted(order[:cut])
-    first, second = ([items[i] for i in part] for part in parts)
+    first = [items[i] for i in sorted(order[cut:][: reported or None])]
+    second = [items[i] for i in sorted(order[:cut])]
     return first, second
 
 
@@ -302,14 +300,15 @@ def _choice(
     question: _Question, texts: Sequence[Rendered], examples: Sequence[Example]
 ) -> ChoiceItem:
     """Splits the tokens of each text into prompt and choice."""
-    prompts, answers = (
-        list(ids)
-        for ids in zip(*(example.divided for example in examples), strict=True)
-    )
+    divided = [example.divided for example in examples]
+    prompts = [prompt for prompt, _ in divided]
+    answers = [answer for _, answer in divided]
     gold = question.gold
     text = texts[question.gold]
     prompt = text.text[: text.answers[0][0]]
-    own_prompts = prompts if question.own_prompts else None
+    own_prompts = None
+    if question.own_prompts:
+        own_prompts = prompts
     return ChoiceItem(
         prompts[gold], answers, gold, prompt, list(question.choices), own_prompts
     )

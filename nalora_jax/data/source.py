@@ -150,7 +150,9 @@ class SourceView(JoinedSource):
         indices: np.ndarray | None = None,
         change: Change | None = None,
     ) -> None:
-        chosen = np.arange(len(base)) if indices is None else indices
+        chosen = indices
+        if chosen is None:
+            chosen = np.arange(len(base))
         super().__init__([base], np.zeros(len(chosen), np.int64), chosen, change)
         self.name = base.name
         self.dataset = base.dataset
@@ -259,10 +261,12 @@ class MixedSource(JoinedSource):
         self._counts = [len(indices) for indices in chosen]
         of = np.repeat(np.arange(len(sources)), self._counts)
         super().__init__(list(sources), of, np.concatenate(chosen))
-        names = [
-            source.name + (f" * {weight:g}" if weight != 1 else "")
-            for source, weight in pairs
-        ]
+        names = []
+        for source, weight in pairs:
+            name = source.name
+            if weight != 1:
+                name += f" * {weight:g}"
+            names.append(name)
         self.name = self.dataset = " + ".join(names)
         self.fingerprint = "mixture:" + "|".join(
             f"{s.fingerprint}*{weight:g}" for s, weight in pairs

@@ -9,6 +9,7 @@ import difflib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,13 @@ def _open_one(config: DataConfig, split: str) -> Source:
         return FileSource(name, split)
     else:
         near = difflib.get_close_matches(name, tasks.NAMES, 1)
-        expected = 'a task of this library, "tfds:<name>", "hf:<org>/<name>" or the path of a file or folder'
-        remedy = f"did you mean {near[0]}? " if near else ""
-        remedy += f"the tasks are {', '.join((*tasks.NAMES, 'needle:WORDS'))}"
+        expected = (
+            'a task of this library, "tfds:<name>", "hf:<org>/<name>" '
+            "or the path of a file or folder"
+        )
+        remedy = f"the tasks are {', '.join((*tasks.NAMES, 'needle:WORDS'))}"
+        if near:
+            remedy = f"did you mean {near[0]}? {remedy}"
         raise NaloraError(
             "--data.dataset", expected=expected, found=repr(name), remedy=remedy
         )
@@ -168,7 +173,9 @@ def open_training(
 
 
 def _mixed(sources: Sequence[Source], weights: list[float]) -> Source:
-    return sources[0] if weights == [1.0] else MixedSource(sources, weights)
+    if weights == [1.0]:
+        return sources[0]
+    return MixedSource(sources, weights)
 
 
 def open_held_out(
@@ -196,7 +203,9 @@ def _divided(
     train = open_source(config, config.train_split, source=source)
     name = "validation"
     if source is not None:
-        return (train, source[name]) if name in source else draw_held_out(train)
+        if name in source:
+            return train, source[name]
+        return draw_held_out(train)
     if config.dataset.partition(":")[0] not in _OPENERS:
         if name in train.siblings:
             return (train, open_source(config, name))
@@ -225,7 +234,8 @@ def check_disjoint(train: Source, held_out: Source) -> None:
                     "--data.eval-split",
                     expected=f"records that {train.name} does not train on",
                     found=f"{held_out.name}, which shares {shared} with it",
-                    remedy='hold some out, e.g. --data.train-split "train[:-5%]" --data.eval-split "train[-5%:]"',
+                    remedy='hold some out, e.g. --data.train-split "train[:-5%]" '
+                    '--data.eval-split "train[-5%:]"',
                 )
 
 
@@ -294,7 +304,10 @@ def open_hub(argument: str, split: str) -> Source:
             dataset, expected=expected, found="none", remedy=remedy
         ) from error
     name, _, config = argument.partition(":")
-    remedy = "check the id, its config (hf:ORG/NAME:CONFIG) and the split; a private data set needs HF_TOKEN"
+    remedy = (
+        "check the id, its config (hf:ORG/NAME:CONFIG) and the split; "
+        "a private data set needs HF_TOKEN"
+    )
     with foreign_errors(
         f"{dataset}[{split}]", "a data set that can be loaded from the hub", remedy
     ):
@@ -329,21 +342,21 @@ class FileSource(JoinedSource):
             self.siblings = tuple(files)
             asked = splits_in(split)
             chosen = [name for name in files if {name, "all"} & asked]
-            opened = {
-                name: [open_rows(file) for file in files[name]] for name in chosen
-            }
+            opened = {name: list(map(open_rows, files[name])) for name in chosen}
         if is_url(path):
             self.dataset = str(path)
         else:
             self.dataset = str(expand_user(path).resolve())
         self.name = f"{path}[{split}]"
         names = ", ".join(self.siblings)
-        only = 'one split, "train", or' if names == "train" else f"{names}, or"
+        only = f"{names}, or"
+        if names == "train":
+            only = 'one split, "train", or'
         expected = f'{only} slices such as "train[-5%:]"'
         with foreign_errors(self.name, expected, "name a split that is there"):
             sizes = {name: sum(map(len, rows)) for name, rows in opened.items()}
             self.spans = absolute_of(split, sizes)
-        members = [file for rows in opened.values() for file in rows]
+        members = list(chain.from_iterable(opened.values()))
         first = dict(
             zip(opened, np.cumsum([0, *sizes.values()]).tolist(), strict=False)
         )

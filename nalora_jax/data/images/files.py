@@ -197,7 +197,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "crop_size": {"height": 224, "width": 224},
     },
     "SiglipImageProcessor": {**_ALWAYS, **_HALF, **_SQUARE, "resample": 3},
-    "Siglip2ImageProcessor": {**_ALWAYS, **_HALF, "resample": 2, "patch_size": 16, "max_num_patches": 256},
+    "Siglip2ImageProcessor": {
+        **_ALWAYS, **_HALF, "resample": 2, "patch_size": 16, "max_num_patches": 256,
+    },
     "ViTImageProcessor": {**_ALWAYS, **_HALF, **_SQUARE, "resample": 2, "default_to_square": True},
 }  # fmt: skip
 _OF_CLIP = ("BitImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
@@ -244,7 +246,8 @@ class ImageProcessor:
         if self.shortest:  # the other side is rounded down, as in torchvision
             short, long = sorted((image.height, image.width))
             size = (self.shortest, int(self.shortest * long / short))
-            size = size[::-1] if image.width <= image.height else size
+            if image.width <= image.height:
+                size = size[::-1]
         if size is not None:
             image = image.resize(size[::-1], resample=self.resample)
         if self.crop is not None:
@@ -273,8 +276,7 @@ class ImageProcessor:
 
     def batch(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
         """Returns several images, stacked."""
-        rows = [self(image) for image in images]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return stacked([self(image) for image in images])
 
     def normalise(self, pixels: jax.Array) -> jax.Array:
         """Converts uint8 pixels or patches ``[..., channels or patch * patch * channels]`` to
@@ -335,7 +337,9 @@ def read_processor(folder: Path) -> ImageProcessor:
     f = Fields(raw, DEFAULTS[base_kind], where)
     for name in ("do_pad", "do_pan_and_scan"):
         f.refuse(name, "set it to false in the file, as the model's own is")
-    scale = f.number("rescale_factor") if f.flag("do_rescale") else 1.0
+    scale = 1.0
+    if f.flag("do_rescale"):
+        scale = f.number("rescale_factor")
     values: dict[str, Any] = {
         "resample": f.integer("resample", low=0, high=_HAMMING),
         "scale": scale,
@@ -362,10 +366,20 @@ def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
     sides = Fields(value, {}, f"{f.where}: {name}")
     if set(value) == {"shortest_edge"}:
         side = sides.integer("shortest_edge", high=2**14)
-        return ((side, side), 0) if square else (None, side)
+        if square:
+            return (side, side), 0
+        return None, side
     if not {"height", "width"} <= set(value):
         raise f.error(name, "height and width, or shortest_edge", str(value)[:60])
     return (sides.integer("height", high=2**14), sides.integer("width", high=2**14)), 0
+
+
+def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns the arrays of several images, stacked by name."""
+    batch = {}
+    for name in rows[0]:
+        batch[name] = np.stack([row[name] for row in rows])
+    return batch
 
 
 def _channels(f: Fields, name: str) -> tuple[float, ...]:
@@ -455,10 +469,11 @@ class TextTokenizer:
         if self.fixed:
             longest = self.max_length
         length = length or min(self.max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
+        direction = "right"
+        if self.left:
+            direction = "left"
         for row in rows:
-            row.pad(
-                length, direction="left" if self.left else "right", pad_id=self.pad_id
-            )
+            row.pad(length, direction=direction, pad_id=self.pad_id)
         return {
             "tokens": np.array([row.ids for row in rows], np.int32),
             "token_weights": np.array([row.attention_mask for row in rows], np.float32),

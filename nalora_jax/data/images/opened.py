@@ -31,6 +31,7 @@ from nalora_jax.data.images.files import (
     file_below,
     open_image,
     pillow,
+    stacked,
 )
 from nalora_jax.data.packing import epoch_order, permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
@@ -307,8 +308,12 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str) -> ImageSo
         path = Path(split)
         split = "train"
     if not path.exists():
-        expected = 'a registered data set, "tfds:<name>", a folder of images, or a CSV or JSONL file'
-        remedy = f"--import FILE registers data sets; registered: {', '.join(IMAGE_SETS.names()) or 'none'}"
+        expected = (
+            'a registered data set, "tfds:<name>", a folder of images, '
+            "or a CSV or JSONL file"
+        )
+        registered = ", ".join(IMAGE_SETS.names()) or "none"
+        remedy = f"--import FILE registers data sets; registered: {registered}"
         raise NaloraError(
             "--data.dataset", expected=expected, found=repr(name), remedy=remedy
         )
@@ -436,10 +441,7 @@ class ImageData(Stream):
             prepared.append(
                 self.processor(augmented(image, self.vision, generator(self.seed, row)))
             )
-        batch = {
-            name: np.stack([arrays[name] for arrays in prepared])
-            for name in prepared[0]
-        }
+        batch = stacked(prepared)
         if self.labels is not None:
             batch["labels"] = self.labels[indices]
         if self.tokens is not None:
