@@ -66,39 +66,6 @@ def log_to_stderr() -> None:
         logger.propagate = False
 
 
-class _FirstOfEach(logging.Filter):
-    """Drops messages of this library that were logged before, except reports of progress."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._logged: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Returns True for the first of several equal messages."""
-        if record.name == __name__ or not record.name.startswith("nalora_jax"):
-            return True
-        message = record.getMessage()
-        is_first = message not in self._logged
-        self._logged.add(message)
-        return is_first
-
-
-@contextmanager
-def logged_once() -> Iterator[None]:
-    """Logs equal messages once within the block, where several runs have the same data."""
-    loggers = logging.getLogger("nalora_jax"), logging.getLogger()
-    filters = [
-        (handler, _FirstOfEach()) for logger in loggers for handler in logger.handlers
-    ]
-    for handler, first_of_each in filters:
-        handler.addFilter(first_of_each)
-    try:
-        yield
-    finally:
-        for handler, first_of_each in filters:
-            handler.removeFilter(first_of_each)
-
-
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Passes the progress of `counting` to ``listener`` instead of the log."""

@@ -434,13 +434,13 @@ def field_comments(kind: type) -> Mapping[str, str]:
     lines: list[str] = []
     for owner in kind.__mro__[:-1]:
         lines += inspect.getsource(owner).splitlines()
+    names = [line.partition(":")[0] for line in lines]
     comments = {}
     for field in fields(kind):
-        at = 0
-        while at < len(lines) and not lines[at].startswith(f"    {field.name}:"):
-            at += 1
-        if at == len(lines):  # inherited
-            at = 0
+        name = f"    {field.name}"
+        at = 0  # of inherited fields
+        if name in names:
+            at = names.index(name)
         start = at
         while start and lines[start - 1].startswith("    #"):
             start -= 1

@@ -101,7 +101,7 @@ class Start(Protocol):
 
 
 class Kind(Protocol):
-    """A kind of run: a module with these four functions; see `DecoderKind` for the fifth."""
+    """A kind of run: a module with these four functions."""
 
     def open_inputs(
         self, config: RunConfig, source: Mapping[str, Source] | None, /
@@ -138,16 +138,4 @@ class Kind(Protocol):
         """Writes the adapter of a state to a folder and verifies it by reloading.
 
         ``share`` makes a folder of the first process readable in all processes.
-        """
-
-
-class DecoderKind(Kind, Protocol):
-    """A kind of run on a decoder: a module with the functions of `Kind` and this one."""
-
-    def program_parts(self, config: RunConfig, processor: Any, /) -> dict[str, Any]:
-        """Returns the arguments of `nalora_jax.train.program.assemble` that differ between kinds.
-
-        Args:
-          config: of the run.
-          processor: of the images of a model that sees; None for other models.
         """

@@ -41,7 +41,6 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
     Attributes:
       begun: the line of the step where the resumed run was stopped, if its next log step includes
         those steps; else empty.
-      lost_after: last step in the log of a resumed run if lines up to its checkpoint are missing.
 
     Raises:
       NaloraError: a new run's folder contains a log, or the log to resume is damaged before its
@@ -63,14 +62,18 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         self._resume = resume
         earlier: list[dict[str, Any]] = []
         self.begun: dict[str, Any] = {}
-        self.lost_after: int | None = None
+        self._lost: dict[str, int] = {}
         if resume is not None:
             earlier, self.begun = _rewind(self.path, resume, goes_on=goes_on)
             last = max(map(_step, earlier), default=0)
             if last < resume and not self.begun:  # a step with a checkpoint has a line
-                self.lost_after = last
-                message = "%s: the lines of steps %d to %d are lost"
-                log.warning(message, self.path, last + 1, resume)
+                self._lost = {"lost_after": last}
+                log.warning(
+                    "%s: the lines of steps %d to %d are lost",
+                    self.path,
+                    last + 1,
+                    resume,
+                )
         self._has_header = any("run" in record for record in earlier)
         self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
@@ -86,8 +89,7 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         machine = {"versions": dict(versions), "device": device}
         if self.begun:
             more["begun"] = self.begun
-        if self.lost_after is not None:
-            more["lost_after"] = self.lost_after
+        more |= self._lost
         if self._has_header:
             self.write({"resumed": {"step": self._resume, **machine, **more}})
         else:
@@ -229,15 +231,7 @@ class _Numbers(Callback):
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         """Writes the numbers of an evaluation; base and result have separate tags."""
-        numbers = scalars(
-            to_json(
-                {
-                    "eval": {
-                        name: value for name, value in values.items() if name != "right"
-                    }
-                }
-            )
-        )
+        numbers = scalars(to_json({"eval": values}))
         tag = {"initial": "before/", "final": "after/"}.get(kind, "eval/")
         self.write(
             step, {tag + name.removeprefix("eval/"): value for name, value in numbers}

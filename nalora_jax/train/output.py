@@ -470,8 +470,9 @@ class Mirror:
         except Exception as error:
             # Stores raise any type; the last copy of a run does not suppress it.
             if not self._failed:
-                message = "%s cannot be written (%s); trying again"
-                log.warning(message, self.where, error)
+                log.warning(
+                    "%s cannot be written (%s); trying again", self.where, error
+                )
             self._failed = True
 
     def names(self) -> list[str]:

@@ -43,10 +43,9 @@ class Session:
       stop: stop requests.
       callbacks: its callbacks.
       console: of its messages; the terminal, with a progress bar, by default.
-      name: precedes its log messages if other runs train with it.
+      label: precedes its log messages if other runs train with it, as ``"seed-1: "``.
 
     Attributes:
-      label: start of the log messages about this run alone; "" if no other run trains.
       closing: closes what the run opens: checkpoints, callbacks, progress bar.
       recorded: last recorded settings of a resumed run; {} otherwise.
       before: held-out metrics of the base model, once they are known.
@@ -65,12 +64,12 @@ class Session:
         stop: StopSignals,
         callbacks: Sequence[Callback],
         console: Console | None = None,
-        name: str = "",
+        label: str = "",
     ) -> None:
         self.output = output
         self.stop = stop
         self.console = console
-        self.label = f"{name}: " if name else ""
+        self.label = label
         self.closing = ExitStack()
         self.recorded: Mapping[str, Any] = {}
         if output.resumes:
@@ -251,19 +250,19 @@ def open_session(
     stop: StopSignals,
     callbacks: Sequence[Callback],
     console: Console | None = None,
-    name: str = "",
+    label: str = "",
 ) -> Iterator[Session]:
     """Locks the folder of a run. The caller closes what its stages open by `Session.closing`.
 
     Args:
       config: the run's settings, with the folder.
-      stop, callbacks, console, name: see `Session`.
+      stop, callbacks, console, label: see `Session`.
 
     Raises:
       NaloraError: see `nalora_jax.train.output.open_output`.
     """
     with open_output(config.output, config.resume) as output:
-        yield Session(output, stop, callbacks, console, name)
+        yield Session(output, stop, callbacks, console, label)
 
 
 def way_on(config: RunConfig) -> str:

@@ -143,14 +143,15 @@ def check_settings(
     defaults = _settings(RunConfig().to_dict())
     absent = "(absent)"
     before = {name: defaults[name] for name in after.keys() & defaults.keys()} | before
-    pairs = {
-        name: (before.get(name, absent), after.get(name, absent))
-        for name in sorted(before.keys() | after.keys())
-    }
-    differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    if differing:
-        recorded = [f"{name} = {pair[0]!r}" for name, pair in differing.items()]
-        changed = [f"{name} = {pair[1]!r}" for name, pair in differing.items()]
+    recorded = []
+    changed = []
+    for name in sorted(before.keys() | after.keys()):
+        old = before.get(name, absent)
+        new = after.get(name, absent)
+        if old != new:
+            recorded.append(f"{name} = {old!r}")
+            changed.append(f"{name} = {new!r}")
+    if changed:
         raise NaloraError(
             where,
             expected=f"the settings that it was made with: {', '.join(recorded)}",

@@ -15,7 +15,7 @@ from nalora_jax.train.session import Session
 
 def test_the_best_evaluation_names_its_run_of_a_sweep(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.INFO)
-    session = Session(Output(tmp_path, False), StopSignals(), (), name="seed-1")
+    session = Session(Output(tmp_path, False), StopSignals(), (), label="seed-1: ")
     best = SimpleNamespace(step=15)
     session.checkpointer = SimpleNamespace(
         wait=lambda: None, best_step=lambda: 15, restore=lambda which, like: (best, {})

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -123,7 +123,7 @@ def sweep(
     first = configs[0].output
     folder = str(epath.Path(buckets.url(first) or first).parent)
     results: _Results = {}
-    with attended() as stop, notes.logged_once(), ExitStack() as stack:
+    with attended() as stop, _logged_once(), ExitStack() as stack:
         runs = [_open_run(config, data, format, stop, stack) for config in configs]
         distributed.on_first_process(locked)
         groups = values.grouped(runs, _key)
@@ -172,7 +172,7 @@ def _open_run(
     name = Path(config.output).name
     callbacks = make_callbacks(config.callbacks)
     settings = replace(config, resume=resume)
-    opened = open_session(settings, stop, callbacks, _Named(name), name)
+    opened = open_session(settings, stop, callbacks, _Named(name), f"{name}: ")
     session = stack.enter_context(opened)
     kind = kinds.run_kind(config)
     inputs = read_inputs(config, kind, start, answering, session, source)
@@ -279,6 +279,39 @@ def _fit(
     with signals.between_steps():
         fit_all(program, loops, stop)
     return loops
+
+
+class _FirstOfEach(logging.Filter):
+    """Drops messages of this library that were logged before, except reports of progress."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logged: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns True for the first of several equal messages."""
+        if record.name == notes.__name__ or not record.name.startswith("nalora_jax"):
+            return True
+        message = record.getMessage()
+        is_first = message not in self._logged
+        self._logged.add(message)
+        return is_first
+
+
+@contextmanager
+def _logged_once() -> Iterator[None]:
+    """Logs equal messages once within the block, where several runs have the same data."""
+    loggers = logging.getLogger("nalora_jax"), logging.getLogger()
+    filters = [
+        (handler, _FirstOfEach()) for logger in loggers for handler in logger.handlers
+    ]
+    for handler, first_of_each in filters:
+        handler.addFilter(first_of_each)
+    try:
+        yield
+    finally:
+        for handler, first_of_each in filters:
+            handler.removeFilter(first_of_each)
 
 
 class _Named(Console):

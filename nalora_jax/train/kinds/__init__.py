@@ -1,17 +1,29 @@
 """Kinds of runs: each is a module with the functions of `nalora_jax.train.job.Kind`, and those on
-a decoder with the function of `nalora_jax.train.job.DecoderKind` as well."""
+a decoder with the function of `DecoderKind` as well."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from nalora_jax.config import RunConfig
 from nalora_jax.config.settings import DUAL
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be trained)
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.job import DecoderKind, Kind
+from nalora_jax.train.job import Kind
 from nalora_jax.weights import gguf  # noqa: F401  (enters the files that a base can be)
+
+
+class DecoderKind(Kind, Protocol):
+    """A kind of run on a decoder: a module with the functions of `Kind` and this one."""
+
+    def program_parts(self, config: RunConfig, processor: Any, /) -> dict[str, Any]:
+        """Returns the arguments of `nalora_jax.train.program.assemble` that differ between kinds.
+
+        Args:
+          config: of the run.
+          processor: of the images of a model that sees; None for other models.
+        """
 
 
 def run_kind(config: RunConfig) -> Kind:
