@@ -292,9 +292,8 @@ def _grouped_flops(instruction: Instruction) -> float:
     # The first operand with two axes (lists of groups have one, kernels three) shares a side with
     # the result.
     first, second = next((dims for dims in operands if len(dims) == 2), (0, 0))
-    if len(result) == 2:
-        inner = second
-    else:
+    inner: float = second
+    if len(result) != 2:
         inner = first * second / result[-2]
     return 2.0 * result[-2] * result[-1] * inner
 
