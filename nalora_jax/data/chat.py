@@ -476,7 +476,8 @@ def _place(
         return None
     if not prompt.startswith(between) and not between.startswith(prompt):
         return None
-    return len(head) - len(between) + min(len(prompt), len(between)), len(head)
+    start = len(head) - len(between)
+    return start + min(len(prompt), len(between)), len(head)
 
 
 def _with_mark(messages: Sequence[Message], place: int, mark: str) -> list[Message]:
@@ -556,6 +557,7 @@ def _marked(messages: Sequence[Message], places: Collection[int]) -> ShortChat:
             before, content, after = message["content"].partition(
                 message["content"].strip()
             )
-            short[i] = message | {"content": f"{before}xq{len(contents):06}qx{after}"}
+            mark = f"xq{len(contents):06}qx"
+            short[i] = message | {"content": f"{before}{mark}{after}"}
             contents.append(content)
     return ShortChat(short, contents)

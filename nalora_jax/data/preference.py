@@ -149,8 +149,9 @@ def tokenize_pairs(
             found = "the same one twice"
             raise NaloraError(where, expected=expected, found=found, remedy="remove it")
         begin = texts[0].answers[0][0]
-        answers = [text.text[slice(*text.answers[0])] for text in texts]
-        yield Pair(chosen, rejected, texts[0].text[:begin], (answers[0], answers[1]))
+        prompt = texts[0].text[:begin]
+        first, second = [text.text[slice(*text.answers[0])] for text in texts]
+        yield Pair(chosen, rejected, prompt, (first, second))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

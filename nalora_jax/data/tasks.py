@@ -96,12 +96,13 @@ LENGTHS = tuple(250 * 2**n for n in range(11))  # words: 250 to 256,000
 DEPTHS = (0, 25, 50, 75, 100)  # percent of the text before the needle
 OTHERS = 3  # needles of other cities
 CITIES = (
-    "Accra", "Athens", "Bergen", "Berlin", "Bogota", "Boston", "Bristol", "Cairo", "Cardiff", "Chicago", "Cologne",
-    "Dakar", "Dallas", "Delhi", "Denver", "Dublin", "Florence", "Geneva", "Glasgow", "Hanoi", "Havana", "Helsinki",
-    "Houston", "Istanbul", "Jakarta", "Kiev", "Lagos", "Lima", "Lisbon", "London", "Lyon", "Madrid", "Manila",
-    "Melbourne", "Miami", "Milan", "Montreal", "Munich", "Nairobi", "Naples", "Oslo", "Oxford", "Paris", "Perth",
-    "Prague", "Quito", "Riga", "Rome", "Seattle", "Seoul", "Sydney", "Tokyo", "Toronto", "Tunis", "Turin", "Venice",
-    "Vienna", "Warsaw", "York", "Zurich",
+    "Accra", "Athens", "Bergen", "Berlin", "Bogota", "Boston", "Bristol", "Cairo", "Cardiff",
+    "Chicago", "Cologne", "Dakar", "Dallas", "Delhi", "Denver", "Dublin", "Florence", "Geneva",
+    "Glasgow", "Hanoi", "Havana", "Helsinki", "Houston", "Istanbul", "Jakarta", "Kiev", "Lagos",
+    "Lima", "Lisbon", "London", "Lyon", "Madrid", "Manila", "Melbourne", "Miami", "Milan",
+    "Montreal", "Munich", "Nairobi", "Naples", "Oslo", "Oxford", "Paris", "Perth", "Prague",
+    "Quito", "Riga", "Rome", "Seattle", "Seoul", "Sydney", "Tokyo", "Toronto", "Tunis", "Turin",
+    "Venice", "Vienna", "Warsaw", "York", "Zurich",
 )  # fmt: skip
 _SENTENCE = re.compile(r"(?<=[a-z)\]][.!?]) (?=[A-Z])")
 _PASSAGE = re.compile(r"^.{0,80}? -- ")  # the title before a passage

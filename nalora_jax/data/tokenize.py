@@ -156,15 +156,15 @@ def broken_records(
         common = remedies[0]
     lines = []
     shown = {common, ""}
-    for error in errors:
+    for broken in errors:
         # Without the folders, which the first line names: a long path would leave no room for the
         # error.
-        place = error.where.rpartition("/")[2]
-        short = NaloraError(place, expected=error.expected, found=error.found)
+        place = broken.where.rpartition("/")[2]
+        short = NaloraError(place, expected=broken.expected, found=broken.found)
         line = shorten(" ".join(str(short).split()), _SHOWN)
-        if error.remedy not in shown:  # once, in the line of the first record
-            line += f"; {shorten(error.remedy, _SHOWN)}"
-            shown.add(error.remedy)
+        if broken.remedy not in shown:  # once, in the line of the first record
+            line += f"; {shorten(broken.remedy, _SHOWN)}"
+            shown.add(broken.remedy)
         lines.append(line)
     count = len(errors) if len(errors) < _NAMED else f"{_NAMED} or more"
     found = "\n  ".join([f"{count} broken ones:", *lines])
@@ -294,7 +294,8 @@ def fit_example(example: Example, max_length: int, bos_id: int | None) -> Exampl
     keep = int(bos_id is not None and example.ids[0] == bos_id)
     first = 1 + int(np.argmax(example.answer[1:]))
     cut = max(0, min(excess, first - 1))
-    index = np.r_[0:keep, keep + cut : len(example.ids)][: max_length + 1]
+    index = np.r_[0:keep, keep + cut : len(example.ids)]
+    index = index[: max_length + 1]
     return Example(example.ids[index], example.answer[index])
 
 
@@ -327,7 +328,8 @@ def rows_of(example: Example, config: DataConfig, bos_id: int | None) -> list[Ex
             count = math.ceil(last * size)
             if last >= 1:
                 count = int(last)
-            rows[i] = Example(row.ids, row.answer & (np.arange(size) >= size - count))
+            counted = np.arange(size) >= size - count
+            rows[i] = Example(row.ids, row.answer & counted)
     return [row for row in rows if row.has_target]
 
 

@@ -264,7 +264,9 @@ class ImageProcessor:
         height, width = self.resize or output
         resize = crop = None
         if self.resize:
-            resize = (round(height * side / output[0]), round(width * side / output[1]))
+            rows = round(height * side / output[0])
+            columns = round(width * side / output[1])
+            resize = (rows, columns)
         if self.shortest or self.crop:
             crop = (side, side)
         return replace(
@@ -371,7 +373,9 @@ def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
         return None, side
     if not {"height", "width"} <= set(value):
         raise f.error(name, "height and width, or shortest_edge", str(value)[:60])
-    return (sides.integer("height", high=2**14), sides.integer("width", high=2**14)), 0
+    height = sides.integer("height", high=2**14)
+    width = sides.integer("width", high=2**14)
+    return (height, width), 0
 
 
 def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
