@@ -134,8 +134,11 @@ class SafetensorsFolder(TensorSource):
         if SINGLE in present or not path.exists():
             return {}
         listed = read_json(path).get("weight_map")
-        named = isinstance(listed, dict) and {*map(type, listed.values())} == {str}
-        if not named:
+        if (
+            not isinstance(listed, dict)
+            or not listed
+            or any(type(file) is not str for file in listed.values())
+        ):
             expected = "file names of this folder by tensor name"
             raise NaloraError(
                 f"{path}: weight_map",

@@ -222,9 +222,12 @@ def keymap_for(
     Raises:
       NaloraError: llama.cpp's names of this family are not known here.
     """
-    encoder = not isinstance(config, ModelConfig)
-    if encoder or (config.sight is not None and source == "hf"):
-        keymap: KeyMap = OF_ENCODERS["keymap"](config)
+    keymap: KeyMap
+    if not isinstance(config, ModelConfig):
+        keymap = OF_ENCODERS["keymap"](config)
+        return keymap
+    if config.sight is not None and source == "hf":
+        keymap = OF_ENCODERS["keymap"](config)
         return keymap
     config = replace(config, sight=None)
     family = family_of(config.model_type)

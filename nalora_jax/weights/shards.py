@@ -165,8 +165,8 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 remedy="the file is damaged: restore it from a copy, or export it again; if you "
                 "changed it on purpose, save it without this metadata",
             )
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.astype(np.float32, copy=False)
+    for name, array in tensors.items():
+        tensors[name] = array.astype(np.float32, copy=False)
         if not np.isfinite(tensors[name]).all():
             raise NaloraError(
                 f"{path}: {name}",
@@ -270,7 +270,7 @@ def write_shards(
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
             for i in range(len(shards))
         ]
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for file, shard in zip(files, shards, strict=True):
             weight_map |= dict.fromkeys(shard, file)
         total = {"total_size": sum(map(size_of, likes.values()))}

@@ -403,7 +403,8 @@ def quantized_leaf(
             stored, placed, lambda index: of[span(index, stored)]
         )
 
-    return Quantized(*map(place, shapes, shardings, parts), kind)
+    stored_codes, stored_scales = map(place, shapes, shardings, parts)
+    return Quantized(stored_codes, stored_scales, kind)
 
 
 def quantized_parts(
@@ -435,13 +436,14 @@ def quantized_parts(
     groups: dict[Key, list[tuple[int, Key]]] = defaultdict(list)
     for number, keys in enumerate((codes, scales)):
         for key in keys:
-            *lead, _, columns = key
-            groups[*lead, columns].append((number, key))
+            *outer, _, columns = key
+            groups[*outer, columns].append((number, key))
     parts: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
     block = inputs[1]
     for (*leads, (first, last)), members in groups.items():
         needed = np.zeros(shape[-2] // block, np.int8)
-        for number, (*_, (start, stop), _) in members:
+        for number, key in members:
+            *_, (start, stop), _ = key
             first_block = start * inputs[number] // block
             needed[first_block : -(-stop * inputs[number] // block)] = 1
         # Start and stop of each run of blocks.
