@@ -6,7 +6,8 @@ from typing import Any
 
 from mkdocs.utils import get_relative_url
 
-SHIM = "https://unpkg.com/iframe-worker/shim"  # Material's, for search from a folder; `worker.js` does the same
+# Material's, for search from a folder; `worker.js` does the same.
+SHIM = "https://unpkg.com/iframe-worker/shim"
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

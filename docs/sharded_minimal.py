@@ -1,17 +1,19 @@
-"""One sharded NA-LoRA step on one page: mesh, rules, `jax.jit` with shardings, rows of each process.
+"""One sharded NA-LoRA step on one page: mesh, rules, `jax.jit` with shardings, and rows.
 
 The model, the channel statistics and the step are those of `nalora_minimal.py`: a program for one
 device, in which no line changes. Sharding is a property of the arrays, so this page only decides
 where each array is. The compiler splits the matmuls and inserts the collectives. On eight devices
 the updates equal the library's (tests/test_change_one_thing.py). It needs jax, optax and flax.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python docs/sharded_minimal.py
+    export XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu
+    python docs/sharded_minimal.py
 
 Several processes each execute the same command, with the address of the first, their number and
 their index. On a TPU pod the three arguments are not needed:
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu
-    python docs/sharded_minimal.py localhost:9911 2 0 & python docs/sharded_minimal.py localhost:9911 2 1
+    python docs/sharded_minimal.py localhost:9911 2 0 &
+    python docs/sharded_minimal.py localhost:9911 2 1
 """
 
 import functools
@@ -39,7 +41,7 @@ def make_mesh(shape=(2, 2, 2)):
     return Mesh(np.array(jax.devices()).reshape(shape), AXES)
 
 
-# ---------------------------------------------------------------- the rules: (path, shape) -> sharding
+# ---------------------------------------------------------------- the rules: path -> sharding
 
 # The first pattern found in the path of an array decides. Frozen weights are [layers, in, out].
 RULES = (

@@ -24,8 +24,8 @@ class NaloraError(ValueError):
       remedy: advice.
 
     Example:
-      >>> raise NaloraError("--lora.dropout", expected="a number in [0, 1)", found=1, remedy="use
-      e.g. 0.5")
+      >>> expected = "a number in [0, 1)"
+      >>> raise NaloraError("--lora.dropout", expected=expected, found=1, remedy="use e.g. 0.5")
       NaloraError: --lora.dropout: expected a number in [0, 1), found 1; use e.g. 0.5
 
     A message has at most 2 kB: longer parts lose their middle. Control characters are escaped. The

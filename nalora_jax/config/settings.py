@@ -93,7 +93,7 @@ class LoRAConfig:
     """The projections that get adapters, and the kind of adapter."""
 
     # Ordered rules: the first match wins, unmatched projections stay frozen, unused rules are
-    #   errors.
+    # errors.
     rules: tuple[LoRARule, ...] = (LoRARule("ffn/(gate|up|down|in|out)_proj"),)
     # Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) instead of alpha / rank.
     rslora: bool = False

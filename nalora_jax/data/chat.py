@@ -337,7 +337,7 @@ def completions(
 
     answers = []
     # From the last turn: if it has a place, computing the loss on it alone is a remedy for the
-    #   others.
+    # others.
     for turn, before, upto in zip(turns[::-1], texts[-2::-2], texts[::-2], strict=True):
         if upto.startswith(before) and text.startswith(upto):
             answers.append((len(before), len(upto.rstrip())))

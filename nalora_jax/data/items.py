@@ -19,8 +19,8 @@ class ChoiceItem:
     """A multiple-choice question; the model answers with the likeliest choice after the prompt.
 
     Example ("Q: Which way is up?\\nA:" with two choices, ids invented):
-      >>> ChoiceItem([57, 28], [[1480], [951, 17]], gold=0, prompt="Q: ...", choices=[" up", "
-      down"])
+      >>> choices = [" up", " down"]
+      >>> ChoiceItem([57, 28], [[1480], [951, 17]], gold=0, prompt="Q: ...", choices=choices)
 
     In fill-in tasks (winogrande) the choices change the prompt and share the continuation: then
     `choice_prompt_ids` has one prompt per choice and `choice_ids` repeats the continuation.

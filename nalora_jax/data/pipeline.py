@@ -52,8 +52,8 @@ def stream_text(figures: Mapping[str, Any]) -> str:
     """Returns the figures of a stream as text.
 
     Example:
-      >>> stream_text({"examples": 1200, "dropped": 0, "tokens": 40000, "steps_per_epoch": 40.5,
-      "packing_efficiency": 0.98})
+      >>> figures = {"examples": 1200, "dropped": 0, "tokens": 40000}
+      >>> stream_text(figures | {"steps_per_epoch": 40.5, "packing_efficiency": 0.98})
       '1,200 examples, 40,000 tokens, 40.5 steps per epoch, packing efficiency 98.0%'
     """
     texts = []

@@ -5,9 +5,8 @@ stack ``[L, in, out]`` and a stack of experts ``[L, E, in, out]``. Leading axes 
 except the experts of a kernel or bias, which "fsdp" splits if it divides their number.
 
     layers/ffn/gate_proj/kernel [L, in, out]   P("fsdp", "tensor")  ->  P(None, "fsdp", "tensor")
-    layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")
-    in as the kernel's in layers/ffn/gate_proj/b      [L, r, out]    P(None, ("tensor", "fsdp"))
-    out over both
+    layers/ffn/gate_proj/a  [L, in, r]  P("fsdp", None)  ->  P(None, "fsdp")  in as the kernel's in
+    layers/ffn/gate_proj/b  [L, r, out]  P(None, ("tensor", "fsdp"))  out over both
 
 On a mesh with the axis "context", that axis and "fsdp" split the same dimensions.
 The path of an optimizer's moment ends in the path of its parameter, so the same rules apply to it.

@@ -6,8 +6,8 @@ step.
     statistics    the compensation identity, the table of statistics, and `observe`, their way out
     measurement   the sample of positions that a block measures, and the checks of a live step
     rules         averages of statistics -> one factor for each channel
-    transform     `scale_by_gates` and `nalora`: the averages and the factors around an optax
-    optimizer ffn           the gated feed-forward blocks of this library's models
+    transform  `scale_by_gates` and `nalora`: the averages and the factors around an optax optimizer
+    ffn           the gated feed-forward blocks of this library's models
     adapt         adapters around models of Flax Linen and NNX
     step          one training step of the trainer
 

@@ -1,9 +1,8 @@
 """Self-gated feed-forward blocks with adapters: `GatedFFN` and `SelfGatedFFN`.
 
     gated       z = x W_gate,  u = x W_up,  y = (phi(z) * u) W_down        (SwiGLU, GeGLU, ...)
-    factored    z = x W_gate,  u is given,  y = (phi(z) * u) W_down        (per-layer embeddings of
-    Gemma 4) self-gated  z = x W_in,                 y = phi(z) W_out               (MLPs of CLIP,
-    ViT, BERT)
+    factored  z = x W_gate,  u is given,  y = (phi(z) * u) W_down  (per-layer embeddings of Gemma 4)
+    self-gated  z = x W_in,                 y = phi(z) W_out               (MLPs of CLIP, ViT, BERT)
 
 Every matmul may have an adapter. An adapter on the gate changes the selection weight rho(z), not
 only the feature. A block therefore reads a channel mask (collection ``gate_mask``, training only),

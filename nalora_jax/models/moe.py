@@ -4,8 +4,7 @@ token passes.
     y = experts(x)                                   Mixtral, OLMoE, Qwen3-MoE, gpt-oss, LFM2-MoE
     y = experts(x) + shared(x)                       GLM-4.5, DeepSeek-V3
     y = experts(x) + sigmoid(x w) * shared(x)        Qwen2-MoE, Qwen3-Next
-    y = norm(dense(n(x))) + norm(experts(norm(x)))   Gemma 4; n: the layer's norm of the residual
-    stream x
+    y = norm(dense(n(x))) + norm(experts(norm(x)))   Gemma 4; n: the norm of the stream x
 
 On a mesh every device routes its own tokens, in training and in evaluation. The axis "tensor"
 splits the channels of every expert, so that all devices have the same work for any routing. "fsdp"

@@ -2,8 +2,8 @@
 
 Gated DeltaNet, the linear attention of Qwen3-Next and Qwen3.5 (arXiv 2412.06464)::
 
-    q, k, v = phi(conv(x W_qkv))      g = -exp(a_log) softplus(x W_a + dt_bias)      b = sigmoid(x
-    W_b) o = gated_delta_rule(q, k, v, g, b)
+    q, k, v = phi(conv(x W_qkv))  g = -exp(a_log) softplus(x W_a + dt_bias)  b = sigmoid(x W_b)
+    o = gated_delta_rule(q, k, v, g, b)
     y = (norm(o) * silu(x W_z)) W_out
 
 The gated short convolution of LFM2, a causal depthwise convolution between two gates::

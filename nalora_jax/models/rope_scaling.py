@@ -3,8 +3,8 @@
 The result is an ordinary ``config.json``: `ModelConfig.from_hf` reads it, a merged model is
 written with it, and transformers computes the same from it.
 
-    {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta":
-    1e6}}
+    {"max_position_embeddings": 32768,
+     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
         yarn:factor=4 ->
     {"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6,
      "factor": 4.0, "original_max_position_embeddings": 32768}}

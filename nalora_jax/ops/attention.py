@@ -430,7 +430,7 @@ class _Seen(NamedTuple):
         if cap := self.config.softcap:
             slope = slope * (1 - jnp.square(scores / cap))
         # Queries on the left: a matmul transposes its left operand, and scores are wider than
-        #   heads.
+        # heads.
         dk = product(
             "bkgqd,bkgqt->bkdt", read_residual(query, jnp.float32), slope, self.numerics
         )

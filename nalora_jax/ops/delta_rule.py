@@ -2,8 +2,7 @@
 
 With keys ``k`` and queries ``q`` of unit norm, every head has a state ``S [d_k, d_v]``::
 
-    S_t = exp(g_t) S_{t-1} + k_t (b_t (v_t - exp(g_t) k_t^T S_{t-1}))^T        o_t = q_t^T S_t /
-    sqrt(d_k)
+    S_t = exp(g_t) S_{t-1} + k_t (b_t (v_t - exp(g_t) k_t^T S_{t-1}))^T  o_t = q_t^T S_t / sqrt(d_k)
 
 Within a chunk the corrections ``b_t (v_t - ...)`` of all tokens solve a unit triangular system.
 Only one state per chunk is saved for the backward pass, which recomputes the rest of a chunk. The

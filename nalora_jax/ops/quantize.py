@@ -150,7 +150,7 @@ def _nearest(unit: Array, thresholds: np.ndarray) -> Array:
 def _mxfp4_codes(unit: Array) -> Array:
     """Returns the code uint8 of the nearest level of every number; beyond 6 it is 6."""
     # A tie goes to the level with an even code: where this is the upper one, the threshold is the
-    #   number below.
+    # number below.
     thresholds = _midpoints(_POSITIVE)
     thresholds[1::2] = np.nextafter(thresholds[1::2], np.float32(0))
     sign = jnp.signbit(unit).astype(jnp.uint8) << 3

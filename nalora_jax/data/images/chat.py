@@ -3,10 +3,11 @@
 OpenAI's form, an image by its file's path or a ``data:`` URL, and the form of transformers' chat
 templates::
 
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
-    "cat.png"}},
-                                               {"type": "text", "text": "What is this?"}]},
-                  {"role": "assistant", "content": "A cat."}]}
+    {"messages": [
+      {"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "cat.png"}},
+        {"type": "text", "text": "What is this?"}]},
+      {"role": "assistant", "content": "A cat."}]}
 
 LLaVA's form, and records without messages, whose image comes before their prompt::
 
