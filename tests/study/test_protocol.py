@@ -94,6 +94,11 @@ WRONG = [
         "valid =",
         r"tasks.z.valid: expected a field of Task, .*; did you mean validation\?",
     ),
+    (
+        "^data = .*",
+        'data = {max_length = 16}\nvision = {task = "chat"}',
+        r'\[tasks.z\] vision task: expected "classify", "contrast", or none .* found "chat"',
+    ),
     ("^question =", "question", "expected a TOML file"),
     (
         "^steps = 8",

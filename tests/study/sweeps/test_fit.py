@@ -52,6 +52,12 @@ def test_runs_of_mixtures_of_experts_get_one_device_each() -> None:
         Fitting.of(replace(CONFIG, mesh=MeshConfig(run=4)), experts, count=4)
 
 
+def test_a_mesh_that_splits_rows_is_refused_in_a_sweep() -> None:
+    message = "--mesh.context: expected 1 in a sweep, whose rows are whole, found 2"
+    with pytest.raises(NaloraError, match=message):
+        Fitting.of(replace(CONFIG, mesh=MeshConfig(context=2)), BASE, count=4)
+
+
 def test_known_chips_get_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "of_devices", lambda _: topology("v6e:2x4"))
     fitting = Fitting.of(CONFIG, BASE, count=16)

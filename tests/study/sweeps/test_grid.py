@@ -42,6 +42,7 @@ def test_values_of_a_sweep_have_the_type_of_their_setting() -> None:
             r"learning_rat: expected a field of .* did you mean learning_rate\?",
         ),
         ("mesh.tensor=1,2", "expected a setting that may differ between runs, found mesh.tensor"),
+        ("seed=0,,1", "--sweep seed=0,,1: expected a value, found nothing after a comma"),
         ("seed=", "expected SETTING=VALUE,VALUE,..., found no values"),
         ("seed=one", "seed: expected a whole number, found 'one'"),
         ("seed=0 seed=1", "expected each setting once, found seed"),
