@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.config import (
@@ -94,6 +98,64 @@ def test_named_settings_stay(adapter: Path) -> None:
 def test_settings_that_differ_from_the_adapter_are_one_error(adapter, changes, match) -> None:
     with pytest.raises(NaloraError, match=match):
         with_adapter(replace(RunConfig(adapter=str(adapter)), **changes))
+
+
+def copied(adapter: Path, folder: Path) -> Path:
+    """A copy of the adapter with its base's tokenizer."""
+    shutil.copytree(adapter, folder)
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    shutil.copy(Path(base) / "tokenizer.json", folder)
+    return folder
+
+
+def without_tensors(adapter: Path, loaded: LoadedModel, folder: Path) -> Path:
+    copied(adapter, folder).joinpath(TENSORS).unlink()
+    return folder
+
+
+def with_rows_without_tokens(adapter: Path, loaded: LoadedModel, folder: Path) -> Path:
+    file = copied(adapter, folder) / TENSORS
+    tensors = load_file(file)
+    for name in tensors:
+        if "embed_tokens" in name:
+            tensors[name] = np.resize(tensors[name], (32, 16))
+    save_file(tensors, file)
+    return folder
+
+
+def with_rows_of_other_tokens(adapter: Path, loaded: LoadedModel, folder: Path) -> Path:
+    lora = LoRAConfig(RULES, trainable_token_indices=(3, 5))
+    spec = adapter_spec(RunConfig(lora=lora), loaded.config)
+    spec = replace(spec, token_indices=(("embed_tokens", (3, 5)), ("lm_head", (3, 7))))
+    values = init_lora(loaded.config, spec, jax.random.key(0), loaded.params)
+    write_adapter(folder, loaded, values, spec)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (without_tensors, f"{TENSORS}: expected the adapter's tensors, found No such file"),
+        (
+            with_rows_without_tokens,
+            "expected added tokens whose ids follow .*found no added tokens, and tables of 32 rows",
+        ),
+        (
+            with_rows_of_other_tokens,
+            "trainable_token_indices: expected the same rows of every table",
+        ),
+    ],
+)
+def test_an_adapter_that_a_run_cannot_continue_is_refused(
+    change: Callable[[Path, LoadedModel, Path], Path],
+    match: str,
+    adapter: Path,
+    loaded: LoadedModel,
+    tmp_path: Path,
+) -> None:
+    folder = change(adapter, loaded, tmp_path / "copy")
+    with pytest.raises(NaloraError, match=match):
+        with_adapter(RunConfig(adapter=str(folder)))
 
 
 # Layers of different kinds, whose projections are in several stacks.
