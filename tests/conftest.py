@@ -137,7 +137,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     whole = whole and not config.option.markexpr and not config.getoption("first_of_each")
     if OWNS_REFUSALS in config.stash and whole and exitstatus == 0:
         reached = refusals.read_reached(Path(os.environ[refusals.FOLDER]))
-        config.stash[COMPLAINTS] = refusals.judge(reached)
+        config.stash[COMPLAINTS] = refusals.judge(refusals.read_refusals(), reached)
         if config.stash[COMPLAINTS]:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

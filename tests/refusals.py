@@ -11,6 +11,7 @@ import ast
 import functools
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,12 +98,22 @@ def read_reached(folder: Path) -> set[tuple[str, int]]:
     return reached
 
 
-def unreached(refusals: list[Refusal], reached: set[tuple[str, int]]) -> list[Refusal]:
-    """Returns the refusals none of whose lines is among those reached."""
-    return [
-        refusal
-        for refusal in refusals
-        if not any(
-            (refusal.file, line) in reached for line in range(refusal.first, refusal.last + 1)
-        )
-    ]
+def is_reached(refusal: Refusal, reached: set[tuple[str, int]]) -> bool:
+    """Returns True if one of the lines of the refusal's call was recorded."""
+    lines = range(refusal.first, refusal.last + 1)
+    return any((refusal.file, line) in reached for line in lines)
+
+
+def judge(refusals: list[Refusal], reached: set[tuple[str, int]]) -> list[str]:
+    """Returns a line for each refusal that no test reached without a reason, and for each reason
+    that names no place or several."""
+    complaints = []
+    for refusal in refusals:
+        if not is_reached(refusal, reached) and str(refusal) not in WITHOUT_A_TEST:
+            place = f"nalora_jax/{refusal.file}:{refusal.first}"
+            complaints.append(f"{place}: no test reaches it: {refusal}")
+    places = Counter(map(str, refusals))
+    for text in WITHOUT_A_TEST:
+        if places[text] != 1:
+            complaints.append(f"WITHOUT_A_TEST: {places[text]} places are called {text}")
+    return complaints

@@ -278,7 +278,7 @@ class ImageProcessor:
 
     def batch(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
         """Returns several images, stacked."""
-        return stacked([self(image) for image in images])
+        return stack_images([self(image) for image in images])
 
     def normalise(self, pixels: jax.Array) -> jax.Array:
         """Converts uint8 pixels or patches ``[..., channels or patch * patch * channels]`` to
@@ -378,7 +378,7 @@ def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
     return (height, width), 0
 
 
-def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def stack_images(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Returns the arrays of several images, stacked by name."""
     batch = {}
     for name in rows[0]:

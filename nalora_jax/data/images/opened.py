@@ -441,7 +441,7 @@ class ImageData(Stream):
             prepared.append(
                 self.processor(augmented(image, self.vision, generator(self.seed, row)))
             )
-        batch = stacked(prepared)
+        batch = stack_images(prepared)
         if self.labels is not None:
             batch["labels"] = self.labels[indices]
         if self.tokens is not None:
