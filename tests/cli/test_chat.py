@@ -106,16 +106,27 @@ def test_an_adapter_that_was_trained_without_a_template_is_warned_of(
 def test_what_is_wrong_is_said_and_the_conversation_goes_on(
     base, adapters, tmp_path, monkeypatch, capsys
 ):
-    lines = ["/adapter nowhere", "/adaptr x", "/help", "a " * 200, "a b c", "/exit", "never said"]
+    lines = ["/adapter nowhere", "/adaptr x", "/image a.png", "/help", "a " * 200, "a b c", "/exit"]
+    lines += ["never said"]
     said, err = talk(monkeypatch, capsys, base, lines)
     assert said == [answer(base, [("user", "a b c")])]
     for text in (
         "error: nowhere: expected a folder with adapter_config.json",
         "error: /adaptr: expected /help, /adapter",
+        f"error: /image: expected a model that sees images, found {base}, which was loaded as a lang",
         "error: prompt: expected fewer than 96 tokens (the context), found",
         "/system TEXT",
     ):
         assert text in err
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path, capsys):
+    model = tiny.make_model(tmp_path / "model")
+    assert main(["chat", str(model), *SETTINGS]) == 2
+    error = (
+        f"error: {model}: expected a model with a chat template, found none in its tokenizer; use"
+    )
+    assert capsys.readouterr().err.splitlines()[-1].startswith(error)
 
 
 def test_an_interrupt_ends_the_answer_and_not_the_conversation(base, monkeypatch, capsys):

@@ -120,11 +120,12 @@ def test_the_interval_of_a_difference_in_loss_is_scipys():
         ("--tasks ,", "--tasks: expected names, separated by commas"),
         ("--tasks a --dataset b", "--tasks: expected --dataset or --tasks, found both"),
         (f"--needle {'9' * 5000}", "--needle: expected lengths of 1 to 8 digits"),
+        ("--needle 100 --tasks a", "--needle: expected --needle or --tasks, found both"),
         ("--records {place}/texts.jsonl", "--records: expected a new file"),
         ("--output {place}/texts.jsonl", "--output: expected a new file"),
         ("--tasks {place}/choices.jsonl --against nowhere", "nowhere"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_bad_requests_are_one_line(place, capsys, flags, said):
     assert main(["eval", str(place / "model"), *flags.format(place=place).split()]) == 2

@@ -88,6 +88,13 @@ def test_the_verb_writes_one_page(
     assert error.endswith(f"nalora report {tmp_path}/lora-0 {tmp_path}/lora-1 ...\n")
 
 
+def test_more_settings_than_colours_are_refused() -> None:
+    runs = [history_of([{"run": {"steps": steps}}]) for steps in range(8)]
+    assert len(group_runs(runs[:7])) == 7
+    with pytest.raises(NaloraError, match="report: expected at most 7 different settings, found 8"):
+        group_runs(runs)
+
+
 def of_seed(folder: Path, config: RunConfig, seed: int, after: float, **more: int) -> History:
     """A run of 40 steps with this seed, whose exported adapter has this accuracy."""
     records = list(fake_records(40, layers=4, seed=seed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from nalora_jax.report.compare import render_comparison
 from nalora_jax.report.drawing import smooth
 from nalora_jax.report.history import history_of, read_history
 from nalora_jax.report.html import render, write_report
-from nalora_jax.report.sections import confusions, picture
+from nalora_jax.report.sections import confusions, picture, read_rollouts
 from tests.report.conftest import words_of
 
 
@@ -265,3 +266,14 @@ def test_a_damaged_line_of_samples_is_left_out_with_a_note(make_run, line):
     page = page_of(folder)
     assert "Lines of the file that could not be read and are left out: 1." in page
     assert all(shown in page for shown in ("<0.0>", "<1.0>"))
+
+
+def test_rollouts_that_cannot_be_read_are_an_error_with_advice(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "rollouts.jsonl").touch()
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    message = "rollouts.jsonl: expected samples by step, found .*Permission denied.*; delete it: "
+    with pytest.raises(NaloraError, match=message):
+        read_rollouts(tmp_path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nalora_jax.report.inspect import layer_summary, responsive_share, save_picture
+from nalora_jax.errors import NaloraError
+from nalora_jax.report.inspect import _batches, layer_summary, responsive_share, save_picture
+from tests import tiny
 
 CUTS = (-1.2785, 0.0, 4.485)
 
@@ -79,3 +81,27 @@ def test_layers_that_no_adapter_moves_take_the_limit_of_the_probe(sums):
 def test_the_picture_is_what_its_suffix_says(tmp_path, sums):
     path = save_picture(layer_summary(sums), tmp_path / "sub" / "a.svg", "gates")
     assert path.read_bytes().startswith(b"<?xml")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "gates.jpg",
+            "--picture: expected a name that ends in .png, .svg or .pdf, found .*gates.jpg",
+        ),
+        ("file/gates.svg", "--picture: expected a file that can be written, found .*File exists"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path, sums, name, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(NaloraError, match=message):
+        save_picture(layer_summary(sums), tmp_path / name)
+
+
+def test_texts_without_tokens_are_refused(sums):
+    with pytest.raises(NaloraError, match="inspect: texts: expected real tokens in every layer"):
+        layer_summary(sums | {"tokens": np.array([400.0, 0.0, 400.0])})
+    message = "inspect: texts: expected at least one text with a token in it, found 2 texts"
+    with pytest.raises(NaloraError, match=message):
+        next(_batches(tiny.word_tokenizer(), ["", " "], 8))
