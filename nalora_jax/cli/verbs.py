@@ -221,10 +221,6 @@ def merge(args: cli.MergeArgs) -> None:
         config, params, spec = peft_tables.fold_saved(
             base.config, base.params, model.lora, model.spec
         )
-        if base.hf_config is None:
-            raise NaloraError(
-                place.base, expected="a model with a config.json", found="none"
-            )
         hf_config = base.hf_config
         tokenizer = new_tokens.tokenizer_writer(base, files=resolved.path)
         if base.config.tie_embeddings and not config.tie_embeddings:

@@ -298,7 +298,7 @@ def _with_tokens(
     tokens."""
     opened = open_files(files, images=images)
     loaded = LoadedModel(
-        opened.config, {}, opened.tokenizer_with(), files.name, "", None
+        opened.config, {}, opened.tokenizer_with(), files.name, "", opened.raw
     )
     loaded = for_adapter(loaded, folder)
     backend = loaded.tokenizer.backend

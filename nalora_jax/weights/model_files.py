@@ -52,7 +52,7 @@ class LoadedModel:
     source: str  # the base's name in its adapters, which also loads it again: see `Origin.name`
     fingerprint: str  # of all weights; see `weights.origin.fingerprint`
     # the config.json, or its equivalent for a GGUF file
-    hf_config: dict[str, Any] | None
+    hf_config: dict[str, Any]
     origin: Origin | None = None  # source of the weights, if they were read from files
     processor: ImageProcessor | None = None  # for a model that was loaded with images
     # tokens that its tokenizer has and the base's files lack
@@ -196,7 +196,7 @@ def rope_of(loaded: LoadedModel) -> dict[str, Any]:
     """Returns the RoPE fields of a model's ``config.json`` if a run changed them; otherwise {}."""
     if not loaded.rope_scaling:
         return {}
-    return rope_settings(loaded.hf_config or {})
+    return rope_settings(loaded.hf_config)
 
 
 # ---------------------------------------------------------------- experts in other forms

@@ -280,9 +280,9 @@ def _resize_model(
             )
             params[group] = {**params[group], name: table}
     raw = base.hf_config
-    if raw is not None and isinstance(raw.get("text_config"), dict):  # multimodal
+    if isinstance(raw.get("text_config"), dict):  # multimodal
         raw = {**raw, "text_config": {**raw["text_config"], "vocab_size": rows}}
-    elif raw is not None:
+    else:
         raw = {**raw, "vocab_size": rows}
     config = replace(base.config, vocab_size=rows)
     return replace(

@@ -186,6 +186,14 @@ def test_inspect_measures_what_the_blocks_compute(base):
     assert ((summary.limit > 0.05) & (summary.limit < 1)).all()
 
 
+def test_a_model_without_gates_is_not_inspected(base, monkeypatch):
+    """As of a custom `FeedForward` that lists none."""
+    monkeypatch.setattr(sys.modules["nalora_jax.report.inspect"], "gate_blocks", lambda _: {})
+    message = "inspect: expected a model with self-gated feed-forward blocks, found one without"
+    with pytest.raises(NaloraError, match=message):
+        inspect_texts(load(base, dtype="float32"), TEXTS)
+
+
 def test_a_file_that_exists_is_not_overwritten_by_an_export(run, tmp_path, capsys):
     file = tmp_path / "lora.gguf"
     file.write_text("mine")
