@@ -129,6 +129,7 @@ BROKEN = [
     ("a.parquet", "PAR1 and no more", r"a\.parquet: expected a readable parquet file"),
     ("a.arrow", "nothing", r"a\.arrow: expected a readable arrow file"),
     ("a.csv", "a,b\n", "expected at least one record"),
+    ("a.jsonl", " \n\n", r"a\.jsonl: expected at least one JSON line, found an empty file"),
     ("saved/state.json", '{"_data_files": [{"filename": "../../x.arrow"}]}', "expected _data_files"),
     ("folder/notes.txt", "x", "expected a folder that datasets' save_to_disk wrote"),
 ]  # fmt: skip

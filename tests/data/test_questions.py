@@ -98,6 +98,7 @@ def test_draw_depends_on_nothing_but_the_data(ask):
     [
         ({"gold": 2}, "eval.jsonl:1: gold: expected the index of one of 2 choices, found 2"),
         ({"choices": ["up", ""]}, "choices: expected a list of texts, none empty"),
+        ({"choices": [], "completion": " "}, "completion: expected an answer, found an empty text"),
         ({"choice_prompts": ["a"]}, "choice_prompts: expected 2, one a choice, found 1"),
     ],
 )

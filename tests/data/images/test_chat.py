@@ -100,6 +100,9 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path):
             "texts from the",
         ),
         ({"image": "a.png", "text": "x"}, "--vision.caption-field"),
+        ({"messages": "What?"}, "messages: expected a list of messages, found 'What"),
+        ({"image": 3, **openai(IMAGE, TEXT)}, "image: expected an image's path, found 3"),
+        (openai({"type": "video"}), r"messages\[0\]: content: expected parts of the type \"text\""),
     ],
 )
 def test_what_no_model_could_read_is_refused_by_line(tmp_path, record, message):
@@ -107,6 +110,13 @@ def test_what_no_model_could_read_is_refused_by_line(tmp_path, record, message):
     with pytest.raises(NaloraError, match=message) as error:
         source[0]
     assert "chats.jsonl:1" in error.value.where
+
+
+def test_prompt_without_a_chat_has_a_place_for_each_image(tmp_path):
+    record = {"image": ["a.png", "b.png"], "prompt": "<image> What?", "completion": "A cat."}
+    message = "chats.jsonl:1: prompt: expected <image> once for each of 2 images"
+    with pytest.raises(NaloraError, match=message):
+        opened(tmp_path, record, chat=False)[0]
 
 
 def test_no_epoch_has_a_row_with_more_images_than_places():
