@@ -301,6 +301,18 @@ class Shared(nnx.Module):
         return self.second(self.first(x))
 
 
+class Sum(nn.Module):
+    """One layer with two kernels."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        kernels = [self.param(name, nn.initializers.ones, (D, D)) for name in ("first", "second")]
+        return x @ sum(kernels)
+
+
+SUM = {"model": nn.Sequential([Sum()]), "classes": {Sum: "...i,io->...o"}}
+
+
 @pytest.mark.parametrize(
     ("layers", "gates", "options", "message"),
     [
@@ -316,6 +328,7 @@ class Shared(nnx.Module):
         ({"": 2}, {"first": "silu"}, {"model": Shared(nnx.Rngs(0))}, "first: expected a layer with one place"),
         ({"": 2}, {"gate": "quick_gelu"}, {}, "gates: gate: expected 'silu', which the model applies"),
         ({"": 2}, {"blocks/gate": "relu"}, {"model": Layers(True)}, "gates: blocks/gate: expected 'silu'"),
+        ({"": 2}, {"": "silu"}, SUM, "layers_0: expected one parameter with 2 axes.*found first, second"),
         ({"": 2}, {"": "silu"}, {"model": {}}, "adapt: expected a module of flax.linen or flax.nnx, found dict"),
     ],
 )  # fmt: skip

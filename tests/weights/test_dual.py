@@ -144,6 +144,11 @@ def test_what_is_wrong_is_named(dual_folder, tmp_path):
         clip,
         image_size=10,
     )
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = folder / "preprocessor_config.json"
+    settings = json.loads(processor.read_text()) | {"do_resize": False}
+    processor.write_text(json.dumps(settings))
+    refused("do_resize: expected true, with --vision.image-size, found false", image_size=8)
     several = dual_folder("siglip2")
     refused("0 for a model that takes images of any shape, found 8", several, image_size=8)
 

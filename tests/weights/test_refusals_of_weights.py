@@ -1,0 +1,174 @@
+"""Refusals of the weights' room that need a single call: the call, and a part of its message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from nalora_jax.common import uploads
+from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import init_lora
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.targets import resolve
+from nalora_jax.weights import base, hf, hub, new_tokens
+from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
+from nalora_jax.weights.model_files import Unpacked
+from nalora_jax.weights.peft_config import CONFIG_NAME, read_peft_config
+from tests import tiny
+from tests.weights import gguf_files
+from tests.weights.folders import RAW, write_folder
+
+SIGHT = SimpleNamespace(
+    model_type="llava", image_token=99, tokens=4, tower=SimpleNamespace(image_size=16)
+)
+# Called with a monkeypatch and an empty folder.
+Call = Callable[[pytest.MonkeyPatch, Path], Any]
+
+
+def see_with_another_size(_: pytest.MonkeyPatch, folder: Path) -> None:
+    settings = {"image_processor_type": "CLIPImageProcessor", "crop_size": 24}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    files: Any = SimpleNamespace(
+        config=SimpleNamespace(sight=SimpleNamespace(**vars(SIGHT) | {"image_token": 0})),
+        raw={},
+        tokenizer=tiny.word_tokenizer(),
+        resolved=SimpleNamespace(path=folder),
+    )
+    base.seeing_files(files)
+
+
+def load_gguf_without_an_embedding(_: pytest.MonkeyPatch, folder: Path) -> None:
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
+    gguf_files.add_shape(writer, gguf_files.MODEL)
+    writer.add_tensor("output_norm.weight", np.ones(16, np.float32))
+    path = gguf_files.finish(writer, folder / "m.gguf")
+    base.load_model(str(path), dtype="float32")
+
+
+def verify_an_adapter_without_the_last_target(_: pytest.MonkeyPatch, folder: Path) -> None:
+    config = ModelConfig.from_hf(tiny.GROUPED)
+    shapes = projection_shapes(config)
+    layers = config.n_layers
+    wanted = LoRAConfig(rules=(LoRARule("gate_proj|up_proj", 2),))
+    spec = resolve(wanted, shapes, layers)
+    lora = init_lora(config, spec, jax.random.key(0))
+    written = resolve(LoRAConfig(rules=(LoRARule("gate_proj", 2),)), shapes, layers)
+    path = write_adapter_gguf(folder / "a.gguf", config, lora, written)
+    verify_adapter_gguf(path, config, lora, spec)
+
+
+def read_from_a_shortened_object(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setattr(hf.buckets, "read_range", lambda *_: b"abc")
+    stored = hf._StreamedTensor(folder / "m", (4,), "U8", 8, 4, "gs://bucket/m.safetensors")
+    stored.read(0, 4)
+
+
+def open_bucket(*names: str) -> Call:
+    def call(patch: pytest.MonkeyPatch, _: Path) -> None:
+        patch.setattr(hub.buckets, "names", lambda _: list(names))
+        hub.resolve_source("gs://bucket/model")
+
+    return call
+
+
+def read_blocks_of_signed_bytes(_: pytest.MonkeyPatch, folder: Path) -> None:
+    blocks = np.zeros((2, 3, 1, 16), np.int8)
+    scales = np.zeros((2, 3, 1), np.uint8)
+    tensors = {"up_blocks": blocks, "up_scales": scales}
+    save_file(tensors, folder / "model.safetensors")
+    Unpacked(hf.SafetensorsFolder(folder)).check_readable("up")
+
+
+def train_a_row_of_no_token(_: pytest.MonkeyPatch, folder: Path) -> None:
+    write_folder(folder)
+    model = base.load_model(str(folder), dtype="float32")
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    settings |= {"trainable_token_indices": [RAW["vocab_size"] + 3]}
+    (adapter / CONFIG_NAME).write_text(json.dumps(settings))
+    new_tokens.for_adapter(model, adapter)
+
+
+def serve_an_adapter_of_other_positions(_: pytest.MonkeyPatch, folder: Path) -> None:
+    write_folder(folder)
+    model = base.load_model(str(folder), dtype="float32")
+    new_tokens.check_adapter(replace(model, rope_scaling="linear:factor=2"), folder / "adapter")
+
+
+def read_a_large_config(_: pytest.MonkeyPatch, folder: Path) -> None:
+    with (folder / CONFIG_NAME).open("wb") as file:
+        file.truncate((4 << 20) + 1)
+    read_peft_config(folder)
+
+
+REFUSALS: dict[str, tuple[Call, str]] = {
+    "a processor of another size": (
+        see_with_another_size,
+        r"image processor: expected images of 16 x 16.*found \(24, 24\); set size",
+    ),
+    "an image token that is none": (
+        lambda *_: base.image_tokens(SIGHT, {}, tiny.word_tokenizer(), "m"),  # type: ignore[arg-type]
+        "m: tokenizer.json: expected a special token with the id 99.*found None",
+    ),
+    "a GGUF file without an embedding": (
+        load_gguf_without_an_embedding,
+        "m.gguf: expected the tensor token_embd.weight, found none of that name",
+    ),
+    "a GGUF adapter without a target": (
+        verify_an_adapter_without_the_last_target,
+        r"a.gguf: expected a tensor blk.0.ffn_up.weight.lora_a, found none of that name",
+    ),
+    "an object that was shortened": (
+        read_from_a_shortened_object,
+        "gs://bucket/m.safetensors: expected 4 bytes from 8, found 3; upload it again",
+    ),
+    "a bucket without a model": (
+        open_bucket("notes.txt"),
+        "gs://bucket/model: expected a folder with config.json.*found notes.txt",
+    ),
+    "a bucket without files": (open_bucket(), "found no file in it"),
+    "an upload that was interrupted": (
+        open_bucket(uploads.MARK, "model.safetensors"),
+        "found an upload that is not complete",
+    ),
+    "MXFP4 blocks of signed bytes": (
+        read_blocks_of_signed_bytes,
+        "up_blocks: expected U8, found I8",
+    ),
+    "a trained row of no token": (
+        train_a_row_of_no_token,
+        "trainable_token_indices: expected ids below 48.*found 51",
+    ),
+    "an adapter without the model's RoPE scaling": (
+        serve_an_adapter_of_other_positions,
+        "expected an adapter of .* RoPE scaling, linear:factor=2, found none; load the model with",
+    ),
+    "a large adapter_config.json": (
+        read_a_large_config,
+        f"{CONFIG_NAME}: expected at most 4194304 bytes, found more",
+    ),
+    "float16": (
+        lambda *_: base.load_model("nowhere", dtype="float16"),
+        "dtype: expected .*float32.*found 'float16'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_it_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    call, message = REFUSALS[name]
+    with pytest.raises(NaloraError, match=message):
+        call(monkeypatch, tmp_path)
