@@ -31,7 +31,7 @@ from nalora_jax.data.images.files import (
     file_below,
     open_image,
     pillow,
-    stacked,
+    stack_images,
 )
 from nalora_jax.data.packing import epoch_order, permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
