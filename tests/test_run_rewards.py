@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -97,7 +98,9 @@ def test_a_run_with_rewards_learns_and_shows_its_samples(
     rl = replace(RL, updates=1, loss="dr_grpo", beta=0.01)
     train = replace(TRAIN, batch_size=16, log_every=3)
     optimizer = OptimizerConfig(learning_rate=0.1)
-    result = run(replace(config, steps=24, rl=rl, train=train, optimizer=optimizer))
+    callback = mock.Mock(spec=Callback)
+    config = replace(config, steps=24, rl=rl, train=train, optimizer=optimizer)
+    result = run(config, callbacks=[callback])
     assert result.after["reward"] >= result.before["reward"]  # of four prompts
     logged = [line for line in tiny.lines(result.folder) if "loss" in line]
     assert logged[-1]["reward"] > logged[0]["reward"] + 0.05  # logits of this model stay near zero
@@ -111,6 +114,9 @@ def test_a_run_with_rewards_learns_and_shows_its_samples(
         json.loads(line) for line in (result.folder / "rollouts.jsonl").read_text().splitlines()
     ]
     assert {line["step"] for line in shown} == set(range(3, 25, 3))
+    told = [call.args for call in callback.on_samples.call_args_list]
+    assert [step for step, _ in told] == list(range(3, 25, 3))
+    assert [group for _, groups in told for group in groups] == shown
     group = shown[0]["samples"]
     assert len(group) == RL.samples
     values = np.array([sample["rewards"][RL.rewards[0]] for sample in group])

@@ -14,6 +14,7 @@ it is called first, except at the start of a run.
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -70,6 +71,13 @@ class Callback:
         arrays by metric.
         """
 
+    def on_samples(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Handles samples of a log step of a run with rewards: some groups, of one prompt each.
+
+        A group has ``prompt`` and ``samples``, each with ``completion``, ``rewards`` by name and
+        ``advantage``.
+        """
+
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         """Handles an evaluation.
 
@@ -82,6 +90,14 @@ class Callback:
 
     def on_end(self, ended: Ended) -> None:
         """Handles the end of the run, normal or aborted."""
+
+
+def read_samples(path: Path, first: int, last: int) -> list[dict[str, Any]]:
+    """Returns the groups of samples of steps ``first`` to ``last`` in a run's file, if any."""
+    if not path.exists():
+        return []
+    groups = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [group for group in groups if first <= group["step"] <= last]
 
 
 class Callbacks(AbstractContextManager["Callbacks"]):

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,6 +312,20 @@ class Wandb(_Numbers):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row of its table."""
         self._run.log({"step": step, **values})
+
+    def on_samples(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a table of the samples, a row each."""
+        table = self._wandb.Table(
+            columns=["prompt", "completion", "rewards", "advantage"]
+        )
+        for group in groups:
+            for sample in group["samples"]:
+                rewards = json.dumps(sample["rewards"])
+                completion = sample["completion"]
+                table.add_data(
+                    group["prompt"], completion, rewards, sample["advantage"]
+                )
+        self._run.log({"step": step, "samples": table})
 
     def on_end(self, ended: Ended) -> None:
         """Finishes the tracker run; as failed if the training run was aborted."""

@@ -16,9 +16,9 @@ from nalora_jax.data.items import FEW
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import Interrupted, NaloraError, bounded_text
 from nalora_jax.evaluate.evaluator import describe
-from nalora_jax.evaluate.run_log import recorded_settings, to_json
+from nalora_jax.evaluate.run_log import ROLLOUTS, recorded_settings, to_json
 from nalora_jax.method.step import TrainState
-from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started
+from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, read_samples
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.job import Job
 from nalora_jax.train.log import MetricsLog
@@ -204,6 +204,11 @@ class Session:
             {**record, **self.state_metrics.measure(state), **peak_memory()},
         )
         self.progress.log(step, record)
+        if jax.process_index() == 0:
+            first = step - self.job.config.rl.updates + 1
+            path = self.output.folder / ROLLOUTS
+            if groups := read_samples(path, first, step):
+                self.callbacks.tell("on_samples", step, groups)
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Evaluates the adapter on the held-out examples that select the checkpoint."""

@@ -159,3 +159,18 @@ def test_mlflow_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tell(*make_callbacks(["mlflow"]), tmp_path, step=3, message="stopped")
     client.update_run.assert_called_with("r1", status="RUNNING")
     client.set_terminated.assert_called_with("r1", "FAILED")
+
+
+def test_weights_and_biases_gets_a_table_of_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    sample = {"completion": " 7", "rewards": {"number": 1.0}, "advantage": 0.5}
+    group = {"step": 7, "prompt": "3 + 4 =", "samples": [sample, sample]}
+    with Callbacks(None, make_callbacks(["wandb"])) as told:
+        told.start(Started(tmp_path, {}))
+        told.tell("on_samples", 7, [group])
+    table = wandb.Table.return_value
+    assert table.add_data.call_args_list == [mock.call("3 + 4 =", " 7", '{"number": 1.0}', 0.5)] * 2
+    wandb.init.return_value.log.assert_called_with({"step": 7, "samples": table})
