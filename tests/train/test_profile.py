@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
@@ -26,12 +27,13 @@ def traced_steps(file: Path) -> set[int]:
 
 def test_a_trace_holds_the_steps_that_were_asked_for_as_far_as_the_run_goes(tmp_path: Path) -> None:
     state = jnp.zeros(3)
+    add_one = jax.jit(lambda x: x + 1)
     for steps, first, last, traced in ((range(3, 5), 1, 8, {3, 4}), (range(3, 100), 6, 7, {6, 7})):
         folder = tmp_path / str(first)
         with Profile(steps, folder) as profile:
             for step in range(first, last + 1):
                 with profile.step(step, state):
-                    state = state + 1
+                    state = add_one(state)
                 profile.end(step, state)
         (file,) = folder.rglob("*.pb")
         name = f"steps_{min(traced)}-{max(traced)}"
