@@ -78,6 +78,7 @@ def adalora(
         clip = optax.identity()
 
     def init(params: Any) -> RankState:
+        """Returns the state with all components kept; raises an error if no rank can be taken."""
         leaves = _adapters(params, spec)
         _budgets(config, spec, leaves)
         zeros = trees.unflatten(
@@ -88,6 +89,7 @@ def adalora(
             name: jnp.asarray(target.used(leaves[name].shape))
             for name, target in singular.items()
         }
+        # Distinct buffers: the step donates the state, and a buffer can be donated once.
         still = jax.tree.map(jnp.copy, zeros)
         return RankState(
             inner.init(params),
@@ -100,9 +102,11 @@ def adalora(
     def update(
         grads: Any, state: RankState, params: Any = None, **extra: Any
     ) -> tuple[Any, RankState]:
+        """Returns updates that set pruned entries of ``singular`` to 0, and the next state."""
         step = state.step + 1
         grads = _penalised(grads, params, config.orthogonality, spec)
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
+        # `inner` clips internally; the sensitivity needs the clipped gradient itself.
         clipped, _ = clip.update(grads, clip.init(params))
         new = _adapters(optax.apply_updates(params, updates), spec)
         moments = _smoothed(
@@ -112,6 +116,7 @@ def adalora(
         flat = trees.flatten(updates)
         now = trees.flatten(params)
         for path, keep in used.items():
+            # The update that makes the entry exactly 0.
             flat[path] = jnp.where(acts & ~keep, -now[path], flat[path])
         sensitivity, uncertainty = map(trees.unflatten, moments)
         return trees.unflatten(flat), RankState(
@@ -134,7 +139,13 @@ def _adapters(tree: Any, spec: AdapterSpec) -> dict[str, jax.Array]:
 def _budgets(
     config: AdaLoRAConfig, spec: AdapterSpec, leaves: dict[str, Any]
 ) -> tuple[int, int]:
-    """Returns the number of components at the start and at the end of the allocation."""
+    """Returns the number of components at the start and at the end of the allocation.
+
+    ``leaves`` are the adapters by path, or values with their shapes.
+
+    Raises:
+      NaloraError: no component would be pruned.
+    """
     first = last = 0
     for path, target in spec.targets:
         used = target.used(leaves[f"{path}/singular"].shape)
@@ -164,16 +175,21 @@ def _penalised(grads: Any, params: Any, weight: float, spec: AdapterSpec) -> Any
 
 
 def _distance(leaves: dict[str, jax.Array], spec: AdapterSpec) -> jax.Array:
-    """Returns the mean Frobenius distance of ``A^T A`` and ``B B^T`` from the identity."""
+    """Returns the mean Frobenius distance of ``A^T A`` and ``B B^T`` from the identity, ``[]``.
+
+    The mean is over the A and B of all layers with an adapter; beyond a layer's rank the identity
+    is 0.
+    """
     total = jnp.zeros([])
     count = 0
     for path, target in spec.targets:
         used = target.used(leaves[f"{path}/singular"].shape)
         identity = used[..., None] * np.eye(used.shape[-1], dtype=np.float32)
+        # [layers, ..., d_in, rank] and [layers, ..., rank, d_out] -> [layers, ..., rank, rank]
         for name, product in (("a", "...dr,...ds->...rs"), ("b", "...rd,...sd->...rs")):
             factor = leaves[f"{path}/{name}"]
             gram = jnp.einsum(product, factor, factor, precision="highest")
-            # differentiable at 0
+            # The small term makes the root differentiable at 0.
             norms = jnp.sqrt(jnp.sum((gram - identity) ** 2, axis=(-2, -1)) + 1e-30)
             total += jnp.sum(jnp.where(used.any(-1), norms, 0.0))
             count += int(used.any(-1).sum())
@@ -188,7 +204,11 @@ def _smoothed(
     config: AdaLoRAConfig,
     total_steps: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Returns sensitivity and uncertainty after a step; fixed after the last allocation."""
+    """Returns the EMAs of sensitivity and uncertainty after a step, by path of the weight.
+
+    The sensitivity is the product of the weights after the step and the gradient before it, as in
+    PEFT. Both EMAs are fixed from the last allocation on.
+    """
     sensitivity = trees.flatten(state.sensitivity)
     uncertainty = trees.flatten(state.uncertainty)
     measures = step < config.steps(total_steps)[1]
@@ -213,7 +233,18 @@ def _allocated(
     spec: AdapterSpec,
     total_steps: int,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Returns kept components by path of ``singular``, and True if this step zeroes the others."""
+    """Returns the kept components after a step, and True if the step zeroes the others.
+
+    Args:
+      state: the state before the step.
+      moments: EMAs of sensitivity and uncertainty, by path of the weight.
+      step: number of the step, counted from 1.
+      config, spec, total_steps: see `adalora`.
+
+    Returns:
+      By path of ``singular``, bool with its shape ``[layers, ..., rank]``; and bool ``[]``.
+    """
+    # The score of each weight.
     element = {path: moments[0][path] * moments[1][path] for path in moments[0]}
     scores = {}
     for path, target in spec.targets:
@@ -222,14 +253,17 @@ def _allocated(
             + element[f"{path}/a"].mean(-2)
             + element[f"{path}/b"].mean(-1)
         )
+        # [layers, ..., rank]; entries beyond a layer's rank never count as the lowest.
         scores[f"{path}/singular"] = jnp.where(target.used(score.shape), score, jnp.inf)
     first, last = _budgets(config, spec, element)
     begin, end = config.steps(total_steps)
+    # Share of the allocation phase that is left: 1 during the warm-up, 0 at its end.
     left = jnp.clip((end - step) / max(end - begin, 1), 0.0, 1.0)
     budget = jnp.floor((first - last) * left**3 + last).astype(jnp.int32)
     ranking = jnp.sort(
         jnp.concatenate([score.reshape(-1) for score in scores.values()])
     )
+    # The largest score among the `first - budget` lowest; only higher scores are kept.
     threshold = jnp.where(
         budget < first, ranking[jnp.maximum(first - budget - 1, 0)], -jnp.inf
     )

@@ -68,6 +68,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         best_metric: str = "accuracy",
         best_mode: Literal["max", "min"] = "max",
     ) -> None:
+        """Opens the folder, after moving checkpoints aside that Orbax cannot open."""
         where = buckets.url(str(folder))
         if where:
             self.folder: Any = epath.Path(where)
@@ -78,9 +79,11 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         worst = {"max": -math.inf, "min": math.inf}[best_mode]
 
         def rank(metrics: Mapping[str, float]) -> float:
+            """Returns the metric of a checkpoint; the worst value if it was not measured."""
             return metrics.get(best_metric, worst)
 
         policies = [
+            # A checkpoint is kept if one of the policies keeps it.
             managers.LatestN(max(keep, 1)),
             managers.BestN(
                 get_metric_fn=rank,
@@ -162,6 +165,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         """
         while True:
             step = self._find(which)
+            # Orbax ranks by this copy of the metrics; `_damage` compares it with the digested one.
             ranked = self.metrics(step)
             with _io_errors(
                 f"checkpoint {self.folder / str(step)}", "a readable checkpoint"
@@ -181,6 +185,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
                 )
             on_first_process(partial(self._set_aside, step, damage))
             self._manager.reload()
+            # The only ranked checkpoint was damaged.
             if which == "best" and self.best_step() is None:
                 which = "latest"
 
@@ -287,6 +292,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
     def __exit__(
         self, kind: object, error: BaseException | None, trace: object
     ) -> None:
+        """Closes the checkpoints; a failed last write becomes a note of an error in the block."""
         if error is None:
             self.close()
             return
@@ -313,6 +319,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
                     with suppress(OSError):
                         epath.Path(scrap).rmtree()
             check_lost_peer(error)
+            # Reloading also drops the failed step, which the manager already counts as saved.
             steps: list[int] = []
             with suppress(OSError):  # the folder may have been deleted
                 self._manager.reload()
@@ -330,6 +337,11 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             ) from error
 
     def _find(self, which: Literal["latest", "best"] | int) -> int:
+        """Returns the step of a checkpoint, after waiting for the last write.
+
+        Raises:
+          NaloraError: there is no such checkpoint; it lists the available ones.
+        """
         self.wait()
         expected = f"a {which} checkpoint"
         if which == "latest":
@@ -369,6 +381,7 @@ def _hush_cancelled_writes() -> None:
         return
 
     def without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
+        """Passes all errors but the one of a closed event loop to the earlier hook."""
         error = unraisable.exc_value
         if not (
             isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
@@ -380,6 +393,7 @@ def _hush_cancelled_writes() -> None:
 
 @contextmanager
 def _io_errors(where: str, expected: str) -> Iterator[None]:
+    """Converts all errors in the block to a NaloraError about ``where``."""
     try:
         yield
     except NaloraError:
@@ -391,6 +405,7 @@ def _io_errors(where: str, expected: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Returns the message of the operating system or of the innermost storage layer."""
+    # Storage layers wrap the error that has the reason.
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     system = re.search(r": ([^:]+) \[(?:os_error_code|tensorstore_spec)=", str(error))
@@ -421,6 +436,8 @@ class _Digested:
 
 
 class _DigestedArrays(_Digested, ocp.PyTreeCheckpointHandler):
+    """Orbax's handler of array trees, with digests; host arrays are stored as well."""
+
     def __init__(self) -> None:
         arrays = ocp.type_handlers.ArrayHandler(
             min_slice_bytes_for_replica_parallel=_LEAST_SHARE

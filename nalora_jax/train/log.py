@@ -50,6 +50,7 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
     def __init__(
         self, folder: str | Path, *, resume: int | None = None, goes_on: bool = True
     ) -> None:
+        """Opens the log, without the lines that a resumed run writes again; see the class."""
         self.path = Path(folder) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume is None and self.path.exists():
@@ -65,8 +66,10 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         self._lost: dict[str, int] = {}
         if resume is not None:
             earlier, self.begun = _rewind(self.path, resume, goes_on=goes_on)
+            # Every checkpoint's step has a line, in the file or in `begun`. Without it, a kill lost
+            # lines that the copy of the folder in a bucket had not yet received.
             last = max(map(_step, earlier), default=0)
-            if last < resume and not self.begun:  # a step with a checkpoint has a line
+            if last < resume and not self.begun:
                 self._lost = {"lost_after": last}
                 log.warning(
                     "%s: the lines of steps %d to %d are lost",
@@ -134,7 +137,13 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         self.write({"step": step, **record})
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
-        """Writes the line of an evaluation; per-example ``right`` only during training."""
+        """Writes the line of an evaluation.
+
+        Args:
+          step: the evaluated step.
+          values: the metrics; per-example ``right`` is only written during training.
+          kind: "initial" (the base), "final" (the exported adapter), or "" during training.
+        """
         logged = {
             name: value
             for name, value in values.items()
@@ -166,19 +175,24 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
 def _rewind(
     path: Path, step: int, *, goes_on: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Removes the lines after ``step`` from the file; returns the remaining ones and
-    `MetricsLog.begun`."""
+    """Removes the lines after ``step`` from the file, and the line of the run's end.
+
+    Returns the remaining lines, and `MetricsLog.begun`: the numbers of the line of ``step`` if the
+    run was stopped between log steps, which is then removed as well. Without ``goes_on`` it stays.
+    """
     if not path.exists():
         return [], {}
     records = read_metrics(path)
-    # a run has one end
+    # A run ends once: the resumed run writes these lines again.
     earlier = [
         r for r in records if _step(r) <= step and not {"done", "final"} & r.keys()
     ]
     begun: dict[str, Any] = {}
     if goes_on:
         for record in [r for r in earlier if _step(r) == step]:
+            # Resumed at this step before, without a later line: that resumption has the numbers.
             begun = record.get("resumed", {}).get("begun", begun)
+            # Only an incomplete record has this number (`nalora_jax.train.loop`).
             if "target_tokens" in record:
                 begun = {
                     name: value
@@ -192,6 +206,7 @@ def _rewind(
 
 
 def _step(record: Mapping[str, Any]) -> int:
+    """Returns the step of a line or of a resumption; 0 for the first line."""
     return int(record.get("step", record.get("resumed", {}).get("step", 0)))
 
 
@@ -363,6 +378,7 @@ class MLflow(_Numbers):
         self._id = _record_id(started, "mlflow", run_id)
         kind = self._mlflow.entities.Param
         params = [
+            # Older servers reject longer parameters.
             kind(key, str(value)[:500])
             for key, value in dotted(to_json(started.config))
         ]
@@ -376,6 +392,7 @@ class MLflow(_Numbers):
             self._mlflow.entities.Metric(tag, float(value), now, step)
             for tag, value in values.items()
         ]
+        # The API's limit per call.
         for first in range(0, len(metrics), 1000):
             self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
 

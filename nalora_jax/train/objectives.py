@@ -117,6 +117,7 @@ class NextToken:
         rows = self.model.adapters.head_rows(tied=self.head.transposed)
         if rows is None:
             return None
+        # Only some rows of the head are trained: these and the frozen kernel form the head.
         name, ids = rows
         group, leaf = ROWS[name].split("/")
         return HeadRows(
@@ -124,13 +125,19 @@ class NextToken:
         )
 
     def kernel(self, params: Any) -> Any:
-        """Returns the head's kernel in its stored form."""
+        """Returns the head's kernel in its stored form, in the layout that the loss reads.
+
+        It is ``[vocab, d_model]`` for tied embeddings, else ``[d_model, vocab]``.
+        """
         if self.head.transposed:
             kernel = params["embed"]["embedding"]
         else:
             kernel = params["lm_head"]["kernel"]
-        for sharding in self.head_shardings:  # gathered once, for all chunks
+        # Gathered once, for all chunks of the loss, in up to two steps (`head_shardings`).
+        for sharding in self.head_shardings:
             kernel = lax.with_sharding_constraint(kernel, sharding)
+            # Between two steps the kernel keeps its row-major layout on a TPU; XLA would choose
+            # another one for the loss, and transpose.
             if sharding is not self.head_shardings[-1]:
                 kernel = jax.tree.map(
                     lambda x: in_stored_layout(x, self.numerics), kernel
@@ -194,7 +201,10 @@ class NextToken:
 def through_surrogate(
     value: jax.Array, surrogate: jax.Array, measured: Mapping[str, jax.Array]
 ) -> Evaluated:
-    """Returns a loss with one value and the gradient of another, and metrics without a gradient."""
+    """Returns a loss with the value of ``value`` and the gradient of ``surrogate``.
+
+    ``measured`` are metrics, which get no gradient.
+    """
     return Evaluated(
         lax.stop_gradient(value - surrogate) + surrogate, lax.stop_gradient(measured)
     )

@@ -202,6 +202,7 @@ def check_shared(folder: Any) -> None:
 
 
 def _is_seen(mark: Any) -> bool:
+    """Returns True if this process sees the file ``mark``."""
     try:
         return bool(mark.exists())
     except Exception:
@@ -210,7 +211,20 @@ def _is_seen(mark: Any) -> bool:
 
 
 def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) -> bool:
-    """Creates or checks the folder and locks it; returns True if there is a run to resume."""
+    """Creates or checks the folder and locks it; returns True if there is a run to resume.
+
+    Only the first process calls it. With "auto" it removes the remains of a run that stopped before
+    its first checkpoint.
+
+    Args:
+      path: the run's local folder.
+      checkpoints: its folder of checkpoints, which may be in a bucket.
+      resume: see `open_output`.
+      held: gets the lock, so that the caller releases it even after an error.
+
+    Raises:
+      NaloraError: see `open_output`.
+    """
     if path.exists() and not path.is_dir():
         raise NaloraError(
             "--output",
@@ -272,6 +286,12 @@ def last_step(checkpoints: Any) -> int | None:
 
 
 def _require_checkpoint(path: Path, checkpoints: Any) -> None:
+    """Raises an error if there is no checkpoint to resume, with a remedy by the folder's content.
+
+    Args:
+      path: the run's local folder.
+      checkpoints: its folder of checkpoints, which may be in a bucket.
+    """
     if has_checkpoint(checkpoints):
         return
     remedy = "start without --resume, or name the run's own --output"
@@ -304,7 +324,7 @@ log = logging.getLogger(__name__)
 # In the store: the machine that copies to it, and the time of its last copy.
 HOLDER = "lock"
 _EVERY = 30.0  # seconds between two copies
-_DIRECT = "gs://"  # paths that Orbax and TensorStore write directly
+_DIRECT = "gs://"  # Orbax and TensorStore write such checkpoints without a local copy
 
 
 def listing(names: Sequence[str]) -> str:
@@ -352,6 +372,7 @@ def mirrored(
     mirror = Mirror(where, store_folder(where), folder, without)
 
     def begin() -> None:
+        """Checks and claims the folder in the store, and copies it here; on the first process."""
         with _store_errors(where, "a folder that can be read and written"):
             if fresh and (names := sorted(mirror.names())):
                 raise NaloraError(
@@ -414,6 +435,8 @@ class Mirror:
             except (ValueError, KeyError, TypeError, RecursionError):
                 holder = {}
                 age = 0.0
+            # A claim is renewed at every copy; after four missed ones its machine is taken for
+            # gone.
             longest = 4 * _EVERY
             if holder.get("host") != socket.gethostname() and age < longest:
                 host = holder.get("host", "another machine")
@@ -483,6 +506,7 @@ class Mirror:
         return [name for name in names if name != HOLDER and not name.startswith(".")]
 
     def _sign(self) -> None:
+        """Writes this machine's name and the time to the store, which keeps the claim valid."""
         (self.store / HOLDER).write_text(
             json.dumps({"host": socket.gethostname(), "time": time.time()})
         )
@@ -490,6 +514,7 @@ class Mirror:
 
 def finished(folder: Path) -> list[str]:
     """Returns the files below ``folder`` except scratch files and uncommitted checkpoints."""
+    # Changing `folders` in place keeps `os.walk` out of uncommitted checkpoints.
     names_found = []
     for root, folders, names in os.walk(folder):
         folders[:] = [
@@ -507,6 +532,7 @@ def finished(folder: Path) -> list[str]:
 
 
 def _keep_copying(mirror: Mirror, stop: threading.Event) -> None:
+    """Copies at intervals until ``stop`` is set; the body of a thread."""
     while not stop.wait(_EVERY):
         mirror.try_to_push()
 
@@ -532,7 +558,7 @@ def store_folder(where: str) -> epath.Path:
                 # gcsfs would not list files of other processes from its cache.
                 conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
             store = epath.Path(where)
-            store.exists()
+            store.exists()  # Fails here if the store cannot be reached; the result is unused.
         except (ImportError, ValueError, KeyError) as error:
             raise buckets.missing_package("--output", where) from error
     return store

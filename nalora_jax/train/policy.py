@@ -81,9 +81,12 @@ class Policy:
             )
             return losses.loss, losses
 
+        # The gradient in the log-probabilities, [rows, seq], is the weight of each token's
+        # cross-entropy in a surrogate with the same gradient in the weights.
         (value, losses), slope = jax.value_and_grad(total, has_aux=True)(log_probs)
         surrogate = self.policy.cross_entropy(hidden, params, batch, -slope)
         share = mask
+        # Weight of each token in the metrics: a mean over samples, but over all tokens for "dapo".
         if self.settings.name != "dapo":
             share = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
         measured = {
@@ -115,6 +118,7 @@ class Policy:
     def base_log_probs(
         self, variables: Mapping[str, Any], params: Any, batch: Batch
     ) -> jax.Array:
-        """Returns the log-probabilities of the model without the adapter."""
+        """Returns the log-probabilities ``[rows, seq]`` of the targets without the adapter, at the
+        same temperature; 0 without a loss weight."""
         hidden = self.text.base_hidden(variables, batch)
         return -self.policy.target_losses(hidden, params, batch)

@@ -97,6 +97,7 @@ class RunProgram:
 
     def places(self, lora: Any) -> Any:
         """Returns the shardings of the state; ``lora`` has the adapters or their shapes."""
+        # Nothing is computed: only shapes are needed, and devices may be abstract.
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         state = jax.eval_shape(self.fresh, lora, key)
         return distributed.shardings(state, self.mesh, distributed.STATE_RULES)
@@ -133,6 +134,7 @@ def _checked(step: Step) -> Step:
     logging.getLogger("absl").addFilter(_is_no_reminder)
 
     def run(params: Any, state: TrainState, batch: Any) -> Any:
+        """Runs the step and converts the errors of failed checks; other assertions pass."""
         try:
             return armed(params, state, batch)
         except AssertionError as error:
@@ -275,6 +277,11 @@ def run_program(
     def optimizer(
         mechanisms: Mechanisms, numbers: Mapping[str, Any]
     ) -> optax.GradientTransformationExtraArgs:
+        """Returns the run's optimizer: base optimizer, mechanisms, ``last``, and AdaLoRA around
+        all.
+
+        ``numbers`` are values that a sweep varies, see `make_optimizer`.
+        """
         inner = make_optimizer(
             optimizer_settings, config.steps, config.lora.plus_ratio, numbers
         )
@@ -291,9 +298,12 @@ def run_program(
         options["lora_sharding"] = distributed.shardings(
             lora, mesh, distributed.STEP_RULES
         )
+        # Masks are [..., d_ff].
         masks = {
             distributed.fit_spec(P("tensor"), shape, mesh) for shape in shapes.values()
         }
+        # Masks of all blocks share one layout; if "tensor" divides only some of them, none is
+        # split.
         options["mask_sharding"] = NamedSharding(
             mesh, masks.pop() if len(masks) == 1 else P()
         )
@@ -308,6 +318,7 @@ def run_program(
     def pure(
         adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]
     ) -> Step:
+        """Builds the step of `PureStep`, not compiled."""
         # In a sweep whose runs have a device each, the step is a program of one device.
         numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
         module = model.clone(adapters=adapters, numerics=numerics)
@@ -328,8 +339,11 @@ def run_program(
 def measured_blocks(
     base: ModelConfig, spec: AdapterSpec
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns channel shape and activation by block, of the decoder and of other blocks with
-    adapters."""
+    """Returns channel shape and activation by path of each block whose gates are measured.
+
+    These are the blocks of the decoder's layers, and other blocks, as of an image tower, only if
+    they have adapters.
+    """
     adapted = {path.rpartition("/")[0] for path, _ in spec.targets}
     blocks = gate_blocks(base).items()
     return {
@@ -353,6 +367,7 @@ def head_shardings(base: ModelConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
     layouts = [P(None, "tensor")]
     if base.tie_embeddings:
         weights = tuple(axis for axis in ("tensor", *WEIGHT_AXES) if axis in mesh.shape)
+        # A tied head is the embedding, [vocab, d_model].
         shape = shape[::-1]
         layouts = [P(weights, None), P("tensor", None)]
     return tuple(
@@ -400,6 +415,7 @@ def check_context(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
         raise context_error(
             shards, f"the attention dropout of {base.model_type} ({base.attn_dropout})"
         )
+    # Causal attention is balanced if each device has an early and a late block of a row.
     seq = config.data.max_length
     if seq and (padded := 2 * shards * block_length(seq, shards)) != seq:
         log.info(
@@ -480,6 +496,7 @@ def assemble(
     program = decoder_program(
         config, base, spec, mesh, last=last, objective=objective, model=like.model
     )
+    # The compiled functions of `like` are shared, the values are those of this run.
     changes: dict[str, Any] = {"state": like.begin(lora, config.seed), "params": params}
     changes |= {"mechanisms": program.mechanisms, "pure": program.pure, "initial": None}
     return replace(like, config=config, **changes)

@@ -86,6 +86,7 @@ class Samples:
         for array, name in zip(arrays, _ARRAYS, strict=True):
             shape = (-1, samples, *array.shape[1:])
             groups = array.reshape(shape)  # a view
+            # [prompts * samples, ...] -> [prompts, samples, ...]; writes to `array`.
             groups[prompts] = getattr(by, name).reshape(shape)
         return Samples(*arrays)
 
@@ -122,7 +123,13 @@ class Sampler:
     rows: int = ROWS
 
     def __post_init__(self) -> None:
+        """Checks that the longest prompt and its samples fit the model's context.
+
+        Raises:
+          NaloraError: they do not fit.
+        """
         context = self.model.config.max_positions
+        # Length from which LongRoPE rotates all keys by other frequencies.
         switch = switch_length(self.model.config.ropes)
         if switch is not None and switch < context:
             context = switch  # cached keys are invalid beyond
@@ -190,12 +197,25 @@ class Sampler:
     def _generated(
         self, weights: Any, prompts: Sequence[Prompt], seeds: list[int]
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Generates the samples of the prompts of one program.
+
+        Args:
+          weights: from `view_weights`.
+          prompts: at most the number of prompts of a program, ``shape[0]``.
+          seeds: of each sample, ``[prompts * samples]``.
+
+        Returns:
+          Tokens and log-probabilities, ``[prompts * samples, limit]``, see `Samples`.
+        """
+        # Rows of the program, and samples of each: a prompt may be repeated over several rows.
         _, count, samples = self.shape
         parts = [
             prompt.ids for prompt in prompts for _ in range(self.rl.samples // samples)
         ]
+        # The additional row has the longest prompt's length, so that all calls share one program.
         padded = padded_rows([*parts, [0] * self.longest], count + 1)
         rows = {name: value[:count] for name, value in padded.items()}
+        # Unused rows of an incomplete group: one token, not live.
         rows["lengths"][len(parts) :] = 1
         rows["live"] = np.arange(count) < len(parts)
         sampling = make_sampling(
@@ -217,6 +237,7 @@ class Sampler:
     def _scored(
         self, prompts: Sequence[Prompt], tokens: np.ndarray, log_probs: np.ndarray
     ) -> Samples:
+        """Decodes samples ``[prompts * samples, limit]`` and adds their rewards; see `Samples`."""
         texts = [self.tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in tokens]
         of_rows = [prompt for prompt in prompts for _ in range(self.rl.samples)]
         rewards = self._scorer(
@@ -225,8 +246,10 @@ class Sampler:
             [p.record for p in of_rows],
             [p.where for p in of_rows],
         )
-        if jax.process_count() > 1:  # a reward may not be the same in every process
+        if jax.process_count() > 1:
+            # A reward may be random or depend on the time: all processes use the first one's.
             rewards = multihost_utils.broadcast_one_to_all(rewards)
+        # The limit is reached, and its token is no stop token.
         cut = (tokens[:, -1] != NO_TOKEN) & ~np.isin(tokens[:, -1], self._stops)
         return Samples(tokens, log_probs, np.asarray(rewards, np.float64), cut)
 
@@ -235,6 +258,13 @@ class _Store:
     """Complete groups of the current rollout; one process reads and writes them."""
 
     def __init__(self, folder: Path | None, name: str, lora: Any) -> None:
+        """Reads the file of the rollout, or removes the files of earlier steps if there is none.
+
+        Args:
+          folder: the run's folder of rollouts; None: nothing is stored, as with several processes.
+          name: ``<step>-<attempt>``.
+          lora: the adapter, whose digest is part of the file's name.
+        """
         self._path: Path | None = None
         self._parts: dict[str, np.ndarray] = {}
         if folder is None or jax.process_count() > 1:
@@ -297,6 +327,7 @@ def sample_batch(
       masks_cut: leave samples that the limit cut out of the loss.
     """
     rows = len(prompts)
+    # One position more: inputs are all but the last token, targets all but the first.
     ids = np.zeros((rows, length + 1), np.int32)
     sampled = np.zeros((rows, length + 1), np.float32)
     mask = np.zeros_like(sampled)
@@ -312,6 +343,7 @@ def sample_batch(
     return {
         "tokens": ids[:, :-1],
         "targets": ids[:, 1:],
+        # 0 at padding.
         "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))
         * segments[:, :-1],
         "segment_ids": segments[:, :-1],

@@ -211,6 +211,7 @@ def first_adapters(
 
 
 def _write(folder: Path, initial: Mapping[str, Any]) -> None:
+    """Writes the initial adapters and their digest; the folder appears complete or not at all."""
     with new_folder(folder) as scratch:
         leaves = {
             path: np.ascontiguousarray(leaf)
@@ -246,7 +247,7 @@ def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
     )
 
 
-_ITERATIONS = 2
+_ITERATIONS = 2  # of the subspace iteration; see the two lines marked "twice" above
 # Mean length of A's columns in default LoRA: d_in entries, uniform in +-1/sqrt(d_in).
 _COLUMN_NORM = 1 / math.sqrt(3.0)
 # LoRA-GA's gamma ("stable_gamma") in its authors' code and in PEFT.
@@ -281,6 +282,7 @@ def gradient_adapters(
         path: target.rank * (2 if lora_config.init == "lora_ga" else 1)
         for path, target in spec.targets
     }
+    # Oversampled by half, at least by 8 columns, as randomized SVDs need for accurate vectors.
     wide = {
         path: min(count + max(8, count // 2), *shapes[path][-2:])
         for path, count in ranks.items()
@@ -294,6 +296,7 @@ def gradient_adapters(
         )
         for i, (path, width) in enumerate(wide.items())
     }
+    # The names of the module's docstring: `a` is A or P, `rows` are dB.
     rows, slopes = search.rows(a)
     weights = _weights(
         lora_config.gradient_weights, slopes, spec, jax.random.fold_in(key, len(wide))
@@ -310,6 +313,7 @@ def gradient_adapters(
     parts = {
         path: jnp.linalg.svd(row, full_matrices=False) for path, row in rows.items()
     }
+    # Left singular vectors of G: P U, [layers, ..., d_in, k].
     left = {
         path: jnp.matmul(a[path], u, precision="highest")
         for path, (u, _, _) in parts.items()
@@ -329,6 +333,12 @@ class _Search:
         wide: Mapping[str, int],
         batches: Sequence[Batch],
     ) -> None:
+        """Compiles nothing yet; makes the gradients' function for adapters of these ranks.
+
+        Args:
+          assembly, base, batches: see `gradient_adapters`.
+          wide: rank of the searched subspace by path of the projection.
+        """
         layers = depths(base)
         targets = tuple(
             (path, TargetSpec.even(width, layers[path])) for path, width in wide.items()
@@ -364,7 +374,8 @@ class _Search:
         self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}
 
     def rows(self, a: Matrices) -> tuple[Matrices, dict[str, jax.Array]]:
-        """Returns ``A^T G``, and the mean slope of every gate channel by block."""
+        """Returns ``A^T G``, ``[layers, ..., k, d_out]``, for A of ``[layers, ..., d_in, k]``; and
+        the mean slope of every gate channel by block, ``[layers, ..., d_ff]``."""
         total = self._total({f"{path}/a": value for path, value in a.items()})
         slopes = {
             block: sums["slope"] / jnp.maximum(sums["tokens"], 1.0)[..., None]
@@ -374,13 +385,17 @@ class _Search:
         return {path: grads[f"{path}/b"] for path in a}, slopes
 
     def columns(self, b: Matrices) -> Matrices:
-        """Returns ``G B^T``."""
+        """Returns ``G B^T``, ``[layers, ..., d_in, k]``, for B of ``[layers, ..., k, d_out]``."""
         grads = trees.flatten(
             self._total({f"{path}/b": value for path, value in b.items()})["grads"]
         )
         return {path: grads[f"{path}/a"] for path in b}
 
     def _total(self, leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Returns the sums of a step over all batches for adapters with these leaves, others 0.
+
+        Gradients are divided by the number of target tokens.
+        """
         lora = trees.unflatten(self._zeros | dict(leaves))
         total: dict[str, Any] = {}
         for batch in self._batches:
@@ -396,7 +411,12 @@ class _Search:
 def _weights(
     kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key: jax.Array
 ) -> Matrices:
-    """Returns weights of the gates' output channels, mean 1 per layer; no entry: weight 1."""
+    """Returns weights of the gates' output channels, ``[layers, ..., d_out]`` with mean 1 per
+    layer.
+
+    They are the mean slopes of the channels ("permuted": in random order). A projection without an
+    entry has weight 1.
+    """
     if kind == "ones":
         return {}
     gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
@@ -421,6 +441,7 @@ def _weighted(rows: Matrices, weights: Matrices) -> Matrices:
 
 
 def _orthonormal_rows(matrix: jax.Array) -> jax.Array:
+    """Returns an orthonormal basis of the row space of ``[..., k, d]``, of the same shape."""
     return jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))[0], -1, -2)
 
 
@@ -449,6 +470,7 @@ def _place(
         )
         if lora_ga:
             # triplets r to 2r of each layer
+            # [layers, rank] -> [layers, 1, ..., rank, 1]: a layer's rank differs from the largest.
             second = np.array(target.ranks)[:, None] + np.arange(target.rank)
             second = second.reshape(
                 len(target.ranks), *(1,) * (a.ndim - 3), target.rank, 1

@@ -78,7 +78,8 @@ def trained_on(
 ) -> ImageRecords:
     """Returns the training images of ``source``: all, or ``vision.shots`` of each class.
 
-    Each image is opened; unreadable images are left out.
+    Each image is opened; unreadable images are left out. ``data.train_limit`` keeps that many,
+    drawn by the run's seed. ``classes`` is empty for images with captions.
     """
     data = config.data
     vision = config.vision
@@ -172,11 +173,16 @@ def export_run(
 def with_classes(
     config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...], mesh: Mesh
 ) -> dict[str, Any]:
-    """Adds the class prompts to the weights; as features if training does not change them."""
+    """Returns the weights with the class prompts under ``CLASSES``, replicated on the mesh.
+
+    If training changes the text features, they are ``tokens`` and ``token_weights`` ``[classes,
+    prompts, seq]``, which each step encodes; otherwise ``features [classes, features]``, computed
+    here. Without classes the weights are returned unchanged.
+    """
     if not classes:
         return loaded.params
     spec = resolve_dual(config, loaded.config)
-    # its output changes
+    # Training changes the text features: by adapters in the tower, or by its projection.
     if "text" in adapted_towers(spec) or "text/projection" in loaded.config.trained:
         prompts = [
             template.format(name)
@@ -184,6 +190,7 @@ def with_classes(
             for template in config.vision.templates
         ]
         tokens = loaded.tokenizer(prompts)
+        # [classes * prompts, seq] -> [classes, prompts, seq]
         shape = (len(classes), len(config.vision.templates), -1)
         inputs: dict[str, Any] = {
             name: value.reshape(shape) for name, value in tokens.items()
@@ -216,7 +223,11 @@ def with_classes(
 def image_data(
     config: RunConfig, loaded: LoadedDual, records: ImageRecords, mesh: Mesh
 ) -> ImageData:
-    """Returns the training rows of a run: images with classes, or with captions."""
+    """Returns the training rows of a run: images with classes, or with captions.
+
+    Raises:
+      NaloraError: the processor cuts images into patches of another size than the image tower.
+    """
     vision = config.vision
     source = records.source
     indices = records.indices
@@ -225,6 +236,7 @@ def image_data(
         tokens = caption_tokens(source, indices, loaded.tokenizer, vision)
     image = loaded.config.image
     size = loaded.processor.patch_size
+    # Towers of images of any shape get patches from the processor, not pixels.
     if image.any_shape and size != image.patch_size:
         where = "preprocessor_config.json: patch_size"
         raise NaloraError(where, expected=image.patch_size, found=size)
@@ -243,7 +255,10 @@ def image_data(
 def image_indices(
     config: RunConfig, source: ImageSource
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns indices of the reported images, and of images that select the checkpoint."""
+    """Returns ascending indices of the reported images, and of those that select the checkpoint.
+
+    At most a third of the images select, and at least one; ``data.eval_limit`` 0 uses all images.
+    """
     data = config.data
     indices = drawn_images(
         source, data.eval_limit + data.select_limit if data.eval_limit else 0
@@ -348,6 +363,7 @@ def assemble_dual(
         stats=gate_stats(config, mesh),
         activation_sharding=distributed.row_sharding(mesh),
     )
+    # On one device the contrastive loss needs no layout constraints.
     shared = mesh if distributed.devices_per_run(mesh) > 1 else None
 
     def objective(model: DualEncoder) -> Classify | Contrast:
@@ -361,6 +377,7 @@ def assemble_dual(
         f"{name}/layers/ffn": ((t.n_layers, t.d_ff), t.activation)
         for name, t in adapted.items()
     }
+    # Without adapters no gate is measured, and any activation serves.
     activation = next(iter(adapted.values()), base.image).activation
     config = with_learning_rate(config)
     program = run_program(
@@ -373,6 +390,7 @@ def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
     """Returns both towers' adapters; none if every rule has rank 0 and projections are trained."""
     if base.trained and all(rule.rank == 0 for rule in config.lora.rules):
         return AdapterSpec()
+    # Layers of each tower are numbered from 0.
     numbers = {path: range(depth) for path, depth in base.depths().items()}
     return resolve(config.lora, base.projection_shapes(), numbers)
 
@@ -412,7 +430,8 @@ class Towers:
         )
 
     def temperature(self, variables: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """Returns the scale and the offset of the cosine similarities."""
+        """Returns the scale and the offset of the cosine similarities: logits are scale * cos +
+        offset."""
         temperature: tuple[jax.Array, jax.Array] = self.model.apply(
             variables, method="temperature"
         )
@@ -421,6 +440,7 @@ class Towers:
     def _encode(
         self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array
     ) -> jax.Array:
+        """Returns a tower's normalised features ``[rows, features]``, with dropout by ``key``."""
         options: dict[str, Any] = {
             "method": f"encode_{tower}",
             "rngs": {"dropout": key},
@@ -452,6 +472,7 @@ class Classify:
         images = self.towers.images(variables, batch, first)
         classes = self._classes(variables, params[CLASSES], second)
         scale, _ = self.towers.temperature(variables)
+        # [images, classes]
         logits = scale * jnp.einsum("if,cf->ic", images, classes, precision="highest")
         chosen = jnp.take_along_axis(logits, batch["labels"][:, None], axis=1)[:, 0]
         return Evaluated(jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen))
@@ -467,10 +488,11 @@ class Classify:
         classes: Mapping[str, jax.Array],
         key: jax.Array,
     ) -> jax.Array:
-        """Returns normalised features ``[classes, features]``; those of several prompts are
-        averaged."""
+        """Returns normalised features ``[classes, features]``: the given ones, or of encoded
+        prompts."""
         if "features" in classes:
             return classes["features"]
+        # Features of [classes * prompts, seq] are averaged over the prompts of a class.
         count, prompts, _ = classes["tokens"].shape
         flat = {
             name: value.reshape(count * prompts, -1) for name, value in classes.items()
@@ -525,6 +547,8 @@ def softmax_contrastive(
     """
     own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
     total = jnp.zeros((), jnp.float32)
+    # Images among all texts, then texts among all images. The candidates are gathered from all
+    # devices; a row's positive pair is on its own device.
     for anchors, candidates, pair in (
         (own_images, texts, own_texts),
         (own_texts, images, own_images),
@@ -545,7 +569,11 @@ def sigmoid_contrastive(
     bias: jax.Array,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy by pair."""
+    """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy of each
+    pair.
+
+    The arguments are those of `softmax_contrastive`; ``bias`` is added to the scaled similarities.
+    """
     own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
     logits = (
         scale
@@ -560,7 +588,7 @@ def sigmoid_contrastive(
 
 
 def _placed(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
-    """Constrains ``x`` to a layout on the mesh."""
+    """Returns ``x`` constrained to a layout on the mesh; unchanged without a mesh."""
     if mesh is None:
         return x
     return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -79,6 +79,8 @@ def metric_names(rl: RLConfig) -> list[str]:
     used = {"reward", "reward_std"}
     for reward in rl.rewards:
         name, _, rest = reward.partition(":")
+        # A function is named after itself (MODULE:FUNCTION), a built-in reward by its name even if
+        # it has settings (NAME:setting=value).
         short = f"reward_{rest if rest and '=' not in rest else name}"
         several = itertools.chain(
             [short], (f"{short}_{number}" for number in itertools.count(2))
@@ -91,8 +93,10 @@ def metric_names(rl: RLConfig) -> list[str]:
 
 
 def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
-    """Returns the weighted sum of rewards ``[..., rewards]``; NaN for a sample without a known
-    reward."""
+    """Returns the weighted sum over the last axis of rewards ``[..., rewards]``, ``[...]``.
+
+    Unknown rewards (NaN) count as 0; the sum is NaN if all rewards of a sample are unknown.
+    """
     weights = np.array(rl.reward_weights or [1.0] * len(rl.rewards))
     known = ~np.isnan(rewards)
     total = np.where(known, rewards * weights, 0.0).sum(-1)
@@ -127,6 +131,8 @@ def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
 
 def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     """Opens the model's files and the prompts, tokenizes them and settles the settings.
+
+    Held-out prompts leave room for a completion of ``rl.max_new_tokens`` in a training row.
 
     Raises:
       NaloraError: a model, prompts or rewards that cannot be read, or settings that do not fit
@@ -297,11 +303,13 @@ class RolloutStep:
             self._begun = True
             if self._file is not None:
                 _forget_samples(self._file, number)
+        # Also in the middle of the updates, if no rollout was restored.
         if number % rl.updates == 0 or not rollout.arrays:
             rollout.arrays, rollout.figures = self._new(params, state, batch, number)
         started = time.perf_counter()
         arrays = distributed.make_global_batch(rollout.arrays, self._mesh, rows_axis=1)
         state, metrics = self._update(params, state, arrays)
+        # So that the update's time is measured, not its dispatch.
         jax.block_until_ready(metrics["loss"])
         if (number + 1) % rl.updates == 0:
             rollout.arrays = {}
@@ -310,6 +318,7 @@ class RolloutStep:
             dict(metrics["measured"]) | rollout.figures | {"update_seconds": seconds}
         )
         measured["update_tokens_per_second"] = float(metrics["tokens"]) / seconds
+        # Steps done before the current rollout; without the base, a placeholder was compared.
         if not self._needs_base(number // rl.updates * rl.updates):
             measured["divergence"] = math.nan
         self._warn(measured)
@@ -318,16 +327,24 @@ class RolloutStep:
     def _new(
         self, params: Any, state: TrainState, batch: Batch, number: int
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Returns the arrays of a new rollout, and its figures."""
+        """Draws a rollout; returns its arrays ``[accumulate, rows of this process, ...]`` and log
+        metrics.
+
+        Groups whose rewards are all equal have no gradient: with ``rl.resample`` they are replaced
+        by groups of other prompts, in up to that many attempts. ``number`` is the count of steps
+        done.
+        """
         rl = self._config.rl
         stream = self._data
         started = time.perf_counter()
+        # [accumulate, rows] prompt indices, each repeated for its samples -> one index per prompt.
         places = np.asarray(distributed.fetch(batch["prompt"])).ravel()[:: rl.samples]
         prompts = stream.prompts(places.tolist())
         samples = self._sampler(state.lora, number, prompts)
         drawn_tokens = samples.lengths.sum()
         replaced = 0
         for attempt in range(rl.resample):
+            # Indices of the prompts whose groups are replaced.
             flat = np.flatnonzero(
                 _is_flat(weighted_sum(rl, samples.rewards), rl.samples)
             )
@@ -362,6 +379,8 @@ class RolloutStep:
                 figures[f"{name}_std"] = float(known.std())
         whole = sample_batch(ids, samples, stream.length, masks_cut=rl.mask_cut)
         has_penalty = rl.loss == "rloo" and rl.beta > 0
+        # Log-probabilities before the update. The generator's serve unless several updates need the
+        # ratio to the training program's, or the penalty compares them with the base's.
         old = whole["sampled"]
         if rl.updates > 1 or has_penalty:
             old = self._by_training_program(params, state, whole, of_base=False)
@@ -369,6 +388,7 @@ class RolloutStep:
         if self._needs_base(number) and not updates_with_base(rl):
             base = self._by_training_program(params, state, whole, of_base=True)
         if has_penalty:
+            # "rloo" subtracts the divergence from the reward instead of adding it to the loss.
             total = total - divergence_penalty(
                 old, base, whole["loss_weights"], rl.beta
             )
@@ -377,6 +397,7 @@ class RolloutStep:
         if not updates_with_base(rl):
             whole["base"] = base
         whole["advantages"] = (
+            # [rows] -> [prompts, samples] -> [rows]
             advantages(total.reshape(-1, rl.samples), rl.loss)
             .ravel()
             .astype(np.float32)
@@ -406,6 +427,7 @@ class RolloutStep:
         accumulate = self._data.accumulate
         rows = list(self._data.rows)
         return {
+            # [rows of all processes, ...] -> [accumulate, rows of all, ...] -> rows of this process
             n: v.reshape(accumulate, -1, *v.shape[1:])[:, rows]
             for n, v in whole.items()
         }
@@ -517,8 +539,11 @@ class EarlyWarnings:
         self._logged: set[str] = set()
 
     def __call__(self, figures: Mapping[str, Any]) -> None:
-        """Reads the figures of a step: ``groups_alike``, ``length``, ``entropy`` and
-        ``mismatch_bound``."""
+        """Reads the log metrics of a step and logs each warning that applies for the first time.
+
+        It uses ``groups_alike``, ``length``, ``entropy`` and ``mismatch_bound``; lengths and
+        entropies are compared with those of the first step that this process ran.
+        """
         names = ("groups_alike", "length", "entropy", "mismatch_bound")
         now = {name: float(figures[name]) for name in names}
         first = self._first = self._first or now
@@ -544,6 +569,7 @@ class EarlyWarnings:
                 (now["mismatch_bound"], _MISMATCH),
             ),
         }
+        # Message -> (condition, arguments of the message).
         for text_of, (applies, values) in texts.items():
             if applies and text_of not in self._logged:
                 self._logged.add(text_of)
@@ -551,7 +577,11 @@ class EarlyWarnings:
 
 
 def _is_flat(rewards: np.ndarray, samples: int) -> np.ndarray:
-    """Returns True for groups whose known rewards are all equal, bool ``[prompts]``."""
+    """Returns True for groups whose known rewards are all equal, bool ``[prompts]``.
+
+    Groups without a known reward, whose initial values -inf and inf remain, are flat, too.
+    ``rewards`` is ``[prompts * samples]``.
+    """
     groups = rewards.reshape(-1, samples)
     return np.nanmax(groups, 1, initial=-np.inf) <= np.nanmin(groups, 1, initial=np.inf)
 
@@ -572,6 +602,8 @@ def scores_of(config: RunConfig, assembly: Assembly) -> Callable[..., jax.Array]
 def _scored(
     objective: Policy, params: Any, lora: Any, batch: Batch, *, of_base: bool
 ) -> jax.Array:
+    """Returns the log-probabilities ``[rows, seq]`` of a batch's targets, see `scores_of`."""
+    # A view in a faster layout (`Assembly.view`) has its collections at the top.
     frozen = params if "params" in params else {"params": params}
     variables = {**frozen, "lora": lora}
     if of_base:
@@ -638,8 +670,15 @@ class RewardEvaluator(Evaluator):
         ]
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
-        """Returns the mean ``reward``, its 95% interval ``low`` and ``high``, ``n``, and the mean
-        of each reward."""
+        """Returns the mean ``reward`` and the mean of each reward, over prompts whose reward is
+        known.
+
+        ``low`` and ``high`` are the 95% bootstrap interval of the mean; ``n`` is the number of
+        prompts with a known reward.
+
+        Raises:
+          NaloraError: no prompt has a known reward.
+        """
         known = [
             record["reward"] for record in records if not math.isnan(record["reward"])
         ]
