@@ -72,12 +72,18 @@ class _Limits(NamedTuple):
 
 
 def _limits(config: RunConfig) -> Iterator[_Limits]:
-    """Yields the limits that the settings of a run set each other."""
+    """Yields the limits that the settings of a run set each other.
+
+    Each applies to settings that are valid by themselves but not in combination with others.
+    """
     lora = config.lora
     task = config.vision.task
+    # Dotted name -> allowed values; the task "" trains a language model.
     decoders = {"vision.task": ("", "chat")}
     plain = {"vision.task": ("",), "preference.loss": ("none",)}
     if config.rl.rewards:
+        # The penalty compares with the base, whose kernels PiSSA changes. Initializations by
+        # gradients read batches of targets, which prompts do not have.
         inits: tuple[str, ...] = (*UNCHANGED, "pissa")
         if config.rl.beta:
             inits = UNCHANGED
@@ -153,6 +159,7 @@ def _check_run(config: RunConfig) -> None:
     last = config.data.loss_last
     require(
         "--data.loss-last",
+        # Below 1 a share of the tokens, else a number of tokens.
         last < 1 or last == int(last),
         "whole tokens, or a share below 1",
         last,
@@ -161,9 +168,11 @@ def _check_run(config: RunConfig) -> None:
     rl = config.rl
     adalora = config.adalora
     fine = (
+        # Nine and four digits keep both numbers and their sum in the range of an int32.
         not profile or re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,3}", profile) is not None
     )
     require("--debug.profile", fine, "START:STEPS, as 10:5", profile)
+    # With epochs, the number of steps is not known yet.
     late = (
         bool(profile)
         and not config.epochs
@@ -184,6 +193,7 @@ def _check_run(config: RunConfig) -> None:
         require(
             "--rl.reward-weights", fits, f"{len(rl.rewards)}, one a reward", weights
         )
+    # A batch is divided into micro-batches, and with rewards into groups of samples.
     for name, part in parts.items():
         require(
             "--train.batch-size",
@@ -265,6 +275,7 @@ def _check_tokens(config: RunConfig) -> None:
     expected = "no token of --data.add-special-tokens"
     require("--data.add-tokens", not both, expected, ", ".join(map(repr, both)))
     if data.add_tokens or data.add_special_tokens:
+        # All rows of both tables, or chosen rows.
         trained = saved == {"embed_tokens", "lm_head"} or bool(ids)
         expected = (
             "embed_tokens lm_head beside added tokens, whose rows are new (or "
@@ -279,6 +290,8 @@ def _check_tokens(config: RunConfig) -> None:
 
 
 def _check_rules(rules: tuple[LoRARule, ...]) -> None:
+    """Checks ranks, alphas and patterns of the adapters' rules; whether a pattern matches is
+    checked with the model."""
     require("--lora.rules", bool(rules), "at least one rule", "none")
     for rule in rules:
         name = f"{rule.pattern}:{rule.rank}"
@@ -323,6 +336,7 @@ def is_valid_path(text: str) -> bool:
     if not text.strip() or "\0" in text:
         return False
     lengths = [len(name.encode(errors="replace")) for name in Path(text).parts]
+    # Limits of Linux in bytes: NAME_MAX for a part, PATH_MAX for the path with its null byte.
     longest = max(lengths, default=0)
     return longest <= 255 and len(text.encode(errors="replace")) < 4096
 

@@ -29,7 +29,7 @@ WITH_ORIGINAL = ("yarn", "llama3")
 
 
 def parse_rope_scaling(text: str) -> dict[str, Any]:
-    """Parses a RoPE scaling.
+    """Returns the ``rope_parameters`` of a RoPE scaling ``TYPE:field=value,...``.
 
     Example:
       >>> parse_rope_scaling("yarn:factor=4,beta_fast=16")
@@ -67,7 +67,16 @@ def parse_rope_scaling(text: str) -> dict[str, Any]:
 
 
 def _value(name: str, text: str, where: str) -> bool | int | float:
-    """Returns the value of a field with its type in transformers."""
+    """Returns the value of a field with its type in transformers.
+
+    Args:
+      name: the field.
+      text: its value, as JSON: a number, or true or false.
+      where: the whole scaling, for messages.
+
+    Raises:
+      NaloraError: a value of another type, or out of the range [0, 2^30).
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -77,7 +86,9 @@ def _value(name: str, text: str, where: str) -> bool | int | float:
     kind: Any = int | float
     if name == ORIGINAL:
         kind = int
+    # In Python, True is an int.
     fits = isinstance(value, kind) and not isinstance(value, bool)
+    # A boolean "truncate" was returned above, so here it has another type.
     if name == "truncate" or not fits or not 0 <= value < 2**30:
         special = {"truncate": "true or false", ORIGINAL: "a whole number of tokens"}
         expected = f"{special.get(name, 'a number of 0 or more')} as {name}"

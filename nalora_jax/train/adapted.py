@@ -78,6 +78,7 @@ def load(
     located = locate(model, adapter)
     run = config_from_dict(located.run)
     compute = run.compute
+    # Without a run the recorded settings are the defaults, and images are not read.
     if images is None:
         images = run.vision.task == "chat"
     dtype = dtype or compute.dtype
@@ -107,6 +108,7 @@ def load(
             lora, distributed.shardings(lora, mesh, distributed.STATE_RULES)
         )
     numerics = numerics_for(dtype, platform_of(mesh), implementation)
+    # Only the routing of experts needs a constraint.
     routing = distributed.row_sharding(mesh) if base.config.n_experts else None
     module = decoder_for(base.config, spec, numerics, routing_sharding=routing)
     return AdaptedModel(base, module, lora, located)

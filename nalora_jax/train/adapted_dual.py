@@ -67,7 +67,10 @@ def load_adapted_dual(
             located.adapter, base.config, fingerprint=base.fingerprint
         )
     module = DualEncoder(
-        base.config, replace(spec, dropout=0.0), numerics_for(dtype, platform_of())
+        # Dropout is for training.
+        base.config,
+        replace(spec, dropout=0.0),
+        numerics_for(dtype, platform_of()),
     )
     return AdaptedDual(
         base, Encoders(module, base.processor, base.tokenizer), lora, located, spec

@@ -40,6 +40,7 @@ def write_run_card(
     """
     assembly = job.assembly
     spec = assembly.spec
+    # The exported adapter has other ranks than the trained one.
     if spec.adalora:
         spec = exportable_adapter(assembly, state.lora)[1]
     card = replace(

@@ -86,6 +86,7 @@ def _write_digests(folder: Path) -> None:
     """
 
     def listen(event: str, duration_secs: float, **more: Any) -> None:
+        """Writes the missing digests after a compilation that was long enough to be cached."""
         if (
             event != "/jax/core/compile/backend_compile_duration"
             or duration_secs < getattr(jax.config, _SECONDS)
@@ -136,11 +137,12 @@ def settle_heap() -> None:
 
     The compilation of a step leaves some 300 MB in the heap, which would otherwise be held in
     addition to the step's buffers for the whole run. A step's buffers on a CPU are one block,
-    allocated in every
-    step: glibc returns large blocks by default, and the system would fill it with zeros each time.
+    allocated in every step: glibc returns large blocks by default, and the system would fill it
+    with zeros each time.
     """
     gc.collect()
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(ctypes.c_size_t(0))
+        # Large blocks come from the heap, and the heap is never trimmed, so pages are reused.
         library.mallopt(_MMAP_MAX, 0)
         library.mallopt(_TRIM_THRESHOLD, _NEVER)

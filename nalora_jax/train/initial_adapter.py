@@ -195,12 +195,14 @@ def lora_rules(spec: AdapterSpec, base: ModelConfig) -> tuple[LoRARule, ...]:
         projections.setdefault((head, tail), {}).update(
             zip(layers_of_path, values, strict=True)
         )
+    # By head, pattern of the layers, rank and alpha: the tails that share a rule.
     alike: dict[tuple[str, str, int, float], list[str]] = {}
     for (head, tail), layers in projections.items():
         for rank, alpha in dict.fromkeys(layers.values()):
             members = sorted(
                 layer for layer, value in layers.items() if value == (rank, alpha)
             )
+            # All layers have the same rank and alpha.
             if len(members) == len(layers):
                 where = r"\d+"
             else:
@@ -223,6 +225,7 @@ def check_equal(run: AdapterSpec, adapter: AdapterSpec, folder: Path) -> None:
     theirs = _ranks(adapter)
 
     def at(ranks: Mapping[str, str], place: str) -> str:
+        """Returns the rank and alpha of a place, for messages."""
         return f"{ranks.get(place, 'no adapter')} at {place}"
 
     pairs: list[tuple[str, Any, Any]] = [
@@ -339,6 +342,14 @@ def _filled(config: RunConfig, adapter: RunConfig, named: Collection[str]) -> Ru
 
 
 def _unnamed_from(settings: S, adapter: S, group: str, named: Collection[str]) -> S:
+    """Returns ``settings`` with the adapter's values of the settings that the user did not name.
+
+    Args:
+      settings, adapter: a group of settings of the run and of the adapter; "" is the whole config.
+      group: its name, a key of `_SETTINGS`.
+      named: dotted names of settings that stay as they are; others that differ from their defaults
+        stay as well.
+    """
     defaults: Any = type(settings)()
     values = {
         name: getattr(adapter, name)

@@ -27,7 +27,7 @@ from nalora_jax.weights.model_files import ModelFiles
 
 log = logging.getLogger(__name__)
 
-_EVAL_EVERY = 50
+_EVAL_EVERY = 50  # largest automatic interval between evaluations, in steps
 
 
 def open_records(
@@ -86,6 +86,7 @@ def settled(config: RunConfig, width: int, examples: int, noun: str) -> RunConfi
         log.info("learning rate %g", config.optimizer.learning_rate)
     every = config.train.eval_every
     if every < 0:
+        # Automatic: at least one evaluation before the last step.
         every = min(_EVAL_EVERY, max(config.steps // 2, 1))
     return replace(config, train=replace(config.train, eval_every=every))
 
@@ -146,7 +147,7 @@ def check_layout(
 def _check_rows(
     config: RunConfig, files: ModelFiles, base: ModelConfig, spec: AdapterSpec
 ) -> None:
-    """Checks that trained rows exist, and that added tokens have trained rows on both sides."""
+    """Checks that trained rows exist, and that added tokens have trained rows in both tables."""
     check_token_indices(spec, base)
     trained = dict(spec.token_indices)
     if not trained:

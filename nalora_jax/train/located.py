@@ -56,6 +56,7 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
             )
         if adapter is None:
             return Located(str(model))
+        # The folder of a run is the parent of its adapter.
         folder = adapter_folder(Path(adapter))
         return Located(str(model), folder, run_config(folder.parent))
     if adapter is not None:
@@ -112,6 +113,7 @@ def base_of(adapter: Path) -> str:
             found=repr(name),
             remedy=remedy,
         )
+    # PEFT's config names the original; the fact, the copy (e.g. a GGUF file) that was trained on.
     copy = recorded_fact(adapter, "base")
     alias = alias_of(copy)
     return copy if alias and alias.hub_id == name else name
@@ -176,6 +178,7 @@ def found_adapter(path: Path) -> Path | None:
         if url.endswith(".gguf"):
             return None
         return _copied_adapter(url)
+    # A hub id or a long text may be no valid path.
     if not can_exist(path / ADAPTER / CONFIG_NAME):
         return None
     for folder in (path, path / ADAPTER):
@@ -192,5 +195,6 @@ def _copied_adapter(url: str) -> Path | None:
     if not buckets.exists(f"{url}/{ADAPTER}/{CONFIG_NAME}"):
         return None
     of_adapter = [f"{ADAPTER}/{name}" for name in buckets.names(f"{url}/{ADAPTER}")]
+    # The run's log has its settings, which are read with the adapter.
     of_run = [name for name in names if name == METRICS]
     return buckets.local_folder([*of_adapter, *of_run], url) / ADAPTER

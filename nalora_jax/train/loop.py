@@ -114,7 +114,7 @@ def run_steps(
     *,
     profile: Profile | None = None,
 ) -> FitResult:
-    """Runs the remaining steps of a run.
+    """Runs the remaining steps of a run and returns their outcome.
 
     Args:
       step_fn: the compiled step.
@@ -198,15 +198,19 @@ class Follower:
         self._meter.add(step, metrics)
         last = step == schedule.steps
         result.interrupted = hooks.asked_to_stop(step) and not last
-        to_log = schedule.logs(step)  # also without the interruption
+        to_log = schedule.logs(step)  # in an uninterrupted run, too
         evaluates = schedule.evaluates(step) and not result.interrupted
         saves = schedule.saves(step) or result.interrupted
+        # Every step that is evaluated or saved is logged, so that the metrics are fetched and a
+        # diverged state is found first.
         if to_log or result.interrupted:
             result.state = state()
             result.step = step
             with _naming_bad_weights(self._params):
                 record = self._meter.record(
-                    float(self._rate(step - 1)), complete=to_log
+                    # The schedule counts steps from 0.
+                    float(self._rate(step - 1)),
+                    complete=to_log,
                 )
                 hooks.log(step, record, result.state)
                 if saves:
@@ -221,6 +225,7 @@ class Follower:
         if (
             evaluates
             and not last
+            # At the last step the run is not stopped early.
             and _exhausted([m for _, m in result.metrics], schedule.patience)
         ):
             result.stopped_early = True
@@ -229,7 +234,8 @@ class Follower:
 
 @contextmanager
 def _naming_bad_weights(params: Any) -> Iterator[None]:
-    """Names a non-finite array of the frozen weights in the error of a diverged run."""
+    """Names a non-finite array of the frozen weights in the error of a diverged run, if there is
+    one."""
     try:
         yield
     except TrainingDivergedError as error:
@@ -260,11 +266,15 @@ def _refuse_diverged(step: int, state: TrainState) -> None:
 
 
 def _due(step: int, every: int) -> bool:
+    """Returns True at multiples of ``every``; never for 0 or less."""
     return every > 0 and step % every == 0
 
 
 def _exhausted(metrics: list[float], patience: int) -> bool:
-    """Returns True if the last ``patience`` evaluations did not improve the best metric."""
+    """Returns True if the last ``patience`` evaluations did not improve the best metric.
+
+    ``metrics`` are higher for better states. With ``patience`` 0 it returns False.
+    """
     return (
         patience > 0
         and len(metrics) > patience
@@ -291,6 +301,7 @@ class _Meter:
         self._timed = 0
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds the metrics of a step, which stay on the devices until `record`."""
         if not self._compiled:
             # The first call may compile, which would dominate the time of the steps.
             jax.block_until_ready(metrics["loss"])
@@ -306,6 +317,7 @@ class _Meter:
         A record that is not complete has ``target_tokens``, the weight of its means.
         """
         names = ("loss", "tokens", "target_tokens", "grad_norm")
+        # Numbers of the steps, as device arrays; fetched at once below.
         numbers = []
         for _, metrics in self._steps:
             named = {name: metrics[name] for name in names}
@@ -327,6 +339,7 @@ class _Meter:
                     remedy=_ANEW,
                 )
         _require_acting(last_step, idle)
+        # The steps since the clock was restarted.
         timed = rows[len(rows) - self._timed :]
         spent = seconds
         if self._begun:  # its means have the weight of all its steps
@@ -336,6 +349,7 @@ class _Meter:
             spent += begun.pop("seconds")
             rows.insert(0, begun)
         targets = sum(row["target_tokens"] for row in rows)
+        # The loss of a step is a mean over its loss tokens.
         loss = sum(row["loss"] * row["target_tokens"] for row in rows)
         tokens_per_second = None
         if timed:
@@ -348,6 +362,7 @@ class _Meter:
             "tokens_per_second": tokens_per_second,
             "seconds": spent,
         }
+        # Metrics of the objective, e.g. rewards: means weighted by loss tokens.
         for name in sorted({*rows[0]} - {*names}):
             # NaN: not measured in this step
             known = [row for row in rows if not math.isnan(row[name])]
@@ -385,9 +400,16 @@ def _require_acting(step: int, idle: Mapping[str, Any]) -> None:
 
 
 def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """Returns whole-model means and the per-layer rows of the gated blocks.
+    """Returns whole-model means and the per-layer rows of the gated blocks; {} without blocks.
 
     Rows of several towers are concatenated, and ``towers`` gives the number of rows of each.
+
+    Args:
+      blocks: by path, metrics of `nalora_jax.train.mechanisms.layer_means`, ``[layers]`` or
+        ``[layers, parts]``.
+
+    Returns:
+      ``misalignment`` and ``misalignment_limit``, None if no gate was measured, and ``layers``.
     """
     if not blocks:
         return {}
@@ -402,6 +424,7 @@ def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str
     total = np.sum(feature)
 
     def overall(name: str) -> float | None:
+        """Returns the mean of a metric over layers, weighted by their ``feature`` metric."""
         if not total > 0:
             return None
         return float(np.sum(feature / total * np.nan_to_num(layers[name])))

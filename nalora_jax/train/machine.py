@@ -83,6 +83,7 @@ def host_memory(
         limit = int(texts["max"])
     except (OSError, ValueError):  # "max" without a limit
         return free, total
+    # Pages of files that the kernel can drop count as used, but are free when needed.
     cached = re.findall(r"^inactive_file (\d+)", texts["stat"], re.MULTILINE)
     used = int(texts["current"]) - sum(map(int, cached))
     return min(free, max(0, limit - used)), min(total, limit)

@@ -82,6 +82,7 @@ def layer_metrics(
     def metrics(
         stats: BlockStats, own_factors: BlockStats, factors: Factors
     ) -> BlockStats:
+        """Returns the log metrics by block; see `layer_metrics`."""
         blocks = {path: layer_means(sums) for path, sums in stats.items()}
         for path, block in blocks.items():
             for label, mechanism in mechanisms.entries:
@@ -90,6 +91,7 @@ def layer_metrics(
                 values = mechanism.metrics(_by_layer(own_factors[label][path]))
                 block |= {f"{label}_{name}": value for name, value in values.items()}
             if path in factors.get("update_b", {}):
+                # The product of all mechanisms' factors on B's columns.
                 joint = _by_layer(factors["update_b"][path])
                 block["favoured"] = jnp.mean((joint >= 1.0).astype(jnp.float32), axis=1)
                 block |= {
@@ -124,7 +126,9 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
         for name in sums
         if name in statistics.TABLE and statistics.get(name).metric
     ):
+        # Measured tokens times channels: [layers], then [layers, 1] for a statistic with parts.
         count = totals[statistics.get(name).count] * sums[name].shape[-1]
+        # [layers, 1], for values [layers, parts].
         if statistics.get(name).parts:
             count = count[:, None]
         value = totals[name] / jnp.where(count > 0, count, 1.0)
@@ -137,13 +141,18 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _parts(name: str) -> int:
+    """Returns the number of parts of a statistic; 0 if it has none, as counts."""
     if name in statistics.TABLE:
         return statistics.get(name).parts
     return 0
 
 
 def _layer_total(x: Array, parts: int) -> Array:
-    """Returns ``[layers]``, or ``[layers, parts]``; not reshaped, since axes may be sharded."""
+    """Returns the sums of each layer, ``[layers]``, or ``[layers, parts]`` of ``[layers, ...,
+    parts, d_ff]``.
+
+    It sums over several axes instead of reshaping, since axes may be sharded.
+    """
     if parts:
         axes = (*range(1, x.ndim - 2), x.ndim - 1)
     else:

@@ -63,7 +63,7 @@ def make_optimizer(
 
 
 def _rate_of_step(rates: jax.Array, step: jax.Array) -> jax.Array:
-    """Returns the learning rate of a step, of ``rates [steps]``."""
+    """Returns the learning rate of a step, of ``rates [steps]``; later steps have the last rate."""
     return jnp.take(rates, step, mode="clip")
 
 
@@ -113,6 +113,11 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def _named_optimizer(
     name: str, config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
+    """Returns the optimizer called ``name``, learning rate and weight decay included.
+
+    Raises:
+      NaloraError: an unknown name, or a weight decay with "adam".
+    """
     decay = config.weight_decay
     match name:
         case "adamw":
@@ -135,6 +140,7 @@ def _named_optimizer(
         case "adafactor":
             # Not optax.adafactor: its step is proportional to the parameter's size (B starts at
             # 0), and its weight decay ignores the learning rate.
+            # Updates are clipped to a root mean square of 1, Adafactor's default.
             factored = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
             return optax.chain(
                 *factored,
@@ -253,15 +259,20 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
         rate *= _REWARDS
     if config.adalora.target_rank:
         rate *= _ADALORA
+    # Two digits, so that the log shows the exact rate.
     rate = float(f"{rate:.2g}")
     return replace(config, optimizer=replace(settings, learning_rate=rate))
 
 
 def _by_alpha(lora: LoRAConfig) -> float:
-    """Returns the factor of the largest alpha, which is the residual's scale times the rank."""
+    """Returns the factor of the automatic rate by the largest alpha of the rules, at most 1.
+
+    With rsLoRA, alpha is the value that gives the same scale without it: the scale times the rank.
+    """
     alphas = [
         rule.rank
         * adapter_scale(
+            # Default alpha: twice the rank.
             2 * rule.rank if rule.alpha is None else rule.alpha,
             rule.rank,
             rslora=lora.rslora,

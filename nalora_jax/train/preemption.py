@@ -62,19 +62,24 @@ class StopSignals:
         return self._received is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal."""
+        """Handles a signal: raises `Interrupted` outside of the steps; during them, `asked` returns
+        True.
+
+        A second signal raises at once if it is a Ctrl-C that follows a Ctrl-C, or comes after 30 s.
+        """
         if self._received is None:
             self._received, self._since = Signals(number), time.monotonic()
             if not self._polled:
                 raise Interrupted(self._received)
             return
+        # Other repetitions may be the same request, forwarded by a supervisor.
         second_ctrl_c = number == self._received == signal.SIGINT and in_foreground()
         if second_ctrl_c or time.monotonic() - self._since >= _PATIENCE:
             raise Interrupted(Signals(number))
 
 
 def in_foreground() -> bool:
-    """Returns True if a Ctrl-C on the terminal reaches this process."""
+    """Returns True if a Ctrl-C on the terminal reaches this process; False without a terminal."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
     except OSError:

@@ -56,6 +56,11 @@ class Profile(AbstractContextManager["Profile"]):
             self._stop(step)
 
     def _start(self, step: int) -> None:
+        """Starts a trace into a temporary folder.
+
+        Raises:
+          NaloraError: another trace of this process is running.
+        """
         scratch = self._tracing.enter_context(tempfile.TemporaryDirectory())
         options = jax.profiler.ProfileOptions()
         # The Python tracer slows down the steps that it times.
@@ -76,6 +81,10 @@ class Profile(AbstractContextManager["Profile"]):
         self._first, self._scratch = step, Path(scratch)
 
     def _stop(self, step: int) -> None:
+        """Ends the trace after ``step``, and copies this process's file to the run's folder.
+
+        The layout, ``plugins/profile/<name>``, is the one that xprof and TensorBoard read.
+        """
         first = self._first
         self._first = 0
         with self._tracing:

@@ -53,6 +53,7 @@ class Progress:
         self._bar: RichProgress | None = None
         self._numbers = STARTING
         self._listening = ExitStack()
+        # A file or a pipe gets one line a log step, and no bar.
         if self.console.is_terminal and not notes.as_json():
             text = TextColumn(
                 "{task.completed:.0f}/{task.total:.0f}{task.fields[numbers]}",
@@ -69,12 +70,17 @@ class Progress:
     def advance(self, step: int) -> None:
         """Records that ``step`` steps have been started."""
         if self._bar is not None:
+            # The first step was dispatched: the compilation is over.
             if self._numbers == STARTING:
                 self._numbers = ""
             self._bar.update(self._task, completed=step, numbers=self._numbers)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Shows the numbers of a log step (keys as in metrics.jsonl; None is skipped)."""
+        """Prints the numbers of a log step with the remaining time, and shows them next to the bar.
+
+        ``values`` has the keys of metrics.jsonl; None is skipped. With JSON output it prints one
+        object.
+        """
         left = None
         if step < self.total:
             left = self.seconds_left(step)
@@ -124,7 +130,13 @@ class Progress:
         )
 
     def _counted(self, what: str, count: int, total: int | None) -> None:
-        """Shows progress of work other than steps in the bar's line until it is done."""
+        """Shows progress of work other than steps in the bar's line; restores the line when it is
+        done.
+
+        Args:
+          what: name of the work.
+          count, total: units done and overall; ``total`` is None if unknown.
+        """
         assert self._bar is not None
         done = total is not None and count >= total
         if done:

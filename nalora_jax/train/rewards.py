@@ -73,6 +73,7 @@ def choice_reward(prompt: str, completion: str, record: Record) -> float:
         gold = letters[record["gold"]]
     else:
         gold = str(record["answer"]).strip().upper()[:1]
+    # Regular expression -> letter of the choice.
     named = {"A(?! [a-z])" if letter == "A" else letter: letter for letter in letters}
     named |= {
         re.escape(text): letter for letter, text in zip(letters, texts, strict=False)
@@ -81,6 +82,7 @@ def choice_reward(prompt: str, completion: str, record: Record) -> float:
     for text, letter in named.items():
         match = re.search(rf"(?<!\w){text}(?!\w)", completion)
         if match is not None:
+            # The earliest match, and of those at one place the longest.
             places.append((match.start(), -len(match.group()), letter))
     if not places:
         return 0.0
@@ -139,9 +141,11 @@ def make_reward(text: str) -> Reward:
       NaloraError: an unknown name or setting, or a module or function that cannot be imported.
     """
     name, _, rest = text.partition(":")
+    # MODULE:FUNCTION, since built-in rewards have settings (with "=") after the colon.
     if name not in _REWARDS and rest and "=" not in rest:
         try:
             reward: Reward = getattr(importlib.import_module(name), rest)
+        # Importing runs the user's code, which may raise anything or call sys.exit.
         except (Exception, SystemExit) as error:
             expected = "MODULE:FUNCTION that can be imported"
             raise NaloraError(
@@ -211,6 +215,11 @@ class Scorer:
     def _value(
         self, reward: Reward, prompt: str, completion: str, record: Record
     ) -> float:
+        """Returns a sample's reward within the time limit.
+
+        Raises:
+          ValueError: it is not finite; and any exception of the reward.
+        """
         with _time_limit(self._rl.reward_seconds):
             value = float(reward(prompt, completion, record))
         if not math.isfinite(value):
@@ -220,7 +229,8 @@ class Scorer:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block after ``seconds``; 0: never."""
+    """Raises TimeoutError in the block after ``seconds``; never with 0, or outside of the main
+    thread, where Python handles no signals."""
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return

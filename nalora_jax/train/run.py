@@ -107,6 +107,7 @@ def fine_tune(
       write_report: writes the report into a run's folder and returns its path.
       data, format, callbacks, source: see `nalora_jax.run`, which also lists the errors.
     """
+    # Several runs in one program are trained by `--sweep` only.
     for flag, size in (
         ("run", config.mesh.run),
         ("runs-per-device", config.mesh.runs_per_device),
@@ -225,6 +226,7 @@ def built(
     """Loads the base and builds step and evaluators; ``like`` is a job with the same program, to
     share."""
     loaded, assembly, data = kind.build_step(inputs, placed, mesh, output, like)
+    # The same adapters: the evaluators' compiled programs are shared.
     if like is not None and like.assembly.spec == assembly.spec:
         return Job(kind, inputs, loaded, assembly, data, like.evaluator, like.selector)
     reported, selecting = (
@@ -295,8 +297,10 @@ def _known_before(
 ) -> dict[str, Any] | None:
     """Returns the base model's held-out metrics of a resumed run; None if not yet measured.
 
+    ``questions`` are the digests of the held-out examples (`Inputs`).
+
     Raises:
-      NaloraError: they are of other questions than the evaluation data now has.
+      NaloraError: they are of other examples than the evaluation data now has.
     """
     saved = output.folder / BEFORE
     if not saved.exists():
@@ -382,6 +386,7 @@ def best_state(job: Job, result: loop.FitResult, session: Session) -> TrainState
     """Returns the state with the best evaluation; the last one without evaluations."""
     session.checkpointer.wait()
     step = session.checkpointer.best_step()
+    # Not evaluated, or the best state is the last one, which is in memory.
     if step is None or step == result.step:
         return result.state
     state, _ = session.checkpointer.restore("best", job.assembly.state)
@@ -417,6 +422,7 @@ def finish(
         job.assembly.params, state.lora, samples=True
     )
     right_before = before.get("right", ())
+    # Per-example results of the same examples allow a paired test.
     if "right" in after and len(right_before) == len(after["right"]):
         after["paired"] = compare(right_before, after["right"])
     session.callbacks.tell("on_eval", best, after, "final")

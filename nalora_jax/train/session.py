@@ -139,6 +139,7 @@ class Session:
             metrics = MetricsLog(
                 self.output.folder, resume=start or None, goes_on=goes_on
             )
+            # Numbers of the steps since the last log step, for the next record.
             self._begun = metrics.begun
             self.callbacks = Callbacks(metrics, self._given)
             self.progress = Progress(
@@ -159,6 +160,7 @@ class Session:
             yield
         except Interrupted as stopped:
             if stopped.saved is None and has_checkpoint(self.output.checkpoints):
+                # The stop came before or after the steps, so nothing was saved for it.
                 raise Interrupted(stopped.signal, resume=way_on(config)) from None
             raise
 
@@ -205,6 +207,7 @@ class Session:
         )
         self.progress.log(step, record)
         if jax.process_index() == 0:
+            # A rollout that serves several steps is stored under the first of them.
             first = step - self.job.config.rl.updates + 1
             path = self.output.folder / ROLLOUTS
             if groups := read_samples(path, first, step):
@@ -222,6 +225,7 @@ class Session:
         selector = self.job.selector
         self.callbacks.tell("on_eval", step, values, "")
         self.progress.say(f"step {step}: {describe(values)}")
+        # The loop takes higher scores for better ones.
         score = value = float(values[selector.metric])
         if selector.mode == "min":
             score = -value
@@ -303,7 +307,10 @@ def say_counts(reported: int, choosing: int, *, chosen: bool) -> None:
 
 
 def _started(job: Job, output: Output, start: int, runs: int) -> Started:
-    """Returns the facts about the run that callbacks get before its first step."""
+    """Returns the facts about the run that callbacks get before its first step.
+
+    ``start`` is the number of completed steps, ``runs`` the number of runs that the step trains.
+    """
     more: dict[str, Any] = {"data": dict(job.data.describe())}
     if job.inputs.in_turns is not None:
         more["data"]["in_turns"] = job.inputs.in_turns

@@ -62,6 +62,7 @@ def abstract(like: Any) -> dict[str, Any]:
     """Returns shapes, dtypes and shardings of `to_arrays` of ``like``."""
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        """Returns the abstract value of a stored leaf; on the first device by default."""
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
             jax.local_devices()[0]
         )
@@ -81,7 +82,7 @@ def abstract(like: Any) -> dict[str, Any]:
 
 
 def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
-    """Converts the result of `to_arrays` back to the structure of ``like``."""
+    """Converts the result of `to_arrays` back to the structure of ``like``, with empty arrays."""
     flat = trees.flatten(arrays)
 
     def back(path: str, leaf: Any) -> Any:
@@ -96,6 +97,7 @@ def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
 
 def _key_impl(leaf: Any) -> str:
     """Returns the name of a random key's generator, for an array or its abstract value."""
+    # `key_impl` needs a key; `eval_shape` traces one, also for an abstract value.
     names: list[str] = []
     jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), leaf)
     return names[0]
@@ -142,6 +144,7 @@ def check_settings(
     after = _settings(now)
     defaults = _settings(RunConfig().to_dict())
     absent = "(absent)"
+    # Settings that the saved run does not have yet, at their defaults.
     before = {name: defaults[name] for name in after.keys() & defaults.keys()} | before
     recorded = []
     changed = []
@@ -182,6 +185,7 @@ def check_arrays(
     """Raises an error for arrays with other names, shapes or dtypes, naming the first five."""
 
     def show(tree: Mapping[str, Any], name: str) -> str:
+        """Returns dtype and shape of an array, as ``float32[2, 8]``."""
         if name not in tree:
             return "absent"
         return f"{np.dtype(tree[name].dtype)}{list(tree[name].shape)}"

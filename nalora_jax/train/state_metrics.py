@@ -105,6 +105,7 @@ def factor_histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
       [layers, B + 1] int32.
     """
     rows = _rows(factor)
+    # [layers, B]: channels at or above each edge.
     reached = jnp.sum(
         rows[:, None, :] >= np.asarray(edges, np.float32)[None, :, None],
         axis=-1,
@@ -112,6 +113,7 @@ def factor_histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
     )
     full = jnp.full((len(rows), 1), rows.shape[1], jnp.int32)
     empty = jnp.zeros((len(rows), 1), jnp.int32)
+    # Bin counts are differences of adjacent cumulative counts.
     return -jnp.diff(jnp.concatenate([full, reached, empty], axis=1), axis=1)
 
 
@@ -136,7 +138,9 @@ def adapter_norms(
             a = a * leaves[f"{path}/singular"][..., None, :]
         of_a = jnp.einsum("l...dr,l...ds->l...rs", a, a, precision="highest")
         of_b = jnp.einsum("l...rd,l...sd->l...rs", b, b, precision="highest")
+        # Sums the experts' axes, too.
         squared = jnp.sum(of_a * of_b, axis=tuple(range(1, a.ndim)))
+        # Rounding may give a small negative sum.
         norms[path] = jnp.asarray(spec.scales(path)) * jnp.sqrt(
             jnp.maximum(squared, 0.0)
         )
@@ -170,6 +174,7 @@ def first_bad_row(array: jax.Array) -> int:
 
 @jax.jit
 def _first_bad_row(array: jax.Array) -> jax.Array:
+    """Returns the first index of axis 0 with a non-finite value, int32 []; 0 if there is none."""
     return jnp.argmin(jnp.isfinite(array).all(axis=tuple(range(1, array.ndim))))
 
 

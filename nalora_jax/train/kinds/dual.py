@@ -84,6 +84,7 @@ def trained_on(
     data = config.data
     vision = config.vision
     labels = None
+    # Without classes: all images.
     indices = np.arange(len(source))
     if classes:
         labels = source.labels(classes)

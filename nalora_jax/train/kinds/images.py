@@ -72,6 +72,8 @@ def program_parts(config: RunConfig, processor: ImageProcessor) -> dict[str, Any
     `nalora_jax.train.program.assemble`."""
 
     def objective(plain: NextToken) -> SeenNextToken:
+        """Returns the objective on images, with the fields of the one on text."""
+        # All fields of the plain objective, which is a frozen dataclass.
         fields = {
             field.name: getattr(plain, field.name)
             for field in dataclasses.fields(plain)
@@ -104,6 +106,7 @@ class SeenNextToken(NextToken):
             self.processor.normalise(batch["pixels"]),
             batch["images"],
             deterministic=False,
+            # Dropout of the image tower, independent of the decoder's.
             rngs={"dropout": jax.random.fold_in(key, 1)},
             method="see",
         )

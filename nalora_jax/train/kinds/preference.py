@@ -64,6 +64,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
             "training data",
             expected=f"answers with their prompts of at most {context} tokens, the model's context",
             found=f"one of {longest}",
+            # A row has both completions of a pair, each with its prompt.
             remedy=f"set --data.max-length to {2 * context} or less",
         )
     config = replace(
@@ -144,6 +145,7 @@ class Preference:
         # [rows, pairs, 2]: log-ratios of the completions, chosen first, and their token counts.
         ratios = self._by_answer(reference_losses - policy_losses, batch)
         tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
+        # Weight of a completion's log-ratio.
         per = 1.0 / tokens if self.config.per_token else jnp.ones_like(tokens)
         real = batch["pairs"]
 
@@ -153,6 +155,8 @@ class Preference:
             )
             return jnp.sum(real * losses.loss), losses
 
+        # The gradient in the log-ratios, [rows, pairs, 2], becomes the weights of the tokens'
+        # cross-entropy in a surrogate with the same gradient.
         (value, losses), slope = jax.value_and_grad(total, has_aux=True)(ratios)
         surrogate = self.policy.cross_entropy(
             hidden, params, batch, self._by_token(-slope, batch)
@@ -175,10 +179,12 @@ class Preference:
         sums = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, count + 1))(
             values, batch["segment_ids"]
         )
+        # [rows, 1 + 2 * pairs] -> [rows, pairs, 2]
         return sums[:, 1:].reshape(sums.shape[0], -1, 2)
 
     def _by_token(self, values: jax.Array, batch: Batch) -> jax.Array:
         """Spreads ``[rows, pairs, 2]`` over the loss tokens of ``[rows, seq]``; 0 elsewhere."""
+        # [rows, 1 + 2 * pairs]: entry 0 is the padding's, then one entry per segment.
         flat = jnp.pad(values.reshape(values.shape[0], -1), ((0, 0), (1, 0)))
         return (
             jnp.take_along_axis(flat, batch["segment_ids"], axis=1)

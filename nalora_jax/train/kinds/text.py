@@ -73,7 +73,11 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
 def tokenized(
     config: RunConfig, files: ModelFiles, train: Source, held: Source
 ) -> Inputs:
-    """Returns the inputs of a run on text, given opened files and records."""
+    """Returns the inputs of a run on text, given opened files and records.
+
+    Raises:
+      NaloraError: rules that match nothing, or an example that is longer than the context.
+    """
     added = AddedTokens.of(config.data)
     base = files.described(added)
     tokenizer = files.tokenizer_with(added)
@@ -155,7 +159,11 @@ def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
 def evaluator(
     inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
 ) -> TextEvaluator:
-    """Returns the evaluator of some held-out examples."""
+    """Returns the evaluator of some held-out examples.
+
+    Its programs have the length that fits all held-out examples, so that both evaluators share
+    them.
+    """
     model = assembly.eval_model
     mesh = distributed.unless_single(assembly.mesh)
     every = [*inputs.held_out[0], *inputs.held_out[1]]
@@ -210,16 +218,24 @@ def _difference(
     folder: Path,
     batches: BatchIterator,
 ) -> float:
-    """Returns the largest logit difference of trained and exported adapter on one training row."""
+    """Returns the largest logit difference of trained and exported adapter on one training row.
+
+    The trained adapter runs on the run's kernels, which may be lowered; the exported one, read from
+    ``folder``, on the original base. All processes use the first one's row.
+    """
     batch = next(iter(batches))
     names = ("tokens", "positions", "segment_ids", "pixels")
+    # [accumulate, rows, ...] -> [1, ...], the first row of the first micro-batch.
     row = {name: batch[name][0, :1] for name in names if name in batch}
     row = multihost_utils.broadcast_one_to_all(row)
     files, spec = import_adapter(folder, loaded.config, fingerprint=loaded.fingerprint)
 
     def logits(model: Decoder, params: Any, lora: Any) -> Any:
+        """Returns the logits of every eighth token, ``[1, seq / 8, vocab]``, on the host."""
+
         @jax.jit
         def apply(variables: Any) -> jax.Array:
+            """Returns the logits; every eighth token suffices and saves memory."""
             images = {}
             if "pixels" in row:
                 assert loaded.processor is not None
