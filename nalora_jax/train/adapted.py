@@ -136,6 +136,7 @@ def put_on(
         lora = jax.device_put(
             lora, distributed.shardings(lora, mesh, distributed.STATE_RULES)
         )
+    # The folder of a run is the parent of its adapter.
     located = Located(model.located.base, folder, run_config(folder.parent))
     return AdaptedModel(base, model.module.clone(adapters=spec), lora, located)
 

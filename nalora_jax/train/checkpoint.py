@@ -458,6 +458,7 @@ def handlers() -> Any:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     arrays = _DigestedArrays()
     for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        # An item is written and read by the same handler.
         registry.add("state", arguments, arrays)
     for item in ("data", "run"):
         handler = _DigestedJson(JSON)

@@ -84,6 +84,7 @@ def with_adapter(
     folder = adapter_folder(Path(config.adapter))
     digest = _checked_digest(config, folder)
     model = config.model
+    # The default model was not named: the adapter names its base.
     if model == RunConfig().model and not ("model" in named or config.adapter_sha256):
         model = locate(config.adapter).base
     files = replace(
@@ -179,12 +180,14 @@ def lora_rules(spec: AdapterSpec, base: ModelConfig) -> tuple[LoRARule, ...]:
       An adapter of rank 8 and alpha 16 on every ``q_proj`` and ``v_proj`` has the rule
       ``^layers/\\d+/(attn/q_proj|attn/v_proj)$:8:16``.
     """
+    # By path of a projection: the numbers of its layers in the whole model.
     numbers = layer_numbers(base)
     # By head and tail of a layer's path: rank and alpha of every layer. Several stacks have the
     # same.
     projections: dict[tuple[str, str], dict[int, tuple[int, float]]] = {}
     for path, layers_of_path in numbers.items():
         head, _, tail = layer_path(path, 0).partition("layers/0/")
+        # No adapter: rank 0 in every layer, which gets no rule.
         target = spec.target(path) or TargetSpec.even(0, len(layers_of_path))
         # Logs keep nine digits, which determine a float32.
         values = zip(

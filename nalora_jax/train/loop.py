@@ -132,6 +132,7 @@ def run_steps(
     start = follower.result.step
     for step in range(start + 1, follower.schedule.steps + 1):
         batch = next(batches)
+        # Before the first step only: its shapes are those of all steps.
         if step == start + 1:
             with counting("compiling the step"):
                 compile_ahead(step_fn, params, state, batch)
@@ -346,6 +347,7 @@ class _Meter:
             begun = {
                 name: _number(self._begun.get(name)) for name in (*rows[0], "seconds")
             }
+            # Counts in the time, but not in tokens/s, as it ran in another process.
             spent += begun.pop("seconds")
             rows.insert(0, begun)
         targets = sum(row["target_tokens"] for row in rows)

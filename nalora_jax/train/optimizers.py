@@ -33,6 +33,7 @@ def make_optimizer(
     """Returns the optimizer of plain LoRA: clip by global norm, then the named optimizer.
 
     Args:
+      config: the optimizer and its schedule.
       total_steps: optimizer steps of the run, which the schedule spans.
       plus_ratio: LoRA+ (arXiv 2402.12354): factor on the learning rate of every leaf named "b".
       numbers: traced values of `NUMBERS` that replace those of ``config`` and ``plus_ratio``. The
@@ -44,6 +45,7 @@ def make_optimizer(
     values = replace(
         config, **{name: value for name, value in numbers.items() if name in _OF_CONFIG}
     )
+    # Also with a table of rates: the call checks the settings.
     schedule = make_schedule(config, total_steps)
     if "rate_of_step" in numbers:
         schedule = partial(_rate_of_step, numbers["rate_of_step"])
@@ -185,6 +187,7 @@ def scale_by_projection(
         return optax.EmptyState()
 
     def factor(path: str) -> float:
+        """Returns the factor of the first rule that matches a leaf's projection; 1 without one."""
         match = first_match(rates, path.rpartition("/")[0])
         return 1.0 if match is None else match[1]
 

@@ -155,7 +155,10 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
 
 @contextmanager
 def _claimed(output: Output, resume: Resume) -> Iterator[Output]:
-    """Locks a local folder within the block, and finds out if it contains a run to resume."""
+    """Locks a local folder within the block; yields ``output`` with ``resumes`` set.
+
+    The first process decides for all.
+    """
     held: list[RunLock] = []
     try:
         resumes = on_first_process(
@@ -178,12 +181,14 @@ def check_shared(folder: Any) -> None:
     Raises:
       NaloraError: in every process, naming the processes that do not see the folder.
     """
+    # A random name, the same in all processes, that no earlier run has left behind.
     number = multihost_utils.broadcast_one_to_all(
         np.frombuffer(secrets.token_bytes(8), np.uint32)
     )
     mark = folder / f".shared-{number.tobytes().hex()}"
     on_first_process(mark.touch)
     until = time.monotonic() + _SEEN_WITHIN
+    # Network file systems show a new file only after a while.
     while not (visible := _is_seen(mark)) and time.monotonic() < until:
         time.sleep(0.1)
     visible_to = np.asarray(
@@ -250,6 +255,7 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) ->
     if resumes:
         refuse_linked_folders(path)
         refuse_linked_folders(path / CHECKPOINTS)
+    # Only known entries are removed; any other file in the folder is an error below.
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
         for name in _files(path):  # of a run that stopped before its first checkpoint
             entry = path / name
@@ -457,6 +463,7 @@ class Mirror:
             shutil.rmtree(here)
         here.mkdir(parents=True, exist_ok=True)
         for name in self.names():
+            # With `within` empty, each name starts with the prefix.
             if name.partition("/")[0] in self.without or not name.startswith(
                 within and f"{within}/"
             ):
@@ -467,9 +474,14 @@ class Mirror:
             self._copied[name] = _state(target)
 
     def push(self) -> None:
-        """Copies new and changed files, and removes deleted ones."""
+        """Copies new and changed files to the store in `_order_of_copies`, and removes deleted
+        ones.
+
+        It also renews this machine's claim.
+        """
         with self._copies:
             self._sign()
+            # A file that changes during its copy gets its earlier state here, and is copied again.
             states = {
                 name: _state(self.folder / name) for name in finished(self.folder)
             }

@@ -93,6 +93,7 @@ class RunProgram:
 
     def fresh(self, lora: Any, key: jax.Array) -> TrainState:
         """Returns the state before the first step, for adapters and the data of a random key."""
+        # The seed 0 of `init_state` is replaced by the key, which may be traced.
         return init_state(lora, self.optimizer, 0)._replace(key=key)
 
     def places(self, lora: Any) -> Any:
@@ -114,6 +115,7 @@ class RunProgram:
         step.__name__ = "train_step"  # the name is part of the compilation cache's key
         compiled = jax.jit(
             step,
+            # The state.
             donate_argnums=(1,),
             out_shardings=(places, NamedSharding(self.mesh, P())),
             compiler_options=distributed.compiler_options(self.mesh),
@@ -403,6 +405,7 @@ def check_context(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
     shards = distributed.context_size(mesh)
     if shards == 1:
         return
+    # Layers that are no attention, e.g. recurrent ones, may need whole rows.
     mixers = {stack.config.mixer for stack in stacks(base)} - {None}
     whole = sorted(
         mixer.name for mixer in mixers if mixer is not None and not mixer.splits_rows

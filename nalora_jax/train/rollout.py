@@ -67,7 +67,7 @@ class Samples:
 
     @staticmethod
     def joined(parts: Sequence[Samples]) -> Samples:
-        """Returns the samples of several parts."""
+        """Returns the samples of several parts, one after the other."""
         arrays = []
         for name in _ARRAYS:
             of_parts = [getattr(part, name) for part in parts]
@@ -177,6 +177,7 @@ class Sampler:
           NaloraError: a reward fails.
         """
         weights = view_weights(self.model, {"params": self.params, "lora": lora})
+        # One seed for each sample of the step, [prompts * samples].
         seeds = np.random.SeedSequence((self.seed, step, attempt)).generate_state(
             len(prompts) * self.rl.samples
         )

@@ -343,6 +343,7 @@ def evaluate_base(
             job.evaluator.measure(*base, samples=True), job.selector.measure(*base)
         )
     before = session.before = dict(measured.reported)
+    # Stored for a resumed run, which does not evaluate the base again.
     text = json.dumps(seal(before | {"questions": job.inputs.questions}))
     distributed.on_first_process(
         lambda: write_atomically(session.output.folder / BEFORE, text)

@@ -240,8 +240,10 @@ class Session:
         """
         config = self.job.config
         metrics = None
+        # Earlier states have ranks that are still taken, and must not be selected for export.
         if measured is not None and step >= config.adalora.settled_at(config.steps):
             metrics = measured.metrics
+        # The log first, so that a restored checkpoint never is of a later step than the log.
         self.output.copy_log()
         self.checkpointer.save(step, state, self.batches.get_state(), metrics)
         if self.waits_for_writes:

@@ -136,6 +136,7 @@ def check_settings(
     A setting that is newer than the saved run counts as its default there, which is how the run was
     computed.
     """
+    # Equal in effect though written differently: compared as equal below.
     if _equal_rules(saved.get("mechanisms"), now.get("mechanisms")):
         saved = {**saved, "mechanisms": now["mechanisms"]}
     if _equal_imports(saved.get("imports"), now.get("imports")):

@@ -117,6 +117,8 @@ def with_start(
         if output.resumes:
             if config.lora.init == "gradient":
                 return assembly
+            # Lowers the kernels by the same bits as before; the checkpoint has the current
+            # adapters.
             return starting_at(assembly, _read(folder, assembly))
         started = time.perf_counter()
         lora = first_adapters(assembly, loaded.config, data, config.seed)
@@ -150,6 +152,7 @@ def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
     for gate in find_gates(lora):
         starts[f"{gate}/start_a"] = adapters[f"{gate}/a"]
         starts[f"{gate}/start_b"] = adapters[f"{gate}/b"]
+    # They are frozen, so they have the layout of weights.
     start_shardings = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
     return trees.unflatten(leaves | jax.device_put(starts, start_shardings))
 
@@ -348,6 +351,7 @@ class _Search:
         self._params = assembly.view(assembly.params)
         model = assembly.model.clone(adapters=self._spec)
         mesh = assembly.mesh
+        # Statistics are measured without any mechanism, so no mask acts on the gradients.
         none = Mechanisms((), base.activation)
         blocks = {
             path: shape
@@ -370,6 +374,7 @@ class _Search:
         self._sums = jax.jit(
             gradients, compiler_options=distributed.compiler_options(mesh)
         )
+        # Leaves that a call does not set, e.g. B in `rows`, are zero.
         self._zeros = trees.flatten(init_lora(base, self._spec, jax.random.key(0)))
         self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}
 
@@ -464,6 +469,7 @@ def _place(
         used = target.used((*a.shape[:-2], target.rank))
         length = _COLUMN_NORM
         if lora_ga:
+            # The factor c of the module's docstring.
             length = b.shape[-1] ** 0.25 / math.sqrt(_STABLE_GAMMA)
         leaves[f"{path}/a"] = jnp.where(
             used[..., None, :], length * left[path][..., : target.rank], 0.0

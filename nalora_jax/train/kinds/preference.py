@@ -139,6 +139,7 @@ class Preference:
         """
         hidden = self.policy.hidden(variables, batch, key)
         reference = self.policy.base_hidden(variables, batch)
+        # Minus log-probabilities, [rows, seq], without a gradient: the surrogate below has it.
         policy_losses, reference_losses = (
             self.policy.target_losses(h, params, batch) for h in (hidden, reference)
         )

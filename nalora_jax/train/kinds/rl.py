@@ -361,6 +361,7 @@ class RolloutStep:
         total = weighted_sum(rl, samples.rewards)
         ids = [prompt.ids for prompt in prompts for _ in range(rl.samples)]
         figures = {
+            # After the replacements, unlike `groups_replaced`.
             "groups_alike": float(_is_flat(total, rl.samples).mean()),
             "groups_replaced": float(replaced),
             "length": float(samples.lengths.mean()),
@@ -371,12 +372,14 @@ class RolloutStep:
         for name, values in zip(
             ["reward", *metric_names(rl)], [total, *samples.rewards.T], strict=True
         ):
+            # Statistics of known rewards; NaN if there is none.
             known = values[~np.isnan(values)]
             figures[name] = math.nan
             figures[f"{name}_std"] = math.nan
             if len(known):
                 figures[name] = float(known.mean())
                 figures[f"{name}_std"] = float(known.std())
+        # Arrays of all rows of the global batch, in every process.
         whole = sample_batch(ids, samples, stream.length, masks_cut=rl.mask_cut)
         has_penalty = rl.loss == "rloo" and rl.beta > 0
         # Log-probabilities before the update. The generator's serve unless several updates need the
@@ -402,6 +405,7 @@ class RolloutStep:
             .ravel()
             .astype(np.float32)
         )
+        # Samples are stored for rollouts of logged steps only.
         if self._is_shown(number):
             self._write(number + 1, prompts, samples, whole["advantages"])
         return self._rows(whole), figures
@@ -446,6 +450,7 @@ class RolloutStep:
             self._rows(whole), self._mesh, rows_axis=1
         )
         log_probs = []
+        # [accumulate, rows, ...]: a micro-batch at a time, as in the update, to bound memory.
         for micro in range(self._data.accumulate):
             rows = {name: value[micro] for name, value in batch.items()}
             scores = self._scores(params, state.lora, rows, of_base=of_base)

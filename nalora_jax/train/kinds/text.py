@@ -195,11 +195,13 @@ def export_run(
     distributed.on_first_process(
         lambda: write_adapter(folder, loaded, lora, spec, overwrite=True)
     )
+    # All processes read the export in `_difference`.
     share(folder.name)
     difference = _difference(loaded, assembly, state.lora, folder, job.data.batches())
     # Lowered kernels were rounded to the base's dtype once. All other differences come from the
     # order of summation.
     rounded = assembly.initial is not None and job.config.compute.dtype == "bfloat16"
+    # Also True for NaN.
     if not difference < (0.05 if rounded else 1e-3):
         raise NaloraError(
             str(folder),
