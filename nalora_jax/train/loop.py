@@ -226,7 +226,6 @@ class Follower:
         if (
             evaluates
             and not last
-            # At the last step the run is not stopped early.
             and _exhausted([m for _, m in result.metrics], schedule.patience)
         ):
             result.stopped_early = True

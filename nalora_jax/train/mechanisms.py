@@ -126,10 +126,10 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
         for name in sums
         if name in statistics.TABLE and statistics.get(name).metric
     ):
-        # Measured tokens times channels: [layers], then [layers, 1] for a statistic with parts.
+        # Measured tokens times channels, [layers].
         count = totals[statistics.get(name).count] * sums[name].shape[-1]
-        # [layers, 1], for values [layers, parts].
         if statistics.get(name).parts:
+            # Values are [layers, parts].
             count = count[:, None]
         value = totals[name] / jnp.where(count > 0, count, 1.0)
         means[statistics.get(name).metric] = jnp.where(count > 0, value, jnp.nan)

@@ -300,7 +300,7 @@ def run_program(
         options["lora_sharding"] = distributed.shardings(
             lora, mesh, distributed.STEP_RULES
         )
-        # Masks are [..., d_ff].
+        # Masks have the blocks' channel shapes, [layers, ..., d_ff].
         masks = {
             distributed.fit_spec(P("tensor"), shape, mesh) for shape in shapes.values()
         }

@@ -199,7 +199,10 @@ class Session:
         self.progress.advance(step)
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
-        """Writes and shows a log step, with metrics of the state and peak memory."""
+        """Writes and shows a log step, with metrics of the state and peak memory.
+
+        With rewards, it also passes the stored samples of the step's rollout to the callbacks.
+        """
         self.callbacks.tell(
             "on_log",
             step,
@@ -220,8 +223,10 @@ class Session:
         )
 
     def selected(self, step: int, values: Mapping[str, Any]) -> LoopEvaluation:
-        """Logs the metrics of an adapter that may be selected, and returns the one that ranks
-        it."""
+        """Logs the metrics of an adapter that may be selected, and returns the one that ranks it.
+
+        ``score`` is higher for better adapters: a loss is negated.
+        """
         selector = self.job.selector
         self.callbacks.tell("on_eval", step, values, "")
         self.progress.say(f"step {step}: {describe(values)}")

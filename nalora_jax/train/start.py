@@ -295,7 +295,9 @@ def gradient_adapters(
     layers = depths(base)
     a = {
         path: jax.random.normal(
-            jax.random.fold_in(key, i), (layers[path], *shapes[path][:-1], width)
+            # [layers, (experts,) d_in, width]
+            jax.random.fold_in(key, i),
+            (layers[path], *shapes[path][:-1], width),
         )
         for i, (path, width) in enumerate(wide.items())
     }
@@ -314,7 +316,9 @@ def gradient_adapters(
         a = {path: jnp.linalg.qr(column)[0] for path, column in columns.items()}
         rows = _weighted(search.rows(a)[0], weights)
     parts = {
-        path: jnp.linalg.svd(row, full_matrices=False) for path, row in rows.items()
+        # The rows are P^T G, so this is the small decomposition of the last line.
+        path: jnp.linalg.svd(row, full_matrices=False)
+        for path, row in rows.items()
     }
     # Left singular vectors of G: P U, [layers, ..., d_in, k].
     left = {
@@ -475,8 +479,7 @@ def _place(
             used[..., None, :], length * left[path][..., : target.rank], 0.0
         )
         if lora_ga:
-            # triplets r to 2r of each layer
-            # [layers, rank] -> [layers, 1, ..., rank, 1]: a layer's rank differs from the largest.
+            # Triplets r to 2r, r the rank of a layer: [layers, rank] -> [layers, 1, ..., rank, 1]
             second = np.array(target.ranks)[:, None] + np.arange(target.rank)
             second = second.reshape(
                 len(target.ranks), *(1,) * (a.ndim - 3), target.rank, 1

@@ -185,6 +185,7 @@ def with_classes(
     spec = resolve_dual(config, loaded.config)
     # Training changes the text features: by adapters in the tower, or by its projection.
     if "text" in adapted_towers(spec) or "text/projection" in loaded.config.trained:
+        # Prompts of a class next to each other.
         prompts = [
             template.format(name)
             for name in classes
@@ -261,6 +262,7 @@ def image_indices(
     At most a third of the images select, and at least one; ``data.eval_limit`` 0 uses all images.
     """
     data = config.data
+    # Both sets are cut from one draw; 0 examines all images.
     indices = drawn_images(
         source, data.eval_limit + data.select_limit if data.eval_limit else 0
     )
@@ -583,6 +585,7 @@ def sigmoid_contrastive(
         )
         + bias
     )
+    # Similarities of the matching pairs, the diagonal of the logits: [rows].
     matching = scale * jnp.sum(own_images * own_texts, axis=1) + bias
     # -log sigmoid(-x) = softplus(x) of all pairs; matching ones: softplus(-x) = softplus(x) - x.
     return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(matching)

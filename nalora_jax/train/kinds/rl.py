@@ -295,11 +295,16 @@ class RolloutStep:
     def __call__(
         self, params: Any, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state after one update, on a new rollout or on the one in progress."""
+        """Returns the state after one update, on a new rollout or on the one in progress.
+
+        The metrics include those of the rollout under ``measured``. Unlike a step without rewards,
+        the call returns after the update has been computed.
+        """
         rl = self._config.rl
         rollout = self._data.rollout
         number = int(state.step)
         if not self._begun:
+            # The samples after the checkpoint are drawn again.
             self._begun = True
             if self._file is not None:
                 _forget_samples(self._file, number)
@@ -372,7 +377,6 @@ class RolloutStep:
         for name, values in zip(
             ["reward", *metric_names(rl)], [total, *samples.rewards.T], strict=True
         ):
-            # Statistics of known rewards; NaN if there is none.
             known = values[~np.isnan(values)]
             figures[name] = math.nan
             figures[f"{name}_std"] = math.nan
@@ -405,7 +409,6 @@ class RolloutStep:
             .ravel()
             .astype(np.float32)
         )
-        # Samples are stored for rollouts of logged steps only.
         if self._is_shown(number):
             self._write(number + 1, prompts, samples, whole["advantages"])
         return self._rows(whole), figures
@@ -486,7 +489,9 @@ class RolloutStep:
     def _shown_sample(
         self, samples: Samples, row: int, advantage: float
     ) -> dict[str, Any]:
-        """Returns a sample's completion, rewards by name (None if unknown) and advantage."""
+        """Returns a sample's completion, rewards by setting (None if unknown) and advantage, for
+        JSON."""
+        # After the sample's end they are negative (`NO_TOKEN`).
         tokens = samples.tokens[row]
         rewards: dict[str, float | None] = {}
         for name, reward in zip(
