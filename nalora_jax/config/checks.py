@@ -143,7 +143,8 @@ def _limits(config: RunConfig) -> Iterator[_Limits]:
 
 
 def _shown(value: Any) -> str:
-    return str(value) or "a language model"  # of --vision.task
+    """Returns a value of ``--vision.task`` or another setting for messages."""
+    return str(value) or "a language model"
 
 
 def _check_run(config: RunConfig) -> None:

@@ -66,7 +66,9 @@ class LoRARule:
           NaloraError: not of the form PATTERN:RANK[:ALPHA].
         """
         match = re.fullmatch(
-            r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?", text
+            # The pattern may contain colons, as in "(?:q|v)_proj:8": it ends before the first rank.
+            r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?",
+            text,
         )
         try:
             if match is None:
@@ -84,6 +86,7 @@ class LoRARule:
         """Returns the text that `from_text` reads as this rule."""
         text = f"{self.pattern}:{self.rank}"
         if self.alpha is not None:
+            # Nine digits determine a float32.
             text += f":{self.alpha:.9g}"
         return text
 
@@ -373,7 +376,8 @@ class DebugConfig:
 
     @property
     def profiled(self) -> range:
-        """Range of the steps that `profile` names, which must be well formed; empty without it."""
+        """Returns the range of the steps that `profile` names, which must be well formed; empty
+        without it."""
         first, _, count = (self.profile or "0:0").partition(":")
         return range(int(first), int(first) + int(count))
 

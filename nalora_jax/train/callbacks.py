@@ -159,6 +159,7 @@ class Callbacks(AbstractContextManager["Callbacks"]):
                 )
 
     def __exit__(self, *error: object) -> None:
+        """Closes all callbacks that have a method ``close``."""
         for callback in (self._own, *self._others):
             close = getattr(callback, "close", None)
             if close is not None:

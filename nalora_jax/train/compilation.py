@@ -62,6 +62,7 @@ def _remove_damaged(folder: Path) -> None:
                 listed = digest.read_bytes()
             if listed == actual.encode():
                 continue
+            # Without a digest the entry is incomplete, e.g. after a kill, and not damaged.
             damaged += listed is not None
             # The digest first: JAX does not overwrite an existing entry, so until the entry is gone
             # no other process writes a new one with its digest.
@@ -102,6 +103,7 @@ def _write_digests(folder: Path) -> None:
 
 
 def _beside(entry: Path) -> Path:
+    """Returns the path of an entry's digest."""
     return entry.with_name(entry.name + _DIGEST)
 
 

@@ -1,4 +1,4 @@
-"""What a run is made of: its inputs, before weights are read, and the job, ready to start."""
+"""The parts of a run: its inputs, before weights are read, and the job, ready to start."""
 
 from __future__ import annotations
 

@@ -182,6 +182,7 @@ def scale_by_projection(
     """
 
     def init_fn(params: Any) -> optax.EmptyState:
+        """Checks the rules; the transform has no state."""
         projections = {path.rpartition("/")[0] for path in trees.flatten(params)}
         match_rules(rates, projections, where="--optimizer.rates")
         return optax.EmptyState()

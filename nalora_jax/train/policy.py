@@ -76,6 +76,8 @@ class Policy:
             base = self.base_log_probs(variables, params, batch)
 
         def total(log_probs: jax.Array) -> tuple[jax.Array, Losses]:
+            """Returns the loss, summed over samples, and its parts, for log-probabilities ``[rows,
+            seq]``."""
             losses = policy_loss(
                 log_probs, old, base, mask, batch["advantages"], self.settings
             )

@@ -148,6 +148,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._bar is not None:
             self._bar.start()
+            # Work other than steps, e.g. a compilation, reports its progress to the bar.
             self._listening.enter_context(notes.listening(self._counted))
         return self
 

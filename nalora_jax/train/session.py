@@ -1,4 +1,4 @@
-"""A run while it lasts: its locked folder, its log, and the actions between its steps."""
+"""The session of a run: its locked folder, its log, and the actions between its steps."""
 
 from __future__ import annotations
 

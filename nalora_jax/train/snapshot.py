@@ -86,6 +86,7 @@ def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
     flat = trees.flatten(arrays)
 
     def back(path: str, leaf: Any) -> Any:
+        """Returns a leaf of ``like``: empty arrays were not stored, keys were stored as data."""
         if not math.prod(leaf.shape):
             return jnp.zeros(leaf.shape, leaf.dtype)
         if _is_key(leaf):

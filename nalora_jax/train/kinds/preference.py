@@ -151,6 +151,7 @@ class Preference:
         real = batch["pairs"]
 
         def total(ratios: jax.Array) -> tuple[jax.Array, Pairs]:
+            """Returns the loss, summed over real pairs, and its parts, for ``[rows, pairs, 2]``."""
             losses = dpo(
                 ratios[..., 0] * per[..., 0], ratios[..., 1] * per[..., 1], self.config
             )
