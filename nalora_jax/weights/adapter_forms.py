@@ -75,6 +75,9 @@ def difference_as_lora(
       lora: the trained tree, stacked (``layers/ffn/gate_proj/{a, b}``).
       start: the tree before training, same shapes.
       spec: the trained adapter's spec.
+
+    Returns:
+      The tree, whose factors have twice the rank and are NumPy arrays, and its spec.
     """
     now = flatten(lora)
     before = flatten(start)
@@ -92,6 +95,7 @@ def difference_as_lora(
         b0 = np.asarray(before[f"{path}/b"])
         layers = []
         for i, rank in enumerate(target.ranks):
+            # [..., d_in, rank] and [..., rank, d_out] each; padding is left out
             both_a = a[i, ..., :rank], a0[i, ..., :rank]
             both_b = b[i, ..., :rank, :], -b0[i, ..., :rank, :]
             joined_a = np.concatenate(both_a, axis=-1)
@@ -129,6 +133,7 @@ def remaining_ranks(
         a = np.asarray(leaves.pop(f"{path}/a"))
         b = np.asarray(leaves.pop(f"{path}/b"))
         singular = np.asarray(leaves.pop(f"{path}/singular"))
+        # [layers, r], or [layers, experts, r]
         nonzero = singular != 0
         ranks = tuple(int(layer.sum(-1).max()) for layer in nonzero)
         if not max(ranks):
@@ -143,7 +148,7 @@ def remaining_ranks(
         alphas = []
         for rank, before, alpha in zip(ranks, target.ranks, target.alphas, strict=True):
             factor = scale_divisor(rank / max(before, 1), rslora=spec.rslora)
-            alphas.append(alpha * factor or 1.0)
+            alphas.append(alpha * factor or 1.0)  # an alpha of rank 0 is not used
         targets.append((path, TargetSpec(ranks, tuple(alphas))))
     return unflatten(leaves), replace(
         spec, targets=tuple(targets), dora=False, adalora=False, zero_a=False

@@ -96,6 +96,7 @@ def image_tokens(
     """
 
     def text_of(token_id: int, field: str) -> str:
+        """Returns the text of a special token, whose id is in ``field`` of config.json."""
         text = tokenizer.backend.id_to_token(token_id)
         if text is None or tokenizer.encode(text, special=False) != [token_id]:
             expected = f"a special token with the id {token_id}, as config.json's {field} states"
@@ -109,6 +110,7 @@ def image_tokens(
     token = text_of(sight.image_token, "image_token_index")
     if sight.model_type != "gemma3":
         return ImageTokens(token, sight.image_token, sight.tokens, token)
+    # transformers' defaults, which a config.json of Gemma 3 may leave out
     defaults = {"boi_token_index": 255_999, "eoi_token_index": 256_000}
     fields = Fields(raw, defaults, f"{where}: config.json")
     first, last = (text_of(fields.integer(name, low=0), name) for name in defaults)

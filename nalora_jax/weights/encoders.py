@@ -260,6 +260,7 @@ def _names(config: DualConfig | EncoderConfig | Sight) -> Rows:
 
 
 def _add_prefix(tower: EncoderConfig, path: str, prefix: str) -> Rows:
+    """Returns a tower's rows, with ``path`` before our paths and ``prefix`` before file names."""
     rows = []
     for row in TABLES[tower.model_type]:
         paths = tuple(path + name for name in row.paths)
@@ -294,6 +295,7 @@ def _sight_tensors(sight: Sight) -> Iterator[SourceTensor]:
     }
 
     def place(slot: Slot) -> Slot:
+        """Returns the slot in the running model, or below `UNUSED` if the model does not run it."""
         path = slot.path.removeprefix("image/")
         if path == slot.path:
             return slot

@@ -113,6 +113,7 @@ class GGUFFile(TensorSource):
     remedy = "use another quantization of the model"
 
     def __init__(self, path: str | Path) -> None:
+        """Reads the header of ``path``; tensors are read on demand."""
         self.path = Path(path)
         try:
             with (
@@ -135,7 +136,8 @@ class GGUFFile(TensorSource):
         """Returns a slice of a tensor: float32, or the file's 16-bit floats."""
         stored = self._tensors[name]
         *lead, columns = index
-        if len(lead) == 2 and lead[0].stop == lead[0].start + 1:  # of one expert
+        if len(lead) == 2 and lead[0].stop == lead[0].start + 1:
+            # one expert of [experts, rows, columns]: only the needed rows are dequantized
             start = lead[0].start * stored.shape[1]
             rows = self._rows(stored, start + lead[1].start, start + lead[1].stop)
             return rows[None, :, columns]
@@ -196,6 +198,7 @@ class _Cursor:
         return self.at - count
 
     def numbers(self, form: str) -> tuple[Any, ...]:
+        """Reads numbers in the notation of ``struct``, e.g. "<IQ"."""
         return struct.unpack_from(form, self.memory, self.skip(struct.calcsize(form)))
 
     def count(self, limit: int, what: str) -> int:
@@ -207,6 +210,7 @@ class _Cursor:
         return int(count)
 
     def string(self) -> str:
+        """Reads a string: its length as uint64, then UTF-8."""
         (length,) = self.numbers("<Q")
         start = self.skip(length)
         try:
@@ -215,6 +219,9 @@ class _Cursor:
             raise self.error("a UTF-8 string", error.reason) from error
 
     def value(self) -> Any:
+        """Reads the type of a metadata value, then the value.
+
+        Returns a number, bool or string; for an array a NumPy array or a list of strings."""
         (kind,) = self.numbers("<I")
         if kind == _STRING:
             return self.string()
@@ -244,6 +251,12 @@ class _Cursor:
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]]:
+    """Returns the metadata by key, and the tensors by name.
+
+    Raises:
+      NaloraError: not a complete model in a little-endian GGUF file of version 2 or 3, or a key or
+        value that is not valid.
+    """
     where = str(cursor.path)
     magic = cursor.memory[cursor.skip(4) : 4]
     if magic != b"GGUF":
@@ -255,6 +268,7 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]
     (version,) = cursor.numbers("<I")
     if version not in (2, 3):
         actual = f"version {version}"
+        # 2 or 3 in the other byte order is 2 << 24 or 3 << 24.
         if version >= 1 << 16:
             actual = "a big-endian file or a damaged version number"
         raise NaloraError(
@@ -285,6 +299,16 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]
 def _read_tensor_table(
     cursor: _Cursor, count: int, alignment: object
 ) -> dict[str, FileTensor]:
+    """Returns the tensors by name, with positions counted from the beginning of the file.
+
+    Args:
+      cursor: at the first of ``count`` entries.
+      count: number of tensors.
+      alignment: ``general.alignment``; the data start at a multiple of this many bytes.
+
+    Raises:
+      NaloraError: an entry is not valid, or its data extend beyond the end of the file.
+    """
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise cursor.error("a power of two as general.alignment", alignment)
     tensors: dict[str, FileTensor] = {}
@@ -293,6 +317,7 @@ def _read_tensor_table(
         (dimensions,) = cursor.numbers("<I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise cursor.error(f"{name}: 1 to {_MAX_DIMENSIONS} dimensions", dimensions)
+        # GGUF lists the fastest axis first.
         shape = cursor.numbers(f"<{dimensions}Q")[::-1]
         number, offset = cursor.numbers("<IQ")
         if min(shape) < 1:
@@ -428,6 +453,7 @@ def _shape(r: _Model) -> dict[str, Any]:
 
 
 def _rope(r: _Model) -> dict[str, Any]:
+    """Returns the fields of ``config.json`` for rotary embeddings, with llama.cpp's defaults."""
     theta = r.get("rope.freq_base", float, 10_000.0)
     head_dim = r.get("attention.key_length", int, 0)
     rotated = r.get("rope.dimension_count", int, head_dim)
@@ -590,7 +616,15 @@ def _wrap(
     *,
     adds_bos: bool,
 ) -> ours.Tokenizer:
-    """Adds the special ids, and the special tokens' texts for chat templates."""
+    """Returns the tokenizer with special and stop tokens, and chat templates.
+
+    Args:
+      file: has the chat templates.
+      about: metadata of the tokenizer.
+      backend: the tokenizer without these.
+      tokens: texts by id.
+      adds_bos: whether text begins with the BOS token if the metadata do not say so.
+    """
     names = {
         "bos": "bos",
         "eos": "eos",
@@ -611,6 +645,7 @@ def _wrap(
             "no such key",
         )
     by_name = [backend.token_to_id(name) for name in _STOPS]
+    # eot (end of turn) and eom (end of message) are stop tokens only, so they leave `ids`.
     stops = [ids["eos"], *(ids.pop(name) for name in ("eot", "eom") if name in ids)]
     stops += [token_id for token_id in by_name if token_id is not None]
     return ours.Tokenizer(
@@ -639,6 +674,12 @@ def _text(file: GGUFFile, key: str) -> str | None:
 
 
 def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
+    """Builds a byte-level BPE tokenizer without special tokens.
+
+    Args:
+      about: metadata of the tokenizer: merges, and the name of the splitting rule.
+      tokens: texts by id.
+    """
     rule = about.get("pre", str, "")
     if rule not in _SPLITS:
         known = ", ".join(filter(None, _SPLITS))
@@ -662,6 +703,9 @@ def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
 
 
 def _splitter(rule: str) -> Any:
+    """Returns the pre-tokenizer of a rule of `_SPLITS`.
+
+    "" and "digits" use the GPT-2 expression that ByteLevel contains; others bring their own."""
     byte_level = pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=rule in ("", "digits")
     )
@@ -677,6 +721,13 @@ def _splitter(rule: str) -> Any:
 
 
 def _sentencepiece(about: Metadata, tokens: list[str], architecture: str) -> Tokenizer:
+    """Builds a SentencePiece BPE tokenizer without special tokens.
+
+    Args:
+      about: metadata of the tokenizer: scores, token types, unknown token.
+      tokens: texts by id.
+      architecture: of the model; Phi-3 treats spaces in another way than the others.
+    """
     token_set = set(tokens)
     # GGUF files write runs of spaces as spaces; the tokenizer needs SentencePiece's visible mark.
     spelled = []
@@ -734,6 +785,7 @@ def _merges_from_scores(
     token in the file is used. User-defined tokens have no meaningful score and come before all
     others, as in the models' merge lists.
     """
+    # The last key is the first criterion: user-defined, then score, then id.
     order = np.lexsort((np.arange(len(tokens)), -scores, kinds != _USER_DEFINED))
     merges = []
     for i in order.tolist():
@@ -764,7 +816,7 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> No
 
 
 def _numbers(about: Metadata, name: str, length: int, *, default: float) -> np.ndarray:
-    """Returns one number per token."""
+    """Returns one number per token: ``[length]``; ``default`` if the key is missing."""
     if not about.has(name):
         return np.full(length, default)
     value: np.ndarray = about.get(name, np.ndarray)
@@ -774,6 +826,7 @@ def _numbers(about: Metadata, name: str, length: int, *, default: float) -> np.n
 
 
 def _token_id(about: Metadata, name: str, length: int) -> int | None:
+    """Returns a token's id, below ``length``; None if the metadata do not have it."""
     if not about.has(name):
         return None
     value: int = about.get(name, int)

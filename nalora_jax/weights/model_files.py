@@ -236,6 +236,7 @@ class Unpacked(TensorSource):
     """
 
     def __init__(self, source: TensorSource) -> None:
+        """Pairs blocks with scales and replaces both by one tensor ``[experts, d_in, d_out]``."""
         self.where = source.where
         self._source = source
         self._shapes = dict(source.shapes())
@@ -282,9 +283,10 @@ class Unpacked(TensorSource):
         codes = slice(0, BLOCK // 2)
         blocks = self._source.read(name + _BLOCKS, (*place, codes)).view(np.uint8)
         scales = self._source.read(name + _SCALES, place).view(np.uint8)
-        # [experts, outputs, blocks, 32]
+        # [experts, outputs, blocks, 16] -> [experts, outputs, blocks, 32]
         values = np.take(_PAIRS, blocks).view(np.float32)
         values *= np.take(_POWERS, scales)[..., None]
+        # [experts, outputs, inputs of all blocks read] -> [experts, inputs, outputs]
         flat = values.reshape(*values.shape[:2], -1)
         start = inputs.start - first * BLOCK
         stop = inputs.stop - first * BLOCK
@@ -293,13 +295,17 @@ class Unpacked(TensorSource):
 
 def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
     """Returns the key map of a file with the tensors ``names``, which may fuse the experts of a
-    layer."""
+    layer.
+
+    Each such tensor replaces the tensors of the single experts in the key map.
+    """
     tensors = dict(keymap.by_name)
     for name in map(keymap.canonical, names):
         match = _FUSED.fullmatch(name)
         if match is None or name in tensors:
             continue
         stems = [f"{match[1]}.{{}}.{part}.weight" for part in _PARTS[match[2]]]
+        # Expert 0 has the shapes and slots of all; the loop below counts the experts.
         parts = [tensors[stem.format(0)] for stem in stems if stem.format(0) in tensors]
         count = 0
         while all(stem.format(count) in tensors for stem in stems):

@@ -113,6 +113,7 @@ def for_adapter(
             )
             raise NaloraError(where, expected=expected, found=needed - 1, remedy=_SAVE)
         rows = last + 1
+    # New tokens with ids beyond the tables have no trained row.
     if rows == size and all(token_id >= size for token_id in new.values()):
         if new:
             log.info(
@@ -120,6 +121,7 @@ def for_adapter(
                 folder,
             )
         return base
+    # Tables may be smaller than the base's only if they still cover its tokens.
     too_few = not new and rows < min(size, base.tokenizer.vocab_size)
     if rows != size and (last >= rows or too_few):
         tokens = max(last + 1, base.tokenizer.vocab_size)
@@ -230,6 +232,7 @@ def _new_tokens(
     theirs, ours = [backend.get_vocab(with_added_tokens=True) for backend in backends]
     by_id = {token_id: text for text, token_id in ours.items()}
     for text, token_id in theirs.items():
+        # The base's id of this text and its text of this id; a missing one counts as equal.
         in_base = ours.get(text, token_id), by_id.get(token_id, text)
         unused = text not in ours and _UNUSED.fullmatch(in_base[1])
         if in_base != (token_id, text) and not unused:
@@ -311,6 +314,7 @@ def _resize_sharded(
 
 
 def _resize_table(table: jax.Array, *, rows: int, axis: int) -> jax.Array:
+    """Cuts ``table`` to ``rows`` entries along ``axis``, or appends copies of the mean entry."""
     size = table.shape[axis]
     if rows <= size:
         return lax.slice_in_dim(table, 0, rows, axis=axis)

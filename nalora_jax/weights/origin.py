@@ -136,6 +136,7 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
         return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
 
     digests = np.zeros((len(pieces), 32), np.uint8)
+    # Process i of n hashes pieces i, i + n, i + 2n, ...
     with ThreadPoolExecutor(WORKERS) as pool:
         for number, row in enumerate(pool.map(digest, pieces[index::count])):
             digests[index + number * count] = row

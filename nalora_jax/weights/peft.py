@@ -234,6 +234,7 @@ def _entries(
             expected = f"one of {', '.join(sorted(paths))}"
             raise NaloraError(f"adapter at {path}", expected=expected, found=path)
 
+    # Cached: all experts of a layer read the same stacked adapter.
     @functools.cache
     def part(path: str, index: int) -> ModuleAdapter | None:
         return layer_adapter(leaves, spec, path, index)
@@ -249,6 +250,7 @@ def _entries(
             adapter = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
         named_by_weight = module.form == "linear" and module.short in by_weight
         parameter = place.stacked or named_by_weight
+        # `fuse` returns no magnitude if one of the fused projections has no adapter.
         if spec.dora and (adapter.magnitude is None or parameter):
             expected = "a Linear module (PEFT has no DoRA for experts)"
             actual = "experts"
@@ -268,7 +270,10 @@ def _entries(
 
 
 def _equalize(entries: list[Entry]) -> list[Entry]:
-    """Returns the same adapters with one rank and one scale."""
+    """Returns the same adapters with the largest rank (zero-padded) and the most frequent scale.
+
+    Other scales are folded into B.
+    """
     if not entries:
         return []
     rank = max(entry.adapter.rank for entry in entries)
@@ -284,6 +289,9 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 
 def _check_vllm(spec: AdapterSpec) -> None:
+    """Raises an error for an adapter that vLLM cannot load.
+
+    Unsupported are trained tables or rows, DoRA, and adapters outside of the language model."""
     remedy = (
         "vLLM supports neither modules_to_save nor trainable_token_indices: merge it into the "
         "base instead"
@@ -308,7 +316,16 @@ def _check_vllm(spec: AdapterSpec) -> None:
 def _adapt_to_vllm(
     entries: list[Entry], config: Host, layout: ModuleLayout, limit: int
 ) -> list[Entry]:
-    """Returns the adapters with one rank and scale, on every layer of each adapted module."""
+    """Returns the adapters with one rank and one scale, in every layer of each adapted module.
+
+    Layers and modules that vLLM requires in addition get adapters with A = B = 0.
+
+    Args:
+      entries: the adapters.
+      config: the base model.
+      layout: its modules.
+      limit: vLLM's max_lora_rank; a larger rank is an error.
+    """
     even = {entry.place.name: entry for entry in _equalize(entries)}
     first = next(iter(even.values())).adapter
     rank = first.rank
@@ -326,6 +343,7 @@ def _adapt_to_vllm(
             remedy=remedy,
         )
     adapted = {entry.place.module for entry in entries}
+    # Linear modules with an adapted module's short name are adapted too.
     shorts = {module.short for module in adapted if module.form != "stack"}
     adapted |= {
         module for module in of_form(layout, "linear") if module.short in shorts
@@ -335,7 +353,9 @@ def _adapt_to_vllm(
         adapted |= set(of_form(layout, "expert", "stack"))
 
     def zeros(place: Place) -> ModuleAdapter:
+        """Returns an adapter without effect: a ``[..., d_in, rank]``, b ``[..., rank, d_out]``."""
         shape = place.shape
+        # A place of one expert has the shape of all: [experts, d_in, d_out].
         if not place.stacked:
             shape = shape[-2:]
         *lead, d_in, d_out = shape
@@ -351,7 +371,10 @@ def _adapt_to_vllm(
 
 
 def _tensors(entries: list[Entry]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the name and the array of each tensor."""
+    """Yields PEFT's key and the array of each tensor: A ``[r, d_in]``, B ``[d_out, r]``.
+
+    For a stack of experts both are 2-D, see the shapes below.
+    """
     keys = tensor_keys(entry.place for entry in entries)
     for entry in entries:
         key = keys[entry.place.name]
@@ -385,6 +408,7 @@ def _settings(
     alphas: list[float] = []
     for entry in entries:
         alpha = alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora)
+        # 16 instead of 16.0 in the JSON file
         if alpha.is_integer():
             alpha = int(alpha)
         alphas.append(alpha)
@@ -422,8 +446,9 @@ def _settings(
 def _pattern(values: list[Any], entries: list[Entry]) -> tuple[Any, dict[str, Any]]:
     """Returns a default value and a pattern for the modules with another value.
 
-    The default is the parameters' most frequent value, otherwise the most frequent of all. Keys
-    are ``mlp.up_proj`` if all layers agree, full names otherwise.
+    The default is the most frequent value of the parameters, which must need no pattern (see
+    `export_adapter`); without parameters, the most frequent of all values. Keys are
+    ``mlp.up_proj`` if all layers have the same value, full names otherwise.
 
     Args:
       values: of each entry.
@@ -437,6 +462,7 @@ def _pattern(values: list[Any], entries: list[Entry]) -> tuple[Any, dict[str, An
         of_modules[entry.place.module.in_layer][entry.place.name] = value
     pattern: dict[str, Any] = {}
     for module, members in of_modules.items():
+        # A tower's module name contains {layer} and cannot stand for all layers.
         if len(set(members.values())) == 1 and "{layer}" not in module:
             members = {module: next(iter(members.values()))}
         pattern |= {name: value for name, value in members.items() if value != usual}
@@ -561,6 +587,7 @@ def import_adapter(
         tables, trained = take_tables(config, tensors, peft, str(path))
     modules = _group_by_module(tensors, path, dora=peft.dora)
     layout = layout_of(config, modules)
+    # Copies of k_proj that an export for vLLM contains; the model has no such module.
     for name, copy in value_names(config, layout).items():
         both = name in modules and copy in modules
         if both and all(map(np.array_equal, modules[name], modules[copy])):
@@ -599,7 +626,13 @@ Factors = list[np.ndarray]
 def _group_by_module(
     tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool
 ) -> dict[str, Factors]:
-    """Groups tensors by module: ``{"model.layers.0.mlp.up_proj": [A, B]}``."""
+    """Groups tensors by module: ``{"model.layers.0.mlp.up_proj": [A, B]}``.
+
+    With DoRA each list also contains the magnitude.
+
+    Raises:
+      NaloraError: a key is not a LoRA module's, or a module lacks a tensor.
+    """
     kinds = ["lora_A", "lora_B"]
     if dora:
         kinds.append("lora_magnitude_vector")
@@ -646,7 +679,11 @@ class Slot:
 
 
 def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> dict[str, Slot]:
-    """Returns the possible locations by key; of stacks, the targeted ones."""
+    """Returns every module that can have tensors, by its name in the tensors' keys.
+
+    Stacks of experts that are not targeted are omitted, because a stack's key depends on which
+    stacks PEFT has wrapped (`tensor_keys`).
+    """
     places = list(places_in(config, layout))
     linear = [place.name for place in places if not place.stacked]
     stacks = [place.name for place in places if place.stacked]
@@ -721,7 +758,14 @@ def _check_complete(
 def _group_by_projection(
     config: Host, peft: PeftConfig, path: Path, filled: list[tuple[Slot, Factors]]
 ) -> dict[str, dict[int, ModuleAdapter]]:
-    """Returns adapters by stacked path and layer."""
+    """Returns the adapter of each projection, by stacked path and index on the stack.
+
+    Splits the adapters of fused modules, and stacks those of single experts into one adapter:
+    a ``[experts, d_in, r]``, b ``[experts, r, d_out]``.
+
+    Raises:
+      NaloraError: a tensor has the wrong shape, or only some experts of a layer have adapters.
+    """
     adapters: defaultdict[str, dict[int, ModuleAdapter]] = defaultdict(dict)
     # By layer, stacked path and index; then by expert.
     experts: dict[tuple[int, str, int], dict[int, ModuleAdapter]] = defaultdict(dict)
@@ -803,7 +847,12 @@ def _read_adapter(
 def _stack(
     config: Host, peft: PeftConfig, adapters: Mapping[str, Mapping[int, ModuleAdapter]]
 ) -> tuple[dict[str, np.ndarray], AdapterSpec]:
-    """Stacks adapters over layers with zero-padding; returns leaves by path and their spec."""
+    """Stacks adapters over layers with zero-padding; returns leaves by path and their spec.
+
+    Leaves are ``a [layers, ..., d_in, r]``, ``b [layers, ..., r, d_out]`` and, with DoRA,
+    ``magnitude [layers, d_out]``, where r is the largest rank of the projection. Layers without an
+    adapter have rank 0.
+    """
     shapes = projection_shapes(config)
     numbers = depths(config)
     leaves: dict[str, np.ndarray] = {}
@@ -863,6 +912,7 @@ def verify_export(
     if loaded_spec.token_indices != spec.token_indices:
         raise differs(f"{folder}: trainable_token_indices")
     for path in sorted(ours.keys() | theirs.keys()):
+        # Here only tables, rows and other parameters that were trained directly; adapters follow.
         if path.rpartition("/")[2] in ("a", "b", "magnitude"):
             continue
         exported = np.asarray(ours.get(path, 0.0), np.float32)
@@ -893,8 +943,11 @@ def differs(where: str) -> NaloraError:
 
 
 def _difference(first: ModuleAdapter | None, second: ModuleAdapter | None) -> float:
-    """Returns the relative difference of ``scale * B``, infinity if anything else that has an
-    effect differs."""
+    """Returns the largest relative difference of ``scale * B`` between two adapters of a layer.
+
+    Infinity if the ranks with an effect, A or the magnitude differ, or if only one adapter has an
+    effect; 0 if neither has (None, or B = 0 without a magnitude).
+    """
     present = [compact(adapter) for adapter in (first, second) if adapter is not None]
     effective = [
         adapter for adapter in present if adapter.rank or adapter.magnitude is not None
@@ -914,6 +967,7 @@ def _difference(first: ModuleAdapter | None, second: ModuleAdapter | None) -> fl
         return 0.0
     expected = ours.scale * ours.b.astype(np.float64)
     found = theirs.scale * theirs.b.astype(np.float64)
+    # `tiny` avoids 0 / 0 at entries that are 0 in both.
     size = np.maximum(np.abs(expected), np.finfo(np.float32).tiny)
     return float(np.max(np.abs(expected - found) / size, initial=0.0))
 

@@ -96,6 +96,7 @@ class PeftConfig(Fields):
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        """Reads and checks all fields of ``raw``; ``where`` is the file, for messages."""
         super().__init__(raw, {}, where)
         _refuse_unsupported(self)
         # Names and suffixes, or one regular expression, or "all-linear".
@@ -176,7 +177,7 @@ class PeftConfig(Fields):
         return float(_first_value(self.alpha_pattern, name, self.alpha))
 
     def _is_in_layers(self, name: str) -> bool:
-        """Returns True for a module in the layers of ``layers_to_transform``."""
+        """Returns True for modules in ``layers_to_transform``; for all modules if it is empty."""
         if not self.layers_to_transform:
             return True
         patterns = _compile(self.layers_pattern, _layer_pattern) or [_ANY_LAYER]
@@ -187,23 +188,30 @@ class PeftConfig(Fields):
         return match.groupdict().get("idx", "") in layers
 
     def _sequence(self, key: str, kind: type[Any], expected: str) -> tuple[Any, ...]:
+        """Returns a field as a tuple of ``kind``; () for null, one item for a single value."""
         value = listed(self.raw.get(key))
         if not isinstance(value, list) or any(type(item) is not kind for item in value):
             raise self._refusal(key, expected, value)
         return tuple(value)
 
     def _strings(self, key: str) -> tuple[str, ...]:
+        """Returns a list of names as a tuple; () for null and for empty values."""
         if self.raw.get(key):
             return self._sequence(key, str, "a list of names")
         return ()
 
     def _strings_or_regex(self, key: str) -> tuple[str, ...] | str:
+        """Returns a non-empty string as it is (a regular expression), a list as a tuple."""
         value = self.raw.get(key)
         if not isinstance(value, str) or not value:
             return self._strings(key)
         return self._patterns(key, [value])[0]
 
     def _indices(self, key: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Returns the trained token ids of each table, sorted by the table's name.
+
+        Example: ``(("embed_tokens", (5, 6)),)``. Tables without ids are left out.
+        """
         value = self.raw.get(key) or []
         indices: dict[str, tuple[int, ...]] = {}
         for module, ids in ids_by_table(value).items():
@@ -228,6 +236,7 @@ class PeftConfig(Fields):
     def _read_patterns(
         self, key: str, read: Callable[[Fields, str], Any]
     ) -> dict[str, Any]:
+        """Returns the value of each pattern; ``read(fields, pattern)`` reads and checks one."""
         value = self.raw.get(key) or {}
         if not isinstance(value, dict):
             raise self._refusal(key, "an object of pattern: value", value)
@@ -268,6 +277,7 @@ def _refuse_unsupported(fields: Fields) -> None:
     supported."""
     raw = fields.raw
     init = raw.get("init_lora_weights", True)
+    # `is` for True, False and None, because 1 == True.
     of_base = any(
         init is plain or (isinstance(plain, str) and init == plain)
         for plain in _PLAIN_INITS
@@ -277,6 +287,7 @@ def _refuse_unsupported(fields: Fields) -> None:
         "convert it first: in PEFT, "
         "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
     )
+    # Field, whether its value is supported, expected value, remedy.
     for key, fine, expected, remedy in (
         ("peft_type", raw.get("peft_type") == "LORA", '"LORA"', merge),
         ("task_type", raw.get("task_type") in (None, "CAUSAL_LM"), '"CAUSAL_LM"', ""),
@@ -352,6 +363,7 @@ def _layer_pattern(name: str) -> str:
     return rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."
 
 
+# PEFT's expression without layers_pattern: the first number between two dots.
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
@@ -367,6 +379,7 @@ def _first_value(pattern: Mapping[str, float], name: str, default: float) -> flo
     return next((value for value, key in matches if key.match(name)), default)
 
 
+# Room for the three fields of patterns, which are matched with every module of a model.
 @functools.lru_cache(maxsize=4)
 def _compile(keys: tuple[str, ...], use: Callable[[str], str]) -> list[re.Pattern[str]]:
     return [re.compile(use(key)) for key in keys]

@@ -105,6 +105,7 @@ def module_layout(config: Host) -> ModuleLayout:
         name = row.name.removesuffix(".weight")
         if not row.paths[0].endswith("/kernel"):
             continue
+        # row.experts: True for layers with experts, False for dense layers, None for both.
         if row.experts is not False and layers_with(config, paths[0], experts=True):
             if "{expert}" in name:
                 experts.append(HostModule(name, paths, "expert"))
@@ -181,6 +182,7 @@ def layers_with(config: Host, path: str, *, experts: bool) -> frozenset[int]:
     shapes = projection_shapes(config)
     layers = set()
     for (name, layer), (stacked, _) in stacked_places(config).items():
+        # experts' kernels are [experts, d_in, d_out]
         has_experts = len(shapes[stacked]) == 3
         if name == path and has_experts == experts:
             layers.add(layer)
@@ -206,11 +208,12 @@ class Place:
 
 
 def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
-    """Yields the places of ``layout``, layer by layer."""
+    """Yields the places of ``layout``, layer by layer; a module of one expert once per expert."""
     shapes = projection_shapes(config)
     stacked_at = stacked_places(config)
     for layer in range(1 + max(layer for _, layer in stacked_at)):
         for module in layout:
+            # Some layers of a mixture are dense, so not every module is in every layer.
             if layer not in layers_with(
                 config, module.parts[0], experts=module.form != "linear"
             ):
@@ -358,6 +361,7 @@ def fuse(
     for adapter, width in zip(parts, widths, strict=True):
         if adapter is not None:
             block = adapter.b * np.float32(adapter.scale / scale)
+            # Block-diagonal; with a shared A every part uses the same rows (see the module's text).
             b[..., row : row + adapter.rank, column : column + width] = block
             if not shared:
                 row += adapter.rank
@@ -379,13 +383,14 @@ def split_fused(
 ) -> list[ModuleAdapter | None]:
     """Splits a fused module's adapter into its parts: inverts `fuse` up to folded scales.
 
-    A part keeps the ranks that reach its outputs; a part that no rank reaches gets no adapter. A
-    fresh adapter (B all zero) keeps every rank in every part.
+    Arguments as in `fuse`. A part keeps the ranks that reach its outputs; a part that no rank
+    reaches gets no adapter. A fresh adapter (B all zero) keeps every rank in every part.
     """
     if len(widths) == 1:
         return [adapter]
     fresh = not adapter.b.any()
     parts: list[ModuleAdapter | None] = []
+    # first column of each part
     starts = np.cumsum([0, *widths[:-1]])
     for number, (start, width) in enumerate(zip(starts, widths, strict=True)):
         if alternates:
@@ -439,6 +444,7 @@ def _live_ranks(b: np.ndarray) -> np.ndarray:
 def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:
     """Returns the alpha that gives ``scale`` at ``rank``, without ``alpha / rank``'s rounding."""
     alpha = scale * scale_divisor(rank, rslora=rslora)
+    # 16 instead of 15.999999999999998
     neat = round(alpha, 6)
     if math.isclose(alpha, neat, rel_tol=1e-12):
         return neat

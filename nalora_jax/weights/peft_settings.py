@@ -58,6 +58,7 @@ def _accept_only(*accepted: Any, because: str) -> Field:
 
 
 def _convert_init(value: Any) -> Any:
+    """Returns our name of an initialization, "default" or "pissa"; `Refused` for others."""
     if isinstance(value, str) and re.fullmatch(r"pissa(_niter_\d+)?", value):
         return "pissa"
     if value == "lora_ga":
@@ -73,6 +74,9 @@ def _convert_init(value: Any) -> Any:
 
 
 def _convert_saved(value: Any) -> Any:
+    """Returns the tables to train, in the order of `TABLES`; None if there are none.
+
+    Other modules give `Refused`."""
     names = [str(name).rpartition(".")[2] for name in value or []]
     if set(names) <= set(TABLES):
         return [name for name in TABLES if name in names] or None
@@ -247,7 +251,7 @@ def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], Setti
     Any other configuration is returned unchanged.
 
     Raises:
-      NaloraError: ``total_step`` is missing, or ``tinit`` or ``tfinal`` is no number of its steps.
+      NaloraError: ``total_step`` is missing, or ``tinit`` or ``tfinal`` is not in [0, total_step].
     """
     if values.get("peft_type") != "ADALORA":
         return dict(values), {}
@@ -267,6 +271,7 @@ def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], Setti
         ours[name] = steps / total
     of_method = {*_ADALORA, "rank_pattern"}
     plain = {name: value for name, value in values.items() if name not in of_method}
+    # 12 is PEFT's default of init_r
     plain |= {"peft_type": "LORA", "r": values.get("init_r", 12)}
     return plain, {"steps": total, "adalora": ours}
 
@@ -424,6 +429,7 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
     paths = [
         path for name in named if (path := _path(name, "target_modules")) not in out
     ]
+    # Start of the patterns if layers_to_transform is set, e.g. layers/(0|1)/.
     within = ""
     if numbers := listed(values.get("layers_to_transform")):
         if not isinstance(numbers, Sequence) or {*map(type, numbers)} != {int}:
@@ -434,6 +440,7 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
             )
         within = f"layers/({'|'.join(map(str, numbers))})/"
     rules = []
+    # To find the targets that a pattern belongs to: names of either may contain a layer.
     any_layer = {_drop_layer(path) for path in stacks}
     patterns = dict.fromkeys([*ranks, *alphas])
     # Of rules the first that matches counts, so longer names come before the names that they end
@@ -472,7 +479,11 @@ def _first_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
+    """Returns ``PATTERN:RANK:ALPHA``, e.g. ``attn/q_proj:8:16``.
+
+    ``within`` (``layers/(0|1)/``, or "") precedes a pattern that names no layer."""
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    # Refuses NaN too; float32 ends at 3.4e38.
     if not number or not abs(alpha) < 1e38:
         raise NaloraError(
             "lora_alpha or alpha_pattern",

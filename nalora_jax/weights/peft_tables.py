@@ -258,6 +258,7 @@ def fold_saved(
     leaves = trees.flatten(params)
     trained = trees.flatten(lora)
     rows = spec.own_rows(tied=config.tie_embeddings)
+    # The tables stay tied if only rows that both share were trained.
     tied = config.tie_embeddings and not spec.saved and "lm_head" not in rows
     if config.tie_embeddings and not tied:
         leaves[_HEAD] = jnp.asarray(leaves[_EMBEDDING]).T
@@ -266,6 +267,8 @@ def fold_saved(
     for name, ids in rows.items():
         table = jnp.asarray(leaves[TABLES[name]])
         new = jnp.asarray(trained[ROWS[name]])
+        # embed/embedding is [vocab, d_model], lm_head/kernel [d_model, vocab]; new rows are [ids,
+        # d_model].
         rows_of_table = table.at[np.array(ids)]
         new = new.astype(table.dtype)
         if name == "lm_head":
@@ -347,6 +350,7 @@ def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
     tensors, _ = read_tensors(path)
     for name, shape in shapes.items():
         stored = tensors.get(_WHOLE[name])
+        # Kernels are transposed in the file; the temperature is a scalar.
         if stored is None or stored.shape != shape[::-1]:
             actual = "nothing"
             if stored is not None:

@@ -300,6 +300,14 @@ def _write_file(
     tensors: Iterator[tuple[str, np.ndarray]],
     metadata: Mapping[str, str] = _TORCH,
 ) -> None:
+    """Writes one safetensors file, as described at the top of this module.
+
+    Args:
+      path: the file.
+      likes: shape and dtype of each of its tensors, in order.
+      tensors: name and array of each; those of this file are taken from it.
+      metadata: strings by name.
+    """
     described: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     start = 0
     for name, like in likes.items():

@@ -107,6 +107,9 @@ def load_params(
       quantized: format of the projections' kernels, instead of ``dtype``. Each tensor is quantized
         from the file's values as it is read, so that at most one tensor is in memory as floats.
 
+    Returns:
+      The tree as nested dicts of global arrays; quantized kernels are `Quantized`.
+
     Raises:
       NaloraError: an unknown dtype; a missing, unknown, misshapen or unreadable tensor; or a
         separate output head although the config ties it to the embedding.
@@ -235,7 +238,8 @@ class _Fill:
         (k, n) = share
         transform = self.tensor.transform
         if transform.mixes_rows:
-            if k:  # the first share writes all of it
+            # A slice may need any row of the part, so the first worker reads and writes all of it.
+            if k:
                 return
             rows = self.tensor.rows[self.number]
             part = whole((rows, *self.tensor.shape[1:]))
@@ -256,7 +260,9 @@ class _Fill:
             target[transform.reordered(relative)] = transform.into(read)
 
     def _shifted(self, index: Index) -> Index:
+        """Returns the slice ``index`` of this part as a slice of the file's complete tensor."""
         if self.tensor.transform.alternates:
+            # column c of this part is column c * step + number of the tensor
             step = len(self.tensor.slots)
             *others, columns = index
             start = columns.start * step + self.number
@@ -274,7 +280,7 @@ def _read(
     indices: Sequence[Index],
     dtype: Any,
 ) -> list[np.ndarray]:
-    """Returns slices of a leaf, filled tensor by tensor.
+    """Returns the slices ``indices`` of a leaf, one array each, filled by the workers of ``pool``.
 
     Ranges of a tensor that several slices need are read close together.
     """
@@ -308,7 +314,10 @@ def _read_slice(read: Callable[..., Any], index: Index, dtype: Any) -> np.ndarra
 def _leaf(
     shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[..., Any]
 ) -> jax.Array:
-    """Returns the leaf as a global array; each distinct slice is read once per process."""
+    """Returns the leaf as a global array; each distinct slice is read once per process.
+
+    ``read(indices, dtype)`` returns a list of slices.
+    """
     keys = list(_local_spans(shape, sharding))
     arrays = read(list(map(_index_of, keys)), dtype)
     buffers = dict(zip(keys, arrays, strict=True))
@@ -429,6 +438,8 @@ def quantized_parts(
     like = jax.eval_shape(
         partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32)
     )
+    # codes [..., d_in or d_in / 2, d_out] (4 bits: two codes per byte), scales [..., d_in / block,
+    # d_out]
     wholes = (like.codes, like.scales)
     # input channels per row of codes, and of scales
     inputs = [shape[-2] // array.shape[-2] for array in wholes]
@@ -439,8 +450,10 @@ def quantized_parts(
             *outer, _, columns = key
             groups[*outer, columns].append((number, key))
     parts: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
+    # input channels that share a scale
     block = inputs[1]
     for (*leads, (first, last)), members in groups.items():
+        # 1 for each block of input channels that a member needs; int8, as differences are signed
         needed = np.zeros(shape[-2] // block, np.int8)
         for number, key in members:
             *_, (start, stop), _ = key
@@ -481,10 +494,14 @@ def quantized_parts(
 
 
 def _fit_sharding(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
-    """Returns the float kernel's sharding, without splits that do not divide the new shape."""
+    """Returns the sharding of a kernel's codes or scales, which have the shape ``shape``.
+
+    It is the kernel's ``sharding``, without the splits that do not divide ``shape``.
+    """
     if not isinstance(sharding, NamedSharding):
         return sharding
     axes: list[tuple[str, ...] | None] = []
+    # A spec may have fewer entries than axes.
     for entry, size in zip(sharding.spec, shape, strict=False):
         names = mesh_axes(entry)
         ways = math.prod(sharding.mesh.shape[name] for name in names)
