@@ -221,7 +221,8 @@ class _Cursor:
     def value(self) -> Any:
         """Reads the type of a metadata value, then the value.
 
-        Returns a number, bool or string; for an array a NumPy array or a list of strings."""
+        Returns a number, bool or string; for an array a NumPy array or a list of strings.
+        """
         (kind,) = self.numbers("<I")
         if kind == _STRING:
             return self.string()
@@ -705,7 +706,8 @@ def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
 def _splitter(rule: str) -> Any:
     """Returns the pre-tokenizer of a rule of `_SPLITS`.
 
-    "" and "digits" use the GPT-2 expression that ByteLevel contains; others bring their own."""
+    "" and "digits" use the GPT-2 expression that ByteLevel contains; the others are expressions.
+    """
     byte_level = pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=rule in ("", "digits")
     )

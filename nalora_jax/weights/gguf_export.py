@@ -118,7 +118,7 @@ def verify_adapter_gguf(
         update = alpha / a.shape[-2] * (b @ a)
         trained_b = np.asarray(tensor.transform.back(adapter.b), np.float64)
         expected = adapter.scale * (trained_b @ adapter.a.swapaxes(-1, -2))
-        # 1e-30: an untrained adapter has the update 0.
+        # An untrained adapter has the update 0: 1e-30 avoids 0 / 0.
         largest = max(np.abs(expected).max(), 1e-30)
         differences.append(np.abs(update - expected).max() / largest)
     worst = float(np.max(differences))

@@ -109,7 +109,8 @@ class SafetensorsFolder(TensorSource):
     def _read_headers(self) -> dict[str, FileTensor]:
         """Returns the tensors of all files by name, checked against the index.
 
-        With an index, a tensor counts only in the file that the index names."""
+        With an index, a tensor counts only in the file that the index names.
+        """
         present = self._names()
         listed = self._index(present)
         tensors: dict[str, FileTensor] = {}

@@ -291,7 +291,8 @@ def _most_common(values: Iterable[Any]) -> Any:
 def _check_vllm(spec: AdapterSpec) -> None:
     """Raises an error for an adapter that vLLM cannot load.
 
-    Unsupported are trained tables or rows, DoRA, and adapters outside of the language model."""
+    Unsupported are trained tables or rows, DoRA, and adapters outside of the language model.
+    """
     remedy = (
         "vLLM supports neither modules_to_save nor trainable_token_indices: merge it into the "
         "base instead"

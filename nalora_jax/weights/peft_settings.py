@@ -76,7 +76,8 @@ def _convert_init(value: Any) -> Any:
 def _convert_saved(value: Any) -> Any:
     """Returns the tables to train, in the order of `TABLES`; None if there are none.
 
-    Other modules give `Refused`."""
+    Other modules give `Refused`.
+    """
     names = [str(name).rpartition(".")[2] for name in value or []]
     if set(names) <= set(TABLES):
         return [name for name in TABLES if name in names] or None
@@ -481,7 +482,8 @@ def _first_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
     """Returns ``PATTERN:RANK:ALPHA``, e.g. ``attn/q_proj:8:16``.
 
-    ``within`` (``layers/(0|1)/``, or "") precedes a pattern that names no layer."""
+    ``within`` (``layers/(0|1)/``, or "") precedes a pattern that names no layer.
+    """
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     # Refuses NaN too; float32 ends at 3.4e38.
     if not number or not abs(alpha) < 1e38:

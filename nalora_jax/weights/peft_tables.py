@@ -267,8 +267,7 @@ def fold_saved(
     for name, ids in rows.items():
         table = jnp.asarray(leaves[TABLES[name]])
         new = jnp.asarray(trained[ROWS[name]])
-        # embed/embedding is [vocab, d_model], lm_head/kernel [d_model, vocab]; new rows are [ids,
-        # d_model].
+        # The embedding is [vocab, d_model], the head [d_model, vocab]; new rows are [ids, d_model].
         rows_of_table = table.at[np.array(ids)]
         new = new.astype(table.dtype)
         if name == "lm_head":

@@ -438,8 +438,8 @@ def quantized_parts(
     like = jax.eval_shape(
         partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32)
     )
-    # codes [..., d_in or d_in / 2, d_out] (4 bits: two codes per byte), scales [..., d_in / block,
-    # d_out]
+    # codes [..., d_in, d_out] (d_in / 2 with 4 bits: two codes per byte),
+    # scales [..., d_in / block, d_out]
     wholes = (like.codes, like.scales)
     # input channels per row of codes, and of scales
     inputs = [shape[-2] // array.shape[-2] for array in wholes]
@@ -453,7 +453,7 @@ def quantized_parts(
     # input channels that share a scale
     block = inputs[1]
     for (*leads, (first, last)), members in groups.items():
-        # 1 for each block of input channels that a member needs; int8, as differences are signed
+        # 1 for blocks that a member needs; signed, since np.diff below gives -1 at the ends of runs
         needed = np.zeros(shape[-2] // block, np.int8)
         for number, key in members:
             *_, (start, stop), _ = key
