@@ -163,10 +163,19 @@ def _factors(
     adalora: bool,
     zero_a: bool,
 ) -> dict[str, jax.Array]:
+    """Returns the initial leaves by path.
+
+    They are ``a [..., d_in, rank]``, ``b [..., rank, d_out]`` and, for AdaLoRA, ``singular [...,
+    rank]``.
+
+    ``shapes`` are those of the targets' kernels. Ranks that a layer does not use are zeros; with
+    ``zero_a``, b is drawn instead of a.
+    """
     leaves = {}
     for i, ((path, target), (*lead, d_in, d_out)) in enumerate(
         zip(targets, shapes, strict=True)
     ):
+        # bool [..., rank]
         used = target.used((*lead, target.rank))
         of_a = (*lead, d_in, target.rank)
         of_b = (*lead, target.rank, d_out)

@@ -213,6 +213,8 @@ class Attention(nn.Module):
         layer: LayerInputs,
         shared: SharedInputs,
     ) -> jax.Array:
+        """Returns attention ``[batch, seq, heads, head_dim]`` over this call's keys and any cached
+        ones; q and k are rotated."""
         c = self.config
         sharding = self.options.sharding
         numerics = self.options.numerics.within()
@@ -244,6 +246,7 @@ class Attention(nn.Module):
             return split_attention(
                 (q, k, v), shared.row, window, config, numerics, sinks
             )
+        # Some layers of Gemma 4 have no keys and read those of an earlier layer.
         if self.part.reads:
             before = shared.handed[self.part.reads].cached
         else:

@@ -391,6 +391,7 @@ def _dropped(
     shape = (x.shape[0] // keys.shape[0], size * x.shape[1])
 
     def draw(key: jax.Array) -> jax.Array:
+        """Draws the mask of one sequence for all channels, which a device takes its part of."""
         folded = jax.random.fold_in(key, place)
         return jax.random.bernoulli(folded, 1.0 - config.dropout, shape)
 
@@ -448,16 +449,23 @@ def _exchanged(
     local = layer.gate.kernel.shape[0]
     counts = jnp.sum(routing.sizes.reshape(devices, local), axis=1)
     block = block_rows(routing.token.shape[0], devices)
+    # The same on all devices, because both branches have collectives.
     fits = lax.pmax(jnp.max(counts), over) <= block
 
     def exchanged(
         x: jax.Array, layer: Layer, routing: Routing
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Sends every row to the device with its expert, and the result back.
+
+        A block of ``block`` places is sent to each device; rows are sorted by expert, therefore
+        by device, too.
+        """
         starts = jnp.cumsum(counts) - counts
         place = jnp.arange(block)
         # [devices * block]: the row in each place of the blocks
         real = (place[None] < counts[:, None]).reshape(-1)
         row = jnp.where(real, (starts[:, None] + place[None]).reshape(-1), 0)
+        # The device of each row's expert, and the row's place in the blocks.
         target = routing.expert // local
         place_of_row = target * block + jnp.arange(target.shape[0]) - starts[target]
         places = Places(jnp.take(routing.token, row), place_of_row[routing.back], real)
@@ -474,12 +482,14 @@ def _exchanged(
         ]
         labelled = jnp.stack([labels, *weights], axis=1)
         labelled = _to_devices(labelled, over)
+        # Received rows are in the order of their senders: sort them by expert.
         order = jnp.argsort(labelled[:, 0], stable=True)
         expert, weight, *weights = jnp.unstack(
             jnp.take(labelled, order, axis=0), axis=1
         )
         expert = expert.astype(jnp.int32)
         groups = Groups(jnp.bincount(expert, length=local).astype(jnp.int32), expert)
+        # [local, rows]: True for the rows of an expert
         reached = expert[None, :] == jnp.arange(local)[:, None]
         of_gate, of_probe = (
             SampledRows(None, jnp.where(reached, w[None], 0.0)) for w in weights
@@ -506,6 +516,7 @@ def _exchanged(
     def all_here(
         x: jax.Array, layer: Layer, routing: Routing
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the rows here with gathered experts: a block is too small for them."""
         with jax.named_scope(UNEVEN):
             return routed_rows(x, all_experts(layer, over), routing, samples, config)
 

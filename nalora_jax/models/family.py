@@ -273,6 +273,7 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
 
 
 def _check(values: Features, f: Fields) -> None:
+    """Refuses head counts, dropout rates and expert counts that no model can have."""
     heads = values["n_heads"]
     kv_heads = values["n_kv_heads"]
     experts = values.get("n_experts", 0)
@@ -368,6 +369,7 @@ def register_family(
     """
 
     def register(reader: Reader) -> Reader:
+        """Adds the family with this reader; a family registered under the same name is replaced."""
         if model_type in BUILT_IN:
             where = f"family {model_type!r}"
             expected = "a name that is free"

@@ -142,6 +142,7 @@ class MoEFFN(nn.Module):
         scales: Mapping[str, Any] | None,
         mask: jax.Array | None = None,
     ) -> Experts:
+        """Returns the arrays of one projection of all experts, with its adapter if it has one."""
         c = self.config
         adapters = self.options.adapters
         dense = adapters.dense(
@@ -236,6 +237,7 @@ def on_mesh(
         layer: Layer,
         routed_by: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes `routed_ffn` of a device's rows; statistics get a leading axis of length 1."""
         x = in_stored_layout(x, config.numerics)
         layer = _of_shard(layer, config)
         split = replace(config, axis=axis)
@@ -330,6 +332,7 @@ def _specs(
     """
 
     def spec(path: tuple[Any, ...], leaf: jax.Array) -> P:
+        """Returns the partition spec of the array at ``path``."""
         name, *inner = (getattr(key, "name", getattr(key, "key", None)) for key in path)
         if name == "taps":
             return P(*taps, *_by_channel(path[1].key, axis))

@@ -257,6 +257,7 @@ def _apply_rope_fwd(
 def _apply_rope_bwd(
     saved: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, None]:
+    """Returns the gradient of x, in its dtype; the table receives none."""
     # The inverse rotation. Autodiff's sums of padded halves take four times as long on a CPU.
     table, like_x = saved
     back = jnp.stack([table[0], -table[1]])
@@ -388,6 +389,11 @@ def _spec(
     further: Collection[str],
     rules: RopeRules,
 ) -> RopeSpec:
+    """Returns the RoPE of one entry of ``config.json``, named ``name`` in messages.
+
+    ``further`` are keys that the family reads itself. Fields that the scaling would not use are
+    refused.
+    """
     defaults = {"rope_theta": f.get("rope_theta") or 10_000.0, **dict(rules.defaults)}
     rope = Fields(raw_rope, defaults, f"{f.where}: {name}")
     kind = raw_rope.get("rope_type") or raw_rope.get("type") or "default"

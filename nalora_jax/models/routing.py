@@ -114,6 +114,8 @@ def frozen_grouped_matmul(
 def _frozen_fwd(
     x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics
 ) -> tuple[jax.Array, Any]:
+    """Returns the product and the residuals: kernels as stored, sizes, and an empty array with x's
+    dtype."""
     return frozen_grouped_matmul(x, kernels, sizes, numerics), (
         kernels,
         sizes,
@@ -124,6 +126,7 @@ def _frozen_fwd(
 def _frozen_bwd(
     numerics: Numerics, residuals: Any, g: jax.Array
 ) -> tuple[jax.Array, None, None]:
+    """Returns the gradient of x, ``[rows, d_in]`` in its dtype; kernels and sizes receive none."""
     kernels, sizes, like_x = residuals
     numerics = replace(numerics, result=like_x.dtype.name)
     floats = expand(kernels, numerics.operand)

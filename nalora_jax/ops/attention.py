@@ -284,6 +284,8 @@ def _fwd(
     config: AttentionConfig,
     numerics: Numerics,
 ) -> tuple[Array, Any]:
+    """Returns the result ``[batch, seq, heads, head_dim]`` and the residuals of
+    `_bwd`."""
     kv_heads = keys.k.shape[2]
     save = partial(save_residual, dtype=numerics.residual, numerics=numerics)
     heads = tuple(
@@ -303,6 +305,7 @@ def _fwd(
         out, logsumexp = with_sinks(
             out, logsumexp, keys.sinks.reshape(1, kv_heads, -1, 1, 1)
         )
+    # Empty arrays carry the dtypes of the inputs: residuals have to be arrays.
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, keys.k, keys.v))
     saved = save(out)
     total = save_residual(logsumexp, "float32", numerics)
@@ -319,12 +322,16 @@ def _fwd(
 def _bwd(
     config: AttentionConfig, numerics: Numerics, residuals: Any, g: Array
 ) -> tuple[Any, ...]:
+    """Returns the gradients of q, of the keys and of the window (None), in the dtypes of the
+    inputs."""
     heads, out, logsumexp, places, window, like = residuals
     kv_heads = heads[1].shape[1]
     seq = g.shape[1]
     g = by_key_head(g.astype(jnp.float32), kv_heads)
+    # [batch, kv_heads, groups, seq, 1]: the mean of dL/dweights, which softmax's gradient subtracts
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[Array] = []
+    # transposed: [batch, kv_heads, head_dim, seq]
     dk = dv = jnp.zeros((g.shape[0], kv_heads, g.shape[-1], seq), jnp.float32)
     # The last block first: only it adds to all keys, so that the other blocks add to parts of its
     # result in place.
@@ -587,6 +594,7 @@ def attention_over_cache(
     slots = cached.positions.shape[1]
     kv_heads = keys.k.shape[2]
     index = jnp.arange(slots)
+    # slots up to the last one that any example uses
     used = jnp.max(jnp.where(jnp.any(cached.segments > 0, axis=0), index + 1, 0))
     block_of = partial(lax.dynamic_slice_in_dim, slice_size=CACHE_BLOCK)
 
@@ -604,6 +612,10 @@ def attention_over_cache(
             segments: Any,
             starts: Any = None,
         ) -> Sums:
+            """Adds keys to the running sums of the softmax; keys with segment 0 are not visible.
+
+            ``k`` is ``[batch, kv_heads, head_dim, keys]``, ``v [batch, kv_heads, keys, head_dim]``.
+            """
             top, total, out = sums
             scores = capped(
                 product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale,
@@ -617,6 +629,7 @@ def attention_over_cache(
             scores = jnp.where(visible, scores, UNSEEN)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
             weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
+            # Earlier sums are relative to the earlier maximum.
             faded = jnp.exp(top - higher)
             values = product("bkgqt,bktd->bkgqd", weights, v, numerics)
             return (
@@ -626,8 +639,9 @@ def attention_over_cache(
             )
 
         def step(i: Array, sums: Sums) -> Sums:
+            """Adds block ``i`` of the cached keys to the sums."""
             first = jnp.minimum(i * CACHE_BLOCK, slots - CACHE_BLOCK)
-            # the last block overlaps the one before it
+            # The last block overlaps the one before it: keys of both get segment 0, as unused.
             again = block_of(index, first, axis=0) < i * CACHE_BLOCK
             segments = jnp.where(
                 again[None], 0, block_of(cached.segments, first, axis=1)
@@ -648,7 +662,7 @@ def attention_over_cache(
         if keys.sinks is not None:
             top = jnp.broadcast_to(keys.sinks.reshape(1, kv_heads, -1, 1, 1), shape)
             total = jnp.ones(shape, jnp.float32)
-        # later keys may be visible
+        # With ``starts``, keys after a query may be visible (images are not causal).
         if keys.starts is None:
             last = end
         else:

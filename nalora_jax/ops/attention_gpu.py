@@ -304,6 +304,7 @@ def _attention(
 def _fwd(
     heads: QKV, integers: Integers, sinks: Array | None, options: _Options
 ) -> tuple[Array, Any]:
+    """Returns the result ``[batch, queries, heads, head_dim]`` and the residuals of `_bwd`."""
     q, k, v = heads
     save = partial(
         save_residual, dtype=options.numerics.residual, numerics=options.numerics
@@ -322,6 +323,7 @@ def _fwd(
         logsumexp = logsumexp[..., 0]
     saved = save(out)
     total = save_residual(logsumexp, "float32", options.numerics)
+    # Empty arrays carry the dtypes of the inputs: residuals have to be arrays.
     like = tuple(jnp.zeros((0,), x.dtype) for x in heads)
     return read_residual(saved, options.numerics.result), (
         arrays,
@@ -333,14 +335,18 @@ def _fwd(
 
 
 def _bwd(options: _Options, residuals: Any, g: Array) -> tuple[Any, ...]:
+    """Returns the gradients of q, k and v, in the dtypes of the inputs; integers and sinks receive
+    none."""
     heads, out, logsumexp, integers, like = residuals
     query, key, value = _operands(heads, options)
     g = g.astype(jnp.float32)
+    # [batch, queries, heads]: the mean of dL/dweights, which softmax's gradient subtracts
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1)
     by_head = [x.swapaxes(1, 2) for x in (read_residual(logsumexp, jnp.float32), inner)]
     arrays = [query, key, value, g.astype(query.dtype), *by_head]
     (dq,) = _call(_queries_kernel, QUERIES, arrays, [query], integers, options)
     dk, dv = _call(_keys_kernel, KEYS, arrays, [key, value], integers, options)
+    # The transpose of ``spread`` adds up what all shards computed for this shard's keys.
     part = jax.ShapeDtypeStruct(jax.tree.leaves(heads[1])[0].shape, dk.dtype)
     back = jax.linear_transpose(options.spread, part)
     grads = dq * options.config.scale, *back(dk), *back(dv)
@@ -500,6 +506,7 @@ def _gradients(
     weights = jnp.where(seen, jnp.exp(scores - logsumexp[:, None]), 0.0)
     slope = weights * (_product(g, v.T) - inner[:, None])
     if softcap:
+        # The derivative of the cap, 1 - tanh^2.
         slope = slope * (1 - (scores / softcap) * (scores / softcap))
     return weights, slope
 
@@ -508,6 +515,8 @@ def _forward_kernel(
     segments: Any, key_segments: Any, visits: Any, first: Any, window: Any,
     q: Any, k: Any, v: Any, out: Any, logsumexp: Any, *, size: int, softcap: float,
 ) -> None:  # fmt: skip
+    """Writes one tile of ``out [size, head_dim]`` and its ``logsumexp [size]``, summing the softmax
+    over the tiles of keys that the queries reach (arXiv 2205.14135)."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -532,6 +541,7 @@ def _forward_kernel(
         scores = jnp.where(seen, _scores(query, key, softcap), UNSEEN)
         new = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.exp(scores - new[:, None])
+        # Earlier sums are relative to the earlier maximum.
         before = jnp.exp(top - new)
         mean = mean * before[:, None] + _product(weights.astype(value.dtype), value)
         return new, total * before + jnp.sum(weights, axis=1), mean
@@ -548,6 +558,8 @@ def _queries_kernel(
     q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dq: Any,
     *, size: int, softcap: float,
 ) -> None:  # fmt: skip
+    """Writes the gradient of one tile of queries, ``dq [size, head_dim]``, without the factor
+    ``scale``."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -582,6 +594,8 @@ def _keys_kernel(
     q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dk: Any, dv: Any,
     *, size: int, softcap: float,
 ) -> None:  # fmt: skip
+    """Writes the gradients of one tile of keys and values, ``dk`` and ``dv [size, head_dim]``,
+    summed over the query heads that share them."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -592,6 +606,7 @@ def _keys_kernel(
     of_keys = triton.load(key_segments)
 
     def body(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        # A step is one tile of queries of one query head that shares these keys.
         tile = lax.div(step, groups)
         head = lax.rem(step, groups)
         tokens = pl.ds(tile * size, size)

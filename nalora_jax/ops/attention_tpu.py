@@ -107,6 +107,7 @@ def _one_device(
     _, seq, n, head_dim = heads[0].shape
 
     def of_window(window: int) -> Any:
+        """Returns attention limited to ``window`` tokens, as a function of q, k and v."""
         from jax.experimental.pallas.ops.tpu.splash_attention import (
             splash_attention_mask as masks,
         )
@@ -210,6 +211,7 @@ def split_splash_attention(
         by_size = dict(zip(far, kernels, strict=True))
 
         def attend(size: int, q: Array, k: Array, v: Array) -> Array:
+            """Computes attention with a window of ``size`` tokens, for the shard's queries."""
             if size not in by_size:
                 return _attend_near(size, config, row, sinks, (q, k, v))
             of_queries = by_part(row.slices(0).segments)
@@ -262,6 +264,8 @@ def _attend_near(
 def _called(
     kernel: Any, heads: QKV, of_queries: Array, of_keys: Array, sinks: Array | None
 ) -> Array:
+    """Runs a kernel per example: heads and result are ``[batch, seq, heads, head_dim]``, segments
+    ``[batch, seq]``, sinks ``[heads]`` or None."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
         SegmentIds,
     )
@@ -320,6 +324,11 @@ def _parts_mask() -> Any:
 def _kernel(
     mask: Any, heads: int, shards: int, sizes: dict[str, Any], config: AttentionConfig
 ) -> Any:
+    """Returns Pallas's splash attention with the same ``mask`` for every head.
+
+    ``shards`` is the number of devices that the queries are split over; ``sizes`` are the arguments
+    of ``BlockSizes``.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask as masks,

@@ -99,13 +99,16 @@ def _ragged_of_runs(
     sizes: Array,
     like: Array,
 ) -> tuple[Array, bool]:
+    """Batches `_ragged`: returns ``[runs, rows, d_out]``, and True because the result has runs."""
     x = _with_runs(x, batched[0], runs)
     sizes = _with_runs(sizes, batched[2], runs)
     rows = x.reshape(-1, x.shape[-1])
     if batched[1]:
+        # [runs, groups, d_in, d_out]
         _, _, *kernel = kernels.shape
         y = _ragged(rows, kernels.reshape(-1, *kernel), sizes.reshape(-1), like)
         return y.reshape(*x.shape[:2], -1), True
+    # Shared kernels: the rows of all runs are sorted by group, multiplied and put back in order.
     ends = jnp.cumsum(sizes, axis=1)
     places = jnp.arange(x.shape[1])
     group_of = partial(jnp.searchsorted, v=places, side="right")
@@ -119,6 +122,8 @@ def _ragged_of_runs(
 
 @custom_vmap
 def _ragged_outer(x: Array, y: Array, sizes: Array) -> Array:
+    """Returns ``x_g^T y_g`` of every group, float32 ``[groups, d, n]``."""
+    # The gradient of a grouped matmul by its kernels ``[groups, d, n]`` is this outer product.
     like = jax.ShapeDtypeStruct((sizes.shape[0], x.shape[1], y.shape[1]), x.dtype)
     product = partial(
         lax.ragged_dot, x, group_sizes=sizes, preferred_element_type=jnp.float32
@@ -131,6 +136,8 @@ def _ragged_outer(x: Array, y: Array, sizes: Array) -> Array:
 def _ragged_outer_of_runs(
     runs: int, batched: Sequence[bool], x: Array, y: Array, sizes: Array
 ) -> tuple[Array, bool]:
+    """Batches `_ragged_outer`: returns ``[runs, groups, d, n]``; the groups of each run are
+    separate."""
     x = _with_runs(x, batched[0], runs)
     y = _with_runs(y, batched[1], runs)
     sizes = _with_runs(sizes, batched[2], runs)
@@ -283,6 +290,7 @@ def _visits(sizes: Array, tiles: int) -> tuple[Array, Array, Array, Array]:
     group = jnp.minimum(
         jnp.searchsorted(until, visit, side="right"), sizes.shape[0] - 1
     ).astype(jnp.int32)
+    # until - touched: the first visit of the group
     tile = first[group] + visit - (until - touched)[group]
     left_over = visit >= until[-1]
     tile = jnp.where(left_over, 0, tile).astype(jnp.int32)
@@ -305,6 +313,8 @@ def _kernel(
     *,
     transposed: bool,
 ) -> None:
+    """Writes ``[_ROWS, _COLUMNS]`` of one visit: its group's rows within a tile, times the group's
+    kernel, which is ``[d_out, d_in]`` if ``transposed``."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -317,6 +327,7 @@ def _kernel(
     rows = pl.ds(first, _ROWS)
 
     def add(step: Array, total: Array) -> Array:
+        """Adds the product over ``_INNER`` inputs."""
         inner = pl.ds(step * _INNER, _INNER)
         left = _loaded(x.at[rows, inner], [None, (inner, d_in)])
         if transposed:
@@ -338,6 +349,7 @@ def _kernel(
         0, pl.cdiv(d_in, _INNER), add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32)
     )
     row = first + lax.broadcasted_iota(jnp.int32, (_ROWS, _COLUMNS), 0)
+    # A tile may have rows of several groups; each of its visits writes only its group's.
     mine = (row >= start[visit]) & (row < end[visit])
     inside = _inside([None, (columns, d_out)], (_ROWS, _COLUMNS))
     if inside is not None:

@@ -406,6 +406,8 @@ def trained_cross_entropy(
         (targets, weights) = constants
 
         def chunk(h: Array, t: Array, w: Array) -> tuple[tuple[Array, Any], Array]:
+            """Returns the loss and head gradient of ``h [rows, d_model]``, and the gradient of
+            ``h``."""
             logits, slope = head.logits(trained.products(h, numerics))
             log_total = jax.nn.logsumexp(logits, axis=-1)
             hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]

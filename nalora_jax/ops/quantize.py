@@ -212,6 +212,8 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
     """
 
     def told(leaf: Any) -> Any:
+        """Returns the leaf with the shardings that it has after the gather; others are
+        unchanged."""
         if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
             return leaf
         codes = _without(leaf.codes.sharding, leaf.codes.ndim, axes)

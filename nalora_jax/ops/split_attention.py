@@ -115,9 +115,11 @@ def on_shard(
     """
     block = heads[0].shape[1] // 2
     ahead = reach(config.windows, block, row)
-    ahead = -(-ahead // tile) * tile
+    ahead = -(-ahead // tile) * tile  # rounded up
 
     def near(q: Array, k: Array, v: Array) -> Array:
+        """Attends to the shard's blocks and the ``ahead`` tokens before each: enough for a window
+        of at most a block."""
         of_keys = row.slices(ahead)
         queries = Queries(
             of_keys.positions[:, ahead:],
@@ -132,6 +134,7 @@ def on_shard(
         )
 
     def far(*heads: Array) -> Array:
+        """Attends to the gathered keys of the entire row."""
         here = row.slices(0)
         first = block * jnp.stack(block_numbers())
         queries = Queries(by_part(here.positions), by_part(here.segments), first)

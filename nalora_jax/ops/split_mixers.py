@@ -138,6 +138,8 @@ def _mapped(
     out: P,
     *arguments: Any,
 ) -> Array:
+    """Runs ``local`` on every device, on the parts of ``arguments`` by ``specs``; returns the array
+    with spec ``out``."""
     assert CONTEXT in sharding.mesh.shape
     mapped = jax.shard_map(
         local, mesh=sharding.mesh, in_specs=specs, out_specs=out, check_vma=False

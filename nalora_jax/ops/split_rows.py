@@ -47,6 +47,8 @@ class Row(NamedTuple):
         block = self.positions.shape[1] // (2 * lax.axis_size(CONTEXT))
 
         def of_blocks(x: Array, fill: int) -> Array:
+            """Returns ``[2 * batch, ahead + block]``; ``fill`` is the value before a row's
+            start."""
             padded = jnp.pad(x, ((0, 0), (ahead, 0)), constant_values=fill)
             size = ahead + block
             slices = [
@@ -196,9 +198,12 @@ def gathered_exactly(x: Array) -> Array:
 
 
 def _exchanged(_: None, g: Array) -> tuple[Array]:
+    """Returns the gradient of a shard's part, ``[batch, 2 * block, ...]``, for ``g [batch, seq,
+    ...]``."""
     batch, seq, *rest = g.shape
     shards = lax.axis_size(CONTEXT)
     shape = (shards, batch, 2, seq // (2 * shards), *rest)
+    # [shards, batch, 2, block, ...]: the gradient of each shard's part
     blocks = jax.ShapeDtypeStruct(shape, g.dtype)
     (parts,) = jax.linear_transpose(_natural, blocks)(g)
     parts = lax.all_to_all(parts, CONTEXT, 0, 0, tiled=True)

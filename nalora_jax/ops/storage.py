@@ -141,6 +141,8 @@ def prepare(
     stacks: dict[str, Bits] = {}
 
     def view(path: str, leaf: Any) -> Any:
+        """Returns the leaf, its bits, or the layer numbers that replace a stack moved to
+        ``stacks``."""
         layers = path.endswith("_proj/kernel") and leaf.ndim >= 3
         if not layers and not (tables and path in _TABLES):
             return leaf

@@ -114,6 +114,7 @@ GEMMA2 = Family(
 
 
 def _gemma3(f: Fields) -> Features:
+    """Returns the fields of Gemma 3; full and sliding layers have separate RoPE tables."""
     f.refuse("attn_logit_softcapping")
     pattern = f.integer(
         "sliding_window_pattern",
@@ -197,6 +198,7 @@ def _unified(f: Fields) -> Features:
 
 
 def _gemma4(f: Fields) -> Features:
+    """Returns the fields of Gemma 4; those in ``kinds`` differ by layer."""
     # which is of image tokens only
     if f.get("use_bidirectional_attention") != "vision":
         f.refuse("use_bidirectional_attention")
@@ -230,6 +232,7 @@ def _gemma4(f: Fields) -> Features:
 
 
 def _layer_embeddings(f: Fields) -> Features:
+    """Returns the tail of every layer and, with a width per layer, the table that it reads."""
     width = f.integer("hidden_size_per_layer_input", low=0, default=0)
     if not width:
         return {"tail": ScaledTail()}
@@ -281,6 +284,8 @@ def _feed_forward(f: Fields, width: int) -> Overrides:
 
 
 def _experts(f: Fields) -> dict[str, int]:
+    """Returns the numbers of experts and of experts per token; none without
+    ``enable_moe_block``."""
     if not f.flag("enable_moe_block"):
         return {}
     n_experts = f.integer("num_experts", high=2**12)
@@ -323,6 +328,10 @@ def _features(f: Fields, kind: str, types: Sequence[str]) -> Overrides:
 def _listed_heads(
     f: Fields, kind: str, types: Sequence[str], head_dim: int, kv_heads: int
 ) -> tuple[int, int]:
+    """Returns head size and number of key/value heads of a layer type from ``per_layer_config``.
+
+    The arguments are the defaults. All layers of a type must have the same entry.
+    """
     # transformers writes "05" for layer 5 of ten and more
     listed = {
         name.lstrip("0") or "0": entry
@@ -355,6 +364,8 @@ def _listed_heads(
 
 
 def _ropes(f: Fields, kind: str, head_dim: int) -> tuple[RopeSpec, ...]:
+    """Returns the RoPE of a layer type: its entry of ``rope_parameters``, or the family's
+    default."""
     parameters = f.mapping("rope_parameters")
     if unknown := parameters.keys() - _ROPES.keys():
         expected = f"one JSON object for {SLIDING} and one for {FULL}"

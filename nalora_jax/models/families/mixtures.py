@@ -222,6 +222,7 @@ QWEN2_MOE = Family(
 
 
 def _glm4_moe(f: Fields) -> Features:
+    """Returns the fields of GLM-4.5; the first ``first_k_dense_replace`` layers have no experts."""
     names = ("num_nextn_predict_layers", "num_mtp_layers")
     mtp = f.integer(readers.first_present(f, *names), low=0, default=1)
     if mtp > 1:  # `ignored` leaves out one layer
@@ -244,6 +245,8 @@ def _glm4_moe(f: Fields) -> Features:
 
 
 def _sigmoid_router(f: Fields, n_experts: int, experts_per_token: int) -> RouterSpec:
+    """Returns the router of GLM-4.5, which first selects ``topk_group`` of ``n_group`` groups of
+    experts."""
     groups = f.integer("n_group", high=2**12)
     if n_experts % groups or n_experts // groups < 2:
         raise f.error(
@@ -307,6 +310,8 @@ GLM4_MOE = Family(
 
 
 def _gpt_oss(f: Fields) -> Features:
+    """Returns the fields of gpt-oss; the activation contains the clamp and the slope of its
+    swish."""
     _check_quantization(f)
     if f.text("hidden_act") != "silu":
         expected = "'silu': the gate follows from swiglu_alpha and swiglu_limit"

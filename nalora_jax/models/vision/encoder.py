@@ -115,6 +115,8 @@ class Encoder(nn.Module):
         return self._features(x, inputs, mask)
 
     def _embedded_text(self, tokens: jax.Array) -> jax.Array:
+        """Returns float32 ``[batch, seq, d_model]``: token, position and any type embeddings,
+        summed."""
         c = self.config
         seq = tokens.shape[1]
         if seq > c.max_positions:
@@ -129,11 +131,17 @@ class Encoder(nn.Module):
             jnp.arange(seq)[None], self.numerics
         )
         if c.token_types:
+            # A text has one segment, so that all tokens have type 0.
             types = Embedding(c.token_types, c.d_model, name="types")
             rows = rows + types(jnp.zeros((1, 1), jnp.int32), self.numerics)
         return x + jnp.broadcast_to(rows.astype(jnp.float32), x.shape)
 
     def _embedded_image(self, pixels: jax.Array, shapes: jax.Array | None) -> jax.Array:
+        """Returns float32 ``[batch, patches, d_model]``; a class token is added in front.
+
+        ``pixels`` are images ``[batch, height, width, channels]`` or, with ``any_shape``, patches
+        ``[batch, patches, n]`` whose grids are in ``shapes``.
+        """
         c = self.config
         table = expand(
             Embedding(c.grid**2 + c.class_token, c.d_model, name="positions").table()
@@ -155,6 +163,7 @@ class Encoder(nn.Module):
         x = x + jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
         if not c.class_token:
             return x
+        # The first row of the position table is the class token's.
         first = (
             self.param("class_token", nn.initializers.normal(0.02), (c.d_model,))
             + table[0]
@@ -167,6 +176,10 @@ class Encoder(nn.Module):
     def _features(
         self, x: jax.Array, inputs: jax.Array, mask: jax.Array | None
     ) -> jax.Array:
+        """Returns the pooled and projected features, float32 ``[batch, d_out]``.
+
+        Without a projection they have ``d_model`` numbers.
+        """
         c = self.config
         y = self._pooled(x, inputs, mask).astype(jnp.float32)
         if c.pooler:
@@ -181,6 +194,10 @@ class Encoder(nn.Module):
     def _pooled(
         self, x: jax.Array, inputs: jax.Array, mask: jax.Array | None
     ) -> jax.Array:
+        """Returns one vector per example, ``[batch, d_model]``.
+
+        ``mask``, bool ``[batch, seq]``, is True for tokens; ``inputs`` are the token ids of a text.
+        """
         c = self.config
         if c.pooling == "first":
             return x[:, 0]

@@ -137,6 +137,7 @@ def _text(f: Fields) -> dict[str, Any]:
 
 
 def _image(f: Fields) -> dict[str, Any]:
+    """Returns the fields of a tower of square images, in pixels."""
     size = _side(f, "image_size")
     patch = _side(f, "patch_size")
     if size % patch:
@@ -175,6 +176,7 @@ def _siglip_vision(f: Fields) -> dict[str, Any]:
 
 
 def _siglip2_vision(f: Fields) -> dict[str, Any]:
+    """Returns the fields of SigLIP 2 NaFlex; ``num_patches`` is the size of the position table."""
     patches = f.integer("num_patches")
     patch = _side(f, "patch_size")
     side = math.isqrt(patches)
@@ -194,6 +196,7 @@ def _vit(f: Fields) -> dict[str, Any]:
 
 
 def _dinov2(f: Fields) -> dict[str, Any]:
+    """Returns the fields of DINOv2, whose block is gated in the giant model."""
     d_model = f.integer("hidden_size")
     d_ff = int(d_model * f.number("mlp_ratio"))
     gated = f.flag("use_swiglu_ffn")
@@ -205,6 +208,7 @@ def _dinov2(f: Fields) -> dict[str, Any]:
 
 
 def _bert(f: Fields) -> dict[str, Any]:
+    """Returns the fields of a BERT encoder; features are means over tokens."""
     for feature in ("is_decoder", "add_cross_attention"):
         f.refuse(feature)
     kind = f.get("position_embedding_type")
@@ -275,6 +279,8 @@ DUAL = ("clip", "siglip", "siglip2", _COMPOSED)
 
 
 def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
+    """Returns the image tower in ``vision_config``; it has no pooling if the file leaves out its
+    head."""
     settings = {**defaults, **f.mapping("vision_config")}
     headless = settings.pop("vision_use_head", None) is False
     tower = read_encoder(settings, f"{f.where}: vision_config")
@@ -295,6 +301,7 @@ def _image_token(f: Fields) -> int:
 
 
 def _llava(f: Fields, d_model: int) -> Sight:
+    """Returns the image input of LLaVA: which layer's features are read, and their projector."""
     tower = _tower(f, _CLIP_LARGE)
     layer = f.get("vision_feature_layer")
     if isinstance(layer, list) and len(layer) == 1:
