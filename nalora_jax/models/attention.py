@@ -154,6 +154,7 @@ class Attention(nn.Module):
             )
         if c.qk_norm:
             q = round_and_save(q, numerics)
+            # Only inputs of a norm are saved: the keys and, with normed values, the values.
             last = len(kv) if self.part.values_normed else 1
             kv = [
                 round_and_save(y, numerics) if i < last else y for i, y in enumerate(kv)

@@ -284,6 +284,7 @@ class Decoder(nn.Module):
                 positions = positions + cache.lengths[:, None]
         shards = shards_of(sharding)
         parts = partial(split, sharding=sharding)
+        # Shards split the batch, too, so that a leading axis of 1 is not possible.
         if shards > 1:
             batch = shape[0]
         else:

@@ -327,6 +327,7 @@ def _projected(
         norm = jax.vmap(column_norm, in_axes=(0, 0, 0, None))(kernel, *adapter[:3])
         norm = lax.stop_gradient(norm)
         if axis is not None:
+            # The inputs of a column are split over the axis.
             norm = jnp.sqrt(lax.psum(jnp.square(norm), axis))
         ratio = (adapter.magnitude / norm)[groups.expert]
         # Rank 0: the magnitude has no effect and no gradient.
@@ -359,7 +360,7 @@ def _probed(
         return probed_z, jnp.zeros_like(probed_z)
     plain = adapter.magnitude is None and adapter.start is None
     if plain and recomputes_probe(adapter.a.shape[0], adapter.a.shape[-1], numerics):
-        # Joined factors do not read the sizes.
+        # With joined factors only the rows' experts are read; the sizes are still of all rows.
         few = Groups(groups.sizes, probe.take(groups.expert))
         dz = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(
             delta.dtype
@@ -367,6 +368,7 @@ def _probed(
     else:
         moved = delta
         if adapter.start is not None:
+            # Initial factors that are not zero: the change is counted from their output.
             started = grouped_residual(
                 x, *adapter.start, adapter.scale, groups, numerics
             )

@@ -102,7 +102,7 @@ class MoEFFN(nn.Module):
             *of_experts,
         )
         length = x.shape[1]
-        split_length = 0
+        split_length = 0  # tokens of a whole row, if the mesh splits rows; otherwise 0
         if isinstance(token_weights, SampledWeights):
             length = split_length = token_weights.length
             token_weights = token_weights.every
@@ -118,6 +118,7 @@ class MoEFFN(nn.Module):
         weights = jnp.ones(x.shape[:2], jnp.float32)
         if token_weights is not None:
             weights = jnp.broadcast_to(token_weights, x.shape[:2])
+        # One key per sequence: the mask does not depend on the mesh.
         if config.dropout > 0 and not deterministic:
             keys = jax.random.split(self.make_rng("dropout"), x.shape[0])
         y, measured = on_mesh(
@@ -338,12 +339,14 @@ def _specs(
             return P(*taps, *_by_channel(path[1].key, axis))
         if name not in ("gate", "up", "down") or leaf.ndim == 0:
             return P()
+        # The paths are (projection, "kernel"), (projection, "adapter", "a") and the like.
         array = inner[-1] if inner[0] == "adapter" else inner[0]
         if array is None:  # of the pair `Adapter.start`
             array = ("a", "b")[path[-1].idx]
         names: list[str | None] = [over, *[None] * (leaf.ndim - 1)]
         if name == "down" and array in ("kernel", "a"):
             names[1] = axis
+        # The last axis of all arrays but A is the outputs.
         elif name != "down" and array != "a":
             names[-1] = axis
         # int8 has one scale for all inputs, which is not split.

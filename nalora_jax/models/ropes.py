@@ -464,6 +464,7 @@ def _scaling(f: Fields, rope: Fields, kind: str, dim: int) -> dict[str, Any]:
         }
     if kind == "longrope":
         factor = rope.number("factor", default=context / original)
+        # The magnitude of arXiv 2402.13753; a file may state another.
         derived = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))
         own: dict[str, Any] = {
             key: _factors(rope, key, dim // 2)
@@ -493,6 +494,7 @@ def _scaling(f: Fields, rope: Fields, kind: str, dim: int) -> dict[str, Any]:
 
 
 def _stretch(rope: Fields, default: float | None = None) -> float:
+    """Returns the factor of the context, 1 or more."""
     factor = rope.number("factor", default=default)
     if factor < 1:
         raise rope.error("factor", "1 or more", factor)
@@ -500,6 +502,7 @@ def _stretch(rope: Fields, default: float | None = None) -> float:
 
 
 def _yarn_magnitude(factor: float, scale: float) -> float:
+    """Returns YaRN's magnitude of rotated queries and keys (arXiv 2309.00071)."""
     return 0.1 * scale * math.log(max(factor, 1.0)) + 1.0
 
 

@@ -311,6 +311,7 @@ def choose(
     if correction is not None:
         ranked = ranked + lax.stop_gradient(correction)[None]
     if limited:  # to each token's kept groups
+        # [tokens, groups, experts of a group]
         grouped = ranked.reshape(ranked.shape[0], spec.groups, -1)
         of_groups = jnp.sum(lax.top_k(grouped, _GROUP_TOP)[0], axis=-1)
         inside = jax.nn.one_hot(
@@ -322,6 +323,7 @@ def choose(
     if correction is None and not limited:
         weights, chosen = lax.top_k(scores, top_k)
     else:
+        # The correction decides which experts are chosen, not their weights.
         chosen = lax.top_k(ranked, top_k)[1]
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if spec.normalize:  # sigmoids may underflow
@@ -465,10 +467,12 @@ def samples_of_parts(
     # Rows of the padding to whole blocks have no place.
     tokens = jnp.clip(length - jnp.stack(block_numbers()) * block, 0, block)
     exists = order // (order.shape[1] // block) < jnp.tile(tokens, batch)[:, None]
+    # bool [blocks, rows, experts]: each sorted row's expert
     reached = jax.nn.one_hot(expert, experts, dtype=bool)
     number = jnp.arange(order.shape[1])[None]
     sizes = jnp.sum(reached, axis=1)
     first = jnp.cumsum(sizes, axis=1) - sizes  # [blocks, experts]
+    # [blocks, experts]: the last row with weight, counted from the expert's first row
     last = (
         jnp.max(
             jnp.where(reached & (weight > 0)[..., None], number[..., None], -1), axis=1

@@ -189,6 +189,7 @@ def resolve(
     """
     if isinstance(numbers, int):
         numbers = dict.fromkeys(shapes, range(numbers))
+    # Path of each layer's projection -> its stacked path and its index in the stack.
     names = {
         layer_path(path, number): (path, i)
         for path in shapes
@@ -201,6 +202,7 @@ def resolve(
     for name, rule in matched.items():
         path, layer = names[name]
         alpha = _checked_alpha(rule, path, shapes[path], config)
+        # Layers without a matching rule keep rank 0, whose alpha has no effect.
         ranks, alphas = specs.setdefault(
             path, ([0] * len(numbers[path]), [1.0] * len(numbers[path]))
         )

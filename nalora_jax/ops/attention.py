@@ -496,6 +496,7 @@ def attend_in_tiles(
 
     @jax.checkpoint
     def tile(_: None, rows: tuple[Array, ...]) -> tuple[None, Array]:
+        """Computes `PIECE` queries; the tile's number gives each its own dropout mask."""
         number, query, positions, segments = rows
         if dropout_rng is None:
             rng = None

@@ -92,6 +92,7 @@ def cudnn_attention(
     if keys.sinks is None:
         more = (0, 0, 0, 0)
     else:
+        # The operands grow by the sink's key and its columns, see `with_sink_key`.
         more = (0, _SINK_POSITIONS, 0, _SINK_COLUMNS)
     shapes = (
         tuple(n + m for n, m in zip(x.shape, more, strict=True)) for x in (q, keys.k)

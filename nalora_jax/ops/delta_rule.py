@@ -53,6 +53,7 @@ def gated_delta_rule(
     token, zero by default, and ``before`` its segment, int ``[batch]``, 1 by default.
     """
     batch, seq, groups, n, d_v = inputs.v.shape
+    # the smallest power of two that holds a short sequence
     size = min(CHUNK, 1 << (seq - 1).bit_length())
     segments = jnp.broadcast_to(segments, (batch, seq))
     real = (segments > 0)[..., None, None]
@@ -131,11 +132,14 @@ def _chunk(
     carried = _within(runs == before[:, None], jnp.exp(total))
     remaining = _within(runs == last_run, jnp.exp(last - total))
     both = jnp.concatenate([q, k], axis=2)
+    # [batch, groups, n, 2 * size, d_v]: the state read by queries, then by keys
     of_state = _product("bgcd,bgnde->bgnce", both, state)
     of_q, of_k = jnp.split(of_state, 2, axis=3)
+    # [batch, groups, 2 * size, size]
     of_keys = _product("bgcd,bgsd->bgcs", both, k)
     qk, kk = jnp.split(of_keys[:, :, None], 2, axis=3)
     weight = beta[..., None]
+    # The corrections delta solve (I + system) delta = target: each depends on earlier tokens' ones.
     system = jnp.tril(weight * kk * pairs, -1)
     target = weight * (v.astype(jnp.float32) - carried * of_k)
     delta = solve_unit(system, target, numerics)
@@ -150,6 +154,7 @@ _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _unit(x: Array) -> Array:
+    """Returns float32 ``x`` scaled to length 1 along the last axis."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * lax.rsqrt(square + _EPS)
@@ -190,6 +195,7 @@ def _solve_unit_fwd(lower: Array, target: Array) -> tuple[Array, tuple[Array, Ar
 
 def _solve_unit_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     inverse, solution = saved
+    # With A x = t: dt = A^-T g and dA = -dt x^T.
     back = jnp.swapaxes(inverse, -1, -2) @ g
     of_lower = -back @ jnp.swapaxes(solution, -1, -2)
     return jnp.tril(of_lower, -1), back

@@ -253,6 +253,7 @@ def _along_sequence(
     chunks = -(-seq // max(1, rows // max(batch, 1)))
 
     def body(sums: Any, columns_of: Any) -> tuple[Any, Any]:
+        # [batch, positions, ...] -> [batch * positions, ...]
         h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
         more, parts = chunk(h, t, w)
         of_columns = columns_of[
@@ -412,6 +413,7 @@ def trained_cross_entropy(
             log_total = jax.nn.logsumexp(logits, axis=-1)
             hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]
             losses = w * (log_total - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
+            # The gradient of the logits, through the cap's slope.
             delta = w[:, None] * (jnp.exp(logits - log_total[:, None]) - hit) * slope
             back, of_head = trained.pull(h, delta, numerics)
             return (jnp.sum(losses), of_head), back.astype(h.dtype)

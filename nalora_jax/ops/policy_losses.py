@@ -106,6 +106,7 @@ def policy_loss(
     0, leaves out the divergence). The mask is 0 for padding; the advantage is ``[samples]``.
     """
     tokens = jnp.sum(mask, axis=1, keepdims=True)
+    # By token; "gspo" and "rloo" have one ratio per sample, its mean or its sum.
     log_ratio = (log_probs - old) * mask
     if settings.name == "gspo":
         total = jnp.sum(log_ratio, axis=1, keepdims=True)
@@ -117,6 +118,7 @@ def policy_loss(
     bounded = jnp.clip(ratio, 1 - settings.low, 1 + settings.high)
     # [samples, tokens], or [samples, 1] if all tokens of a sample have one ratio.
     loss = -jnp.minimum(ratio * gain, bounded * gain)
+    # Tokens without gradient: past the bound in the direction that the advantage favours.
     below = (ratio < 1 - settings.low) & (gain < 0)
     above = (ratio > 1 + settings.high) & (gain > 0)
     clipped = mask * (below | above)

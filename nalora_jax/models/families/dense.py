@@ -28,6 +28,7 @@ LLAMA = Family(
 
 
 def _smollm3(f: Fields) -> Features:
+    """Returns the fields of SmolLM3; some layers have no RoPE (index -1) and may have windows."""
     n_layers = readers.layer_count(f)
     interval = f.integer("no_rope_layer_interval")
     rotates = f.items("no_rope_layers", n_layers, int, longer=True)
@@ -65,6 +66,7 @@ _PHI3 = RopeRules(
 
 
 def _phi3(f: Fields) -> Features:
+    """Returns Phi-3's RoPE and its window, which all layers share."""
     for feature in ("resid_pdrop", "embd_pdrop"):
         f.refuse(feature, "set it to 0: only attention and adapter dropout exist")
     ropes, _ = read_ropes(
@@ -103,6 +105,7 @@ PHI3 = Family(
 
 
 def _seed_oss(f: Fields) -> Features:
+    """Returns head size, biases and residual dropout of Seed-OSS."""
     return {
         "head_dim": readers.head_dim_of(f, absent=128),
         "qkv_bias": f.flag("attention_bias"),
@@ -151,6 +154,7 @@ _POST_NORMS = {"pre_norm": False, "post_norm": True}
 
 
 def _exaone4(f: Fields) -> Features:
+    """Returns the fields of EXAONE 4; with windows, layers of full attention have no RoPE."""
     windowed = f.get("sliding_window") is not None
     kinds = readers.layer_types(f) or readers.periodic(
         f, f.integer("sliding_window_pattern")
@@ -176,6 +180,7 @@ EXAONE4 = Family(
 
 
 def _hunyuan(f: Fields) -> Features:
+    """Returns the fields of Hunyuan; heads are normed after rotation."""
     features: Features = {"qk_norm": "rotated", **attention_bias(f)}
     rope = rope_fields(f)
     if rope.get("alpha") and (rope.get("rope_type") or rope.get("type")) == "dynamic":
@@ -224,6 +229,7 @@ _BETA = "llama_4_scaling_beta"
 
 
 def _ministral3(f: Fields) -> Features:
+    """Returns the RoPE of Ministral 3, the growth of its queries with position, and its window."""
     features = readers.one_rope(f, _BETA, "max_position_embeddings")
     rope = rope_fields(f)
     (spec,) = features["ropes"]
@@ -240,6 +246,7 @@ def _ministral3(f: Fields) -> Features:
 
 
 def _ministral3_settings(r: Metadata) -> dict[str, Any]:
+    """Returns the fields of a GGUF file; without scaling it is a Mistral model."""
     scaling = r.scaling()
     if scaling is None:
         names = {"architectures": [MISTRAL.class_name], "model_type": MISTRAL.name}
@@ -324,6 +331,7 @@ _GRANITE: dict[str, Any] = dict.fromkeys(_MULTIPLIERS, 1.0)
 
 
 def _granite(f: Fields) -> Features:
+    """Returns biases and multipliers of Granite; logits are divided by ``logits_scaling``."""
     return {
         "ffn_bias": f.flag("mlp_bias"),
         "embed_scale": f.number("embedding_multiplier"),
@@ -444,6 +452,7 @@ def _olmo3(f: Fields) -> Features:
 
 
 def _olmo3_settings(r: Metadata) -> dict[str, Any]:
+    """Returns the fields of a GGUF file of OLMo 3."""
     slides = r.flags("attention.sliding_window_pattern", r.get("block_count", int))
     theta = {"rope_theta": r.get("rope.freq_base", float, 10_000.0)}
     return {

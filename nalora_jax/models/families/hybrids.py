@@ -191,6 +191,7 @@ _LFM2: dict[str, Any] = {"norm_eps": 1e-5} | hf_defaults(
 
 
 def _base(f: Fields) -> Features:
+    """Returns the fields that LFM2 and LFM2-MoE share."""
     tied = readers.first_present(f, "tie_embedding", "tie_word_embeddings")
     return {
         "activation": "silu",
@@ -224,6 +225,7 @@ def _convolutions(f: Fields) -> list[Overrides]:
 
 
 def _lfm2(f: Fields) -> Features:
+    """Returns the fields of LFM2; the width of its FFN may follow from three settings."""
     # Variants that the released files could name and that transformers does not have.
     for field in ("block_use_swiglu", "use_pos_enc"):
         if f.get(field) is False:
@@ -255,6 +257,7 @@ LFM2 = Family(
 
 
 def _lfm2_moe(f: Fields) -> Features:
+    """Returns the fields of LFM2-MoE; the first ``num_dense_layers`` layers have no experts."""
     n_dense = f.integer("num_dense_layers", low=0, high=2**10)
     counts = mixtures.expert_counts(f, "num_experts")
     scale = f.number("routed_scaling_factor")

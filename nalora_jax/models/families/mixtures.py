@@ -121,6 +121,7 @@ MIXTRAL = Family(
 
 
 def _olmoe(f: Fields) -> Features:
+    """Returns the fields of OLMoE, whose norms span all heads of a projection."""
     f.refuse("clip_qkv")
     return {
         "qk_norm": "projection",
@@ -143,6 +144,7 @@ OLMOE = Family(
 
 
 def _qwen3_moe(f: Fields) -> Features:
+    """Returns the fields of Qwen3-MoE; some layers may have a dense FFN."""
     experts, layers = qwen_experts(f, plain_mixture(f.flag("norm_topk_prob")))
     return {
         "qk_norm": "head",
@@ -182,6 +184,7 @@ QWEN3_MOE = Family(
 
 
 def _qwen2_moe(f: Fields) -> Features:
+    """Returns the fields of Qwen2-MoE, whose layers have a gated shared expert."""
     first = f.integer("max_window_layers", low=0)
     experts, layers = qwen_experts(
         f, gated_shared_expert(f, normalize=f.flag("norm_topk_prob"))

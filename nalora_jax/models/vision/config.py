@@ -113,6 +113,7 @@ class EncoderConfig:
             layer |= {"attn_scale": (d,), "ffn_scale": (d,)}
         for path, shape in self.projection_shapes().items():
             path = path.removeprefix("layers/")
+            # Only q, k and v can be without a bias.
             reads_input = path in ("attn/q_proj", "attn/k_proj", "attn/v_proj")
             layer |= _dense(path, shape, self.qkv_bias or not reads_input)
         if self.embed_norm:

@@ -497,8 +497,10 @@ def resized_each(table: jax.Array, shapes: jax.Array, length: int) -> jax.Array:
     real = (place < sizes[..., 0] * sizes[..., 1])[..., None]
     index = jnp.where(real, index, 0.0)
     scale = side / sizes  # [batch, 1, 2]
+    # The centre of a patch, in rows and columns of the table.
     centre = (index + 0.5) * scale - 0.5
     source = jnp.arange(side, dtype=jnp.float32)[None, None, None, :]
+    # Antialiasing: where the table shrinks, the triangle filter becomes wider.
     reach = jnp.maximum(scale, 1.0)[..., None]
     # [batch, length, 2, side]
     weights = jnp.maximum(1.0 - jnp.abs(source - centre[..., None]) / reach, 0.0)
