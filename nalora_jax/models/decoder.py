@@ -495,6 +495,7 @@ def sampled_as_whole(
     of_gate, of_probe = (parts(sampled_weights(weights, stride)) for stride in strides)
 
     def within_blocks(stride: int) -> int:
+        """Returns the stride of the samples taken within blocks, 1 for all positions."""
         # The largest stride at which samples of blocks contain the sample of their row. A group of
         # the row consists of whole groups of a block, which take the group's run if the weights of
         # all others are 0. If the row's positions are taken singly, or blocks divide runs, all are

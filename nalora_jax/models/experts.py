@@ -360,7 +360,8 @@ def _probed(
         return probed_z, jnp.zeros_like(probed_z)
     plain = adapter.magnitude is None and adapter.start is None
     if plain and recomputes_probe(adapter.a.shape[0], adapter.a.shape[-1], numerics):
-        # With joined factors only the rows' experts are read; the sizes are still of all rows.
+        # One matmul for all groups (`joins_factors`) reads only the rows' experts: the sizes,
+        # which are those of all rows, have no effect.
         few = Groups(groups.sizes, probe.take(groups.expert))
         dz = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(
             delta.dtype

@@ -443,12 +443,14 @@ def _call(
         out_specs = [tile, number]
 
     def of_example(x: Array) -> Any:
+        """Returns the spec of one example's ``x``, entire."""
         return pl.BlockSpec(
             (None, *x.shape[1:]), lambda i, b, h: (b, *(0,) * (x.ndim - 1))
         )
 
     segments = [integers.queries.segments, integers.keys.segments]
     segment_specs = [of_example(x) for x in segments]
+    # The segments of the tile itself; of the other side the kernel reads all.
     segment_specs[int(name == KEYS)] = pl.BlockSpec(
         (None, size), lambda i, b, h: (b, i)
     )
@@ -528,6 +530,7 @@ def _forward_kernel(
     segment = triton.load(segments)
 
     def body(tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Adds a tile of keys to the running maximum, sum of weights and weighted values."""
         top, total, mean = carry
         tokens = pl.ds(tile * size, size)
         key = triton.load(k.at[tokens, :])
@@ -571,6 +574,7 @@ def _queries_kernel(
     segment = triton.load(segments)
 
     def body(tile: Array, sums: Array) -> Array:
+        """Adds the gradient from a tile of keys, ``[size, head_dim]``."""
         tokens = pl.ds(tile * size, size)
         key = triton.load(k.at[tokens, :])
         value = triton.load(v.at[tokens, :])
@@ -607,6 +611,7 @@ def _keys_kernel(
     of_keys = triton.load(key_segments)
 
     def body(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Adds the gradients of keys and values from a tile of queries."""
         # A step is one tile of queries of one query head that shares these keys.
         tile = lax.div(step, groups)
         head = lax.rem(step, groups)

@@ -253,6 +253,7 @@ def _along_sequence(
     chunks = -(-seq // max(1, rows // max(batch, 1)))
 
     def body(sums: Any, columns_of: Any) -> tuple[Any, Any]:
+        """Adds a chunk's sums, and returns its results by row as ``[batch, positions, ...]``."""
         # [batch, positions, ...] -> [batch * positions, ...]
         h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
         more, parts = chunk(h, t, w)

@@ -317,6 +317,7 @@ def _matmul_fwd(
 def _matmul_bwd(
     numerics: Numerics, residuals: tuple[Any, ...], g: Array
 ) -> tuple[Array, None]:
+    """Returns the gradient of x, in its dtype; the kernel receives none."""
     # Autodiff would mix a float32 cotangent with a bf16 kernel; here both are rounded to
     # the operands' dtype.
     kernel, like_x = residuals

@@ -50,6 +50,7 @@ def _query_scalar(r: Metadata, *, largest: int) -> int:
 
 
 def _gemma(f: Fields) -> Features:
+    """Returns the fields of Gemma."""
     activation = activation_name(
         f, readers.first_present(f, "hidden_activation", "hidden_act")
     )

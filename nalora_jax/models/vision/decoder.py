@@ -140,6 +140,8 @@ class _ProjectorLayer(SelfGatedFFN):
     def __call__(  # the signature that `nn.scan` calls
         self, carry: None, scales: dict[str, jax.Array], inputs: Any
     ) -> tuple[None, jax.Array]:
+        """Returns the carry, unchanged, and the block's output; ``inputs`` are x and its token
+        weights."""
         x, weights = inputs
         return carry, super().__call__(
             x, scales, token_weights=weights, deterministic=self.deterministic

@@ -412,6 +412,7 @@ class EncoderBlock(nn.Module):
         return constrain(x, self.activation_sharding), None
 
     def _ffn(self) -> GatedFFN | SelfGatedFFN:
+        """Returns the feed-forward block; without a gate, its input projection is activated."""
         c = self.config
         kind = GatedFFN if c.gated else SelfGatedFFN
         sizes = (c.d_model, c.d_ff, c.activation)
