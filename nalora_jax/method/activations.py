@@ -71,6 +71,7 @@ def activation_of(name: str, gate: Selection, **options: Any) -> Activation:
 
 def _at_least_float32(z: Array) -> Array:
     z = jnp.asarray(z)
+    # float64 stays float64
     return z.astype(jnp.promote_types(z.dtype, jnp.float32))
 
 

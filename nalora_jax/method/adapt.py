@@ -137,6 +137,7 @@ class Projection:
     ) -> jax.Array:
         """Returns the layer's output ``y`` for ``x``, with the adapter's output added."""
         x_labels, _, out, inner, outer, batch = self.contraction
+        # contracted axes last: [batch axes, inner axes]
         rows = jnp.einsum(f"{x_labels}->{batch}{inner}", x)
         lead = rows.shape[: rows.ndim - len(inner)]
         rows = rows.reshape(*lead, -1)  # [..., d_in]
@@ -162,6 +163,7 @@ class Projection:
         delta = self.scale * jnp.matmul(
             leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST
         )
+        # [lead, d_in, d_out] -> [lead, inner axes, outer axes]
         delta = delta.reshape(*self.lead, *self.sizes(inner), *self.sizes(outer))
         delta = jnp.einsum(f"...{inner}{outer}->...{labels}", delta)
         return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
@@ -312,6 +314,8 @@ def _chosen(
 def _require_matches(
     where: str, patterns: Mapping[str, Any], found: Mapping[str, Projection]
 ) -> None:
+    """Raises an error if a pattern matches none of the paths ``found``; ``where`` names its
+    argument of `adapt`."""
     expected = f"a part of one of the paths {', '.join(sorted(found)) or '(none)'}"
     remedy = (
         "a layer of another class needs its einsum: classes={MyDense: '...i,io->...o'}"
@@ -576,6 +580,7 @@ def merge_nnx(model: Any) -> Any:
             kernel = getattr(layer, adapter.projection.parameter)
             kernel[...] = adapter.projection.merged(kernel[...], adapter.leaves)
             del layer.lora
+            # the class that `_adapted_class` derived from
             layer.__class__ = type(layer).__bases__[0]
     return model
 
@@ -613,6 +618,8 @@ def _require_one_place(model: Any, projections: Sequence[Projection]) -> None:
 
 
 def _child(model: Any, path: str) -> Any:
+    """Returns the module at a path such as "layers/0/mlp" (attributes, indices or keys)."""
+
     def step(node: Any, name: str) -> Any:
         if hasattr(node, name):
             return getattr(node, name)

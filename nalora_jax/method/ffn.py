@@ -151,6 +151,8 @@ def _gated_product_fwd(
     numerics: Numerics,
     up_limit: float,
 ) -> Any:
+    """Returns the outputs of `gated_product`, and the residuals: z, u and an empty array whose
+    dtype is that of z."""
     save = partial(
         storage.save_residual,
         dtype=numerics.residual,
@@ -181,6 +183,10 @@ def _gated_product_bwd(
     residuals: Any,
     cotangents: Any,
 ) -> Any:
+    """Returns the gradients of z and u, ``[..., d_ff]`` in z's dtype; None for a missing u.
+
+    The cotangent of ``a``, the second output, is ignored: ``a`` has no gradient.
+    """
     z, u, like_z = residuals
     z = storage.read_residual(z, numerics.result)
     g = cotangents[0].astype(numerics.result)
@@ -192,6 +198,7 @@ def _gated_product_bwd(
     dz = g * up_factor(u, up_limit) * slope
     du = g * (z * rho)
     if up_limit:
+        # the derivative of the clip in `up_factor`
         du = jnp.where(jnp.abs(u) <= up_limit, du, 0.0)
     return storage.rounded(dz, like_z.dtype, numerics), storage.rounded(
         du, like_z.dtype, numerics
