@@ -260,6 +260,7 @@ def clamped_swish(slope: float, limit: float) -> Activation:
     top = limit / (1 + math.exp(-slope * limit))
 
     def gate(z: Array) -> tuple[Array, Array]:
+        """Returns (rho, rho') of the clamped activation."""
         s = lax.logistic(slope * z)
         flat = z > limit
         high = jnp.maximum(z, limit)

@@ -484,6 +484,7 @@ def _linen_layers(
     found = {}
 
     def record(layer: nn.Module, path: str, x: Any, y: Any) -> Any:
+        """Adds the layer to ``found`` at its first call; returns ``y``, tagged with its path."""
         contraction = None
         if path:
             contraction = _contraction(layer, path, classes)

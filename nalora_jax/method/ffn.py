@@ -274,7 +274,7 @@ class LoRADense(nn.Module):
                 self.get_variable("params", "start_b"),
             )
         if self.dora:
-
+            # DoRA starts with the norms of the kernel's columns: [d_out]
             def norms() -> jax.Array:
                 expanded = storage.expand(kernel).astype(jnp.float32)
                 return jnp.linalg.norm(expanded, axis=-2)
