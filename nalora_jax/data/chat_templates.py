@@ -89,6 +89,7 @@ def has_templates(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path) -> str | None:
+    """Returns the text of a template file, or None if there is no such file."""
     if not path.is_file():
         return None
     try:
@@ -101,6 +102,8 @@ def _read(path: Path) -> str | None:
 
 
 def _by_name(value: Any) -> dict[str, str | None]:
+    """Returns templates by name from a ``chat_template``: a text (named "default"), a dict or
+    a list of ``{"name", "template"}``. Values that are not texts are left out."""
     if isinstance(value, list):
         value = {
             item.get("name"): item.get("template")
@@ -202,6 +205,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             yield value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Returns ``left operator right``; raises OverflowError before computing a result that a
+        template could make too large for memory."""
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if (

@@ -131,6 +131,10 @@ def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, 
 
 
 def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
+    """Returns the prompt and completion of a record in Alpaca form; ``input`` may be absent.
+
+    With chat, the prompt is the instruction and input alone: the chat template frames them.
+    """
     texts = {
         name: record.get(name) or "" for name in ("instruction", "input", "output")
     }

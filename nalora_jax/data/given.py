@@ -40,6 +40,7 @@ def formatted(base: Source, function: Format) -> SourceView:
     """
 
     def example(record: Record, where: str) -> Record | None:
+        """Returns the result of ``function`` for one record; an error names the record."""
         where = f"format, {where}"
         try:
             result = function(record)
@@ -118,6 +119,10 @@ def given_sources(
 
 
 def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
+    """Returns the in-memory records of ``split`` as a source; reads the iterable to its end.
+
+    Records of the ``datasets`` library become ``TableRecord``: their nulls may mean absent fields.
+    """
     read: list[Record] = []
     kind: type[dict[str, Any]] = dict
     if type(records).__module__.startswith("datasets."):

@@ -250,6 +250,8 @@ def _fitting(
 def _with_records(
     records: Source, indices: Sequence[int], items: Sequence[Any]
 ) -> list[Prompt]:
+    """Returns one prompt per index, with the fields of its record; ``items[i]`` is made from the
+    record at ``indices[i]``. A field ``answer`` of the record replaces the item's answer."""
     prompts = []
     for index, record, item in zip(
         indices, records.read(list(indices)), items, strict=True

@@ -219,6 +219,7 @@ def gold_of(record: dict[str, Any], where: str) -> int:
 
 
 def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
+    """Returns the list of non-empty texts in ``field``; raises NaloraError for any other value."""
     value = record[field]
     if not isinstance(value, list) or not all(
         isinstance(text, str) and text for text in value

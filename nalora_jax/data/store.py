@@ -323,12 +323,14 @@ def cut_store(
         short = replace(config, max_length=config.max_length // group)
 
         def cut_examples() -> Iterator[tuple[int, Example]]:
+            """Yields (record index, example) pairs, truncated or split to fit."""
             for i in kept:
                 place = slice(store.offsets[i], store.offsets[i + 1])
                 record = int(store.records[i])
                 ids = np.asarray(store.tokens[place])
                 answer = np.asarray(store.answer[place])
                 example = Example(ids, answer.astype(bool))
+                # The examples of a record that is too long share max_length equally.
                 shape = short if long[i // group] else config
                 if config.too_long != "split":
                     example = fit_example(example, shape.max_length, bos_id)

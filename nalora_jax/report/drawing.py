@@ -130,6 +130,7 @@ def to_svg_file(figure: Figure, name: str) -> str:
 
 
 def _save(figure: Figure, name: str, **options: Any) -> str:
+    """Returns the figure as SVG text; equal figures give equal bytes (fixed ids, no date)."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.id": None}):
         figure.savefig(

@@ -264,6 +264,8 @@ class History:
         return tuple(filter(None, (self.initial, *self.evals, self.final)))
 
     def _scores(self, records: Sequence[Mapping[str, Any]]) -> list[EvaluationScore]:
+        """Returns the headline metric of each evaluation that has it, in order of ``records``;
+        empty if the run has no headline metric."""
         if self.metric is None:
             return []
         key = self.metric[0]

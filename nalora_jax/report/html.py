@@ -121,6 +121,7 @@ def _draw(history: History) -> list[tuple[str, list[tuple[str, Markup]]]]:
 
 
 def _status(history: History) -> str:
+    """Returns how the run ended, e.g. "stopped early, step 80 of 100, best at step 60"."""
     last = history.last_step
     total = history.total_steps
     best = history.done.get("best_step")

@@ -252,6 +252,8 @@ def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
 
 
 def _draw(summary: LayerSummary, title: str) -> Figure:
+    """Returns a figure of gate statistics by layer: occupancy bars, then one panel of curves for
+    each pair of statistics with a finite value."""
     curves = [
         {"mean slope E|φ′|": summary.slope, "responsive share": summary.responsive},
         {"misalignment": summary.misalignment, "its linear limit": summary.limit},

@@ -49,6 +49,7 @@ def _plot(
     def of(draw: Callable[[History, Any], str | None]) -> Plot:
         @wraps(draw)
         def plot(history: History) -> str | None:
+            """Returns the figure as SVG, or None if ``draw`` added no data to the axes."""
             figure, axis = new_figure()
             label = draw(history, axis) or ylabel
             if not axis.has_data():

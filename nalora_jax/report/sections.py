@@ -553,6 +553,8 @@ def read_needle(folder: Path) -> list[dict[str, Any]]:
 
 
 def _needle_table(name: str, grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the table of one needle evaluation: title with overall accuracy and interval, heads
+    and rows."""
     heads, rows = needle_cells(grid)
     accuracy = f"{grid['accuracy']:.3f}"
     interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}"
