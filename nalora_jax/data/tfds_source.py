@@ -53,7 +53,7 @@ class TfdsSource(Source):
         self._split = split
         self._opener = opener
         self._encoded = encoded
-        self.fingerprint = fingerprint or f"{self._files(timed)}:{split}"
+        self.fingerprint = fingerprint or f"{self._content_fingerprint(timed)}:{split}"
         self.siblings = tuple(siblings or self.info.splits)
 
     @cached_property
@@ -70,9 +70,11 @@ class TfdsSource(Source):
         """Returns TFDS's description of the data set."""
         return self._data.dataset_info
 
-    def _files(self, timed: bool) -> str:
-        """Returns a digest of the prepared files: of their description and its modification
-        time."""
+    def _content_fingerprint(self, timed: bool) -> str:
+        """Returns ``tfds:NAME:DIGEST``, the digest of the prepared files' description.
+
+        With ``timed`` the digest includes the description's time of modification.
+        """
         import tensorflow_datasets as tfds
 
         path = tfds.core.Path(self.info.data_dir) / "dataset_info.json"

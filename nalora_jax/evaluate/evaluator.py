@@ -178,9 +178,11 @@ def _values(records: Sequence[ItemRecord], name: str) -> list[Any]:
 def describe_comparison(values: Mapping[str, Any]) -> str:
     """Returns one line with the result of `compare_records`.
 
+    The loss is in nats per completion token, with its 95% interval.
+
     Example:
-      accuracy +0.080 (95% interval 0.028 to 0.133; 55 gained, 23 lost, McNemar p = 0.0004), loss
-      -2.52 (-2.61 to -2.43)
+      accuracy +0.080 (95% interval +0.028 to +0.133; 55 gained, 23 lost, McNemar p = 0.0004), loss
+      -2.5200 (-2.6100 to -2.4300)
     """
     parts = []
     if "accuracy" in values:

@@ -530,9 +530,10 @@ def signed(value: float) -> str:
     """Returns a difference with its sign.
 
     Example:
-      >>> signed(-0.00001), signed(0.0044)
-      ('-0.0000', '+0.0044')
+      >>> signed(-0.0), signed(0.0044)
+      ('+0.0000', '+0.0044')
     """
+    # Adding 0.0 turns -0.0 into 0.0.
     return f"{value + 0.0:+.4f}"
 
 

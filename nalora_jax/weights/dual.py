@@ -277,6 +277,10 @@ def _init_projections(
 
 
 def _tokenizer(folder: Path, config: EncoderConfig) -> TextTokenizer:
+    """Returns the text tower's tokenizer.
+
+    A tower that pools the last position, as SigLIP's, was trained on rows padded to full length.
+    """
     fixed = config.pooling == "last"
     return read_text_tokenizer(
         folder,
