@@ -25,6 +25,7 @@ from nalora_jax.models import family
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision import families
 from nalora_jax.ops import dispatch, split_mixers
+from nalora_jax.study import records
 from tests import tiny
 
 SMALL = ModelConfig.from_hf(tiny.GROUPED)
@@ -68,6 +69,17 @@ def load_broken_entry_point(patch: pytest.MonkeyPatch, _: Path) -> None:
     rules.make("mine")
 
 
+def load_entry_point_without_a_rule(patch: pytest.MonkeyPatch, _: Path) -> None:
+    point = SimpleNamespace(value="mine:rule", load=lambda: None)
+    patch.setattr(registry, "entry_points", lambda **_: [point])
+    rules.make("mine")
+
+
+def read_a_record_with_a_text_as_seed(_: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "records.jsonl").write_text('{"seed": "one"}\n')
+    records.Records(folder).read()
+
+
 def stop_first_process(patch: pytest.MonkeyPatch, _: Path) -> None:
     patch.setattr(processes.jax, "process_index", lambda: 1)
     patch.setattr(processes.jax, "process_count", lambda: 2)
@@ -99,6 +111,11 @@ REFUSALS: dict[str, tuple[Call, str]] = {
         "--import rule.py: expected a Python file that can be read",
     ),
     "a broken entry point": (load_broken_entry_point, "expected a module that can be imported"),
+    "an entry point without a rule": (
+        load_entry_point_without_a_rule,
+        "expected to register a .* of that name, found no such registration",
+    ),
+    "a text for a seed": (read_a_record_with_a_text_as_seed, "seed: expected .*found 'one'"),
     "settings as a dict": (
         lambda *_: cfg.check({"steps": 3}),
         "config: expected a RunConfig, found a dict",
