@@ -1,6 +1,6 @@
 """One sharded NA-LoRA step on one page: mesh, rules, `jax.jit` with shardings, and rows.
 
-The model, the channel statistics and the step are those of `nalora_minimal.py`: a program for one
+The model, the channel statistics and the step come from `nalora_minimal.py`, a program for one
 device, in which no line changes. Sharding is a property of the arrays, so this page only decides
 where each array is. The compiler splits the matmuls and inserts the collectives. On eight devices
 the updates equal the library's (tests/test_change_one_thing.py). It needs jax, optax and flax.

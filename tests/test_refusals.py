@@ -5,11 +5,9 @@ Refusals that need more than a call (`tests/refusals.py`) are tested next to the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -18,7 +16,6 @@ import pytest
 from nalora_jax import config as cfg
 from nalora_jax.common import downloads, folders, imports, registry
 from nalora_jax.config import rope_scaling
-from nalora_jax.errors import NaloraError
 from nalora_jax.layout import layouts, machines, processes
 from nalora_jax.method import rules, transform
 from nalora_jax.models import family
@@ -27,10 +24,9 @@ from nalora_jax.models.vision import families
 from nalora_jax.ops import dispatch, split_mixers
 from nalora_jax.study import records
 from tests import tiny
+from tests.refused import Call, table_test
 
 SMALL = ModelConfig.from_hf(tiny.GROUPED)
-# Called with a monkeypatch and an empty folder.
-Call = Callable[[pytest.MonkeyPatch, Path], Any]
 
 
 def find_cache_without_a_home(patch: pytest.MonkeyPatch, _: Path) -> None:
@@ -174,9 +170,4 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_it_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    call, message = REFUSALS[name]
-    with pytest.raises(NaloraError, match=message):
-        call(monkeypatch, tmp_path)
+test_it_is_refused = table_test(REFUSALS)

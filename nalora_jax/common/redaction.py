@@ -133,12 +133,18 @@ def markdown(text: object) -> str:
     return _SPECIAL.sub(r"\\\1", _line(text))
 
 
+def fence_around(text: str, shortest: str = "`") -> str:
+    """Returns backticks, at least ``shortest``, that are more than any run of them in ``text``."""
+    fence = shortest
+    while fence in text:
+        fence += "`"
+    return fence
+
+
 def code(text: object) -> str:
     """Returns a text as Markdown's inline code."""
     line = _line(text)
-    fence = "`"
-    while fence in line:
-        fence += "`"
+    fence = fence_around(line)
     if line.startswith("`") or line.endswith("`"):
         line = f" {line} "
     return f"{fence}{line}{fence}"

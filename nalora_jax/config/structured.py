@@ -316,7 +316,7 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
             base=base,
             ignore_unknown=ignore_unknown,
         )
-    # The field's zero stands for the automatic choice.
+    # The field's zero means the automatic choice.
     if AUTO in extras and value == AUTO:
         return kind(0)
     read = partial(_read, base=None, ignore_unknown=ignore_unknown)

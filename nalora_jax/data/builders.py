@@ -86,7 +86,7 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
 def _info(
     builder: Any, features: dict[str, Any], about: str, task: str
 ) -> tfds.core.DatasetInfo:
-    """Returns the TFDS metadata of a builder; the license is that of ``task``'s data."""
+    """Returns the TFDS metadata of a builder; the license is the license of ``task``'s data."""
     return tfds.core.DatasetInfo(
         builder=builder,
         description=about,

@@ -2,7 +2,7 @@
 
 A template is a program of somebody else. The sandbox gives it no access to Python; texts that it
 repeats, joins or returns have at most 4 million characters, and a rendering takes at most 10
-seconds of CPU time. Loops and calls read the clock, because an endless loop may write nothing.
+seconds of CPU time. Loops and calls read the clock, because an endless loop may not write any text.
 Multimodal models replace a template's placeholders by image tokens.
 """
 

@@ -354,7 +354,7 @@ def split_group(
 
 def _common_prefix(texts: Sequence[list[int]]) -> int:
     """Returns the number of tokens that all texts share."""
-    # The prefix that the first and the last in lexical order share is that of all.
+    # All share the prefix that the first and the last in lexical order share.
     first = min(texts)
     last = max(texts)
     for place, (a, b) in enumerate(zip(first, last, strict=False)):

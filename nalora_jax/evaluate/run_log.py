@@ -142,6 +142,16 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     return values
 
 
+def acting_steps(first: int | None, steps: int) -> tuple[int, int] | None:
+    """Returns in how many of the ``steps`` of an adapter mechanisms acted, and the steps.
+
+    ``first`` is the first step in which they act; None or 0 without mechanisms, which gives None.
+    """
+    if not first:
+        return None
+    return max(steps - first + 1, 0), steps
+
+
 def to_json(value: Any, digits: int = 9) -> Any:
     """Returns ``value`` as plain JSON types.
 

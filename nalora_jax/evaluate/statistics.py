@@ -42,6 +42,22 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, high
 
 
+def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Returns Student's interval of the mean of ``[n]`` values; infinite for a single value.
+
+    A percentile bootstrap covers about 75 to 87% instead of 95% for 3 to 6 normal values.
+    """
+    from scipy import stats
+
+    n = difference.size
+    if n < 2:
+        return -math.inf, math.inf
+    mean = float(difference.mean())
+    error = float(difference.std(ddof=1)) / math.sqrt(n)
+    reach = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
+    return mean - reach, mean + reach
+
+
 def bootstrap(
     values: Sequence[float] | np.ndarray,
     weights: Sequence[float] | np.ndarray | None = None,

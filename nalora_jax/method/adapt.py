@@ -1,4 +1,4 @@
-"""Adapters around a Flax model that knows nothing of them: one call for Linen and NNX.
+"""Adapters around an unmodified Flax model: one call for Linen and NNX.
 
     # Linen
     adapted, mechanisms = adapt(model, layers, gates, variables=variables, example=(x,))

@@ -151,8 +151,8 @@ def _gated_product_fwd(
     numerics: Numerics,
     up_limit: float,
 ) -> Any:
-    """Returns the outputs of `gated_product`, and the residuals: z, u and an empty array whose
-    dtype is that of z."""
+    """Returns the outputs of `gated_product`, and the residuals: z, u and an empty array of
+    z's dtype."""
     save = partial(
         storage.save_residual,
         dtype=numerics.residual,

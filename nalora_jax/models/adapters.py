@@ -168,8 +168,8 @@ def _factors(
     They are ``a [..., d_in, rank]``, ``b [..., rank, d_out]`` and, for AdaLoRA, ``singular [...,
     rank]``.
 
-    ``shapes`` are those of the targets' kernels. Ranks that a layer does not use are zeros; with
-    ``zero_a``, b is drawn instead of a.
+    ``shapes`` are the shapes of the targets' kernels. Ranks that a layer does not use are zeros;
+    with ``zero_a``, b is drawn instead of a.
     """
     leaves = {}
     for i, ((path, target), (*lead, d_in, d_out)) in enumerate(

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.statistics import t_interval
 from nalora_jax.report import plots
 from nalora_jax.report.drawing import COLOURS, new_figure, style, thin, to_svg
 from nalora_jax.report.history import History, read_history
@@ -336,13 +337,13 @@ def compare_by_seed(groups: Sequence[Group]) -> SeedDifferences | None:
         if count < 2:
             continue
         mean = np.mean(differences)
-        interval = _t_interval(np.array(differences))
+        low, high = t_interval(np.array(differences))
         rows.append(
             [
                 group.label,
                 str(count),
                 f"{mean:+.3f}",
-                interval,
+                f"{low:+.3f} to {high:+.3f}",
                 ", ".join(by_seed),
             ]
         )
@@ -359,19 +360,6 @@ def _results_by_seed(group: Group) -> dict[str, float]:
             of_seed = values.setdefault(_seed(run), [])
             of_seed.append(run.outcome[-1].value)
     return {seed: float(np.mean(of_seed)) for seed, of_seed in values.items()}
-
-
-def _t_interval(differences: np.ndarray) -> str:
-    """Returns the 95% interval of a mean by Student's t."""
-    from scipy import stats  # slow to import, and needed for several seeds only
-
-    count = len(differences)
-    error = differences.std(ddof=1) / np.sqrt(count)
-    mean = differences.mean()
-    reach = stats.t.ppf(0.975, count - 1) * error
-    low = mean - reach
-    high = mean + reach
-    return f"{low:+.3f} to {high:+.3f}"
 
 
 # ---------------------------------------------------------------- plots

@@ -12,7 +12,7 @@ import numpy as np
 
 from nalora_jax.common.redaction import redacted
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.run_log import FILE, read_metrics
+from nalora_jax.evaluate.run_log import FILE, acting_steps, read_metrics
 
 REGIONS = ("inverted", "contracting", "expanding", "linear")
 # Headline metrics by preference: key in an evaluation, its name, and True if more is better.
@@ -106,11 +106,9 @@ class History:
 
         None without mechanisms, and before the adapter is evaluated.
         """
-        first = self.header.get("mechanisms_from")
-        if first is None or self.exported_step is None:
+        if self.exported_step is None:
             return None
-        acted = self.exported_step - int(first) + 1
-        return max(acted, 0), self.exported_step
+        return acting_steps(self.header.get("mechanisms_from"), self.exported_step)
 
     @property
     def unreached_step(self) -> int | None:

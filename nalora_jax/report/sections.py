@@ -138,7 +138,7 @@ def _interval_row(
 
 
 def _position(value: float, scale: tuple[float, float]) -> str:
-    """Returns the place of a value on the scale, as a CSS percentage."""
+    """Returns the position of a value on the scale, as a CSS percentage."""
     first, last = scale
     percent = 100 * (value - first) / (last - first)
     return f"{percent:.1f}%"

@@ -92,12 +92,12 @@ class Callback:
         """Handles the end of the run, normal or aborted."""
 
 
-def read_samples(path: Path, first: int, last: int) -> list[dict[str, Any]]:
-    """Returns the groups of samples of steps ``first`` to ``last`` in a run's file, if any."""
-    if not path.exists():
-        return []
-    groups = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [group for group in groups if first <= group["step"] <= last]
+def read_samples(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """Returns the groups of samples after byte ``start`` of a run's file, and its end in bytes."""
+    with path.open("rb") as file:
+        file.seek(start)
+        groups = [json.loads(line) for line in file]
+        return groups, file.tell()
 
 
 class Callbacks(AbstractContextManager["Callbacks"]):

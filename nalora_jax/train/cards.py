@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nalora_jax.evaluate.run_log import acting_steps
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
-from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.job import Job, original
 from nalora_jax.train.machine import describe_device, versions
@@ -50,17 +50,9 @@ def write_run_card(
         after=after,
         versions=versions(),
         device=describe_device(),
-        acting=_acting_steps(assembly.mechanisms, int(state.step)),
+        acting=acting_steps(first_step(assembly.mechanisms), int(state.step)),
     )
     distributed.on_first_process(lambda: write_card(folder, card))
-
-
-def _acting_steps(mechanisms: Mechanisms, steps: int) -> tuple[int, int] | None:
-    """Returns in how many of the steps mechanisms acted, and the steps; None without mechanisms."""
-    first = first_step(mechanisms)
-    if not first:
-        return None
-    return max(steps - first + 1, 0), steps
 
 
 def base_card(

@@ -335,10 +335,11 @@ class Wandb(_Numbers):
         )
         for group in groups:
             for sample in group["samples"]:
-                rewards = json.dumps(sample["rewards"])
-                completion = sample["completion"]
                 table.add_data(
-                    group["prompt"], completion, rewards, sample["advantage"]
+                    group["prompt"],
+                    sample["completion"],
+                    json.dumps(sample["rewards"]),
+                    sample["advantage"],
                 )
         self._run.log({"step": step, "samples": table})
 

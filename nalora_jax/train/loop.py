@@ -132,7 +132,7 @@ def run_steps(
     start = follower.result.step
     for step in range(start + 1, follower.schedule.steps + 1):
         batch = next(batches)
-        # Before the first step only: its shapes are those of all steps.
+        # Before the first step only: all steps have its shapes.
         if step == start + 1:
             with counting("compiling the step"):
                 compile_ahead(step_fn, params, state, batch)

@@ -499,7 +499,7 @@ def assemble(
     program = decoder_program(
         config, base, spec, mesh, last=last, objective=objective, model=like.model
     )
-    # The compiled functions of `like` are shared, the values are those of this run.
+    # The compiled functions of `like` are shared; the values belong to this run.
     changes: dict[str, Any] = {"state": like.begin(lora, config.seed), "params": params}
     changes |= {"mechanisms": program.mechanisms, "pure": program.pure, "initial": None}
     return replace(like, config=config, **changes)

@@ -77,6 +77,9 @@ class Session:
         self.before: Mapping[str, Any] | None = None
         self.waits_for_writes = False
         self.runs_in_program = 1
+        self._samples_end = (
+            0  # byte of the file of samples up to which callbacks know it
+        )
         self._given = callbacks
         self._begun: Mapping[str, Any] = {}
 
@@ -209,11 +212,14 @@ class Session:
             {**record, **self.state_metrics.measure(state), **peak_memory()},
         )
         self.progress.log(step, record)
-        if jax.process_index() == 0:
-            # A rollout that serves several steps is stored under the first of them.
+        path = self.output.folder / ROLLOUTS
+        if jax.process_index() == 0 and path.exists():
+            groups, self._samples_end = read_samples(path, self._samples_end)
+            # A rollout that serves several steps is stored under the first of them. At the first
+            # log step of a resumed run the file also has the samples before.
             first = step - self.job.config.rl.updates + 1
-            path = self.output.folder / ROLLOUTS
-            if groups := read_samples(path, first, step):
+            groups = [group for group in groups if group["step"] >= first]
+            if groups:
                 self.callbacks.tell("on_samples", step, groups)
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nalora_jax.common.files import write_atomically
-from nalora_jax.common.redaction import code, is_hub_id, markdown, published
+from nalora_jax.common.redaction import (
+    code,
+    fence_around,
+    is_hub_id,
+    markdown,
+    published,
+)
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import visible
 from nalora_jax.models.targets import AdapterSpec
@@ -206,9 +212,7 @@ def _number(metrics: Mapping[str, Any], name: str, digits: int = 3) -> str:
 
 def _fenced(text: str, language: str) -> str:
     """Returns a code block whose fence is longer than any run of backticks in ``text``."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
+    fence = fence_around(text, "```")
     return f"{fence}{language}\n{text}\n{fence}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +16,8 @@ import pytest
 from nalora_jax.__main__ import guarded, main
 from nalora_jax.cli import chat, config_files, evaluate, plan, verbs, verify
 from nalora_jax.cli.planning import program
-from nalora_jax.errors import NaloraError
 from nalora_jax.layout import machines
+from tests.refused import Call, table_test
 
 
 @pytest.mark.parametrize(
@@ -41,10 +40,6 @@ def test_a_command_line_is_refused(
 ) -> None:
     assert main(words.split()) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
-
-
-# Called with a monkeypatch and an empty folder.
-Call = Callable[[pytest.MonkeyPatch, Path], Any]
 
 
 def type_latin_1(patch: pytest.MonkeyPatch) -> None:
@@ -170,12 +165,7 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_it_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    call, message = REFUSALS[name]
-    with pytest.raises(NaloraError, match=message):
-        call(monkeypatch, tmp_path)
+test_it_is_refused = table_test(REFUSALS)
 
 
 def test_a_platform_that_jax_cannot_start_is_named(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,7 +17,6 @@ from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.data.tokenizer import Tokenizer
-from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import harness
 from nalora_jax.evaluate.evaluator import compare_records
 from nalora_jax.evaluate.generate import Generator
@@ -32,14 +31,13 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from tests import tiny
 from tests.param_trees import init_params
+from tests.refused import Call, table_test
 
 SMALL = ModelConfig.from_hf(tiny.GROUPED)
 CONTEXT = SMALL.max_positions
 TOKENIZER = tiny.byte_tokenizer()
 COMPLETION = CompletionItem([5], [6], "a", "b")
 CHOICE = ChoiceItem([5], [[6], [7]], 0, "a", ["b", "c"])
-# Called with a monkeypatch and an empty folder.
-Call = Callable[[pytest.MonkeyPatch, Path], Any]
 
 
 def small_generator(tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Generator:
@@ -167,9 +165,4 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_it_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    call, message = REFUSALS[name]
-    with pytest.raises(NaloraError, match=message):
-        call(monkeypatch, tmp_path)
+test_it_is_refused = table_test(REFUSALS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,7 +21,6 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.images.opened import ImageSource
 from nalora_jax.data.source import RecordsSource
-from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import output, program
 from nalora_jax.train.callbacks import make_callbacks
@@ -31,6 +29,7 @@ from nalora_jax.train.kinds import dual, images, preference, rl, text
 from nalora_jax.train.log import MetricsLog
 from nalora_jax.train.profile import Profile
 from tests import tiny
+from tests.refused import Call, table_test
 
 TOWER = {
     "model_type": "clip_vision_model",
@@ -41,8 +40,6 @@ TOWER = {
     "image_size": 16,
     "patch_size": 4,
 }
-# Called with a monkeypatch and an empty folder.
-Call = Callable[[pytest.MonkeyPatch, Path], Any]
 
 
 def save_below_a_file(_: pytest.MonkeyPatch, folder: Path) -> None:
@@ -215,9 +212,4 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_it_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    call, message = REFUSALS[name]
-    with pytest.raises(NaloraError, match=message):
-        call(monkeypatch, tmp_path)
+test_it_is_refused = table_test(REFUSALS)

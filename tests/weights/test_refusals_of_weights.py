@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ import pytest
 
 from nalora_jax.common import uploads
 from nalora_jax.config import LoRAConfig, LoRARule
-from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
@@ -25,14 +23,13 @@ from nalora_jax.weights import base, hf, hub, new_tokens
 from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from tests import tiny
+from tests.refused import Call, table_test
 from tests.weights import gguf_files
 from tests.weights.folders import RAW, write_folder
 
 SIGHT: Any = SimpleNamespace(
     model_type="llava", image_token=99, tokens=4, tower=SimpleNamespace(image_size=16)
 )
-# Called with a monkeypatch and an empty folder.
-Call = Callable[[pytest.MonkeyPatch, Path], Any]
 
 
 def see_with_another_size(_: pytest.MonkeyPatch, folder: Path) -> None:
@@ -142,9 +139,4 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_it_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    call, message = REFUSALS[name]
-    with pytest.raises(NaloraError, match=message):
-        call(monkeypatch, tmp_path)
+test_it_is_refused = table_test(REFUSALS)

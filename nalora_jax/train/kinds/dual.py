@@ -257,7 +257,7 @@ def image_data(
 def image_indices(
     config: RunConfig, source: ImageSource
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ascending indices of the reported images, and of those that select the checkpoint.
+    """Returns ascending indices: of the reported images, and of images that select the checkpoint.
 
     At most a third of the images select, and at least one; ``data.eval_limit`` 0 uses all images.
     """
@@ -575,7 +575,7 @@ def sigmoid_contrastive(
     """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy of each
     pair.
 
-    The arguments are those of `softmax_contrastive`; ``bias`` is added to the scaled similarities.
+    The arguments are as for `softmax_contrastive`; ``bias`` is added to the scaled similarities.
     """
     own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
     logits = (

@@ -297,7 +297,7 @@ class RolloutStep:
     ) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state after one update, on a new rollout or on the one in progress.
 
-        The metrics include those of the rollout under ``measured``. Unlike a step without rewards,
+        The metrics include the rollout's, under ``measured``. Unlike a step without rewards,
         the call returns after the update has been computed.
         """
         rl = self._config.rl
