@@ -63,7 +63,7 @@ RANK = 8
 
 def shape_of(name: str) -> dict[str, Any]:
     """Returns the ``config.json`` of a model by name; "tiny" is `TINY`."""
-    from nalora_jax.cli.planning.program import CONFIGS
+    from nalora_jax.planner.program import CONFIGS
 
     return TINY if name == "tiny" else CONFIGS[name]
 
@@ -76,16 +76,16 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     import jax
     import training
 
-    import nalora_jax.train.adapted  # noqa: F401  which registers the CPU's implementations where they are, as a run does
+    import nalora_jax.loading.adapted  # noqa: F401  which registers the CPU's implementations where they are, as a run does
     from nalora_jax import config as c
-    from nalora_jax.layout import distributed
-    from nalora_jax.layout.estimates import useful_flops
-    from nalora_jax.layout.layouts import laid_out
-    from nalora_jax.layout.machines import of_devices
+    from nalora_jax.assembly.program import assemble
+    from nalora_jax.mesh import distributed, sharding
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.stacks import projection_shapes
     from nalora_jax.models.targets import resolve
-    from nalora_jax.train.program import assemble
+    from nalora_jax.planner.estimates import useful_flops
+    from nalora_jax.planner.layouts import laid_out
+    from nalora_jax.planner.machines import of_devices
 
     devices, base = (
         jax.devices(),
@@ -103,7 +103,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     shapes = jax.eval_shape(
         lambda key: training.random_params(base, key, options.dtype), jax.random.key(0)
     )
-    places = distributed.shardings(shapes, mesh, distributed.PARAM_RULES)
+    places = sharding.shardings(shapes, mesh, sharding.PARAM_RULES)
     params = jax.jit(
         lambda key: training.random_params(base, key, options.dtype),
         out_shardings=places,

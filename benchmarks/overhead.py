@@ -27,9 +27,9 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
+    from nalora_jax.assembly.program import assemble
     from nalora_jax.config import MeshConfig
-    from nalora_jax.layout import distributed
-    from nalora_jax.train.program import assemble
+    from nalora_jax.mesh import distributed
 
     chosen = options()
     mesh = distributed.make_mesh(MeshConfig())

@@ -10,7 +10,7 @@ compiler.
     python benchmarks/plan_accuracy.py --seed 7 --pairs 10
 
 Each pair is decided as `nalora plan` does it: estimates rank the layouts, and
-`nalora_jax.layout.decide` compiles them until one is accepted. A program is compiled once for each
+`nalora_jax.planner.decide` compiles them until one is accepted. A program is compiled once for each
 pair, layout and set of compiler options, and recorded, so that the script resumes, and changed
 estimates are compared with recorded programs.
 """
@@ -35,13 +35,13 @@ from common import parser_of
 from plan_pairs import KNOWN, Pair, drawn
 
 from nalora_jax.cli.plan import _prepare
-from nalora_jax.cli.planning.program import devices, step_and_arguments
-from nalora_jax.layout import distributed
-from nalora_jax.layout.decide import EXHAUSTED, Compiled, Tried, decide
-from nalora_jax.layout.estimates import Layout
-from nalora_jax.layout.figures import of_compiled, roofline
-from nalora_jax.layout.layouts import fitting
-from nalora_jax.layout.machines import topology
+from nalora_jax.mesh import distributed
+from nalora_jax.planner.decide import EXHAUSTED, Compiled, Tried, decide
+from nalora_jax.planner.estimates import Layout
+from nalora_jax.planner.figures import of_compiled, roofline
+from nalora_jax.planner.layouts import fitting
+from nalora_jax.planner.machines import topology
+from nalora_jax.planner.program import devices, step_and_arguments
 
 RECORD = Path(__file__).parent / "results" / "plan_accuracy.jsonl"
 SEED, PAIRS = 35, 40

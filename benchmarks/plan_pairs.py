@@ -10,10 +10,10 @@ from typing import Any
 
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.layouts import fitting
-from nalora_jax.layout.machines import topology
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
+from nalora_jax.planner.layouts import fitting
+from nalora_jax.planner.machines import topology
 
 # As published in the models' repositories: width, FFN, layers, heads, KV heads, head size,
 # vocabulary, tied.

@@ -23,7 +23,7 @@ from typing import Any
 from common import parser_of
 from markers import write_between
 
-from nalora_jax.layout.machines import topology as machine
+from nalora_jax.planner.machines import topology as machine
 
 RECORD = Path(__file__).parent / "results" / "pods.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"

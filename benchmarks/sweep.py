@@ -52,10 +52,10 @@ def main() -> None:
     import jax
     import numpy as np
 
+    from nalora_jax.assembly.program import assemble
     from nalora_jax.config import MeshConfig
-    from nalora_jax.layout import distributed
+    from nalora_jax.mesh import distributed
     from nalora_jax.study.sweeps.program import SweepProgram
-    from nalora_jax.train.program import assemble
 
     mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
     base, params = base_model(options, mesh)

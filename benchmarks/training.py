@@ -159,7 +159,7 @@ def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
             np.arange(seq, dtype=np.int32), (rows, seq)
         ).copy(),
     }
-    from nalora_jax.layout import distributed
+    from nalora_jax.mesh import distributed
 
     # [micro-batches, rows, seq]
     batch = {name: value[None] for name, value in flat.items()}
@@ -179,13 +179,13 @@ def batches_of(options: argparse.Namespace, vocab: int, mesh: Any) -> list[Any]:
 
 def main() -> None:
     options = parse()
+    from nalora_jax.assembly.compilation import compile_ahead
+    from nalora_jax.assembly.program import assemble
     from nalora_jax.config import MeshConfig
-    from nalora_jax.layout import distributed
-    from nalora_jax.train.compilation import compile_ahead
-    from nalora_jax.train.program import assemble
+    from nalora_jax.mesh import distributed
 
     if options.compilation_cache:
-        from nalora_jax.train.compilation import use_compilation_cache
+        from nalora_jax.assembly.compilation import use_compilation_cache
 
         use_compilation_cache()
     mesh = distributed.make_mesh(MeshConfig())

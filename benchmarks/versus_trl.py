@@ -97,9 +97,9 @@ def ours(folder: Path) -> dict[str, Any]:
 
     from nalora_jax import RunConfig, run
     from nalora_jax import config as c
-    from nalora_jax.train import rollout
-    from nalora_jax.train.kinds.rl import RolloutStep
-    from nalora_jax.train.rewards import register_reward
+    from nalora_jax.kinds.rl import rollout
+    from nalora_jax.kinds.rl.kind import RolloutStep
+    from nalora_jax.kinds.rl.rewards import register_reward
 
     register_reward("remainder")(
         lambda prompt, completion, record: float(len(completion) % 5)

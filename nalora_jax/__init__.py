@@ -27,6 +27,7 @@ with epy.lazy_api_imports(globals()):
     )
     from nalora_jax.errors import NaloraError
     from nalora_jax.evaluate.generate import Generator
+    from nalora_jax.loading.adapted import AdaptedModel, load
     from nalora_jax.method.adapt import adapt, merge_nnx
     from nalora_jax.method.ffn import GatedFFN
     from nalora_jax.method.low_rank import low_rank
@@ -46,7 +47,6 @@ with epy.lazy_api_imports(globals()):
         scale_by_gates,
     )
     from nalora_jax.study.sweeps.run import SweepResult, sweep
-    from nalora_jax.train.adapted import AdaptedModel, load
     from nalora_jax.train.run import RunResult
     from nalora_jax.weights.base import load_model
     from nalora_jax.weights.model_files import LoadedModel

@@ -165,7 +165,7 @@ def _seconds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     kernels (15 s). Tokens are made once a session: those of an earlier one hide what a change of
     the code does to them."""
     from nalora_jax.common.downloads import cache_dir
-    from nalora_jax.train.kinds.rl import RolloutStep
+    from nalora_jax.kinds.rl.kind import RolloutStep
     from nalora_jax.train.profile import Profile
 
     folder = cache_dir()
@@ -176,7 +176,7 @@ def _seconds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         return tokens if named == folder else named
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nalora_jax.train.compilation.gc", SimpleNamespace(collect=lambda: 0))
+        patch.setattr("nalora_jax.assembly.compilation.gc", SimpleNamespace(collect=lambda: 0))
         if HAS_CPU:
             patch.setattr("nalora_jax.cpu.native.library.cache_dir", lambda: folder)
         patch.setattr("nalora_jax.train.profile.Profile.step", _without_transfers(Profile.step))
@@ -234,7 +234,7 @@ def numerics(
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs take one of the simulated devices."""
-    from nalora_jax.layout import distributed
+    from nalora_jax.mesh import distributed
 
     make = distributed.make_mesh
     monkeypatch.setattr(

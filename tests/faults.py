@@ -40,8 +40,8 @@ import itertools, os, signal, threading
 from functools import partial
 
 from nalora_jax.train import checkpoint, rollout
-from nalora_jax.train.kinds import rl
-from nalora_jax.train.rewards import register_reward
+from nalora_jax.kinds import rl
+from nalora_jax.kinds.rl.rewards import register_reward
 
 phase, at, delay = os.environ.get("NALORA_FAULT", "none 0 0").split()
 calls = itertools.count(1)

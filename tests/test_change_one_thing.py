@@ -22,16 +22,16 @@ import pytest
 from scipy import special
 
 from nalora_jax import config as cfg
+from nalora_jax.assembly.program import assemble
 from nalora_jax.cli import command
 from nalora_jax.common import imports, trees
 from nalora_jax.data import sources
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import recorded_settings
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import distributed, sharding
 from nalora_jax.method import activations, rules, statistics
 from nalora_jax.models import family
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -217,9 +217,7 @@ def library_adapters(
     devices = tiny.one_device()
     if mesh is not None:
         devices = distributed.make_mesh(mesh)
-        params = jax.device_put(
-            params, distributed.shardings(params, devices, distributed.PARAM_RULES)
-        )
+        params = jax.device_put(params, sharding.shardings(params, devices, sharding.PARAM_RULES))
     assembly = assemble(config, ModelConfig.from_hf(fields), params, devices)
     state = assembly.begin(jax.tree.map(jnp.array, lora), 0)
     for tokens in batches:

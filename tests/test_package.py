@@ -28,7 +28,7 @@ print({'jax', 'flax', 'numpy', 'optax', 'rich', 'tyro'} & set(sys.modules))
 print(*dir(nalora_jax))
 import nalora_jax.models.families, nalora_jax.weights
 print({'grain', 'orbax'} & set(sys.modules))
-import nalora_jax.train.adapted, nalora_jax.cli.training
+import nalora_jax.loading.adapted, nalora_jax.cli.training
 from nalora_jax import run, load
 print(type(run).__name__, type(load).__name__)
 print({'matplotlib'} & set(sys.modules))  # pictures are drawn at a run's end

@@ -16,12 +16,13 @@ import pytest
 from nalora_jax import config as cfg
 from nalora_jax.common import downloads, folders, imports, registry
 from nalora_jax.config import rope_scaling
-from nalora_jax.layout import layouts, machines, processes
+from nalora_jax.mesh import processes
 from nalora_jax.method import rules, transform
 from nalora_jax.models import family
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision import families
 from nalora_jax.ops import dispatch, split_mixers
+from nalora_jax.planner import layouts, machines
 from nalora_jax.study import records
 from tests import tiny
 from tests.refused import Call, table_test

@@ -25,9 +25,9 @@ from nalora_jax.cli.command import parse
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.evaluate import needle as evaluate_needle
 from nalora_jax.evaluate.run_log import recorded_settings
+from nalora_jax.kinds import text
+from nalora_jax.loading.adapted import load
 from nalora_jax.train import run as run_module
-from nalora_jax.train.adapted import load
-from nalora_jax.train.kinds import text
 from nalora_jax.train.progress import Progress
 from tests import emulator, tiny
 

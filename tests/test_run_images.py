@@ -23,8 +23,8 @@ from nalora_jax.cli.training import run
 from nalora_jax.common.trees import flatten
 from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.adapted import load
-from nalora_jax.train.adapted_dual import load_adapted_dual
+from nalora_jax.loading.adapted import load
+from nalora_jax.loading.adapted_dual import load_adapted_dual
 from nalora_jax.weights.peft import import_adapter
 from tests import seeing, tiny
 from tests.seeing import COLOURS, QUESTION

@@ -23,8 +23,8 @@ from nalora_jax import RunConfig, run
 from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RLConfig, TrainConfig, check
 from nalora_jax.errors import NaloraError
+from nalora_jax.kinds.rl.kind import EarlyWarnings
 from nalora_jax.train.callbacks import Callback
-from nalora_jax.train.kinds.rl import EarlyWarnings
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("surroundings")

@@ -31,16 +31,16 @@ from jax.sharding import Mesh
 from tokenizers import decoders, models, pre_tokenizers
 
 from nalora_jax import config as cfg
+from nalora_jax.assembly.program import Assembly, assemble
 from nalora_jax.common import trees
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.data.tokenizer import Tokenizer
-from nalora_jax.layout import distributed
+from nalora_jax.loading.adapted import load
+from nalora_jax.mesh import distributed, sharding
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
-from nalora_jax.train.adapted import load
-from nalora_jax.train.program import Assembly, assemble
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 from nalora_jax.weights.tokenizer_files import write_tokenizer
@@ -224,7 +224,7 @@ def assembled(
     count = mesh.data * mesh.fsdp * mesh.tensor * max(mesh.context, 1)
     made = distributed.make_mesh(mesh, jax.devices()[:count])
     params = init_params(base, jax.random.key(1))
-    params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
+    params = jax.device_put(params, sharding.shardings(params, made, sharding.PARAM_RULES))
     assembly = assemble(config, base, params, made, **parts)
 
     def moved(path: str, x: jax.Array) -> jax.Array:

@@ -27,9 +27,9 @@ with epy.lazy_imports():  # on first use: help needs no JAX
     from nalora_jax.data.images import files as image_files
     from nalora_jax.evaluate import generate
     from nalora_jax.evaluate.generate import conversation, slots
-    from nalora_jax.layout import distributed
+    from nalora_jax.loading import adapted, located
+    from nalora_jax.mesh import sharding
     from nalora_jax.models import targets
-    from nalora_jax.train import adapted, located
     from nalora_jax.weights import hub, model_files
 
 HELP = """\
@@ -126,7 +126,7 @@ class _Talk:
             spec = self.slot.spec
         if self.mesh is not None:
             lora = jax.device_put(
-                lora, distributed.shardings(lora, self.mesh, distributed.STATE_RULES)
+                lora, sharding.shardings(lora, self.mesh, sharding.STATE_RULES)
             )
         module = self.model.module.clone(adapters=spec)
         variables = {"params": base.params, "lora": lora}

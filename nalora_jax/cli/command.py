@@ -80,7 +80,7 @@ def execute(argv: Sequence[str]) -> None:
     """
     verb, args = parse(argv)
     if verb == "train" and args.run.adapter and not args.run.adapter_sha256:
-        from nalora_jax.train.initial_adapter import with_adapter
+        from nalora_jax.loading.initial_adapter import with_adapter
 
         args = replace(args, run=with_adapter(args.run, named=_name_settings(argv)))
     VERBS[verb].handler(args)

@@ -21,8 +21,7 @@ with epy.lazy_imports():  # on first use: versions come first
 
     from nalora_jax.common import devices
     from nalora_jax.cpu.native import library
-    from nalora_jax.layout import distributed
-    from nalora_jax.train import machine
+    from nalora_jax.mesh import machine, processes
 
 PACKAGES = (
     *(
@@ -92,7 +91,7 @@ def _versions(_: list[str]) -> Iterator[tuple[str, str]]:
 
 def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
     try:
-        distributed.initialize_distributed(within=_WAIT)
+        processes.initialize_distributed(within=_WAIT)
         every = jax.devices()
         local = jax.local_devices()
     except (

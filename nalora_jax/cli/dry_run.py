@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from nalora_jax import kinds
+from nalora_jax.assembly import optimizers
+from nalora_jax.assembly.mechanisms import first_step, log_first_step, mechanisms_of
 from nalora_jax.cli import config_files
 from nalora_jax.common import devices, trees
 from nalora_jax.config import RunConfig
@@ -20,19 +23,21 @@ from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.run_log import recorded_settings
-from nalora_jax.layout import distributed, estimates, layouts
-from nalora_jax.layout.distributed import platform_of, prompt_shards
-from nalora_jax.layout.machines import MATRIX_SHARE, Topology, of_devices, topology
+from nalora_jax.kinds import job
+from nalora_jax.kinds.inputs import check_layout
+from nalora_jax.loading import initial_adapter
+from nalora_jax.mesh import distributed
+from nalora_jax.mesh.distributed import platform_of, prompt_shards
+from nalora_jax.mesh.machine import device_memory
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
 from nalora_jax.models import adapters, decoder, stacks, targets
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.ops import dispatch, storage
-from nalora_jax.train import initial_adapter, job, kinds, optimizers, session
-from nalora_jax.train.inputs import check_layout
-from nalora_jax.train.machine import device_memory
-from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
+from nalora_jax.planner import estimates, layouts
+from nalora_jax.planner.machines import MATRIX_SHARE, Topology, of_devices, topology
+from nalora_jax.train import session
 
 
 def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
@@ -66,10 +71,10 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
 def _describe_images(inputs: job.Inputs) -> list[str]:
     """Returns lines that describe a run on image and text encoders."""
     # Pillow is an extra
+    from nalora_jax.kinds.dual import resolve_dual
     from nalora_jax.models.vision.dual import (
         init_lora as init_dual,
     )
-    from nalora_jax.train.kinds.dual import resolve_dual
     from nalora_jax.weights.dual import described_dual
 
     config = inputs.config
@@ -174,7 +179,7 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     if not rl.rewards:
         return []
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = estimates.program_shape(prompts, rl.samples, shards)
+    _, count, samples = distributed.program_shape(prompts, rl.samples, shards)
     numerics = dispatch.numerics_for(
         config.compute.dtype, platform_of(mesh), config.compute.implementation
     )

@@ -32,10 +32,10 @@ with epy.lazy_imports():  # on first use: help needs no JAX
     from nalora_jax.evaluate import generate, harness, needle, run_log, seeing, text
     from nalora_jax.evaluate import images as of_images
     from nalora_jax.evaluate import preference as of_pairs
+    from nalora_jax.kinds import dual, images
+    from nalora_jax.loading import adapted, adapted_dual, located
     from nalora_jax.models import targets
     from nalora_jax.report import html, sections, tables
-    from nalora_jax.train import adapted, adapted_dual, located
-    from nalora_jax.train.kinds import dual, images
     from nalora_jax.weights import hub
 
 

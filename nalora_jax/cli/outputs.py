@@ -20,8 +20,9 @@ from nalora_jax.errors import Interrupted, NaloraError
 with epy.lazy_imports():  # on first use: help needs no JAX
     import jax
 
-    from nalora_jax.layout import distributed
-    from nalora_jax.train import located, preemption
+    from nalora_jax.loading import located
+    from nalora_jax.mesh import distributed
+    from nalora_jax.train import preemption
 
 
 def mesh_of(config: MeshConfig) -> jax.sharding.Mesh | None:

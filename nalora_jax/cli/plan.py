@@ -24,8 +24,7 @@ from nalora_jax.errors import NaloraError
 
 # on first use: help needs no JAX, and `_prepare` comes before it
 with epy.lazy_imports():
-    from nalora_jax.cli.planning import program, report
-    from nalora_jax.layout import layouts, machines
+    from nalora_jax.planner import layouts, machines, program, report
 
 
 log = logging.getLogger(__name__)
@@ -177,7 +176,7 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
             print(f"{run.model} on {machine.name}: {layout}")
             lines = report.cost_lines(machine, layout.seconds, rate, **shown)
         else:
-            planned = report.plan(config, base, machine, args.images)
+            planned = report.make_plan(config, base, machine, args.images)
             record = planned.to_dict()
             lines = report.plan_lines(planned, **shown)
         for line in lines:

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from etils import epy
 
-from nalora_jax.cli.planning.auto import accepted
+from nalora_jax import kinds
+from nalora_jax.assembly import start
 from nalora_jax.config import RunConfig
 from nalora_jax.data.given import Data, Format
 from nalora_jax.data.source import Source
 from nalora_jax.evaluate.generate.generator import answering
-from nalora_jax.train import cards, kinds, start
+from nalora_jax.planner.choice import accepted
+from nalora_jax.train import cards
 from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.run import RunResult, fine_tune
 

@@ -25,14 +25,14 @@ with epy.lazy_imports():  # on first use: `nalora report` does not wait for JAX
     from nalora_jax.data.images import files as image_files
     from nalora_jax.evaluate import generate as generation
     from nalora_jax.evaluate.generate import conversation
+    from nalora_jax.kinds import dual, text
+    from nalora_jax.loading import adapted, adapted_dual, located
     from nalora_jax.report import compare, history, html
     from nalora_jax.report import inspect as inspection
     from nalora_jax.study import execution, protocol, verification
     from nalora_jax.study import report as study_report
     from nalora_jax.study.sweeps import grid
     from nalora_jax.study.sweeps import run as sweeps
-    from nalora_jax.train import adapted, adapted_dual, cards, located
-    from nalora_jax.train.kinds import dual, text
     from nalora_jax.weights import card as model_card
     from nalora_jax.weights import (
         gguf_export,
@@ -348,7 +348,7 @@ def card(
     kind: Literal["adapter", "merged"],
 ) -> str:
     """Returns a model card's README.md, with settings and results if ``model`` is from a run."""
-    written = cards.base_card(kind, model.located.base, model.base, model.spec)
+    written = model_card.base_card(kind, model.located.base, model.base, model.spec)
     if model.located.run and model.located.adapter is not None:
         log = history.read_history(model.located.adapter.parent)
         measured = [record["eval"] for record in log.measured]

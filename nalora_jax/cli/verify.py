@@ -23,9 +23,9 @@ with epy.lazy_imports():  # on first use: help needs no JAX
     import numpy as np
 
     from nalora_jax.common import trees
+    from nalora_jax.loading import adapted
     from nalora_jax.models import targets
     from nalora_jax.report import inspect
-    from nalora_jax.train import adapted
 
 _TOP = 20  # log probabilities that a server is asked for; vLLM's largest number
 _TOKENS = 24  # length of a prompt, at most

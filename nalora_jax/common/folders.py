@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
@@ -23,6 +23,19 @@ from nalora_jax.common.locks import owned_folder, remove_abandoned
 from nalora_jax.errors import NaloraError
 
 _PARTIAL = ".nalora-partial"
+START = "start"  # in the folder of a run: its initial adapters
+
+
+class RunFolder(Protocol):
+    """The folder of a run."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+
+    @property
+    def resumes(self) -> bool:
+        """True if it holds an earlier part of the run, which goes on."""
 
 
 @contextmanager

@@ -243,7 +243,7 @@ def _check_tokens(config: RunConfig) -> None:
 
     Both tables train them, since both are new to the base. The tokenizer decides which ids they
     get, and so whether `trainable_token_indices` contains all of them: see
-    `nalora_jax.train.inputs.check_layout`.
+    `nalora_jax.kinds.inputs.check_layout`.
     """
     data = config.data
     lora = config.lora

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import grain
 import numpy as np
@@ -297,7 +297,7 @@ def packed_data(
       accumulate: micro-batches per step.
       seed: seed of the shuffle.
       rows: rows of a micro-batch that this process reads
-        (`nalora_jax.layout.distributed.process_rows`); all by default.
+        (`nalora_jax.mesh.distributed.process_rows`); all by default.
       context: maximum tokens of the model.
       kind: of the stream.
       examples: yields the examples of records; by default, one text for each.
@@ -391,3 +391,13 @@ def with_length(
 
 def _rounded(length: int) -> int:
     return -(-length // _MULTIPLE) * _MULTIPLE
+
+
+class TrainingRows(Protocol):
+    """Training data as packed sequences or images."""
+
+    def batches(self) -> BatchIterator:
+        """Returns an endless iterator of batches."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns figures for the log."""

@@ -19,7 +19,7 @@ from nalora_jax.data.images.files import ImageProcessor, TextTokenizer, resized_
 from nalora_jax.data.images.opened import ImageSource
 from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.statistics import bootstrap, wilson
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import processes
 from nalora_jax.models.vision.dual import DualEncoder, normalised
 
 _BATCH = 64  # images or texts at a time
@@ -140,7 +140,7 @@ class Encoders:
     ) -> np.ndarray:
         """Returns scaled cosine similarities ``[images, texts]`` of normalised features."""
         on_devices = self.model.apply(variables, method="temperature")
-        scale, bias = map(distributed.fetch, on_devices)
+        scale, bias = map(processes.fetch, on_devices)
         return images @ texts.T * float(scale) + float(bias)
 
 
@@ -157,7 +157,7 @@ def _encode_in_batches(
         for name, values in batch_of(slice(start, start + size)).items():
             padding = np.repeat(values[:1], _BATCH - size, axis=0)
             batch[name] = np.concatenate([values, padding])
-        encoded = distributed.fetch(encode(batch))
+        encoded = processes.fetch(encode(batch))
         features.append(encoded[:size])
     return np.concatenate(features)
 

@@ -30,13 +30,13 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import (
+from nalora_jax.mesh.distributed import (
     context_size,
-    fetch,
     place_batch,
     prompt_shards,
     row_sharding,
 )
+from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.cache import grow, repeat
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache

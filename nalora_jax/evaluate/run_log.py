@@ -11,10 +11,10 @@ The key distinguishes the kinds of lines:
     {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run's end
 
 Means are weighted by target tokens. A log step includes the metrics of
-`nalora_jax.train.state_metrics.StateMetrics`. A resumed run removes the line of the step where it
-was stopped, and includes its numbers, which are stored in ``"resumed": {"begun": {...}}``, in its
-next log step. ``"resumed": {"lost_after": 40}`` is the last step before lines that a machine lost
-without copying them to a store.
+`nalora_jax.assembly.state_metrics.StateMetrics`. A resumed run removes the line of the step where
+it was stopped, and includes its numbers, which are stored in ``"resumed": {"begun": {...}}``,
+in its next log step. ``"resumed": {"lost_after": 40}`` is the last step before lines that a
+machine lost without copying them to a store.
 
 The evaluations before training and of the exported adapter may contain ``"samples": [{"prompt",
 "answer", "expected", "correct"}]``, the last two optional.

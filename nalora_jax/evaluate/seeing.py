@@ -18,7 +18,8 @@ from nalora_jax.evaluate.generate.generator import answering
 from nalora_jax.evaluate.generate.programs import bucket
 from nalora_jax.evaluate.likelihood import Score, target_log_probs
 from nalora_jax.evaluate.text import TextEvaluator
-from nalora_jax.layout.distributed import fetch, place_batch, prompt_shards
+from nalora_jax.mesh.distributed import place_batch, prompt_shards
+from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
 

@@ -64,7 +64,7 @@ class Evaluated(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss over one micro-batch; implementations are in `nalora_jax.train.objectives`."""
+    """A loss over one micro-batch; implementations are in `nalora_jax.assembly.objectives`."""
 
     def loss(
         self, variables: Mapping[str, Any], params: Any, batch: Batch, key: Array

@@ -92,7 +92,7 @@ class SoftmaxAttention(Mixer):
         return 4.0 * pairs * config.n_heads * config.head_dim
 
     def saved(self, config: ModelConfig) -> float:
-        """Returns 0: saved heads depend on the kernel (`nalora_jax.layout.estimates`)."""
+        """Returns 0: saved heads depend on the kernel (`nalora_jax.planner.estimates`)."""
         return 0.0
 
     def init_state(

@@ -23,7 +23,7 @@ from jax import Array, lax
 from nalora_jax.ops.dispatch import Numerics
 
 CHUNK = 64  # tokens; a shorter row takes the next power of two
-SCOPE = "delta_rule"  # of all operations, for `nalora_jax.layout.figures`
+SCOPE = "delta_rule"  # of all operations, for `nalora_jax.planner.figures`
 _EPS = 1e-6  # added to the squared norm of queries and keys
 
 

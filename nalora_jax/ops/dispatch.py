@@ -43,7 +43,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "tpu": ("splash", "split_outputs"),
 }
 # Modules that register implementations, highest last. The package cpu may be deleted.
-_REGISTERING = ("ops.attention_gpu", "ops.attention_tpu", "layout.sharding", "cpu")
+_REGISTERING = ("ops.attention_gpu", "ops.attention_tpu", "mesh.sharding", "cpu")
 
 
 @dataclass(frozen=True)

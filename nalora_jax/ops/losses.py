@@ -233,7 +233,7 @@ def _loop(
 ) -> Any:
     """Runs ``body(i, carry)`` ``count`` times.
 
-    The compiled condition contains ``most``, the largest count, so that `nalora_jax.layout` can
+    The compiled condition contains ``most``, the largest count, so that `nalora_jax.planner` can
     count the iterations of a full batch.
     """
     more = lambda state: (state[0] < most) & (state[0] < count)  # noqa: E731

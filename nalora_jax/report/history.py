@@ -40,7 +40,7 @@ class EvaluationScore:
 class Histograms:
     """Distribution of a mechanism's multipliers over channels at the log steps.
 
-    See `train.state_metrics`.
+    See `assembly.state_metrics`.
     """
 
     steps: np.ndarray  # [T]

@@ -23,6 +23,7 @@ from nalora_jax.common import trees
 from nalora_jax.common.files import write_atomically
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
@@ -33,7 +34,6 @@ from nalora_jax.report.drawing import file_style
 from nalora_jax.report.history import REGIONS
 from nalora_jax.report.plots import stacked_bars
 from nalora_jax.report.tables import number, text_table
-from nalora_jax.train.adapted import AdaptedModel
 
 # A channel is responsive if its mean slope is at least this share of its layer's mean slope.
 RESPONSIVE = 0.5

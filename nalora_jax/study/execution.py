@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 
+from nalora_jax.assembly.compilation import use_compilation_cache
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.study import provenance
 from nalora_jax.study.plan import Run, pending
@@ -23,7 +24,6 @@ from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record, Records, exact_values, hours
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.sweeps.program import RunLoop, SweepProgram, fit_all
-from nalora_jax.train.compilation import use_compilation_cache
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import optax
 
+from nalora_jax.assembly.program import Assembly
 from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
@@ -19,12 +20,11 @@ from nalora_jax.evaluate.images import (
     Images,
     RetrievalEvaluator,
 )
-from nalora_jax.layout import distributed
+from nalora_jax.kinds import dual
+from nalora_jax.mesh import distributed
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.language import Items, Subject
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.kinds import dual
-from nalora_jax.train.program import Assembly
 from nalora_jax.weights.dual import (
     JOIN,
     LoadedDual,

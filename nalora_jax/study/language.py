@@ -10,17 +10,20 @@ import jax
 import numpy as np
 import optax
 
+from nalora_jax import kinds
+from nalora_jax.assembly import start
+from nalora_jax.assembly.program import Assembly, assemble
 from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data import packing, pipeline, questions, sources, tokenizer
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.evaluate.text import TextEvaluator
-from nalora_jax.layout import distributed
+from nalora_jax.kinds import inputs
+from nalora_jax.loading import initial_adapter
+from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Step
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train import initial_adapter, inputs, kinds, start
-from nalora_jax.train.program import Assembly, assemble
 from nalora_jax.weights import hf, hub, model_files, new_tokens
 from nalora_jax.weights.base import load_model
 

@@ -17,10 +17,10 @@ from nalora_jax.common.buckets import is_url
 from nalora_jax.common.digests import json_digest
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.study.locations import located
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
-from nalora_jax.train.initial_adapter import with_adapter
 
 Stage = Literal["tune", "test"]
 # Measures of items in records.

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.assembly import program
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data import packing, preference, sources
 from nalora_jax.evaluate.preference import PreferenceEvaluator
-from nalora_jax.layout import distributed
+from nalora_jax.kinds import inputs
+from nalora_jax.mesh import distributed
 from nalora_jax.study.language import Items, Language, LanguageItems
-from nalora_jax.train import inputs, program
 
 _SEED = 20260101  # of the held-out draw: the same in every run
 

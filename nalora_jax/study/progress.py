@@ -13,20 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from nalora_jax.assembly.optimizers import make_schedule
+from nalora_jax.assembly.schedule import Schedule
 from nalora_jax.common import processor, trees
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.evaluate.run_log import to_json
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import distributed, processes
+from nalora_jax.mesh.machine import describe_device, peak_memory, versions
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.step import TrainState
 from nalora_jax.study.plan import Run
 from nalora_jax.study.provenance import code_version, rule_files
 from nalora_jax.study.records import Record, exact_values, read_snapshot, write_snapshot
 from nalora_jax.study.resources import Resources
-from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, run_steps
-from nalora_jax.train.machine import describe_device, peak_memory, versions
-from nalora_jax.train.optimizers import make_schedule
+from nalora_jax.train.loop import Follower, LoopEvaluation, run_steps
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ class RunInProgress:
         }
         arrays = {}
         for path, leaf in trees.flatten(state).items():
-            arrays[path] = np.asarray(distributed.fetch(leaf))
+            arrays[path] = np.asarray(processes.fetch(leaf))
         write_snapshot(self.snapshot, arrays, exact_values(notes))
 
     # ------------------------------------------------------------

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.method import rules, step
 from nalora_jax.study import language, locations, plan, preferences, rewards
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.sweeps.fit import Fitting
-from nalora_jax.train.program import Assembly
 
 log = logging.getLogger(__name__)
 

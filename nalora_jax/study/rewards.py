@@ -1,4 +1,4 @@
-"""Rewards in a study: runs with ``rl.rewards`` (`nalora_jax.train.kinds.rl`) and held-out prompts.
+"""Rewards in a study: runs with ``rl.rewards`` (`nalora_jax.kinds.rl.kind`) and held-out prompts.
 
 Probes of forgetting are completions, as of any language model.
 """
@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.prompts import held_out_prompts
 from nalora_jax.data.sources import open_pair
-from nalora_jax.layout import distributed
+from nalora_jax.kinds.inputs import stream_shape
+from nalora_jax.kinds.rl import kind
+from nalora_jax.kinds.rl.rollout import Sampler, sample_batch
+from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import Step
 from nalora_jax.study.language import Items, Language, LanguageItems
-from nalora_jax.train.inputs import stream_shape
-from nalora_jax.train.kinds import rl
-from nalora_jax.train.program import Assembly
-from nalora_jax.train.rollout import Sampler, sample_batch
 
 _DRAWN = 8  # samples of a prompt for pass@1 and pass@8
 _ROWS = 64  # samples whose log-probabilities are computed at once
@@ -35,7 +35,7 @@ class Rewards(Language):
         records, _ = open_pair(config.data)
         model = self.model(config)
         shape = stream_shape(config) | {"context": model.config.max_positions}
-        return rl.PromptRows.of(
+        return kind.PromptRows.of(
             records, config.data, model.tokenizer, rl=config.rl, **shape
         )
 
@@ -47,7 +47,7 @@ class Rewards(Language):
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
         """Returns the step with rollouts; no group is stored, since a run resumes from its
         evaluations."""
-        return rl.RolloutStep(config, self.model(config), assembly, data, None)
+        return kind.RolloutStep(config, self.model(config), assembly, data, None)
 
     def items(self, config: RunConfig, data: DataConfig) -> Items:
         """Returns prompts; their digest is of the token ids and the reference completions."""
@@ -59,7 +59,7 @@ class Rewards(Language):
             records, replace(data, select_limit=0), model.tokenizer, limit
         )
         prompts = tuple(itertools.chain(*parts))
-        return Items(rl.prompts_digest(prompts)[:16], len(prompts), config, prompts)
+        return Items(kind.prompts_digest(prompts)[:16], len(prompts), config, prompts)
 
     def measure(
         self,
@@ -80,7 +80,7 @@ class Rewards(Language):
             return super().measure(items, assembly, params, lora, whole=whole)
         config = items.config
         loaded = self.model(items.config)
-        evaluator = rl.RewardEvaluator(config.rl, loaded, assembly, items.asked)
+        evaluator = kind.RewardEvaluator(config.rl, loaded, assembly, items.asked)
         reward = float(evaluator.summary(evaluator.records(params, lora))["reward"])
         values = {"loss": 1.0 - reward, "reward": reward}
         if whole:
@@ -99,13 +99,13 @@ class Rewards(Language):
         count = len(prompts)
         parts = assembly.eval_model, assembly.params, loaded.tokenizer
         samples = Sampler(drawn, *parts, mesh, count, _SEED, longest)(lora, 0, prompts)
-        rewards = rl.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
+        rewards = kind.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
         ids: list[Any] = []
         for prompt in prompts:
             ids += [prompt.ids] * _DRAWN
         batch = sample_batch(ids, samples, length)
-        scores = rl.scores_of(config, assembly)
+        scores = kind.scores_of(config, assembly)
         # A start may have changed the base's weights in params.
         of_policy = assembly.view(params)
         of_base = assembly.view(self.base(config)[1])
@@ -118,7 +118,7 @@ class Rewards(Language):
             placed = distributed.make_global_batch(rows, assembly.mesh, rows_axis=0)
             policy = scores(of_policy, lora, placed, of_base=False)
             reference = scores(of_base, lora, placed, of_base=True)
-            ratio = np.asarray(distributed.fetch(reference - policy))
+            ratio = np.asarray(processes.fetch(reference - policy))
             by_token = np.expm1(ratio, dtype=np.float64) - ratio
             divergence += (by_token * rows["loss_weights"]).sum()
         tokens = batch["loss_weights"].sum()

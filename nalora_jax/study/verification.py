@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.mesh.machine import describe_device
 from nalora_jax.study.execution import perform_all
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import checked_records, describe_old
 from nalora_jax.study.records import Record, Records, exact_values
 from nalora_jax.study.resources import Resources
-from nalora_jax.train.machine import describe_device
 
 # Nats per token. The same program on the same kind of machine gives the same bits. Within a few
 # hundred steps, another summation order gives a smaller difference than this, another computation

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from nalora_jax.assembly.mechanisms import first_step
+from nalora_jax.assembly.start import exportable_adapter
 from nalora_jax.evaluate.run_log import acting_steps
-from nalora_jax.layout import distributed
+from nalora_jax.kinds.job import Job
+from nalora_jax.mesh import processes
+from nalora_jax.mesh.machine import describe_device, versions
 from nalora_jax.method.step import TrainState
-from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.train.job import Job, original
-from nalora_jax.train.machine import describe_device, versions
-from nalora_jax.train.mechanisms import first_step
-from nalora_jax.train.start import exportable_adapter
-from nalora_jax.weights.card import Card, write_card
-from nalora_jax.weights.hub import alias_of
-from nalora_jax.weights.model_files import LoadedModel, rope_of
+from nalora_jax.weights.card import base_card, write_card
 
 if TYPE_CHECKING:
-    from nalora_jax.weights.dual import LoadedDual
+    pass
 
 
 def write_run_card(
@@ -52,19 +49,4 @@ def write_run_card(
         device=describe_device(),
         acting=acting_steps(first_step(assembly.mechanisms), int(state.step)),
     )
-    distributed.on_first_process(lambda: write_card(folder, card))
-
-
-def base_card(
-    kind: Literal["adapter", "merged"],
-    model: str,
-    loaded: LoadedModel | LoadedDual,
-    spec: AdapterSpec,
-) -> Card:
-    """Returns a card without settings and results of a run; ``model`` is the name of the base."""
-    alias = alias_of(model)
-    licence = alias.package.licence if alias else ""
-    written = Card(kind, original(loaded), spec, license=licence, origin=loaded.origin)
-    if isinstance(loaded, LoadedModel):
-        return replace(written, resized=loaded.resized, rope=rope_of(loaded))
-    return written
+    processes.on_first_process(lambda: write_card(folder, card))

@@ -35,7 +35,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from nalora_jax.common import buckets, digests, files, trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import check_lost_peer, on_first_process, tell_all
+from nalora_jax.mesh.processes import check_lost_peer, on_first_process, tell_all
 from nalora_jax.train import snapshot
 
 log = logging.getLogger(__name__)

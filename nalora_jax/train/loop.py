@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from nalora_jax.assembly.compilation import compile_ahead
+from nalora_jax.assembly.schedule import Schedule
+from nalora_jax.assembly.state_metrics import first_bad_row, non_finite
 from nalora_jax.common import trees
 from nalora_jax.common.notes import counting
-from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.method.step import TrainState
-from nalora_jax.train.compilation import compile_ahead
 from nalora_jax.train.profile import Profile
-from nalora_jax.train.state_metrics import first_bad_row, non_finite
 
 _ANEW = (
     "the checkpoints of earlier steps are kept; start anew in another --output with a lower "
@@ -54,42 +54,6 @@ class Hooks(Protocol):
 
     def advance(self, step: int) -> None:
         """Records that a step has been dispatched."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Intervals of the loop's actions in steps; with 0, an action runs only after the last step."""
-
-    steps: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    # Evaluations without a better metric before stopping; 0: never stop early.
-    patience: int = 0
-
-    @classmethod
-    def of(cls, config: RunConfig) -> Schedule:
-        """Returns the schedule of a run."""
-        train = config.train
-        return cls(
-            config.steps,
-            train.log_every,
-            train.eval_every,
-            train.save_every,
-            train.patience,
-        )
-
-    def evaluates(self, step: int) -> bool:
-        """Returns True if the model is evaluated after ``step``."""
-        return step == self.steps or _due(step, self.eval_every)
-
-    def saves(self, step: int) -> bool:
-        """Returns True if the state is saved after ``step``."""
-        return self.evaluates(step) or _due(step, self.save_every)
-
-    def logs(self, step: int) -> bool:
-        """Returns True if ``step`` is logged."""
-        return self.saves(step) or _due(step, self.log_every)
 
 
 @dataclass
@@ -265,11 +229,6 @@ def _refuse_diverged(step: int, state: TrainState) -> None:
         )
 
 
-def _due(step: int, every: int) -> bool:
-    """Returns True at multiples of ``every``; never for 0 or less."""
-    return every > 0 and step % every == 0
-
-
 def _exhausted(metrics: list[float], patience: int) -> bool:
     """Returns True if the last ``patience`` evaluations did not improve the best metric.
 
@@ -406,7 +365,7 @@ def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str
     Rows of several towers are concatenated, and ``towers`` gives the number of rows of each.
 
     Args:
-      blocks: by path, metrics of `nalora_jax.train.mechanisms.layer_means`, ``[layers]`` or
+      blocks: by path, metrics of `nalora_jax.assembly.mechanisms.layer_means`, ``[layers]`` or
         ``[layers, parts]``.
 
     Returns:

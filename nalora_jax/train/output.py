@@ -5,7 +5,7 @@ store.
         /metrics.jsonl    metrics and settings (`nalora_jax.evaluate.run_log`)
         /checkpoints/     checkpoints to resume from (`nalora_jax.train.checkpoint`)
         /before.json      held-out metrics of the base model
-        /start/           LoRA-GA's adapters before the first step (`nalora_jax.train.start`)
+        /start/           LoRA-GA's adapters before the first step (`nalora_jax.assembly.start`)
         /profile/         a trace of some steps, if requested (`nalora_jax.train.profile`)
         /adapter/         PEFT files of the best checkpoint
         /report.html      generated from metrics.jsonl
@@ -49,14 +49,14 @@ from orbax.checkpoint import path as ocp_path
 from nalora_jax.common import buckets, downloads, files
 from nalora_jax.common.digests import DIGESTS, digest_of
 from nalora_jax.common.files import refuse_linked_folders
+from nalora_jax.common.folders import START
 from nalora_jax.common.locks import RUN_LOCK, RunLock
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import ROLLOUTS
-from nalora_jax.layout.distributed import on_first_process
+from nalora_jax.mesh.processes import on_first_process
 from nalora_jax.train.profile import FOLDER as PROFILE
 
 CHECKPOINTS = "checkpoints"
-START = "start"
 # Entries that a run may write before its first checkpoint.
 _BEGINNING = {
     "metrics.jsonl",

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from nalora_jax.assembly.compilation import use_compilation_cache
+from nalora_jax.assembly.mechanisms import first_step, log_first_step
+from nalora_jax.assembly.optimizers import make_schedule
 from nalora_jax.common import trees
 from nalora_jax.common.digests import seal
 from nalora_jax.common.files import write_atomically
@@ -29,8 +32,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import Answering, describe
 from nalora_jax.evaluate.run_log import ADAPTER, read_evaluation
 from nalora_jax.evaluate.statistics import compare
-from nalora_jax.layout import distributed
-from nalora_jax.layout.distributed import platform_of
+from nalora_jax.kinds.job import Inputs, Job, Kind, Start
+from nalora_jax.mesh import distributed, processes
+from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.method.rules import make
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.config import ModelConfig
@@ -38,10 +42,6 @@ from nalora_jax.models.remat import check_remat
 from nalora_jax.ops.dispatch import check_implementation
 from nalora_jax.train import loop
 from nalora_jax.train.callbacks import Callback, Ended, make_callbacks
-from nalora_jax.train.compilation import use_compilation_cache
-from nalora_jax.train.job import Inputs, Job, Kind, Start
-from nalora_jax.train.mechanisms import first_step, log_first_step
-from nalora_jax.train.optimizers import make_schedule
 from nalora_jax.train.output import Output
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.profile import Profile
@@ -166,8 +166,8 @@ def attended() -> Iterator[StopSignals]:
     """Connects the processes of a run; handles signals, a closed terminal and lost processes within
     the block."""
     with outliving_terminal():
-        distributed.initialize_distributed()
-        with distributed.lost_peers_named(), stop_signals() as stop:
+        processes.initialize_distributed()
+        with processes.lost_peers_named(), stop_signals() as stop:
             yield stop
 
 
@@ -345,7 +345,7 @@ def evaluate_base(
     before = session.before = dict(measured.reported)
     # Stored for a resumed run, which does not evaluate the base again.
     text = json.dumps(seal(before | {"questions": job.inputs.questions}))
-    distributed.on_first_process(
+    processes.on_first_process(
         lambda: write_atomically(session.output.folder / BEFORE, text)
     )
     session.callbacks.tell("on_eval", 0, before, "initial")
@@ -441,5 +441,5 @@ def finish(
     write_card(adapter, job, state, before, after)
     spent.end("exporting")
     session.callbacks.tell("on_end", Ended(last, best, seconds=spent.seconds))
-    distributed.on_first_process(lambda: log.info("report: %s", write_report(folder)))
+    processes.on_first_process(lambda: log.info("report: %s", write_report(folder)))
     return RunResult(folder, adapter, folder / REPORT, before, after, best)

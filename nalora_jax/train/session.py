@@ -10,6 +10,10 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from nalora_jax.assembly.mechanisms import first_step
+from nalora_jax.assembly.optimizers import make_schedule
+from nalora_jax.assembly.schedule import Schedule
+from nalora_jax.assembly.state_metrics import StateMetrics
 from nalora_jax.common.redaction import redacted
 from nalora_jax.config import RunConfig
 from nalora_jax.data.items import FEW
@@ -17,20 +21,17 @@ from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import Interrupted, NaloraError, bounded_text
 from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.run_log import ROLLOUTS, recorded_settings, to_json
+from nalora_jax.kinds.job import Job
+from nalora_jax.mesh.machine import describe_device, peak_memory, versions
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, read_samples
 from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.job import Job
 from nalora_jax.train.log import MetricsLog
-from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule
-from nalora_jax.train.machine import describe_device, peak_memory, versions
-from nalora_jax.train.mechanisms import first_step
-from nalora_jax.train.optimizers import make_schedule
+from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation
 from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
 from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.snapshot import check_settings
-from nalora_jax.train.state_metrics import StateMetrics
 
 log = logging.getLogger(__name__)
 

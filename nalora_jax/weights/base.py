@@ -41,7 +41,7 @@ def load_model(
       source: an alias, a Hugging Face folder, a GGUF file or a hub id (see
         `weights.hub.resolve_source`), or the result of `resolve_source`.
       dtype: of the parameters, "bfloat16" or "float32".
-      mesh: devices that share the parameters, by the rules of `nalora_jax.layout.distributed`; the
+      mesh: devices that share the parameters, by the rules of `nalora_jax.mesh.distributed`; the
         first device by default.
       quantized: store the projections' kernels as "int8", "nf4" or "mxfp4"
         (`nalora_jax.ops.quantize`) instead of ``dtype``.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,10 @@ from nalora_jax.common.redaction import (
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import visible
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.weights.origin import Origin
+from nalora_jax.weights.dual import LoadedDual
+from nalora_jax.weights.hub import alias_of
+from nalora_jax.weights.model_files import LoadedModel, rope_of
+from nalora_jax.weights.origin import Origin, original
 
 
 @dataclass(frozen=True)
@@ -217,3 +220,18 @@ def _fenced(text: str, language: str) -> str:
 
 
 _FUNCTIONS = (code, markdown, _short, _link, _span, _cell, _number, _fenced)
+
+
+def base_card(
+    kind: Literal["adapter", "merged"],
+    model: str,
+    loaded: LoadedModel | LoadedDual,
+    spec: AdapterSpec,
+) -> Card:
+    """Returns a card without settings and results of a run; ``model`` is the name of the base."""
+    alias = alias_of(model)
+    licence = alias.package.licence if alias else ""
+    written = Card(kind, original(loaded), spec, license=licence, origin=loaded.origin)
+    if isinstance(loaded, LoadedModel):
+        return replace(written, resized=loaded.resized, rope=rope_of(loaded))
+    return written

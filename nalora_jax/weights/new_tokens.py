@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer, read_backend
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import sharding
 from nalora_jax.models.targets import TABLES
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.peft_config import CONFIG_NAME, TENSORS_NAME, recorded_fact
@@ -305,12 +305,11 @@ def _resize_sharded(
     shape = list(table.shape)
     shape[axis] = rows
     like = jax.ShapeDtypeStruct(tuple(shape), table.dtype)
-    sharding = table.sharding
+    place = table.sharding
     if mesh is not None:
-        placed = distributed.shardings({path: like}, mesh, distributed.PARAM_RULES)
-        sharding = placed[path]
+        place = sharding.shardings({path: like}, mesh, sharding.PARAM_RULES)[path]
     resize = partial(_resize_table, rows=rows, axis=axis)
-    return jax.jit(resize, out_shardings=sharding)(table)
+    return jax.jit(resize, out_shardings=place)(table)
 
 
 def _resize_table(table: jax.Array, *, rows: int, axis: int) -> jax.Array:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
@@ -164,3 +164,23 @@ def _drop_defaults(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
     return [_drop_defaults(item) for item in value]
+
+
+class Loaded(Protocol):
+    """A loaded base model of any kind."""
+
+    @property
+    def origin(self) -> Origin | None:
+        """The source of its weights; None if it is not known."""
+
+    @property
+    def source(self) -> str:
+        """The name that it was loaded by."""
+
+
+def original(loaded: Loaded) -> str:
+    """Returns the name under which other tools load the base: of a copy, its original's hub id."""
+    origin = loaded.origin
+    if origin is not None and origin.copy_of:
+        return origin.copy_of
+    return loaded.source

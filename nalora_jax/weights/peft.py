@@ -123,11 +123,11 @@ def export_adapter(
       target: the tool that must be able to load the files.
       max_lora_rank: vLLM's setting of that name.
       base_weights: name by which this library loads a copy of that model, if the adapter was
-        trained on one; recorded in the file, from which `nalora_jax.train.located.base_of` reads
+        trained on one; recorded in the file, from which `nalora_jax.loading.located.base_of` reads
         it.
       fingerprint: of the base weights; recorded in the file, checked by `import_adapter`.
       rope_scaling: RoPE scaling of the base if it is not its files'; recorded in the file, from
-        which `nalora_jax.train.adapted.load` reads it.
+        which `nalora_jax.loading.adapted.load` reads it.
       overwrite: allow ``folder`` to contain an earlier adapter (its files, a README.md and a
         tokenizer's files), which is replaced.
       layout: module names, if they are not those of `layout_for` without a ``config.json``.

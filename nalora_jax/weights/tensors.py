@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import sharding
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
 from nalora_jax.ops.reductions import mesh_axes
@@ -154,7 +154,7 @@ def param_shardings(
         prefix + path: jax.ShapeDtypeStruct(shape, "float32")
         for path, shape in shapes.items()
     }
-    placed = distributed.shardings(likes, mesh, distributed.PARAM_RULES)
+    placed = sharding.shardings(likes, mesh, sharding.PARAM_RULES)
     return {path.removeprefix(prefix): sharding for path, sharding in placed.items()}
 
 

@@ -13,7 +13,7 @@ import pytest
 from nalora_jax.__main__ import main
 from nalora_jax.config import LoRARule
 from nalora_jax.evaluate.generate import Generator, programs
-from nalora_jax.train.adapted import load
+from nalora_jax.loading.adapted import load
 from tests import tiny
 
 WORDS = ["<end>", "<unk>", "system", "user", "assistant", *string.ascii_lowercase]

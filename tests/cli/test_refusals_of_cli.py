@@ -15,8 +15,7 @@ import pytest
 
 from nalora_jax.__main__ import guarded, main
 from nalora_jax.cli import chat, config_files, evaluate, plan, verbs, verify
-from nalora_jax.cli.planning import program
-from nalora_jax.layout import machines
+from nalora_jax.planner import machines, program
 from tests.refused import Call, table_test
 
 

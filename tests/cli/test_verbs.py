@@ -15,8 +15,8 @@ from nalora_jax.__main__ import main
 from nalora_jax.common import trees
 from nalora_jax.config import LoRARule
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.adapted import load
 from nalora_jax.report.inspect import inspect_texts, layer_summary
-from nalora_jax.train.adapted import load
 from nalora_jax.train.log import MetricsLog
 from tests import emulator, tiny
 from tests.observed import observed
@@ -141,7 +141,7 @@ def test_sigterm_leaves_no_unfinished_output(run, tmp_path, monkeypatch, capsys)
 def test_a_base_alone_has_nothing_to_merge_or_export_which_is_said_before_it_is_loaded(
     base, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(sys.modules["nalora_jax.train.adapted"], "load_model", None)
+    monkeypatch.setattr(sys.modules["nalora_jax.loading.adapted"], "load_model", None)
     for verb in ("merge", "export"):
         assert main([verb, str(base), "--output", str(tmp_path / "out")]) == 2
         assert "expected an adapter, found a base model" in capsys.readouterr().err

@@ -17,10 +17,10 @@ from nalora_jax.cli.verify import Server, judge
 from nalora_jax.common.trees import map_named
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.train.adapted import load
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 

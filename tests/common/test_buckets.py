@@ -17,7 +17,7 @@ from nalora_jax.common import buckets
 from nalora_jax.config import DataConfig, MeshConfig
 from nalora_jax.data.sources import open_pair, open_source
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hub import resolve_source
 from tests import emulator, tiny

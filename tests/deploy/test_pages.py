@@ -12,7 +12,7 @@ import yaml
 
 from nalora_jax.cli.command import parse
 from nalora_jax.config import check
-from nalora_jax.layout.machines import topology
+from nalora_jax.planner.machines import topology
 from tests.deploy import stand_ins
 
 ROOT = stand_ins.ROOT

@@ -53,7 +53,7 @@ def digest(devices: Iterable[Any]) -> dict[str, Any]:
 def main() -> None:
     from jax.experimental import topologies
 
-    target = (Path(__file__).parents[2] / "nalora_jax" / "layout" / "h100.txtpb").read_text()
+    target = (Path(__file__).parents[2] / "nalora_jax" / "planner" / "h100.txtpb").read_text()
     lines = []
     for name, options in DESCRIPTIONS.items():
         arguments = {"platform": "tpu"} | options

@@ -12,11 +12,11 @@ import pytest
 
 from nalora_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
-from nalora_jax.layout.layouts import fastest, fitting, laid_out
-from nalora_jax.layout.machines import of_devices, topology
+from nalora_jax.mesh import distributed
+from nalora_jax.mesh.machine import peak_memory
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.machine import peak_memory
+from nalora_jax.planner.layouts import fastest, fitting, laid_out
+from nalora_jax.planner.machines import of_devices, topology
 from tests import tiny
 from tests.doubles.describe import FILE, digest
 from tests.doubles.machines import NAMES, machine

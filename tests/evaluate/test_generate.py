@@ -20,7 +20,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator, Settings
 from nalora_jax.evaluate.generate.generator import TextStream
 from nalora_jax.evaluate.generate.sampling import kept_tokens, make_sampling, next_tokens
-from nalora_jax.layout.distributed import PARAM_RULES, STEP_RULES, make_mesh, shardings
+from nalora_jax.mesh.distributed import make_mesh
+from nalora_jax.mesh.sharding import PARAM_RULES, STEP_RULES, shardings
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder

@@ -28,13 +28,13 @@ from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer, read_json
 from nalora_jax.evaluate.harness import generation_settings
 from nalora_jax.evaluate.run_log import read_evaluation, recorded_settings
+from nalora_jax.loading.located import locate, run_config
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.families import read_dual
 from nalora_jax.report.compare import write_comparison
 from nalora_jax.report.html import write_report
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.report import status
-from nalora_jax.train.located import locate, run_config
 from nalora_jax.weights.gguf import GGUFFile, hf_config, read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for

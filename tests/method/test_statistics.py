@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nalora_jax.assembly.mechanisms import layer_means
 from nalora_jax.method import activations, statistics
 from nalora_jax.ops import reductions
-from nalora_jax.train.mechanisms import layer_means
 
 NAMES = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity")
 SILU, PARTITION = activations.get("silu"), activations.partition("silu")

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
+from nalora_jax.assembly.optimizers import make_optimizer, make_schedule
 from nalora_jax.config import OptimizerConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import statistics
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.transform import make_mechanisms, masks, nalora, scale_by_gates
-from nalora_jax.train.optimizers import make_optimizer, make_schedule
 
 L, D_MODEL, R, D_FF = 2, 6, 3, 8
 GATE, BLOCK = "layers/ffn/gate_proj", "layers/ffn"

@@ -14,10 +14,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.assembly.program import Assembly, build_model
 from nalora_jax.common import trees
 from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig
-from nalora_jax.layout import distributed
+from nalora_jax.loading.adapted import load
+from nalora_jax.mesh import distributed
 from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig
 from nalora_jax.models import experts
 from nalora_jax.models.adapters import init_lora
@@ -26,8 +28,6 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.ops.dispatch import Numerics, Platform
-from nalora_jax.train.adapted import load
-from nalora_jax.train.program import Assembly, build_model
 from tests.models.family_fields import TINY
 from tests.models.test_moe import block, variables_of
 from tests.observed import taps_of
@@ -145,7 +145,7 @@ ADAPTED = {"dora": True, "dropout": 0.3}
     ),
 )
 def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
-    """Loss, gradients and statistics through the scan over layers; tests/layout/test_context.py
+    """Loss, gradients and statistics through the scan over layers; tests/mesh/test_context.py
     splits rows."""
     monkeypatch.setattr(experts, "SLACK", 4.0)
     monkeypatch.setattr(experts, "LEAST", 1)
@@ -181,7 +181,7 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
         model = Decoder(base, spec, Numerics(), **given)
         placed, rows = params, tokens
         if sharding is not None:
-            places = distributed.shardings(params, sharding.mesh, distributed.PARAM_RULES)
+            places = sharding.shardings(params, sharding.mesh, sharding.PARAM_RULES)
             placed, rows = jax.device_put(params, places), jax.device_put(tokens, sharding)
 
         @jax.jit
@@ -230,7 +230,7 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     loaded = SimpleNamespace(
         config=base, params=jax.eval_shape(init_params, base, jax.random.key(0))
     )
-    monkeypatch.setattr("nalora_jax.train.adapted.load_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("nalora_jax.loading.adapted.load_model", lambda *_, **__: loaded)
     for model in (evaluated, load("some", mesh=mesh, resolved=loaded).module):
         assert model.activation_sharding is None
         assert model.routing_sharding.spec[0] == BATCH_AXES

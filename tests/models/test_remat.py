@@ -13,7 +13,6 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.estimates import values_for_backward
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -22,6 +21,7 @@ from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.attention_tpu import SPLASH
 from nalora_jax.ops.dispatch import Platform, numerics_for
+from nalora_jax.planner.estimates import values_for_backward
 from tests.models.family_fields import tiny_config
 from tests.param_trees import init_params
 

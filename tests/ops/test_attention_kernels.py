@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import MeshConfig
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import distributed
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import GLOBAL_WINDOW
 from nalora_jax.models.decoder import run_starts, sampled_as_whole

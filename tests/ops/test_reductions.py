@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import MeshConfig
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import distributed
 from nalora_jax.method import statistics
 from nalora_jax.ops.reductions import by_shard
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import platform_of
+from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.ops.dispatch import Platform, numerics_for
 from nalora_jax.ops.storage import (
     Bits,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, read_protocol

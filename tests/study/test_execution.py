@@ -17,6 +17,7 @@ import pytest
 from nalora_jax.__main__ import main
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.kinds import text
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run, pending, wanted
 from nalora_jax.study.progress import RunInProgress
@@ -25,7 +26,6 @@ from nalora_jax.study.records import Record, Records, exact_values, read_snapsho
 from nalora_jax.study.report import status
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.verification import verify_records
-from nalora_jax.train.kinds import text
 from tests.study.conftest import assert_starts_alone, write_study
 
 

@@ -11,14 +11,14 @@ import pytest
 
 from nalora_jax.__main__ import main
 from nalora_jax.evaluate.generate import Generator
+from nalora_jax.kinds import preference
+from nalora_jax.kinds.rl import kind, rewards
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.study.plan import wanted
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.report import render_results
 from nalora_jax.study.resources import Resources
-from nalora_jax.train import rewards
-from nalora_jax.train.kinds import preference, rl
 from tests.study.conftest import assert_starts_alone, write_study
 
 FEW_RUNS = """
@@ -74,7 +74,7 @@ def test_a_study_of_preference_pairs_compares_initializations_and_numbers_of_dev
 
 
 EARLY_WORDS = """
-from nalora_jax.train.rewards import register_reward
+from nalora_jax.kinds.rl.rewards import register_reward
 from tests.study.test_kinds import early_words
 
 register_reward("early_words")(lambda prompt, completion, record: early_words(completion))
@@ -112,7 +112,7 @@ def test_a_study_of_rewards_trains_and_measures_as_a_run_does(
     assert main(["study", "run", str(folder)]) == 0
     protocol, records = read_protocol(folder), Records(folder).read()
     first, resources = wanted(protocol, {})[0], Resources(protocol)
-    assert_starts_alone(rl, first, resources)
+    assert_starts_alone(kind, first, resources)
     loaded, items = (
         resources.subject(first.config).model(first.config),
         resources.validation_items(first),

@@ -13,7 +13,8 @@ from orbax.checkpoint import path as ocp_path
 from nalora_jax.common import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import STATE_RULES, make_mesh, shardings
+from nalora_jax.mesh.distributed import make_mesh
+from nalora_jax.mesh.sharding import STATE_RULES, shardings
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
 

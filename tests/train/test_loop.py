@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.assembly.schedule import Schedule
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.method.step import TrainState
 from nalora_jax.train import loop
-from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule, run_steps
+from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, run_steps
 from nalora_jax.train.profile import Profile
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.assembly.program import Assembly, assemble
+from nalora_jax.assembly.start import gradient_adapters, in_components, starting_at
 from nalora_jax.common import trees
 from nalora_jax.config import (
     AdaLoRAConfig,
@@ -23,8 +25,6 @@ from nalora_jax.config import (
     RunConfig,
 )
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.program import Assembly, assemble
-from nalora_jax.train.start import gradient_adapters, in_components, starting_at
 from tests import tiny
 from tests.param_trees import params_from_tensors
 

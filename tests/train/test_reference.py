@@ -16,6 +16,8 @@ import numpy as np
 import optax
 import torch
 
+from nalora_jax.assembly.mechanisms import layer_metrics
+from nalora_jax.assembly.objectives import NextToken
 from nalora_jax.method import activations
 from nalora_jax.method.ffn import Adapters, GatedFFN
 from nalora_jax.method.low_rank import find_gates
@@ -25,8 +27,6 @@ from nalora_jax.method.step import StepConfig, init_state, make_train_step
 from nalora_jax.method.transform import make_mechanisms, nalora, with_gate_state
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head
-from nalora_jax.train.mechanisms import layer_metrics
-from nalora_jax.train.objectives import NextToken
 from tests import tiny
 
 LAYERS, D, F, R, V = 2, 6, 10, 3, 17

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.assembly import program
 from nalora_jax.cli.training import run
 from nalora_jax.config import (
     DataConfig,
@@ -21,11 +22,12 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.images.opened import ImageSource
 from nalora_jax.data.source import RecordsSource
+from nalora_jax.kinds import dual, images, preference, text
+from nalora_jax.kinds.rl import kind
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train import output, program
+from nalora_jax.train import output
 from nalora_jax.train.callbacks import make_callbacks
 from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.kinds import dual, images, preference, rl, text
 from nalora_jax.train.log import MetricsLog
 from nalora_jax.train.profile import Profile
 from tests import tiny
@@ -120,7 +122,7 @@ def prefer_an_answer_beyond_the_context(_: pytest.MonkeyPatch, folder: Path) -> 
 
 
 def score_without_a_reward(_: pytest.MonkeyPatch, __: Path) -> None:
-    evaluator = object.__new__(rl.RewardEvaluator)
+    evaluator = object.__new__(kind.RewardEvaluator)
     evaluator.summary([{"reward": float("nan")}])
 
 

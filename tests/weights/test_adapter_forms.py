@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import distributed
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.adapter_forms import (
     difference_as_lora,

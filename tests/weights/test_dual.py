@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from nalora_jax.common import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.models.targets import resolve
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora, init_params

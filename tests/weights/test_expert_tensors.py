@@ -20,7 +20,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec

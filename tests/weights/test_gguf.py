@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nalora_jax.common.trees import flatten, map_named
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import BUILT_IN
 from nalora_jax.models.stacks import param_shapes

@@ -15,11 +15,11 @@ import xllamacpp
 from nalora_jax.__main__ import main
 from nalora_jax.common.trees import map_named
 from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.train.adapted import load
 from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from nalora_jax.common.trees import flatten, size_bytes
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import quantize

@@ -24,8 +24,8 @@ from nalora_jax.cli.training import run
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
-from nalora_jax.train.adapted import load, put_on
+from nalora_jax.loading.adapted import load, put_on
+from nalora_jax.mesh import distributed
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.new_tokens import with_added
 from tests import tiny

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nalora_jax.assembly.program import assemble
 from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
@@ -32,7 +33,7 @@ from nalora_jax.config import (
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import view_weights
 from nalora_jax.evaluate.generate.slots import AdapterSlot
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import distributed, sharding
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -40,7 +41,6 @@ from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head, HeadRows, WholeHead, trained_cross_entropy
-from nalora_jax.train.program import assemble
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_config import TENSORS_NAME
 from nalora_jax.weights.peft_tables import fold_saved
@@ -228,7 +228,7 @@ def test_a_step_on_a_mesh_trains_by_the_gradient(tiny_model, params_of):
     mesh, rules = MeshConfig(1, 2, 2), (LoRARule("up_proj", 2),)
     lora = LoRAConfig(rules=rules, modules_to_save=("lm_head",), trainable_token_indices=tuple(IDS))
     devices = distributed.make_mesh(mesh, jax.devices()[:4])
-    placed = jax.device_put(params, distributed.shardings(params, devices, distributed.PARAM_RULES))
+    placed = jax.device_put(params, sharding.shardings(params, devices, sharding.PARAM_RULES))
     run = RunConfig(steps=4, lora=lora, compute=ComputeConfig(dtype="float32"), mesh=mesh)
     assembly = assemble(run, config, placed, devices)
     start = jax.device_get(assembly.state.lora)

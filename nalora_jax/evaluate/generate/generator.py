@@ -30,7 +30,8 @@ from nalora_jax.evaluate.generate.programs import (
     view_weights,
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.layout.distributed import fetch, place_batch, prompt_shards
+from nalora_jax.mesh.distributed import place_batch, prompt_shards
+from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 

@@ -9,10 +9,11 @@ import jax
 
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed, estimates, layouts
-from nalora_jax.layout.machines import of_devices, topology
+from nalora_jax.mesh import distributed
+from nalora_jax.mesh.machine import device_memory
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.machine import device_memory
+from nalora_jax.planner import estimates, layouts
+from nalora_jax.planner.machines import of_devices, topology
 
 _USABLE = 0.9  # share of a device's memory
 

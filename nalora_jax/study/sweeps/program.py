@@ -20,11 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.assembly.program import Assembly
+from nalora_jax.assembly.stacked import stacked_sharding, step_of_runs
+from nalora_jax.assembly.state_metrics import StateMetrics
 from nalora_jax.common import trees
-from nalora_jax.common.devices import RUN
 from nalora_jax.common.notes import counting
 from nalora_jax.errors import TrainingDivergedError
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import distributed, processes, sharding
 from nalora_jax.method.step import Batch, TrainState
 from nalora_jax.study.sweeps.values import (
     Values,
@@ -35,8 +37,6 @@ from nalora_jax.study.sweeps.values import (
 )
 from nalora_jax.train.loop import Follower
 from nalora_jax.train.preemption import StopSignals
-from nalora_jax.train.program import Assembly
-from nalora_jax.train.state_metrics import StateMetrics
 
 Shapes = dict[str, tuple[int, ...]]  # by path
 
@@ -54,14 +54,6 @@ def common_shapes(runs: Sequence[Any]) -> Shapes:
     return largest
 
 
-def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
-    """Returns the sharding of ``[runs, ...]`` for the sharding of one run's array."""
-    axis = None
-    if RUN in mesh.shape:
-        axis = RUN
-    return NamedSharding(mesh, P(axis, *solo.spec))
-
-
 def batch_of(
     rows: Sequence[Mapping[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, jax.Array]:
@@ -69,7 +61,7 @@ def batch_of(
 
     Args:
       rows: by run, the arrays ``[accumulate, rows, ...]`` of
-        `nalora_jax.layout.distributed.process_rows`.
+        `nalora_jax.mesh.distributed.process_rows`.
       mesh: the sweep's devices.
     """
     stacked = {}
@@ -149,7 +141,7 @@ class SweepProgram:
         self._shapes = common_shapes([run.state for run in runs])
         shape_of = lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype)  # noqa: E731
         padded = trees.map_named(shape_of, first.state)
-        self._solo = distributed.shardings(padded, self.mesh, distributed.STATE_RULES)
+        self._solo = sharding.shardings(padded, self.mesh, sharding.STATE_RULES)
         self._places = jax.tree.map(
             lambda place: stacked_sharding(self.mesh, place), self._solo
         )
@@ -183,9 +175,7 @@ class SweepProgram:
         call it."""
         empty = len(self.runs) - len(states)
         filled = [*states, *[states[-1]] * empty]
-        flat = [
-            trees.flatten(jax.tree.map(distributed.fetch, state)) for state in filled
-        ]
+        flat = [trees.flatten(jax.tree.map(processes.fetch, state)) for state in filled]
 
         def join(path: str, place: NamedSharding) -> jax.Array:
             arrays = [np.asarray(tree[path]) for tree in flat]
@@ -235,8 +225,8 @@ class SweepProgram:
         return state
 
     def measure(self, states: TrainState) -> list[dict[str, Any]]:
-        """Returns `nalora_jax.train.state_metrics.StateMetrics.measure` of every run."""
-        measured = jax.tree.map(distributed.fetch, self._measure(states, self.values))
+        """Returns `nalora_jax.assembly.state_metrics.StateMetrics.measure` of every run."""
+        measured = jax.tree.map(processes.fetch, self._measure(states, self.values))
         metrics = []
         for index, run in enumerate(self.runs):
             of_run = jax.tree.map(operator.itemgetter(index), measured)
@@ -272,75 +262,13 @@ class SweepProgram:
         return step(params, state, batch)
 
 
-def step_of_runs(
-    step: Callable[..., Any], mesh: Mesh, places: Any, params_axes: Any = None
-) -> Any:
-    """Returns the jitted step ``(params, states, batch, values, active) -> (states, metrics)`` of
-    all runs.
-
-    Args:
-      step: of one run, ``(params, state, batch, values) -> (state, metrics)``.
-      mesh: the sweep's devices.
-      places: shardings of the states, which are donated.
-      params_axes: axis ``[runs]`` of each array of the params, 0 or None; None: no array has it.
-    """
-
-    def one(
-        params: Any, state: TrainState, batch: Batch, values: Any, active: jax.Array
-    ) -> Any:
-        after, metrics = step(params, state, batch, values)
-        kept = jax.tree.map(partial(jnp.where, active), after, state)
-        return kept, metrics
-
-    in_axes = (params_axes, 0, 0, 0, 0)
-
-    def by_axis(of_axis: Callable[..., Any], *trees_of_params: Any) -> Any:
-        return jax.tree.map(
-            of_axis, params_axes, *trees_of_params, is_leaf=lambda axis: axis is None
-        )
-
-    def first_run(axis: int | None, x: Any) -> Any:
-        if axis is None:
-            return x
-        return x[0]
-
-    def spec_of(axis: int | None) -> Any:
-        if axis is None:
-            return P()
-        return P(RUN)
-
-    def together(params: Any, *stacked: Any) -> Any:
-        """Returns the step of all runs; one run alone has the program of a solo run."""
-        if stacked[-1].shape[0] > 1:
-            return jax.vmap(one, in_axes)(params, *stacked)
-        params_of_run = by_axis(first_run, params)
-        of_run = jax.tree.map(lambda x: x[0], stacked)
-        results = one(params_of_run, *of_run)
-        return jax.tree.map(lambda x: x[None], results)
-
-    of_runs: Callable[..., Any] = together
-    if RUN in mesh.shape and distributed.devices_per_run(mesh) > 1:
-        of_runs = jax.vmap(one, in_axes, spmd_axis_name=RUN)
-    elif RUN in mesh.shape:
-        # Every device runs the program of one device, so no collective crosses the axis.
-        in_specs = (by_axis(spec_of), P(RUN), P(RUN), P(RUN), P(RUN))
-        of_runs = jax.shard_map(
-            together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
-        )
-    out = stacked_sharding(mesh, NamedSharding(mesh, P()))
-    options = distributed.compiler_options(mesh)
-    return jax.jit(
-        of_runs, donate_argnums=1, out_shardings=(places, out), compiler_options=options
-    )
-
-
 # ---------------------------------------------------------------- loop
 
 
 class RunLoop:
     """A run in the loop, with the metrics of its states that its hooks read.
 
-    These are `nalora_jax.train.state_metrics.StateMetrics`, of all runs by one program.
+    These are `nalora_jax.assembly.state_metrics.StateMetrics`, of all runs by one program.
 
     Args:
       follower: its actions after each step.
@@ -435,7 +363,7 @@ def fit_all(
         step += 1
         if stop is not None:
             stop.ask(step)
-        fetched = cache(partial(jax.tree.map, distributed.fetch, metrics))
+        fetched = cache(partial(jax.tree.map, processes.fetch, metrics))
         measured = cache(partial(program.measure, states))
         for index, run in enumerate(runs):
             state = partial(program.state_of, states, index)

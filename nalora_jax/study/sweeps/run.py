@@ -18,22 +18,24 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
+from nalora_jax import kinds
+from nalora_jax.assembly import start
 from nalora_jax.common import buckets, digests, notes, redaction
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format
 from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
 from nalora_jax.evaluate import evaluator, run_log
 from nalora_jax.evaluate.generate.generator import answering
-from nalora_jax.layout import distributed
+from nalora_jax.kinds.job import Inputs, Job
+from nalora_jax.mesh import processes
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.report import compare, history, html
 from nalora_jax.study.sweeps import fit, values
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.study.sweeps.program import RunLoop, StopOfAll, SweepProgram, fit_all
-from nalora_jax.train import cards, kinds, preemption, progress, start
+from nalora_jax.train import cards, preemption, progress
 from nalora_jax.train.callbacks import make_callbacks
-from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.output import write_text
 from nalora_jax.train.run import (
     BaseMetrics,
@@ -125,7 +127,7 @@ def sweep(
     results: _Results = {}
     with attended() as stop, _logged_once(), ExitStack() as stack:
         runs = [_open_run(config, data, format, stop, stack) for config in configs]
-        distributed.on_first_process(locked)
+        processes.on_first_process(locked)
         groups = values.grouped(runs, _key)
         log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
         firsts = [(group[0].inputs, len(group)) for group in groups]
@@ -149,9 +151,7 @@ def sweep(
             log.warning("%s diverged and was frozen: %s", Path(name).name, result)
     if not finished:
         raise next(iter(diverged.values()))
-    distributed.on_first_process(
-        lambda: write_text(folder, PAGE, _render_page(finished))
-    )
+    processes.on_first_process(lambda: write_text(folder, PAGE, _render_page(finished)))
     page = f"{folder}/{PAGE}"
     log.info("comparison: %s", page)
     return SweepResult(finished, diverged, page)

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nalora_jax.assembly.optimizers import NUMBERS, make_schedule, with_learning_rate
+from nalora_jax.assembly.program import Assembly
 from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.method.transform import Mechanisms, make_mechanisms, own_factors
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.train.optimizers import NUMBERS, make_schedule, with_learning_rate
-from nalora_jax.train.program import Assembly
 
 T = TypeVar("T")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.assembly.program import assemble
 from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
@@ -23,12 +24,11 @@ from nalora_jax.config import (
 from nalora_jax.cpu import attention, cross_entropy, matmul
 from nalora_jax.cpu.matmul import Sum, Term, products
 from nalora_jax.cpu.native import library
-from nalora_jax.layout import distributed
+from nalora_jax.mesh import distributed, sharding
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.storage import Bits
-from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -50,7 +50,7 @@ def assembled(native: bool) -> tuple[Any, Any, Any]:
     mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
     params = init_params(BASE, jax.random.key(1))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
-    params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+    params = jax.device_put(params, sharding.shardings(params, mesh, sharding.PARAM_RULES))
     assembly = assemble(CONFIG, BASE, params, mesh)
     rows = [
         {name: x[None] for name, x in tiny.packed_batch(seed, 8, 16).items()} for seed in range(3)

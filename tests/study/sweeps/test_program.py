@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.assembly.program import Assembly, assemble
+from nalora_jax.assembly.start import starting_at
 from nalora_jax.common import trees
 from nalora_jax.config import (
     AdaLoRAConfig,
@@ -23,14 +25,12 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.layout import distributed
-from nalora_jax.layout.accounting import Program
+from nalora_jax.kinds import decoder_parts
+from nalora_jax.mesh import distributed, sharding
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.planner.accounting import Program
 from nalora_jax.study.sweeps.program import SweepProgram, batch_of
 from nalora_jax.study.sweeps.values import program_key
-from nalora_jax.train.kinds import decoder_parts
-from nalora_jax.train.program import Assembly, assemble
-from nalora_jax.train.start import starting_at
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -54,7 +54,7 @@ def _assembled(
 ) -> list[Assembly]:
     mesh = mesh or tiny.one_device()
     params = init_params(base, jax.random.key(1))
-    params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+    params = jax.device_put(params, sharding.shardings(params, mesh, sharding.PARAM_RULES))
     return [
         assemble(config, base, params, mesh, **decoder_parts(config, base)) for config in configs
     ]

@@ -17,8 +17,8 @@ from nalora_jax.__main__ import main
 from nalora_jax.cli import training
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.kinds import text
 from nalora_jax.study.sweeps.run import SweepResult, sweep
-from nalora_jax.train.kinds import text
 from nalora_jax.train.progress import Progress
 from tests import tiny
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from nalora_jax.cli.planning.program import CONFIGS
 from nalora_jax.config import (
     AdaLoRAConfig,
     LoRAConfig,
@@ -16,6 +15,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.planner.program import CONFIGS
 from nalora_jax.study.sweeps.values import grouped, program_key
 
 BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])

@@ -1,0 +1,598 @@
+"""Runs on dual encoders: images with classes or captions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.assembly.optimizers import with_learning_rate
+from nalora_jax.assembly.program import (
+    Assembly,
+    assembled,
+    context_error,
+    gate_stats,
+    run_program,
+)
+from nalora_jax.common.devices import BATCH_AXES
+from nalora_jax.common.folders import RunFolder
+from nalora_jax.config import RunConfig, VisionConfig
+from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.images.opened import (
+    ImageData,
+    ImageSource,
+    caption_tokens,
+    draw_shots,
+    open_images,
+)
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import AUTO, check_disjoint
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.images import (
+    ClassEvaluator,
+    Encoders,
+    Images,
+    RetrievalEvaluator,
+)
+from nalora_jax.kinds.inputs import settled, stream_shape
+from nalora_jax.kinds.job import Inputs, Job
+from nalora_jax.mesh import distributed, processes
+from nalora_jax.mesh.distributed import platform_of
+from nalora_jax.method.step import Batch, Evaluated, TrainState
+from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.targets import AdapterSpec, resolve
+from nalora_jax.models.vision.config import TOWERS, DualConfig
+from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
+from nalora_jax.ops.dispatch import numerics_for
+from nalora_jax.weights.dual import JOIN, LoadedDual, load_dual
+from nalora_jax.weights.peft import export_adapter, verify_export
+
+log = logging.getLogger(__name__)
+
+_SEED = 20260101  # seed of the held-out draw, the same for every run
+
+
+@dataclass(frozen=True)
+class ImageRecords:
+    """Training records of a run on images, without unreadable images."""
+
+    source: ImageSource
+    indices: np.ndarray  # indices of the training records, ascending
+    classes: tuple[str, ...]  # empty if the records have captions
+    labels: np.ndarray | None  # int32, by the source's index
+
+
+def trained_on(
+    config: RunConfig, source: ImageSource, classes: tuple[str, ...]
+) -> ImageRecords:
+    """Returns the training images of ``source``: all, or ``vision.shots`` of each class.
+
+    Each image is opened; unreadable images are left out. ``data.train_limit`` keeps that many,
+    drawn by the run's seed. ``classes`` is empty for images with captions.
+    """
+    data = config.data
+    vision = config.vision
+    labels = None
+    # Without classes: all images.
+    indices = np.arange(len(source))
+    if classes:
+        labels = source.labels(classes)
+        indices = draw_shots(labels, classes, vision.shots, config.seed)
+    if data.train_limit:
+        indices = np.sort(
+            indices[permutation(len(indices), config.seed)[: data.train_limit]]
+        )
+    return ImageRecords(source, source.readable(indices), classes, labels)
+
+
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+    """Opens the images and settles the settings.
+
+    Raises:
+      NaloraError: bad data, or records that are both trained on and held out.
+    """
+    data = config.data
+    vision = config.vision
+    train = open_images(data, vision, data.train_split)
+    held = open_images(
+        data, vision, "validation" if data.eval_split == AUTO else data.eval_split
+    )
+    check_disjoint(train, held)
+    records = trained_on(
+        config, train, train.classes() if vision.task == "classify" else ()
+    )
+    config = settled(config, 0, len(records.indices), "images")
+    images = tuple(Images(held, indices) for indices in image_indices(config, held))
+    questions = {"reported": images[0].digest, "selecting": images[1].digest}
+    return Inputs(config, None, None, records, (images[0], images[1]), questions)
+
+
+def build_step(
+    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: RunFolder, like: Job | None
+) -> tuple[LoadedDual, Assembly, ImageData]:
+    """Loads both towers, and builds adapters, step and this process's rows.
+
+    ``like`` is a job with the same program. Its base is shared, unless the seed draws the
+    projections between two separate towers.
+
+    Raises:
+      NaloraError: bad settings or files.
+    """
+    records = inputs.data
+    vision = placed.vision
+    compute = placed.compute
+    if like is None or JOIN in placed.model:
+        loaded = load_dual(
+            placed.model,
+            dtype=compute.dtype,
+            mesh=mesh,
+            d_out=vision.features,
+            loss=vision.loss,
+            seed=placed.seed,
+            image_size=vision.image_size,
+        )
+        params = with_classes(placed, loaded, records.classes, mesh)
+    else:
+        loaded = cast(LoadedDual, like.loaded)
+        params = like.assembly.params
+    assembly = assemble_dual(placed, loaded.config, params, mesh, loaded.processor)
+    return loaded, assembly, image_data(placed, loaded, records, mesh)
+
+
+def evaluator(
+    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, images: Images
+) -> ClassEvaluator | RetrievalEvaluator:
+    """Returns the evaluator of some held-out images."""
+    encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
+    return image_evaluator(encoders, images, inputs.data.classes, inputs.config.vision)
+
+
+def export_run(
+    job: Job, folder: Path, state: TrainState, share: Callable[[str], None]
+) -> None:
+    """Writes PEFT files of the trained adapter and verifies that a reload is bitwise equal."""
+    loaded = cast(LoadedDual, job.loaded)
+    assembly = job.assembly
+    lora = jax.tree.map(processes.fetch, state.lora)
+    processes.on_first_process(
+        lambda: write_dual_adapter(folder, loaded, lora, assembly.spec, overwrite=True)
+    )
+    log.info("adapter: %s (read back: every number is equal)", folder)
+
+
+def with_classes(
+    config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...], mesh: Mesh
+) -> dict[str, Any]:
+    """Returns the weights with the class prompts under ``CLASSES``, replicated on the mesh.
+
+    If training changes the text features, they are ``tokens`` and ``token_weights`` ``[classes,
+    prompts, seq]``, which each step encodes; otherwise ``features [classes, features]``, computed
+    here. Without classes the weights are returned unchanged.
+    """
+    if not classes:
+        return loaded.params
+    spec = resolve_dual(config, loaded.config)
+    # Training changes the text features: by adapters in the tower, or by its projection.
+    if "text" in adapted_towers(spec) or "text/projection" in loaded.config.trained:
+        # Prompts of a class next to each other.
+        prompts = [
+            template.format(name)
+            for name in classes
+            for template in config.vision.templates
+        ]
+        tokens = loaded.tokenizer(prompts)
+        # [classes * prompts, seq] -> [classes, prompts, seq]
+        shape = (len(classes), len(config.vision.templates), -1)
+        inputs: dict[str, Any] = {
+            name: value.reshape(shape) for name, value in tokens.items()
+        }
+    else:
+        numerics = numerics_for(
+            config.compute.dtype, platform_of(mesh), config.compute.implementation
+        )
+        encoders = Encoders(
+            DualEncoder(loaded.config, numerics=numerics),
+            loaded.processor,
+            loaded.tokenizer,
+        )
+        features = encoders.classes(
+            {"params": loaded.params}, classes, config.vision.templates
+        )
+        inputs = {"features": features}
+        log.info(
+            "class prompts: %d features made once, since the text tower stays as it is",
+            len(features),
+        )
+    replicated = NamedSharding(mesh, P())
+    arrays = {
+        name: jax.make_array_from_callback(value.shape, replicated, value.__getitem__)
+        for name, value in inputs.items()
+    }
+    return {**loaded.params, CLASSES: arrays}
+
+
+def image_data(
+    config: RunConfig, loaded: LoadedDual, records: ImageRecords, mesh: Mesh
+) -> ImageData:
+    """Returns the training rows of a run: images with classes, or with captions.
+
+    Raises:
+      NaloraError: the processor cuts images into patches of another size than the image tower.
+    """
+    vision = config.vision
+    source = records.source
+    indices = records.indices
+    tokens = None
+    if not records.classes:
+        tokens = caption_tokens(source, indices, loaded.tokenizer, vision)
+    image = loaded.config.image
+    size = loaded.processor.patch_size
+    # Towers of images of any shape get patches from the processor, not pixels.
+    if image.any_shape and size != image.patch_size:
+        where = "preprocessor_config.json: patch_size"
+        raise NaloraError(where, expected=image.patch_size, found=size)
+    return ImageData(
+        source,
+        indices,
+        loaded.processor,
+        vision,
+        labels=records.labels,
+        tokens=tokens,
+        workers=config.data.workers,
+        **stream_shape(config, mesh),
+    )
+
+
+def image_indices(
+    config: RunConfig, source: ImageSource
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ascending indices: of the reported images, and of images that select the checkpoint.
+
+    At most a third of the images select, and at least one; ``data.eval_limit`` 0 uses all images.
+    """
+    data = config.data
+    # Both sets are cut from one draw; 0 examines all images.
+    indices = drawn_images(
+        source, data.eval_limit + data.select_limit if data.eval_limit else 0
+    )
+    cut = max(1, min(data.select_limit, len(indices) // 3))
+    return np.sort(indices[cut:]), np.sort(indices[:cut])
+
+
+def drawn_images(source: ImageSource, limit: int) -> np.ndarray:
+    """Returns indices of ``limit`` readable held-out images (0: all), drawn by a fixed seed.
+
+    Raises:
+      NaloraError: fewer than two are left.
+    """
+    drawn = permutation(len(source), _SEED)
+    if limit:
+        drawn = drawn[:limit]
+    indices = source.readable(drawn)
+    if len(indices) < 2:
+        raise NaloraError(
+            "--data.eval-split", expected="at least two images", found=len(indices)
+        )
+    return indices
+
+
+def image_evaluator(
+    encoders: Encoders, images: Images, classes: tuple[str, ...], vision: VisionConfig
+) -> ClassEvaluator | RetrievalEvaluator:
+    """Returns the evaluator of ``images``: by classes, or by captions without classes."""
+    if not classes:
+        return RetrievalEvaluator(
+            encoders, images, images.source.captions(images.indices.tolist())
+        )
+    labels = images.source.labels(classes)[images.indices]
+    return ClassEvaluator(encoders, images, labels, classes, vision.templates)
+
+
+def write_dual_adapter(
+    folder: Path,
+    loaded: LoadedDual,
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes PEFT files of an adapter and verifies that a reload is bitwise equal."""
+    config = loaded.config
+    mark = loaded.fingerprint
+    export_adapter(
+        lora,
+        spec,
+        config,
+        folder,
+        base_model_name=loaded.source,
+        fingerprint=mark,
+        overwrite=overwrite,
+    )
+    verify_export(folder, lora, spec, config, fingerprint=mark)
+
+
+def assemble_dual(
+    config: RunConfig,
+    base: DualConfig,
+    params: Any,
+    mesh: Mesh,
+    processor: ImageProcessor,
+    *,
+    last: optax.GradientTransformation | None = None,
+) -> Assembly:
+    """Builds adapters, optimizer and step of a run on a dual encoder.
+
+    Args:
+      config, base, mesh, last: see `nalora_jax.assembly.program.assemble`; ``config.vision.task``
+        chooses the objective.
+      params: both towers' weights on ``mesh``, with the class prompts (`Classify`).
+      processor: its image processor.
+
+    Raises:
+      NaloraError: see `resolve_dual`; or an axis that splits a head or a row, or another start of
+        the adapters than the default one.
+    """
+    if (shards := distributed.context_size(mesh)) > 1:
+        raise context_error(shards, "encoders of images and texts")
+    for tower in base.towers.values():
+        distributed.check_heads(
+            mesh.shape["tensor"], n_heads=tower.n_heads, n_kv_heads=tower.n_heads
+        )
+    if config.lora.init != "default":
+        expected = "default for image and text encoders"
+        raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
+    spec = resolve_dual(config, base)
+    lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    compute = config.compute
+    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
+    model = DualEncoder(
+        base,
+        spec,
+        numerics,
+        remat=chosen_remat(
+            compute.remat, base.image.d_model, numerics, gated=base.image.gated
+        ),
+        stats=gate_stats(config, mesh),
+        activation_sharding=distributed.row_sharding(mesh),
+    )
+    # On one device the contrastive loss needs no layout constraints.
+    shared = mesh if distributed.devices_per_run(mesh) > 1 else None
+
+    def objective(model: DualEncoder) -> Classify | Contrast:
+        towers = Towers(model, processor, shared)
+        if config.vision.task == "classify":
+            return Classify(towers)
+        return Contrast(towers, base.loss)
+
+    adapted = {name: base.towers[name] for name in adapted_towers(spec)}
+    blocks = {
+        f"{name}/layers/ffn": ((t.n_layers, t.d_ff), t.activation)
+        for name, t in adapted.items()
+    }
+    # Without adapters no gate is measured, and any activation serves.
+    activation = next(iter(adapted.values()), base.image).activation
+    config = with_learning_rate(config)
+    program = run_program(
+        config, model, lora, mesh, objective, blocks, activation, last=last
+    )
+    return assembled(program, params, lora)
+
+
+def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
+    """Returns both towers' adapters; none if every rule has rank 0 and projections are trained."""
+    if base.trained and all(rule.rank == 0 for rule in config.lora.rules):
+        return AdapterSpec()
+    # Layers of each tower are numbered from 0.
+    numbers = {path: range(depth) for path, depth in base.depths().items()}
+    return resolve(config.lora, base.projection_shapes(), numbers)
+
+
+def adapted_towers(spec: AdapterSpec) -> tuple[str, ...]:
+    """Returns the towers that have adapters."""
+    adapted = {path.partition("/")[0] for path, _ in spec.targets}
+    return tuple(tower for tower in TOWERS if tower in adapted)
+
+
+# Key of the class prompts in ``params``, next to the weights.
+CLASSES = "classes"
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Both towers of a dual encoder, as the losses call them."""
+
+    model: DualEncoder
+    processor: ImageProcessor
+    mesh: Mesh | None = None
+
+    def images(
+        self, variables: Mapping[str, Any], batch: Batch, key: jax.Array
+    ) -> jax.Array:
+        """Returns normalised features ``[rows, features]`` of uint8 ``pixels``."""
+        inputs = {name: batch[name] for name in ("shapes", "mask") if name in batch}
+        inputs["pixels"] = self.processor.normalise(batch["pixels"])
+        return self._encode("image", variables, inputs, key)
+
+    def texts(
+        self, variables: Mapping[str, Any], batch: Batch, key: jax.Array
+    ) -> jax.Array:
+        """Returns normalised features ``[rows, features]`` of ``tokens``."""
+        return self._encode(
+            "text", variables, {n: batch[n] for n in ("tokens", "token_weights")}, key
+        )
+
+    def temperature(self, variables: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Returns the scale and the offset of the cosine similarities: logits are scale * cos +
+        offset."""
+        temperature: tuple[jax.Array, jax.Array] = self.model.apply(
+            variables, method="temperature"
+        )
+        return temperature
+
+    def _encode(
+        self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array
+    ) -> jax.Array:
+        """Returns a tower's normalised features ``[rows, features]``, with dropout by ``key``."""
+        options: dict[str, Any] = {
+            "method": f"encode_{tower}",
+            "rngs": {"dropout": key},
+        }
+        return normalised(
+            self.model.apply(variables, inputs, deterministic=False, **options)
+        )
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Cross-entropy of an image's class among the prompts of all classes.
+
+    If training does not change the text tower, ``params["classes"]`` holds ``features [classes,
+    features]``, computed once. Otherwise it holds ``tokens`` and ``token_weights`` ``[classes,
+    prompts, seq]``, which every step encodes.
+    """
+
+    towers: Towers
+
+    def loss(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
+    ) -> Evaluated:
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
+
+        The batch has ``pixels`` and ``labels [rows]``.
+        """
+        first, second = jax.random.split(key)
+        images = self.towers.images(variables, batch, first)
+        classes = self._classes(variables, params[CLASSES], second)
+        scale, _ = self.towers.temperature(variables)
+        # [images, classes]
+        logits = scale * jnp.einsum("if,cf->ic", images, classes, precision="highest")
+        chosen = jnp.take_along_axis(logits, batch["labels"][:, None], axis=1)[:, 0]
+        return Evaluated(jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen))
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the number of images, twice."""
+        rows = jnp.float32(batch["labels"].shape[0])
+        return rows, rows
+
+    def _classes(
+        self,
+        variables: Mapping[str, Any],
+        classes: Mapping[str, jax.Array],
+        key: jax.Array,
+    ) -> jax.Array:
+        """Returns normalised features ``[classes, features]``: the given ones, or of encoded
+        prompts."""
+        if "features" in classes:
+            return classes["features"]
+        # Features of [classes * prompts, seq] are averaged over the prompts of a class.
+        count, prompts, _ = classes["tokens"].shape
+        flat = {
+            name: value.reshape(count * prompts, -1) for name, value in classes.items()
+        }
+        features = self.towers.texts(variables, flat, key)
+        return normalised(jnp.mean(features.reshape(count, prompts, -1), axis=1))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Contrastive loss of images and captions over all rows of the global batch."""
+
+    towers: Towers
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+
+    def loss(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
+    ) -> Evaluated:
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
+
+        The batch has ``pixels``, ``tokens`` and ``token_weights``.
+        """
+        first, second = jax.random.split(key)
+        images = self.towers.images(variables, batch, first)
+        texts = self.towers.texts(variables, batch, second)
+        scale, bias = self.towers.temperature(variables)
+        function = sigmoid_contrastive
+        if self.kind == "softmax":
+            function = softmax_contrastive
+        return Evaluated(function(images, texts, scale, bias, self.towers.mesh))
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the number of pairs, twice."""
+        rows = jnp.float32(batch["tokens"].shape[0])
+        return rows, rows
+
+
+def softmax_contrastive(
+    images: jax.Array,
+    texts: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Returns CLIP's loss (arXiv 2103.00020), summed over rows: the mean of both cross-entropies.
+
+    Args:
+      images, texts: normalised ``[rows, features]``; row i of one belongs to row i of the other.
+      scale: scale of the cosine similarities.
+      bias: unused; a softmax does not depend on it.
+      mesh: devices that the rows are split over; each compares its rows with all rows.
+    """
+    own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
+    total = jnp.zeros((), jnp.float32)
+    # Images among all texts, then texts among all images. The candidates are gathered from all
+    # devices; a row's positive pair is on its own device.
+    for anchors, candidates, pair in (
+        (own_images, texts, own_texts),
+        (own_texts, images, own_images),
+    ):
+        logits = scale * jnp.einsum(
+            "if,jf->ij", anchors, _placed(candidates, mesh, P()), precision="highest"
+        )
+        total += jnp.sum(
+            jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(anchors * pair, axis=1)
+        )
+    return total / 2
+
+
+def sigmoid_contrastive(
+    images: jax.Array,
+    texts: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy of each
+    pair.
+
+    The arguments are as for `softmax_contrastive`; ``bias`` is added to the scaled similarities.
+    """
+    own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
+    logits = (
+        scale
+        * jnp.einsum(
+            "if,jf->ij", own_images, _placed(texts, mesh, P()), precision="highest"
+        )
+        + bias
+    )
+    # Similarities of the matching pairs, the diagonal of the logits: [rows].
+    matching = scale * jnp.sum(own_images * own_texts, axis=1) + bias
+    # -log sigmoid(-x) = softplus(x) of all pairs; matching ones: softplus(-x) = softplus(x) - x.
+    return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(matching)
+
+
+def _placed(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
+    """Returns ``x`` constrained to a layout on the mesh; unchanged without a mesh."""
+    if mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -1,0 +1,160 @@
+"""Runs on conversations about images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nalora_jax.assembly.objectives import NextToken
+from nalora_jax.assembly.program import Assembly
+from nalora_jax.config import DataConfig, RunConfig, VisionConfig
+from nalora_jax.data.chat_templates import ImageTokens
+from nalora_jax.data.images.chat import ChatImages, open_chats, row_images
+from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import AUTO
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.seeing import evaluator_of
+from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.kinds import text
+from nalora_jax.kinds.inputs import open_records
+from nalora_jax.kinds.job import Inputs
+from nalora_jax.mesh import distributed
+from nalora_jax.method.step import Batch
+from nalora_jax.models.vision.decoder import SeeingDecoder
+from nalora_jax.weights.base import seeing_files
+from nalora_jax.weights.hub import resolve_source
+from nalora_jax.weights.model_files import LoadedModel, open_files
+
+
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+    """Opens the model's files and the conversations, tokenizes them and settles the settings.
+
+    Raises:
+      NaloraError: a model or data that cannot be read, or settings that do not fit them.
+    """
+    files = open_files(
+        replace(resolve_source(config.model), rope_scaling=config.rope_scaling),
+        images=True,
+    )
+    if files.config.sight is not None:
+        files = seeing_files(files)
+    tokens = files.tokenizer.images
+    train, held = open_records(
+        config.data, seen_sources(config.data, config.vision, tokens, source)
+    )
+    inputs = text.tokenized(config, files, train, held)
+    assert tokens is not None
+    assert files.processor is not None
+    data = inputs.data
+    max_pixels = config.vision.max_pixels
+    images = row_images(train, data, tokens, files.processor, max_pixels)
+    return replace(inputs, data=replace(data, images=images), in_turns=True)
+
+
+def evaluator(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
+) -> TextEvaluator:
+    """Returns the evaluator of some held-out conversations."""
+    return evaluator_of(
+        loaded, assembly.eval_model, items, distributed.unless_single(assembly.mesh)
+    )
+
+
+def program_parts(config: RunConfig, processor: ImageProcessor) -> dict[str, Any]:
+    """Returns the module and the objective of a model that sees, for
+    `nalora_jax.assembly.program.assemble`."""
+
+    def objective(plain: NextToken) -> SeenNextToken:
+        """Returns the objective on images, with the fields of the one on text."""
+        # All fields of the plain objective, which is a frozen dataclass.
+        fields = {
+            field.name: getattr(plain, field.name)
+            for field in dataclasses.fields(plain)
+        }
+        return SeenNextToken(**fields, processor=processor)
+
+    return {"module": SeeingDecoder, "objective": objective}
+
+
+build_step = partial(text.build_step, parts=program_parts)
+export_run = text.export_run
+
+
+@dataclass(frozen=True)
+class SeenNextToken(NextToken):
+    """`NextToken` of a vision-language model whose packed sequences contain images."""
+
+    # `nalora_jax.data.images.files.ImageProcessor`: uint8 pixels to floats
+    processor: Any = None
+
+    def hidden(
+        self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
+    ) -> jax.Array:
+        """Returns hidden states, see `NextToken`.
+
+        The batch also has ``pixels [rows, images, height, width, 3]`` and ``images [rows]``.
+        """
+        features = self.model.apply(
+            variables,
+            self.processor.normalise(batch["pixels"]),
+            batch["images"],
+            deterministic=False,
+            # Dropout of the image tower, independent of the decoder's.
+            rngs={"dropout": jax.random.fold_in(key, 1)},
+            method="see",
+        )
+        return super().hidden(variables, batch, key, features=features, **options)
+
+
+def seen_sources(
+    data: DataConfig,
+    vision: VisionConfig,
+    tokens: ImageTokens | None,
+    source: Mapping[str, Source] | None = None,
+    *,
+    splits: Sequence[str] | None = None,
+) -> dict[str, Source]:
+    """Returns the records of a run by split, converted by `ChatImages`, without broken images.
+
+    Args:
+      data, vision: the run's settings.
+      tokens: the model's image tokens.
+      source: records by split, which replace the data set of ``data``.
+      splits: splits to open; the training and the evaluation split by default.
+
+    Raises:
+      NaloraError: bad data, or settings that truncate records, which would cut off images.
+    """
+    if tokens is None:
+        raise NaloraError(
+            "--model", expected="a model that sees images", found="a language model"
+        )
+    if data.too_long in ("truncate", "split"):
+        raise NaloraError(
+            "--data.too-long",
+            expected="drop or error: half an image is none",
+            found=data.too_long,
+        )
+    sources: dict[str, Source] = {}
+    for split in dict.fromkeys(splits or (data.train_split, data.eval_split)):
+        if split == AUTO:  # drawn from the training split
+            continue
+        if source is None:
+            chats = open_chats(data, vision, split, tokens)
+        elif split in source:
+            chats = ChatImages(source[split], data, vision, tokens, Path.cwd())
+        else:
+            raise NaloraError(
+                "source",
+                expected=f"a split {split!r}",
+                found=", ".join(sorted(source)) or "none",
+            )
+        sources[split] = chats.readable()
+    return sources

@@ -1,0 +1,194 @@
+"""Runs on preference pairs: direct preference optimisation (arXiv 2305.18290).
+
+    delta = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)
+    loss  = -(1 - s) log sigmoid(beta delta) - s log sigmoid(-beta delta)
+
+p_ref is the base with the adapter off: a second forward pass with the same frozen weights. The loss
+depends on tokens only through delta. So its gradient equals the gradient of a cross-entropy whose
+weights are the derivative of the loss with respect to each token's log-probability, and logits are
+computed in chunks like in any other step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nalora_jax.assembly.objectives import NextToken, through_surrogate
+from nalora_jax.assembly.program import Assembly
+from nalora_jax.config import PreferenceConfig, RunConfig
+from nalora_jax.data.forms import in_turns
+from nalora_jax.data.preference import held_out_pairs, pair_data, pairs_digest
+from nalora_jax.data.source import Source
+from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.kinds import text
+from nalora_jax.kinds.inputs import open_records, settled, stream_shape
+from nalora_jax.kinds.job import Inputs
+from nalora_jax.mesh import distributed
+from nalora_jax.method.step import Batch, Evaluated
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.weights.hub import resolve_source
+from nalora_jax.weights.model_files import LoadedModel, open_files
+
+
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+    """Opens the model's files and the pairs, tokenizes them and settles the settings.
+
+    Raises:
+      NaloraError: a model or pairs that cannot be read, pairs that do not fit, or too few held out.
+    """
+    files = open_files(
+        replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
+    )
+    added = AddedTokens.of(config.data)
+    preference = config.preference
+    base = files.described(added)
+    tokenizer = files.tokenizer_with(added)
+    # raises for rules that match nothing, before data is tokenized
+    adapter_spec(config, base)
+    context = base.max_positions
+    train, held = open_records(config.data, source)
+    turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
+    shape = stream_shape(config) | {"context": context}
+    data = pair_data(train, config.data, preference, tokenizer, **shape)
+    longest = int(data.store.lengths().max())
+    if longest > context:
+        raise NaloraError(
+            "training data",
+            expected=f"answers with their prompts of at most {context} tokens, the model's context",
+            found=f"one of {longest}",
+            # A row has both completions of a pair, each with its prompt.
+            remedy=f"set --data.max-length to {2 * context} or less",
+        )
+    config = replace(
+        config, data=replace(config.data, max_length=data.pattern.capacity)
+    )
+    config = settled(config, base.d_model, data.rows_per_epoch, "rows of pairs")
+    pairs = held_out_pairs(held, config.data, preference, tokenizer, context)
+    questions = {
+        "reported": pairs_digest(pairs[0]),
+        "selecting": pairs_digest(pairs[1]),
+    }
+    return Inputs(config, base, files, data, pairs, questions, turns)
+
+
+def evaluator(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, pairs: Any
+) -> PreferenceEvaluator:
+    """Returns the evaluator of some held-out pairs."""
+    model = assembly.eval_model
+    mesh = distributed.unless_single(assembly.mesh)
+    return PreferenceEvaluator(
+        model, loaded.tokenizer, pairs, inputs.config.preference, mesh=mesh
+    )
+
+
+def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
+    """Returns the objective of a preference loss, for `nalora_jax.assembly.program.assemble`."""
+    return {"objective": partial(Preference, config=config.preference)}
+
+
+build_step = partial(text.build_step, parts=program_parts)
+export_run = text.export_run
+
+
+class Pairs(NamedTuple):
+    """Loss and rewards of pairs, each float32 with the shape of the log-ratios."""
+
+    loss: jax.Array
+    chosen: jax.Array  # rewards: beta times the log-ratio
+    rejected: jax.Array
+
+
+def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pairs:
+    """Returns the DPO loss and the rewards of pairs.
+
+    Args:
+      chosen, rejected: log-ratios of policy and reference; per completion token with
+        ``config.per_token``.
+      config: beta and label smoothing.
+    """
+    margin = config.beta * (chosen - rejected)
+    smoothing = config.label_smoothing
+    loss = (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(
+        margin
+    )
+    return Pairs(loss, config.beta * chosen, config.beta * rejected)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """`nalora_jax.method.step.Objective` of DPO on packed pairs (`nalora_jax.data.preference`)."""
+
+    policy: NextToken
+    config: PreferenceConfig
+
+    def loss(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
+    ) -> Evaluated:
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
+
+        The batch has the arrays of text and ``pairs [rows, pairs]``.
+        """
+        hidden = self.policy.hidden(variables, batch, key)
+        reference = self.policy.base_hidden(variables, batch)
+        # Minus log-probabilities, [rows, seq], without a gradient: the surrogate below has it.
+        policy_losses, reference_losses = (
+            self.policy.target_losses(h, params, batch) for h in (hidden, reference)
+        )
+        # [rows, pairs, 2]: log-ratios of the completions, chosen first, and their token counts.
+        ratios = self._by_answer(reference_losses - policy_losses, batch)
+        tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
+        # Weight of a completion's log-ratio.
+        per = 1.0 / tokens if self.config.per_token else jnp.ones_like(tokens)
+        real = batch["pairs"]
+
+        def total(ratios: jax.Array) -> tuple[jax.Array, Pairs]:
+            """Returns the loss, summed over real pairs, and its parts, for ``[rows, pairs, 2]``."""
+            losses = dpo(
+                ratios[..., 0] * per[..., 0], ratios[..., 1] * per[..., 1], self.config
+            )
+            return jnp.sum(real * losses.loss), losses
+
+        # The gradient in the log-ratios, [rows, pairs, 2], becomes the weights of the tokens'
+        # cross-entropy in a surrogate with the same gradient.
+        (value, losses), slope = jax.value_and_grad(total, has_aux=True)(ratios)
+        surrogate = self.policy.cross_entropy(
+            hidden, params, batch, self._by_token(-slope, batch)
+        )
+        measured = {
+            "rewards_chosen": jnp.sum(real * losses.chosen),
+            "rewards_rejected": jnp.sum(real * losses.rejected),
+            "rewards_margin": jnp.sum(real * (losses.chosen - losses.rejected)),
+            "rewards_accuracy": jnp.sum(real * (losses.chosen > losses.rejected)),
+        }
+        return through_surrogate(value, surrogate, measured)
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the numbers of real tokens and of pairs."""
+        return self.policy.counts(batch)[0], jnp.sum(batch["pairs"])
+
+    def _by_answer(self, values: jax.Array, batch: Batch) -> jax.Array:
+        """Sums ``[rows, seq]`` over each segment to ``[rows, pairs, 2]``; segment 0 is padding."""
+        count = 2 * batch["pairs"].shape[1]
+        sums = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, count + 1))(
+            values, batch["segment_ids"]
+        )
+        # [rows, 1 + 2 * pairs] -> [rows, pairs, 2]
+        return sums[:, 1:].reshape(sums.shape[0], -1, 2)
+
+    def _by_token(self, values: jax.Array, batch: Batch) -> jax.Array:
+        """Spreads ``[rows, pairs, 2]`` over the loss tokens of ``[rows, seq]``; 0 elsewhere."""
+        # [rows, 1 + 2 * pairs]: entry 0 is the padding's, then one entry per segment.
+        flat = jnp.pad(values.reshape(values.shape[0], -1), ((0, 0), (1, 0)))
+        return (
+            jnp.take_along_axis(flat, batch["segment_ids"], axis=1)
+            * batch["loss_weights"]
+        )

@@ -1,0 +1,724 @@
+"""Runs with rewards: the policy samples, rewards become advantages, and the policy is updated.
+
+A step has two programs: groups of samples of the current adapter (`nalora_jax.kinds.rl.rollout`),
+and the update (`nalora_jax.kinds.rl.policy`). Between them are the rewards, on the host. With
+several updates, the samples of one rollout serve as many steps.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nalora_jax.assembly.objectives import NextToken
+from nalora_jax.assembly.program import Assembly, next_token
+from nalora_jax.assembly.schedule import Schedule
+from nalora_jax.common.files import write_atomically
+from nalora_jax.common.folders import RunFolder
+from nalora_jax.config import RLConfig, RunConfig
+from nalora_jax.config.settings import UNCHANGED
+from nalora_jax.data.forms import in_turns
+from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.data.prompts import Prompt, PromptData, held_out_prompts, prompt_data
+from nalora_jax.data.source import Source
+from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
+from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.run_log import ROLLOUTS
+from nalora_jax.evaluate.statistics import bootstrap
+from nalora_jax.kinds import text
+from nalora_jax.kinds.inputs import open_records, settled, stream_shape
+from nalora_jax.kinds.job import Inputs, Job
+from nalora_jax.kinds.rl.policy import Policy
+from nalora_jax.kinds.rl.rewards import Scorer
+from nalora_jax.kinds.rl.rollout import Sampler, Samples, sample_batch
+from nalora_jax.mesh import distributed, processes
+from nalora_jax.method.step import Batch, TrainState
+from nalora_jax.ops.policy_losses import (
+    CLIPS,
+    PolicyLoss,
+    advantages,
+    divergence_penalty,
+)
+from nalora_jax.weights.hub import resolve_source
+from nalora_jax.weights.model_files import LoadedModel, open_files
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 4  # groups of a step in the run's file of samples
+# Total variation distance between generator and training program, before a warning.
+_MISMATCH = 0.1
+# Rollouts in a row without a difference between rewards, before a warning.
+_PATIENCE = 10
+
+
+def metric_names(rl: RLConfig) -> list[str]:
+    """Returns the name of each reward in log and records: ``reward_`` with its name or its
+    function's.
+
+    Names differ, also from those of their standard deviations: the second of two has ``_2``.
+    """
+    names: list[str] = []
+    used = {"reward", "reward_std"}
+    for reward in rl.rewards:
+        name, _, rest = reward.partition(":")
+        # A function is named after itself (MODULE:FUNCTION), a built-in reward by its name even if
+        # it has settings (NAME:setting=value).
+        short = f"reward_{rest if rest and '=' not in rest else name}"
+        several = itertools.chain(
+            [short], (f"{short}_{number}" for number in itertools.count(2))
+        )
+        names.append(
+            next(name for name in several if used.isdisjoint((name, f"{name}_std")))
+        )
+        used |= {names[-1], f"{names[-1]}_std"}
+    return names
+
+
+def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
+    """Returns the weighted sum over the last axis of rewards ``[..., rewards]``, ``[...]``.
+
+    Unknown rewards (NaN) count as 0; the sum is NaN if all rewards of a sample are unknown.
+    """
+    weights = np.array(rl.reward_weights or [1.0] * len(rl.rewards))
+    known = ~np.isnan(rewards)
+    total = np.where(known, rewards * weights, 0.0).sum(-1)
+    return np.where(known.any(-1), total, np.nan)
+
+
+def updates_with_base(rl: RLConfig) -> bool:
+    """Returns True if the update computes the base's log-probabilities, which its loss needs.
+
+    Otherwise they are an input of the update: with several updates and for "rloo" they are computed
+    before it, and without beta they are only used to log the divergence.
+    """
+    return rl.beta > 0 and rl.updates == 1 and rl.loss != "rloo"
+
+
+def _policy(rl: RLConfig, plain: NextToken) -> Policy:
+    """Returns the objective of a run with rewards."""
+    low, high = CLIPS[rl.loss]
+    loss = PolicyLoss(
+        rl.loss, rl.clip_low or low, rl.clip_high or high, rl.max_new_tokens, rl.beta
+    )
+    return Policy(plain, loss, rl.temperature)
+
+
+def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
+    """Returns the arguments of `nalora_jax.assembly.program.assemble` for a run with rewards."""
+    return {"objective": partial(_policy, config.rl)}
+
+
+# ---------------------------------------------------------------- functions of a kind
+
+
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+    """Opens the model's files and the prompts, tokenizes them and settles the settings.
+
+    Held-out prompts leave room for a completion of ``rl.max_new_tokens`` in a training row.
+
+    Raises:
+      NaloraError: a model, prompts or rewards that cannot be read, or settings that do not fit
+        them.
+    """
+    Scorer(config.rl)  # raises for unknown rewards, before data is read
+    files = open_files(
+        replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
+    )
+    added = AddedTokens.of(config.data)
+    rl = config.rl
+    base = files.described(added)
+    tokenizer = files.tokenizer_with(added)
+    train, held = open_records(config.data, source)
+    turns = in_turns(train.read([0])[0], config.data)
+    shape = stream_shape(config) | {"context": base.max_positions}
+    data = PromptRows.of(train, config.data, tokenizer, rl=rl, **shape)
+    config = replace(config, data=replace(config.data, max_length=data.length))
+    config = settled(config, base.d_model, data.rows_per_epoch, "samples")
+    prompts = held_out_prompts(
+        held, config.data, tokenizer, data.length - rl.max_new_tokens
+    )
+    questions = {
+        name: prompts_digest(of)
+        for name, of in zip(("reported", "selecting"), prompts, strict=True)
+    }
+    return Inputs(config, base, files, data, prompts, questions, turns)
+
+
+def build_step(
+    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: RunFolder, like: Job | None
+) -> tuple[LoadedModel, Assembly, PromptRows]:
+    """Loads the base, and builds adapters and the step with its rollouts; see `text.build_step`."""
+    loaded, assembly, data = text.build_step(
+        inputs, placed, mesh, output, like, program_parts
+    )
+    data = replace(data, rollout=Rollout())
+    step = RolloutStep(placed, loaded, assembly, data, output.folder)
+    return loaded, replace(assembly, step=step), data
+
+
+def evaluator(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, prompts: Any
+) -> RewardEvaluator:
+    """Returns the evaluator of some held-out prompts."""
+    return RewardEvaluator(inputs.config.rl, loaded, assembly, prompts)
+
+
+export_run = text.export_run
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Returns the digest of the token ids and the reference completions."""
+    asked = [[list(prompt.ids), str(prompt.record["answer"])] for prompt in prompts]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- the step
+
+
+@dataclass
+class Rollout:
+    """The batch of a rollout that serves several updates; empty between rollouts."""
+
+    # [accumulate, rows of this process, ...]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    # log metrics of the latest rollout
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PromptRows(PromptData):
+    """The training rows of a run: prompts, and the rollout in progress."""
+
+    rollout: Rollout = field(default_factory=Rollout)
+
+    @classmethod
+    def of(cls, *arguments: Any, **options: Any) -> PromptRows:
+        """Returns `nalora_jax.data.prompts.prompt_data` with an empty rollout."""
+        return cls(**vars(prompt_data(*arguments, **options)))
+
+    def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
+        """Returns an endless iterator of batches, starting at the first one or at a state of an
+        iterator."""
+        iterator = RolloutBatches(self)
+        if state is not None:
+            iterator.set_state(state)
+        return iterator
+
+
+class RolloutBatches(BatchIterator):
+    """Iterator of batches of prompts; its state includes the rollout that has updates left."""
+
+    def __init__(self, data: PromptRows) -> None:
+        super().__init__(data)
+        self._rollout = data.rollout
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position of the next batch (`BatchIterator`) and the arrays of a rollout that
+        has updates left."""
+        state = super().get_state()
+        if self._rollout.arrays:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, allow_pickle=False, **self._rollout.arrays)
+            state["rollout"] = base64.b64encode(buffer.getvalue()).decode()
+            state["figures"] = self._rollout.figures
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to a position, and restores its rollout."""
+        super().set_state(state)
+        self._rollout.arrays = {}
+        if "rollout" in state:
+            self._rollout.arrays = dict(
+                np.load(io.BytesIO(base64.b64decode(state["rollout"])))
+            )
+            self._rollout.figures = dict(state["figures"])
+
+
+class RolloutStep:
+    """A training step with its rollout: ``(params, state, batch of prompts) -> (state, metrics)``.
+
+    Args:
+      config: the run's settings.
+      loaded: the base model.
+      assembly: with the compiled update.
+      data: the prompts of a batch.
+      folder: receives complete groups and some samples; None: they are not stored.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        loaded: LoadedModel,
+        assembly: Assembly,
+        data: PromptRows,
+        folder: Path | None,
+    ) -> None:
+        rl = config.rl
+        self._update = assembly.step
+        self._mesh = assembly.mesh
+        self._config = config
+        self._data = data
+        self._file = folder and folder / ROLLOUTS
+        self._sampler = Sampler(
+            rl,
+            assembly.eval_model,
+            assembly.params,
+            loaded.tokenizer,
+            assembly.mesh,
+            prompts=data.batch_size // rl.samples,
+            seed=config.seed,
+            longest=data.longest,
+            folder=folder and folder / "rollouts",
+        )
+        self._warn = EarlyWarnings(rl.max_new_tokens)
+        self._scores = scores_of(config, assembly)
+        self._begun = False
+
+    def __call__(
+        self, params: Any, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the state after one update, on a new rollout or on the one in progress.
+
+        The metrics include the rollout's, under ``measured``. Unlike a step without rewards,
+        the call returns after the update has been computed.
+        """
+        rl = self._config.rl
+        rollout = self._data.rollout
+        number = int(state.step)
+        if not self._begun:
+            # The samples after the checkpoint are drawn again.
+            self._begun = True
+            if self._file is not None:
+                _forget_samples(self._file, number)
+        # Also in the middle of the updates, if no rollout was restored.
+        if number % rl.updates == 0 or not rollout.arrays:
+            rollout.arrays, rollout.figures = self._new(params, state, batch, number)
+        started = time.perf_counter()
+        arrays = distributed.make_global_batch(rollout.arrays, self._mesh, rows_axis=1)
+        state, metrics = self._update(params, state, arrays)
+        # So that the update's time is measured, not its dispatch.
+        jax.block_until_ready(metrics["loss"])
+        if (number + 1) % rl.updates == 0:
+            rollout.arrays = {}
+        seconds = time.perf_counter() - started
+        measured = (
+            dict(metrics["measured"]) | rollout.figures | {"update_seconds": seconds}
+        )
+        measured["update_tokens_per_second"] = float(metrics["tokens"]) / seconds
+        # Steps done before the current rollout; without the base, a placeholder was compared.
+        if not self._needs_base(number // rl.updates * rl.updates):
+            measured["divergence"] = math.nan
+        self._warn(measured)
+        return state, metrics | {"measured": measured}
+
+    def _new(
+        self, params: Any, state: TrainState, batch: Batch, number: int
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Draws a rollout; returns its arrays ``[accumulate, rows of this process, ...]`` and log
+        metrics.
+
+        Groups whose rewards are all equal have no gradient: with ``rl.resample`` they are replaced
+        by groups of other prompts, in up to that many attempts. ``number`` is the count of steps
+        done.
+        """
+        rl = self._config.rl
+        stream = self._data
+        started = time.perf_counter()
+        # [accumulate, rows] prompt indices, each repeated for its samples -> one index per prompt.
+        places = np.asarray(processes.fetch(batch["prompt"])).ravel()[:: rl.samples]
+        prompts = stream.prompts(places.tolist())
+        samples = self._sampler(state.lora, number, prompts)
+        drawn_tokens = samples.lengths.sum()
+        replaced = 0
+        for attempt in range(rl.resample):
+            # Indices of the prompts whose groups are replaced.
+            flat = np.flatnonzero(
+                _is_flat(weighted_sum(rl, samples.rewards), rl.samples)
+            )
+            if not len(flat):
+                break
+            replaced += len(flat)
+            others = stream.prompts(stream.others(number, attempt, len(flat)).tolist())
+            drawn = self._sampler(state.lora, number, others, attempt=attempt + 1)
+            samples = samples.replaced(flat, drawn, rl.samples)
+            drawn_tokens = drawn_tokens + drawn.lengths.sum()
+            for place, other in zip(flat, others, strict=False):
+                prompts[place] = other
+        seconds = time.perf_counter() - started
+        total = weighted_sum(rl, samples.rewards)
+        ids = [prompt.ids for prompt in prompts for _ in range(rl.samples)]
+        figures = {
+            # After the replacements, unlike `groups_replaced`.
+            "groups_alike": float(_is_flat(total, rl.samples).mean()),
+            "groups_replaced": float(replaced),
+            "length": float(samples.lengths.mean()),
+            "cut": float(samples.cut.mean()),
+            "rollout_seconds": seconds,
+            "rollout_tokens_per_second": float(drawn_tokens) / seconds,
+        }
+        for name, values in zip(
+            ["reward", *metric_names(rl)], [total, *samples.rewards.T], strict=True
+        ):
+            known = values[~np.isnan(values)]
+            figures[name] = math.nan
+            figures[f"{name}_std"] = math.nan
+            if len(known):
+                figures[name] = float(known.mean())
+                figures[f"{name}_std"] = float(known.std())
+        # Arrays of all rows of the global batch, in every process.
+        whole = sample_batch(ids, samples, stream.length, masks_cut=rl.mask_cut)
+        has_penalty = rl.loss == "rloo" and rl.beta > 0
+        # Log-probabilities before the update. The generator's serve unless several updates need the
+        # ratio to the training program's, or the penalty compares them with the base's.
+        old = whole["sampled"]
+        if rl.updates > 1 or has_penalty:
+            old = self._by_training_program(params, state, whole, of_base=False)
+        base = whole["sampled"]  # a placeholder at steps whose divergence is not shown
+        if self._needs_base(number) and not updates_with_base(rl):
+            base = self._by_training_program(params, state, whole, of_base=True)
+        if has_penalty:
+            # "rloo" subtracts the divergence from the reward instead of adding it to the loss.
+            total = total - divergence_penalty(
+                old, base, whole["loss_weights"], rl.beta
+            )
+        if rl.updates > 1:
+            whole["old"] = old
+        if not updates_with_base(rl):
+            whole["base"] = base
+        whole["advantages"] = (
+            # [rows] -> [prompts, samples] -> [rows]
+            advantages(total.reshape(-1, rl.samples), rl.loss)
+            .ravel()
+            .astype(np.float32)
+        )
+        if self._is_shown(number):
+            self._write(number + 1, prompts, samples, whole["advantages"])
+        return self._rows(whole), figures
+
+    def _is_shown(self, number: int) -> bool:
+        """Returns True if a step of the rollout that starts after ``number`` steps is logged."""
+        served = range(number + 1, number + self._config.rl.updates + 1)
+        return any(map(Schedule.of(self._config).logs, served))
+
+    def _needs_base(self, number: int) -> bool:
+        """Returns True if the rollout that starts after ``number`` steps needs the base's
+        log-probabilities, for its loss or to log the divergence.
+
+        With an initialization that changes the frozen weights, the base is not the model with the
+        adapter off, and the divergence is not measured.
+        """
+        if self._config.lora.init not in UNCHANGED:
+            return False
+        return self._config.rl.beta > 0 or self._is_shown(number)
+
+    def _rows(self, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns this process's rows ``[accumulate, rows, ...]``."""
+        accumulate = self._data.accumulate
+        rows = list(self._data.rows)
+        return {
+            # [rows of all processes, ...] -> [accumulate, rows of all, ...] -> rows of this process
+            n: v.reshape(accumulate, -1, *v.shape[1:])[:, rows]
+            for n, v in whole.items()
+        }
+
+    def _by_training_program(
+        self,
+        params: Any,
+        state: TrainState,
+        whole: Mapping[str, np.ndarray],
+        *,
+        of_base: bool,
+    ) -> np.ndarray:
+        """Returns log-probabilities ``[rows, seq]`` of policy or base before the update, by the
+        training program."""
+        batch = distributed.make_global_batch(
+            self._rows(whole), self._mesh, rows_axis=1
+        )
+        log_probs = []
+        # [accumulate, rows, ...]: a micro-batch at a time, as in the update, to bound memory.
+        for micro in range(self._data.accumulate):
+            rows = {name: value[micro] for name, value in batch.items()}
+            scores = self._scores(params, state.lora, rows, of_base=of_base)
+            log_probs.append(np.asarray(processes.fetch(scores)))
+        return np.concatenate(log_probs)
+
+    def _write(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        samples: Samples,
+        advantages: np.ndarray,
+    ) -> None:
+        """Appends some groups to the run's file, a line each.
+
+        Args:
+          step: that the samples train.
+          prompts: one of each group.
+          samples: of all groups.
+          advantages: of all samples, ``[rows]``.
+        """
+        if jax.process_index() or self._file is None:
+            return
+        size = self._config.rl.samples
+        with self._file.open("a", encoding="utf-8") as file:
+            for place, prompt in enumerate(prompts[:_SHOWN]):
+                group = []
+                for row in range(place * size, (place + 1) * size):
+                    group.append(self._shown_sample(samples, row, advantages[row]))
+                line = {"step": step, "prompt": prompt.text, "samples": group}
+                file.write(json.dumps(line) + "\n")
+
+    def _shown_sample(
+        self, samples: Samples, row: int, advantage: float
+    ) -> dict[str, Any]:
+        """Returns a sample's completion, rewards by setting (None if unknown) and advantage, for
+        JSON."""
+        # After the sample's end they are negative (`NO_TOKEN`).
+        tokens = samples.tokens[row]
+        rewards: dict[str, float | None] = {}
+        for name, reward in zip(
+            self._config.rl.rewards, samples.rewards[row].tolist(), strict=True
+        ):
+            rewards[name] = None
+            if not math.isnan(reward):
+                rewards[name] = reward
+        return {
+            "completion": self._sampler.tokenizer.decode(tokens[tokens >= 0].tolist()),
+            "rewards": rewards,
+            "advantage": float(advantage),
+        }
+
+
+def _forget_samples(file: Path, step: int) -> None:
+    """Removes the samples of later steps, which a resumed run repeats, and unreadable lines.
+
+    The samples are only displayed, so damage does not end the run.
+    """
+    if jax.process_index() or not file.exists():
+        return
+    lines = file.read_bytes().split(b"\n")
+    # After the last line's end: empty, unless a kill cut a line off.
+    cut_off = lines.pop()
+    remaining = []
+    damaged = 0
+    for line in lines:
+        try:
+            record = json.loads(line)
+            is_restored = int(record["step"]) <= step
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            damaged += 1
+            continue
+        if is_restored:
+            remaining.append(line + b"\n")
+    if damaged:
+        log.warning("%s: dropped %d lines that cannot be read", file, damaged)
+    if cut_off or len(remaining) < len(lines):
+        write_atomically(file, b"".join(remaining))
+
+
+class EarlyWarnings:
+    """Logs once each that all rewards are equal, that samples grow, that no entropy is left, or a
+    large mismatch.
+
+    Args:
+      limit: largest number of tokens of a sample.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._alike = deque[bool](maxlen=_PATIENCE)
+        self._first: dict[str, float] = {}
+        self._logged: set[str] = set()
+
+    def __call__(self, figures: Mapping[str, Any]) -> None:
+        """Reads the log metrics of a step and logs each warning that applies for the first time.
+
+        It uses ``groups_alike``, ``length``, ``entropy`` and ``mismatch_bound``; lengths and
+        entropies are compared with those of the first step that this process ran.
+        """
+        names = ("groups_alike", "length", "entropy", "mismatch_bound")
+        now = {name: float(figures[name]) for name in names}
+        first = self._first = self._first or now
+        self._alike.append(now["groups_alike"] == 1)
+        texts = {
+            "the rewards of each group were all equal in %d steps: nothing is learned; look at %s, "
+            "take easier or harder prompts, or more --rl.samples": (
+                len(self._alike) == _PATIENCE and all(self._alike),
+                (_PATIENCE, ROLLOUTS),
+            ),
+            "samples have grown from %.0f to %.0f tokens, of at most %d": (
+                now["length"] > max(2 * first["length"], 0.8 * self._limit),
+                (first["length"], now["length"], self._limit),
+            ),
+            "the entropy of the policy fell from %.3f to %.3f: samples hardly differ; lower the "
+            "learning rate": (
+                now["entropy"] < 0.1 * first["entropy"],
+                (first["entropy"], now["entropy"]),
+            ),
+            "generator and training program differ by %.2f in the probabilities of a token, more "
+            "than %g: train with --compute.dtype float32": (
+                now["mismatch_bound"] > _MISMATCH,
+                (now["mismatch_bound"], _MISMATCH),
+            ),
+        }
+        # Message -> (condition, arguments of the message).
+        for text_of, (applies, values) in texts.items():
+            if applies and text_of not in self._logged:
+                self._logged.add(text_of)
+                log.warning(text_of, *values)
+
+
+def _is_flat(rewards: np.ndarray, samples: int) -> np.ndarray:
+    """Returns True for groups whose known rewards are all equal, bool ``[prompts]``.
+
+    Groups without a known reward, whose initial values -inf and inf remain, are flat, too.
+    ``rewards`` is ``[prompts * samples]``.
+    """
+    groups = rewards.reshape(-1, samples)
+    return np.nanmax(groups, 1, initial=-np.inf) <= np.nanmin(groups, 1, initial=np.inf)
+
+
+def scores_of(config: RunConfig, assembly: Assembly) -> Callable[..., jax.Array]:
+    """Returns the training program's log-probabilities ``(params, lora, rows, of_base=...) ->
+    [rows, seq]``.
+
+    ``rows`` is a batch of `nalora_jax.kinds.rl.policy`; with ``of_base`` the adapter is off.
+    """
+    plain = next_token(
+        assembly.model.config, assembly.model, config.compute, assembly.mesh
+    )
+    return partial(_scored, _policy(config.rl, plain))
+
+
+@partial(jax.jit, static_argnames=("objective", "of_base"))
+def _scored(
+    objective: Policy, params: Any, lora: Any, batch: Batch, *, of_base: bool
+) -> jax.Array:
+    """Returns the log-probabilities ``[rows, seq]`` of a batch's targets, see `scores_of`."""
+    # A view in a faster layout (`Assembly.view`) has its collections at the top.
+    frozen = params if "params" in params else {"params": params}
+    variables = {**frozen, "lora": lora}
+    if of_base:
+        return objective.base_log_probs(variables, frozen["params"], batch)
+    key = jax.random.key(0)  # of dropout, which a run with rewards does not have
+    return objective.log_probs(variables, frozen["params"], batch, key)
+
+
+# ---------------------------------------------------------------- held-out prompts
+
+
+class RewardEvaluator(Evaluator):
+    """Evaluator of different adapters by the rewards of greedy completions of the same prompts.
+
+    Args:
+      rl: the rewards.
+      loaded: the base model.
+      assembly: with the model and its adapters.
+      prompts: held out.
+    """
+
+    metric: Literal["reward"] = "reward"
+    mode: Literal["max"] = "max"
+
+    def __init__(
+        self,
+        rl: RLConfig,
+        loaded: LoadedModel,
+        assembly: Assembly,
+        prompts: Sequence[Prompt],
+    ) -> None:
+        self._rl = rl
+        self._scorer = Scorer(rl)
+        self._prompts = prompts
+        self._model = assembly.eval_model
+        self._tokenizer = loaded.tokenizer
+        self._mesh = distributed.unless_single(assembly.mesh)
+
+    def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
+        """Returns prompt, answer, the weighted sum ``reward`` (NaN if unknown) and each reward of
+        every prompt."""
+        generator = Generator(
+            self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh
+        )
+        prompts = self._prompts
+        answers = generator.generate(
+            [p.ids for p in prompts], max_new_tokens=self._rl.max_new_tokens
+        )
+        texts, records, places = zip(
+            *((p.text, p.record, p.where) for p in prompts), strict=True
+        )
+        rewards = self._scorer(texts, answers, records, places)
+        names = metric_names(self._rl)
+        totals = weighted_sum(self._rl, rewards).tolist()
+        rows = zip(texts, answers, totals, rewards.tolist(), strict=True)
+        return [
+            {
+                "prompt": prompt,
+                "answer": answer,
+                "reward": total,
+                **dict(zip(names, each, strict=True)),
+            }
+            for prompt, answer, total, each in rows
+        ]
+
+    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
+        """Returns the mean ``reward`` and the mean of each reward, over prompts whose reward is
+        known.
+
+        ``low`` and ``high`` are the 95% bootstrap interval of the mean; ``n`` is the number of
+        prompts with a known reward.
+
+        Raises:
+          NaloraError: no prompt has a known reward.
+        """
+        known = [
+            record["reward"] for record in records if not math.isnan(record["reward"])
+        ]
+        if not known:
+            raise NaloraError(
+                "held-out prompts", expected="a reward of at least one", found="none"
+            )
+        low, high = bootstrap(np.array(known))
+        values: dict[str, Any] = {
+            "reward": float(np.mean(known)),
+            "low": low,
+            "high": high,
+            "n": len(known),
+        }
+        for name in records[0]:
+            if name.startswith("reward_"):
+                values[name] = float(np.nanmean([record[name] for record in records]))
+        return values
+
+    def samples(
+        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+    ) -> dict[str, Any]:
+        """Returns a few prompts with their completions and the reference completions."""
+        pairs = zip(self._prompts[:SAMPLES], records, strict=False)
+        shown = [
+            {
+                "prompt": prompt.text,
+                "answer": record["answer"].strip(),
+                "expected": str(prompt.record["answer"]).strip(),
+            }
+            for prompt, record in pairs
+        ]
+        return {"samples": shown}

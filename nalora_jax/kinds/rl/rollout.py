@@ -1,0 +1,354 @@
+"""Rollouts: groups of samples of the current policy, with their rewards, as a training batch.
+
+The generator shares the frozen weights and the mesh of the training step, without a copy. A rollout
+is a pure function of seed, step, attempt, weights and adapter, because each row has its own random
+key. Complete groups are stored in the run's folder, so that a run that was killed during a rollout
+repeats only the groups of the program call that was interrupted:
+
+    <output>/rollouts/<step>-<attempt>-<digest of the adapter>.npz
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from nalora_jax.common import files, trees
+from nalora_jax.config import RLConfig
+from nalora_jax.data.prompts import Prompt
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate.programs import (
+    NO_TOKEN,
+    Prompts,
+    bucket,
+    padded_rows,
+    sample_groups,
+    view_weights,
+)
+from nalora_jax.evaluate.generate.sampling import make_sampling
+from nalora_jax.kinds.rl.rewards import Scorer
+from nalora_jax.mesh.distributed import ROWS, place_batch, program_shape, prompt_shards
+from nalora_jax.mesh.processes import fetch
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.ropes import switch_length
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions of prompts, those of one prompt next to each other."""
+
+    # int32 [prompts * samples, limit], with the stop token; NO_TOKEN after it
+    tokens: np.ndarray
+    log_probs: np.ndarray  # float32, same shape, by the generator
+    # float64 [prompts * samples, rewards]; NaN for a reward that failed
+    rewards: np.ndarray
+    cut: np.ndarray  # bool [prompts * samples], True for samples without a stop token
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Returns the number of tokens of each sample, with its stop token."""
+        lengths: np.ndarray = (self.tokens != NO_TOKEN).sum(1)
+        return lengths
+
+    @staticmethod
+    def joined(parts: Sequence[Samples]) -> Samples:
+        """Returns the samples of several parts, one after the other."""
+        arrays = []
+        for name in _ARRAYS:
+            of_parts = [getattr(part, name) for part in parts]
+            arrays.append(np.concatenate(of_parts))
+        return Samples(*arrays)
+
+    def replaced(self, prompts: np.ndarray, by: Samples, samples: int) -> Samples:
+        """Returns the samples with those of ``prompts`` replaced by others.
+
+        Args:
+          prompts: places of the prompts, int ``[n]``.
+          by: the samples of n other prompts.
+          samples: of a prompt.
+        """
+        arrays = [getattr(self, name).copy() for name in _ARRAYS]
+        for array, name in zip(arrays, _ARRAYS, strict=True):
+            shape = (-1, samples, *array.shape[1:])
+            groups = array.reshape(shape)  # a view
+            # [prompts * samples, ...] -> [prompts, samples, ...]; writes to `array`.
+            groups[prompts] = getattr(by, name).reshape(shape)
+        return Samples(*arrays)
+
+
+_ARRAYS = tuple(field.name for field in fields(Samples))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws groups of samples and computes their rewards.
+
+    Attributes:
+      rl: rewards, number and limit of the samples of a prompt, and their temperature.
+      model: the decoder without rematerialization.
+      params: its frozen weights.
+      tokenizer: of the model.
+      mesh: of the weights.
+      prompts: number of prompts of a step.
+      seed: of the run.
+      longest: tokens of the longest prompt of the data set.
+      folder: for complete groups; None: they are not stored.
+      rows: rows that are generated at once on each shard of a batch.
+    """
+
+    rl: RLConfig
+    model: Decoder
+    params: Any
+    tokenizer: Tokenizer
+    mesh: Mesh
+    prompts: int
+    seed: int
+    longest: int
+    folder: Path | None = None
+    rows: int = ROWS
+
+    def __post_init__(self) -> None:
+        """Checks that the longest prompt and its samples fit the model's context.
+
+        Raises:
+          NaloraError: they do not fit.
+        """
+        context = self.model.config.max_positions
+        # Length from which LongRoPE rotates all keys by other frequencies.
+        switch = switch_length(self.model.config.ropes)
+        if switch is not None and switch < context:
+            context = switch  # cached keys are invalid beyond
+        if self.longest + self.rl.max_new_tokens > context:
+            raise NaloraError(
+                "--rl.max-new-tokens",
+                expected=f"at most {context - self.longest} with prompts of up to {self.longest} "
+                "tokens",
+                found=self.rl.max_new_tokens,
+                remedy="lower it, or leave long prompts out with --data.max-length",
+            )
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.rl)
+
+    @cached_property
+    def _stops(self) -> np.ndarray:
+        """Returns the stop tokens, padded."""
+        stops = sorted(self.tokenizer.eos_ids)
+        return np.array(
+            stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops))
+        )
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Returns `program_shape` on this mesh."""
+        return program_shape(
+            self.prompts, self.rl.samples, prompt_shards(self.mesh), self.rows
+        )
+
+    def __call__(
+        self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0
+    ) -> Samples:
+        """Returns the samples of ``prompts``.
+
+        Args:
+          lora: the current adapter.
+          step: the training step that the samples are for; with the run's seed it determines the
+            keys.
+          prompts: any number; a row's key depends on its place in the list.
+          attempt: number of the rollout within the step; its keys differ.
+
+        Raises:
+          NaloraError: a reward fails.
+        """
+        weights = view_weights(self.model, {"params": self.params, "lora": lora})
+        # One seed for each sample of the step, [prompts * samples].
+        seeds = np.random.SeedSequence((self.seed, step, attempt)).generate_state(
+            len(prompts) * self.rl.samples
+        )
+        store = _Store(self.folder, f"{step}-{attempt}", lora)
+        parts: list[Samples] = []
+        for start in range(0, len(prompts), self.shape[0]):
+            group = prompts[start : start + self.shape[0]]
+            if (part := store.read(start)) is None:
+                first = start * self.rl.samples
+                after = first + len(group) * self.rl.samples
+                of_group = seeds[first:after].tolist()
+                generated = self._generated(weights, group, of_group)
+                part = self._scored(group, *generated)
+                store.write(start, part)
+            parts.append(part)
+        return Samples.joined(parts)
+
+    def _generated(
+        self, weights: Any, prompts: Sequence[Prompt], seeds: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Generates the samples of the prompts of one program.
+
+        Args:
+          weights: from `view_weights`.
+          prompts: at most the number of prompts of a program, ``shape[0]``.
+          seeds: of each sample, ``[prompts * samples]``.
+
+        Returns:
+          Tokens and log-probabilities, ``[prompts * samples, limit]``, see `Samples`.
+        """
+        # Rows of the program, and samples of each: a prompt may be repeated over several rows.
+        _, count, samples = self.shape
+        parts = [
+            prompt.ids for prompt in prompts for _ in range(self.rl.samples // samples)
+        ]
+        # The additional row has the longest prompt's length, so that all calls share one program.
+        padded = padded_rows([*parts, [0] * self.longest], count + 1)
+        rows = {name: value[:count] for name, value in padded.items()}
+        # Unused rows of an incomplete group: one token, not live.
+        rows["lengths"][len(parts) :] = 1
+        rows["live"] = np.arange(count) < len(parts)
+        sampling = make_sampling(
+            count * samples, temperature=self.rl.temperature, seeds=seeds
+        )
+        placed = place_batch({**rows, "sampling": sampling}, self.mesh)
+        results = sample_groups(
+            self.model,
+            weights,
+            Prompts(**placed, stop_ids=self._stops),
+            samples=samples,
+            limit=self.rl.max_new_tokens,
+        )
+        tokens, log_probs = (
+            np.asarray(fetch(x))[: len(prompts) * self.rl.samples] for x in results
+        )
+        return tokens, log_probs
+
+    def _scored(
+        self, prompts: Sequence[Prompt], tokens: np.ndarray, log_probs: np.ndarray
+    ) -> Samples:
+        """Decodes samples ``[prompts * samples, limit]`` and adds their rewards; see `Samples`."""
+        texts = [self.tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in tokens]
+        of_rows = [prompt for prompt in prompts for _ in range(self.rl.samples)]
+        rewards = self._scorer(
+            [p.text for p in of_rows],
+            texts,
+            [p.record for p in of_rows],
+            [p.where for p in of_rows],
+        )
+        if jax.process_count() > 1:
+            # A reward may be random or depend on the time: all processes use the first one's.
+            rewards = multihost_utils.broadcast_one_to_all(rewards)
+        # The limit is reached, and its token is no stop token.
+        cut = (tokens[:, -1] != NO_TOKEN) & ~np.isin(tokens[:, -1], self._stops)
+        return Samples(tokens, log_probs, np.asarray(rewards, np.float64), cut)
+
+
+class _Store:
+    """Complete groups of the current rollout; one process reads and writes them."""
+
+    def __init__(self, folder: Path | None, name: str, lora: Any) -> None:
+        """Reads the file of the rollout, or removes the files of earlier steps if there is none.
+
+        Args:
+          folder: the run's folder of rollouts; None: nothing is stored, as with several processes.
+          name: ``<step>-<attempt>``.
+          lora: the adapter, whose digest is part of the file's name.
+        """
+        self._path: Path | None = None
+        self._parts: dict[str, np.ndarray] = {}
+        if folder is None or jax.process_count() > 1:
+            return
+        digest = hashlib.sha256()
+        for path, leaf in trees.flatten(lora).items():
+            digest.update(path.encode() + np.asarray(leaf).tobytes())
+        self._path = folder / f"{name}-{digest.hexdigest()[:16]}.npz"
+        self._parts = _read_stored(self._path)
+        if not self._parts and name.endswith("-0"):
+            # A new step: remove the files of earlier ones.
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def read(self, start: int) -> Samples | None:
+        """Returns the samples of the prompts starting at ``start``, if they are stored."""
+        names = [f"{start}-{name}" for name in _ARRAYS]
+        if not set(names) <= set(self._parts):
+            return None
+        return Samples(*(self._parts[name] for name in names))
+
+    def write(self, start: int, part: Samples) -> None:
+        """Adds samples to the file."""
+        if self._path is None:
+            return
+        for name in _ARRAYS:
+            self._parts[f"{start}-{name}"] = getattr(part, name)
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **self._parts)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(self._path, buffer.getvalue())
+
+
+def _read_stored(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a file; none if it is absent or damaged, so that they are sampled
+    again."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+    except Exception:
+        # zipfile, zlib, ast and NumPy raise many types for damaged content.
+        log.warning("%s cannot be read: its groups are sampled again", path)
+        return {}
+
+
+def sample_batch(
+    prompts: Sequence[Sequence[int]],
+    samples: Samples,
+    length: int,
+    *,
+    masks_cut: bool = False,
+) -> dict[str, np.ndarray]:
+    """Returns the arrays ``[rows, ...]`` that `nalora_jax.kinds.rl.policy` reads, except for the
+    advantages; each row is one sample.
+
+    Args:
+      prompts: token ids of each row's prompt.
+      samples: of the rows.
+      length: positions of a row, at least those of the longest prompt and sample.
+      masks_cut: leave samples that the limit cut out of the loss.
+    """
+    rows = len(prompts)
+    # One position more: inputs are all but the last token, targets all but the first.
+    ids = np.zeros((rows, length + 1), np.int32)
+    sampled = np.zeros((rows, length + 1), np.float32)
+    mask = np.zeros_like(sampled)
+    segments = np.zeros_like(ids)
+    lengths = samples.lengths
+    for row, (prompt, count) in enumerate(zip(prompts, lengths, strict=True)):
+        new = slice(len(prompt), len(prompt) + count)
+        ids[row, : len(prompt)] = prompt
+        ids[row, new] = samples.tokens[row, :count]
+        sampled[row, new] = samples.log_probs[row, :count]
+        mask[row, new] = not (masks_cut and samples.cut[row])
+        segments[row, : new.stop] = 1
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        # 0 at padding.
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+        * segments[:, :-1],
+        "segment_ids": segments[:, :-1],
+        "loss_weights": mask[:, 1:],
+        "sampled": sampled[:, 1:],
+        "real": np.ones(rows, np.float32),
+    }

@@ -1,0 +1,288 @@
+"""Runs on text: completions, conversations and plain text."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from nalora_jax.assembly.program import Assembly, assemble
+from nalora_jax.common import trees
+from nalora_jax.config import RunConfig
+from nalora_jax.data.forms import in_turns
+from nalora_jax.data.items import digest
+from nalora_jax.data.pipeline import BatchIterator, packed_data
+from nalora_jax.data.questions import held_out
+from nalora_jax.data.source import Source
+from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.kinds.inputs import (
+    check_layout,
+    check_longest,
+    open_records,
+    settled,
+    stream_shape,
+)
+from nalora_jax.kinds.job import Inputs, Job
+from nalora_jax.mesh import distributed, processes
+from nalora_jax.method.step import TrainState
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.weights.hub import resolve_source
+from nalora_jax.weights.model_files import (
+    LoadedModel,
+    ModelFiles,
+    load_weights,
+    open_files,
+)
+from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
+from nalora_jax.weights.origin import original
+from nalora_jax.weights.peft import (
+    export_adapter,
+    import_adapter,
+    max_logit_difference,
+    verify_export,
+)
+
+if TYPE_CHECKING:
+    from nalora_jax.common.folders import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+    """Opens the model's files and the data, tokenizes the data and settles the settings.
+
+    Raises:
+      NaloraError: a model or data that cannot be read, or settings that do not fit them.
+    """
+    files = open_files(
+        replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
+    )
+    return tokenized(config, files, *open_records(config.data, source))
+
+
+def tokenized(
+    config: RunConfig, files: ModelFiles, train: Source, held: Source
+) -> Inputs:
+    """Returns the inputs of a run on text, given opened files and records.
+
+    Raises:
+      NaloraError: rules that match nothing, or an example that is longer than the context.
+    """
+    added = AddedTokens.of(config.data)
+    base = files.described(added)
+    tokenizer = files.tokenizer_with(added)
+    # raises for rules that match nothing, before data is tokenized
+    adapter_spec(config, base)
+    turns = in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
+    shape = stream_shape(config) | {"context": base.max_positions}
+    data = packed_data(train, config.data, tokenizer, **shape)
+    check_longest(int(data.store.lengths().max()), base)
+    config = replace(
+        config, data=replace(config.data, max_length=data.pattern.capacity)
+    )
+    config = settled(config, base.d_model, data.rows_per_epoch, "rows")
+    items = held_out(held, config.data, tokenizer)
+    questions = {"reported": digest(items[0]), "selecting": digest(items[1])}
+    return Inputs(config, base, files, data, items, questions, turns)
+
+
+def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
+    """Returns the arguments of `nalora_jax.assembly.program.assemble` that differ between kinds;
+    none for text."""
+    return {}
+
+
+def build_step(
+    inputs: Inputs,
+    placed: RunConfig,
+    mesh: Mesh,
+    output: RunFolder,
+    like: Job | None,
+    parts: Callable[[RunConfig, Any], dict[str, Any]] = program_parts,
+) -> tuple[LoadedModel, Assembly, Any]:
+    """Loads the base, and builds adapters, step and this process's rows.
+
+    Args:
+      inputs: the run's inputs.
+      placed: its settings with a concrete layout.
+      mesh: its devices.
+      output: its folder.
+      like: a job with the same program, whose base and programs are shared.
+      parts: `program_parts` of another kind.
+
+    Raises:
+      NaloraError: the model does not fit the mesh or the rules, or its weights are damaged.
+    """
+    assert inputs.base is not None
+    assert inputs.files is not None
+    check_layout(placed, inputs.base, inputs.files, mesh)
+    if like is None:
+        loaded = _loaded(inputs.files, placed, mesh)
+    else:
+        loaded = cast(LoadedModel, like.loaded)
+    shared = None if like is None else like.assembly
+    of_kind = parts(placed, inputs.files.processor)
+    assembly = assemble(
+        placed, loaded.config, loaded.params, mesh, like=shared, **of_kind
+    )
+    data = replace(inputs.data, **stream_shape(placed, mesh))
+    assert inputs.start is not None
+    return loaded, inputs.start.with_start(assembly, loaded, data, output), data
+
+
+def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
+    """Loads the base model onto the mesh."""
+    started = time.perf_counter()
+    kind = config.compute.quantized
+    loaded = load_weights(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
+    loaded = with_added(loaded, AddedTokens.of(config.data), mesh)
+    log.info(
+        "%s: %.0f MB of parameters in %s, loaded in %.1f s",
+        loaded.source,
+        trees.size_bytes(loaded.params) / 1e6,
+        f"{kind} and {config.compute.dtype}" if kind else config.compute.dtype,
+        time.perf_counter() - started,
+    )
+    return loaded
+
+
+def evaluator(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
+) -> TextEvaluator:
+    """Returns the evaluator of some held-out examples.
+
+    Its programs have the length that fits all held-out examples, so that both evaluators share
+    them.
+    """
+    model = assembly.eval_model
+    mesh = distributed.unless_single(assembly.mesh)
+    every = [*inputs.held_out[0], *inputs.held_out[1]]
+    if inputs.answering:
+        answers = inputs.answering(model, loaded.tokenizer, mesh)
+    else:
+        answers = None
+    return TextEvaluator(model, answers, items, mesh=mesh, fitting=every)
+
+
+def export_run(
+    job: Job, folder: Path, state: TrainState, share: Callable[[str], None]
+) -> None:
+    """Writes PEFT files of the adapter and verifies them by reloading.
+
+    Args:
+      job: the run.
+      folder: new, or an earlier export, which is replaced.
+      state: the state to export.
+      share: makes a folder of the first process readable in all processes.
+
+    Raises:
+      NaloraError: the files cannot be written, or differ from the trained adapter.
+    """
+    loaded = cast(LoadedModel, job.loaded)
+    assembly = job.assembly
+    assert job.inputs.start is not None
+    lora, spec = job.inputs.start.exportable_adapter(assembly, state.lora)
+    processes.on_first_process(
+        lambda: write_adapter(folder, loaded, lora, spec, overwrite=True)
+    )
+    # All processes read the export in `_difference`.
+    share(folder.name)
+    difference = _difference(loaded, assembly, state.lora, folder, job.data.batches())
+    # Lowered kernels were rounded to the base's dtype once. All other differences come from the
+    # order of summation.
+    rounded = assembly.initial is not None and job.config.compute.dtype == "bfloat16"
+    # Also True for NaN.
+    if not difference < (0.05 if rounded else 1e-3):
+        raise NaloraError(
+            str(folder),
+            expected="the trained adapter's logits",
+            found=f"a difference of {difference:.1e}",
+        )
+    log.info(
+        "adapter: %s (read back: logits differ by at most %.1e)", folder, difference
+    )
+
+
+def _difference(
+    loaded: LoadedModel,
+    assembly: Assembly,
+    lora: Any,
+    folder: Path,
+    batches: BatchIterator,
+) -> float:
+    """Returns the largest logit difference of trained and exported adapter on one training row.
+
+    The trained adapter runs on the run's kernels, which may be lowered; the exported one, read from
+    ``folder``, on the original base. All processes use the first one's row.
+    """
+    batch = next(iter(batches))
+    names = ("tokens", "positions", "segment_ids", "pixels")
+    # [accumulate, rows, ...] -> [1, ...], the first row of the first micro-batch.
+    row = {name: batch[name][0, :1] for name in names if name in batch}
+    row = multihost_utils.broadcast_one_to_all(row)
+    files, spec = import_adapter(folder, loaded.config, fingerprint=loaded.fingerprint)
+
+    def logits(model: Decoder, params: Any, lora: Any) -> Any:
+        """Returns the logits of every eighth token, ``[1, seq / 8, vocab]``, on the host."""
+
+        @jax.jit
+        def apply(variables: Any) -> jax.Array:
+            """Returns the logits; every eighth token suffices and saves memory."""
+            images = {}
+            if "pixels" in row:
+                assert loaded.processor is not None
+                pixels = loaded.processor.normalise(row["pixels"])
+                images["features"] = model.apply(variables, pixels, method="see")
+            layout = {"positions": row["positions"], "segment_ids": row["segment_ids"]}
+            hidden = model.apply(variables, row["tokens"], **layout, **images)
+            return model.apply(variables, hidden[:, ::8], method="unembed")
+
+        return processes.fetch(apply({"params": params, "lora": lora}))
+
+    model = assembly.eval_model
+    return max_logit_difference(
+        lambda _: logits(model, assembly.params, lora),
+        lambda _: logits(model.clone(adapters=spec), loaded.params, files),
+        row["tokens"],
+    )
+
+
+def write_adapter(
+    folder: Path,
+    loaded: LoadedModel,
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    **options: Any,
+) -> float:
+    """Writes PEFT files of an adapter and verifies them; returns the difference (`verify_export`).
+
+    ``options`` are passed to `export_adapter`.
+    """
+    export_adapter(
+        lora,
+        spec,
+        loaded.config,
+        folder,
+        base_model_name=original(loaded),
+        base_weights=loaded.source if original(loaded) != loaded.source else "",
+        fingerprint=loaded.fingerprint,
+        rope_scaling=loaded.rope_scaling,
+        write_extra=tokenizer_writer(loaded)
+        if loaded.added or loaded.resized
+        else None,
+        **options,
+    )
+    return verify_export(
+        folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint
+    )

@@ -1,0 +1,1 @@
+"""Trained runs and adapters: where they are, and their models with weights."""

@@ -1,0 +1,1 @@
+"""Plans: estimates, machines, compiled programs, and the choice of a layout."""

@@ -1,0 +1,229 @@
+"""Preference tuning: the objective against its plain formula, the data, and a whole run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.__main__ import main
+from nalora_jax.assembly.program import assemble
+from nalora_jax.cli.training import run
+from nalora_jax.common import trees
+from nalora_jax.config import (
+    ComputeConfig,
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    RunConfig,
+    TrainConfig,
+)
+from nalora_jax.data.preference import pair_data, tokenize_pairs
+from nalora_jax.data.source import RecordsSource
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.errors import NaloraError
+from nalora_jax.kinds.preference import program_parts
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from tests import tiny
+from tests.param_trees import init_params
+
+BASE = ModelConfig.from_hf(tiny.HF)
+DATA = DataConfig(max_length=24)
+RECORDS = [
+    {"prompt": "a b", "chosen": " c", "rejected": " d e f"},
+    {"prompt": "g", "chosen": " h i j k", "rejected": " l"},
+    {"prompt": "m n o p", "chosen": " q", "rejected": " r"},
+    {"prompt": "s", "chosen": " t u", "rejected": " v w"},
+    {"prompt": "x y", "chosen": " z z", "rejected": " z a b"},
+]
+CHAT = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} {% endfor %}"
+CHAT += "{% if add_generation_prompt %}a {% endif %}"
+DPO = PreferenceConfig("dpo")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    folder = tiny.make_model(tmp_path_factory.mktemp("model") / "base")
+    return replace(Tokenizer.from_folder(folder), chat_template=CHAT)
+
+
+def pairs(tokenizer, config=DATA, preference=DPO, records=RECORDS, **options):
+    options = {"batch_size": 2, "seed": 3} | options
+    return pair_data(RecordsSource("pairs", records), config, preference, tokenizer, **options)
+
+
+def settings(preference):
+    return RunConfig(
+        steps=8,
+        lora=LoRAConfig(rules=(LoRARule("ffn", 4), LoRARule("q_proj", 2))),
+        mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        compute=ComputeConfig(dtype="float32", stats_stride=1),
+        preference=preference,
+        mesh=MeshConfig(1, 1, 1),
+    )
+
+
+def assembled(preference):
+    """A run's assembly on a fixed base, its adapters moved away from the start."""
+    params = jax.tree.map(lambda leaf: 2 * leaf, init_params(BASE, jax.random.key(0)))
+    parts = program_parts(settings(preference), None)
+    made = assemble(settings(preference), BASE, params, tiny.one_device(), **parts)
+    moved = {
+        path: leaf + 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
+        for i, (path, leaf) in enumerate(trees.flatten(made.state.lora).items())
+    }
+    return made, made.begin(trees.unflatten(moved), 0)
+
+
+def sides(data):
+    """Ids and number of answer tokens of every chosen and rejected text."""
+    store = data.store
+    rows = zip(store.offsets[:-1], store.offsets[1:], strict=True)
+    texts = [(store.tokens[a:b], int(store.answer[a + 1 : b].sum())) for a, b in rows]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def plain_loss(lora, model, params, texts, preference):
+    """DPO of texts, each in a row of its own, padded at its end: chosen and rejected in turn."""
+    longest = max(len(ids) for ids, _ in texts)
+    ids = np.stack([np.pad(ids, (0, longest - len(ids))) for ids, _ in texts])
+    ends, counts = np.array([[len(ids) - 1, count] for ids, count in texts]).T[:, :, None]
+    place = np.arange(longest - 1)
+    answer = ((place >= ends - counts) & (place < ends)).astype(np.float32)
+
+    def log_probs(decoder, **adapters):
+        variables = {"params": params, **adapters}
+        hidden = decoder.apply(variables, ids[:, :-1])
+        table = jax.nn.log_softmax(decoder.apply(variables, hidden, method="unembed"))
+        picked = jnp.take_along_axis(table, ids[:, 1:, None], axis=2)[..., 0] * answer
+        return jnp.sum(picked, axis=1) / (answer.sum(axis=1) if preference.per_token else 1)
+
+    ratios = (log_probs(model, lora=lora) - log_probs(Decoder(BASE))).reshape(-1, 2)
+    margin, s = preference.beta * (ratios[:, 0] - ratios[:, 1]), preference.label_smoothing
+    return jnp.mean(-(1 - s) * jax.nn.log_sigmoid(margin) - s * jax.nn.log_sigmoid(-margin))
+
+
+def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(tokenizer):
+    """With labels that are smoothed, and per token; the whole run below has neither."""
+    preference = PreferenceConfig("dpo", beta=2.0, label_smoothing=0.1, per_token=True)
+    data = pairs(tokenizer, preference=preference)
+    made, state = assembled(preference)
+    batch = data.batch_at(0)
+    which = np.concatenate([data.records_of(i) for i in range(2)])
+    assert batch["pairs"].sum() == len(which) > 2
+    texts = [text for index in which for text in sides(data)[index]]
+    formula = partial(
+        plain_loss, model=made.eval_model, params=made.params, texts=texts, preference=preference
+    )
+    value, grads = jax.jit(jax.value_and_grad(formula))(state.lora)
+    expected_norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    _, metrics = made.step(made.view(made.params), state, batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], expected_norm, rtol=1e-4)
+    assert float(metrics["target_tokens"]) == len(which)
+    assert abs(float(value) - np.log(2)) > 0.005
+
+
+USER = [{"role": "user", "content": "x"}]
+CHOSEN, REJECTED = ([{"role": "assistant", "content": text}] for text in "yz")
+
+
+@pytest.mark.parametrize(
+    ("record", "texts"),
+    [
+        ({"prompt": USER, "chosen": CHOSEN, "rejected": "z"}, ("u x a y", "u x a z")),
+        ({"chosen": USER + CHOSEN, "rejected": USER + REJECTED}, ("u x a y", "u x a z")),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, ("u x a y", "u x a z")),
+        ({"prompt": "x", "chosen": " y", "rejected": " z"}, ("x y", "x z")),
+    ],
+    ids=["messages", "whole conversations", "text through the template", "text"],
+)
+def test_the_tokens_of_a_pair(tokenizer, record, texts):
+    (pair,) = sides(pairs(tokenizer, replace(DATA, chat=len(texts[0]) > 3), records=[record]))
+    assert tuple(tokenizer.decode(ids) for ids, _ in pair) == texts
+    assert [count for _, count in pair] == [2, 2]  # the answer and the end
+
+
+@pytest.mark.parametrize(("choices", "gold"), [("wyyz", 1), ("zwy", 2)])
+def test_the_wrong_choice_after_the_right_one_is_rejected(tokenizer, choices, gold):
+    source = RecordsSource("choices", [{"prompt": "x", "choices": list(choices), "gold": gold}])
+    (pair,) = tokenize_pairs(source, [0], DATA, DPO, tokenizer)
+    answers = [tokenizer.decode(side.ids.tolist()) for side in (pair.chosen, pair.rejected)]
+    assert answers == ["x y", "x z"]
+
+
+def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
+    long = {"prompt": "a b c d e f g h i j k l m", "chosen": " n", "rejected": " o p"}
+    assert pairs(tokenizer, records=[*RECORDS, long]).describe()["dropped"] == 1
+    assert "left out 1 of 6 records" in caplog.text
+    cut = pairs(tokenizer, replace(DATA, too_long="truncate"), records=[*RECORDS, long])
+    (chosen, _), (rejected, _) = sides(cut)[-1]
+    assert tokenizer.decode(chosen).endswith("l m n")
+    assert max(len(chosen), len(rejected)) == DATA.max_length // 2 + 1
+    with pytest.raises(
+        NaloraError, match="pairs, record 5: expected at most --data.max-length 24 tokens"
+    ):
+        pairs(tokenizer, replace(DATA, too_long="error"), records=[*RECORDS, long])
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"prompt": "a", "chosen": " b"}, "a field 'rejected'"),
+        ({"prompt": "a", "chosen": " b", "rejected": " "}, "rejected: expected an answer, found an empty text"),
+        ({"prompt": "a", "chosen": " b", "rejected": " b"}, "expected two answers that differ"),
+        ({"prompt": "a", "choices": ["b", "b"], "gold": 0}, "choices: expected two that differ, found 'b'"),
+    ],
+)  # fmt: skip
+def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
+    with pytest.raises(NaloraError, match=f"pairs, record 1.*{said}"):
+        pairs(tokenizer, records=[RECORDS[0], record])
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
+    """Answers z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has
+    them."""
+    rng = np.random.default_rng(0)
+    prompts = [" ".join(rng.choice(list("abcdefgh"), 2)) for _ in range(60)]
+    lines = [
+        json.dumps({"prompt": prompt, "chosen": " z", "rejected": " y x"}) for prompt in prompts
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    splits = {"train_split": "train[:80%]", "eval_split": "train[80%:]"}
+    splits |= {"eval_limit": 4, "select_limit": 2}  # with so few, one program measures both
+    config = tiny.make_config(
+        tmp_path,
+        steps=12,
+        preference=PreferenceConfig("dpo", beta=0.5),
+        data=DataConfig(str(tmp_path / "pairs.jsonl"), max_length=16, **splits),
+        train=TrainConfig(batch_size=8, log_every=1, eval_every=6, save_every=6),
+    )
+    result = run(config)
+    first, *_, last = (record for record in tiny.lines(result.folder) if "loss" in record)
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert first["rewards_margin"] == pytest.approx(0.0, abs=1e-5)
+    assert last["rewards_accuracy"] > 0.9
+    assert last["layers"]["mask_mean"]  # mechanisms act as in any run
+    assert result.before["loss"] == pytest.approx(np.log(2))
+    for values in (last, result.after):
+        assert values["rewards_margin"] > 0.5
+        assert values["loss"] < 0.6
+    out = tmp_path / "eval.json"
+    assert main(["eval", str(result.folder), "--output", str(out)]) == 0
+    assert "held-out preference loss" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    for name in ("loss", "rewards_margin", "rewards_accuracy", "n"):
+        assert found[name] == pytest.approx(result.after[name], rel=1e-6)
+    assert main(["eval", str(result.folder), "--against", "base"]) == 2
+    assert "--against: expected --tasks or --dataset with it" in capsys.readouterr().err
