@@ -78,7 +78,10 @@ class Interrupted(KeyboardInterrupt):
     def __init__(
         self, signal: Signals, saved: int | None = None, resume: str = ""
     ) -> None:
-        self.signal, self.saved, self.status = signal, saved, 128 + int(signal)
+        self.signal = signal
+        self.saved = saved
+        self.resume = resume
+        self.status = 128 + int(signal)
         parts = [f"interrupted by {signal.name}"]
         if saved is not None:
             parts.append(f"saved step {saved}")

@@ -212,30 +212,29 @@ _GRADIENT_ALPHA = 128
 _GRADIENT = 1 / 2
 # Image and text encoders: best rate of plain LoRA in each task of studies/few_shot_seeds.
 _ENCODERS = 1e-3
-# Factors on these rates. For preference losses: a guess, without evidence (docs/data.md).
-_PAIRS = 1 / 8
-# Rewards: as long as --rl.beta is 0 and a step has one update; docs/rl.md has the runs.
-_REWARDS = 1 / 8
-# Non-zero initializations of A and B, with lowered kernels: best rates 5e-4 and 1e-3 in
-# studies/full_ffn_table, compared with 4e-3 of plain LoRA.
+# Factors on these rates. Non-zero initializations of A and B, with lowered kernels: best rates
+# 5e-4 and 1e-3 in studies/full_ffn_table, compared with 4e-3 of plain LoRA.
 _STARTS = {"lora_ga": 1 / 8, "pissa": 1 / 4}
 _ADALORA = 4  # best rate 1.6e-2 in studies/full_ffn_table
 _ADAPTIVE = ("adamw", "adam", "adafactor")
 
 
-def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
+def with_learning_rate(
+    config: RunConfig, width: int = 0, of_kind: float = 1.0
+) -> RunConfig:
     """Returns ``config`` with a concrete learning rate in place of 0, the automatic choice.
 
     The rate is 4e-3 up to a width of 576, as the studies found, and ``4e-3 * 576 / width`` for
     wider models, times ``sqrt(16 / alpha)`` if the largest alpha of the rules is above 16 (not with
     AdaLoRA), and half of that for gradient-subspace initialization with an alpha of 128 or more;
-    1e-3 for image and text encoders. It is divided by 8 for preference losses, rewards and
-    LoRA-GA and by 4 for PiSSA, multiplied by 4 for AdaLoRA, and divided by the square root of
-    LoRA+'s ratio, which keeps the product of A's and B's rates.
+    1e-3 for image and text encoders. It is divided by 8 for LoRA-GA and by 4 for PiSSA, multiplied
+    by 4 for AdaLoRA and by the factor of the run's kind (1/8 for preference losses and rewards),
+    and divided by the square root of LoRA+'s ratio, which keeps the product of A's and B's rates.
 
     Args:
       config: the run's settings.
       width: width of the decoder's hidden states; 0 for image and text encoders.
+      of_kind: the factor of the run's kind, `nalora_jax.kinds.record.Kind.rate`.
 
     Raises:
       NaloraError: the optimizer has no automatic rate.
@@ -257,10 +256,7 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
         if not config.adalora.target_rank:
             rate *= _by_alpha(config.lora)
     rate *= _STARTS.get(config.lora.init, 1) / math.sqrt(config.lora.plus_ratio)
-    if config.preference.loss != "none":
-        rate *= _PAIRS
-    if config.rl.rewards:
-        rate *= _REWARDS
+    rate *= of_kind
     if config.adalora.target_rank:
         rate *= _ADALORA
     # Two digits, so that the log shows the exact rate.

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nalora_jax import kinds
 from nalora_jax.assembly import optimizers
 from nalora_jax.assembly.mechanisms import first_step, log_first_step, mechanisms_of
 from nalora_jax.cli import config_files
@@ -23,7 +22,7 @@ from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.run_log import recorded_settings
-from nalora_jax.kinds import job
+from nalora_jax.kinds import record
 from nalora_jax.kinds.inputs import check_layout
 from nalora_jax.loading import initial_adapter
 from nalora_jax.mesh import distributed
@@ -51,6 +50,7 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
       NaloraError: any error that a run would raise before it reads weights.
     """
     for run in runs:
+        record.check_kind(run)
         for text in run.mechanisms:
             make(text)
     runs = [
@@ -59,59 +59,36 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
         )
         for run in runs
     ]
-    inputs = kinds.run_kind(runs[0]).open_inputs(runs[0], None)
-    if inputs.base is None:
-        lines = _describe_images(inputs) + _differences(runs)
-    else:
+    kind = record.kind_of(runs[0])
+    inputs = kind.open_inputs(runs[0], None)
+    if kind.describe is None:
         lines = _describe(inputs, runs)
+    else:
+        lines = _describe_encoders(inputs, kind.describe(inputs)) + _differences(runs)
     print(config_files.as_yaml(inputs.config, changed_only=not every_setting), end="")
     print("\n".join(f"# {line}" for line in lines))
 
 
-def _describe_images(inputs: job.Inputs) -> list[str]:
+def _describe_encoders(inputs: record.Inputs, facts: record.Described) -> list[str]:
     """Returns lines that describe a run on image and text encoders."""
-    # Pillow is an extra
-    from nalora_jax.kinds.dual import resolve_dual
-    from nalora_jax.models.vision.dual import (
-        init_lora as init_dual,
-    )
-    from nalora_jax.weights.dual import described_dual
-
     config = inputs.config
-    records = inputs.data
-    base = described_dual(
-        config.model, d_out=config.vision.features, loss=config.vision.loss
-    )
-    spec = resolve_dual(config, base)
-    shapes = {
-        path: jax.ShapeDtypeStruct(shape, "float32")
-        for path, shape in base.param_shapes().items()
-    }
-    lora = jax.eval_shape(
-        partial(init_dual, base, spec), jax.random.key(0), trees.unflatten(shapes)
-    )
-    total = sum(map(math.prod, base.param_shapes().values()))
-    trained = trees.count_elements(lora)
-    weights = config.compute.itemsize * total / 1e9
-    of = ""
-    if records.classes:
-        of = f"{len(records.classes)} classes, "
+    weights = config.compute.itemsize * facts.parameters / 1e9
     held = (
-        f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients "
+        f"{4 * facts.trained / 1e9:.2f} GB each for trained parameters, their gradients "
         "and the optimizer's state"
     )
     return [
-        f"base model: {total:,} parameters, {config.model}",
-        f"trained parameters: {trained:,}, "
-        f"on {len(spec.targets)} projections a layer of both towers",
-        f"mechanisms: {_mechanisms(config, base.towers['image'].activation, spec)}",
-        f"training data: {of}{len(records.indices)} images of {len(records.source)}",
-        *_sizes(inputs, len(records.indices), "images", "images"),
+        f"base model: {facts.parameters:,} parameters, {config.model}",
+        f"trained parameters: {facts.trained:,}, "
+        f"on {len(facts.spec.targets)} projections a layer {facts.where}",
+        f"mechanisms: {_mechanisms(config, facts.activation, facts.spec)}",
+        f"training data: {facts.data}",
+        *_sizes(inputs, facts.examples, facts.noun, facts.noun),
         f"memory: {weights:.2f} GB for the weights, {held}; activations are not estimated",
     ]
 
 
-def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
+def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     """Returns lines that describe the first of several runs on a decoder, and how the others
     differ."""
     config = inputs.config
@@ -128,7 +105,8 @@ def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     for run in runs:
         if run.model == runs[0].model:
             adapters.adapter_spec(run, base)  # raises for rules that match nothing
-            run = optimizers.with_learning_rate(run, base.d_model)
+            rate = record.kind_of(run).rate
+            run = optimizers.with_learning_rate(run, base.d_model, rate)
         settings.append(run)
     size = sum(map(math.prod, stacks.param_shapes(base).values()))
     lines = [f"base model: {size:,} parameters, {files.resolved.path}"]
@@ -157,7 +135,7 @@ def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     ]
 
 
-def _sizes(inputs: job.Inputs, of_epoch: int, held: str, rows: str) -> list[str]:
+def _sizes(inputs: record.Inputs, of_epoch: int, held: str, rows: str) -> list[str]:
     """Returns lines on the held-out examples and the steps; logs warnings about their number, as
     the run does."""
     config = inputs.config
@@ -176,7 +154,7 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     rewards."""
     rl = config.rl
     shards = prompt_shards(mesh)
-    if not rl.rewards:
+    if not record.kind_of(config).draws_samples:
         return []
     prompts = config.train.batch_size // rl.samples
     _, count, samples = distributed.program_shape(prompts, rl.samples, shards)
@@ -277,7 +255,7 @@ def _memory(
     # only.
     where = of_devices(list(mesh.devices.flat))
     if where is None:
-        if config.rl.rewards:
+        if record.kind_of(config).draws_samples:
             where = _this_machine(config, mesh)
         else:
             where = topology("v5e:1x1")
@@ -293,7 +271,7 @@ def _memory(
         f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
         f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",
     ]
-    if config.rl.rewards:
+    if record.kind_of(config).draws_samples:
         update = layout.seconds - layout.rollout
         lines.append(
             f"time of a step, estimated: {layout.rollout:.2g} s for a rollout "

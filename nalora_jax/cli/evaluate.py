@@ -21,18 +21,15 @@ from nalora_jax.cli.outputs import (
 )
 from nalora_jax.cli.parser import ModelArgs
 from nalora_jax.common.files import write_atomically
-from nalora_jax.config import DataConfig, config_from_dict
+from nalora_jax.config import DataConfig, RunConfig, config_from_dict
 from nalora_jax.config.structured import COUNT
 from nalora_jax.errors import NaloraError
 
 with epy.lazy_imports():  # on first use: help needs no JAX
-    from nalora_jax.data import preference, questions, sources
-    from nalora_jax.data.images import opened
+    from nalora_jax.data import questions, sources
     from nalora_jax.evaluate import evaluator as metrics
-    from nalora_jax.evaluate import generate, harness, needle, run_log, seeing, text
-    from nalora_jax.evaluate import images as of_images
-    from nalora_jax.evaluate import preference as of_pairs
-    from nalora_jax.kinds import dual, images
+    from nalora_jax.evaluate import generate, harness, needle, run_log, text
+    from nalora_jax.kinds import record
     from nalora_jax.loading import adapted, adapted_dual, located
     from nalora_jax.models import targets
     from nalora_jax.report import html, sections, tables
@@ -102,9 +99,9 @@ def evaluate(args: EvalArgs) -> None:
         return _needle(args)
     place = located.locate(args.model, args.adapter)
     named = args.tasks or args.dataset
-    pairs = config_from_dict(place.run).preference.loss != "none"
-    if pairs and not (named or args.harness):
-        return _preference(args, place.run)
+    run = config_from_dict(place.run)
+    if record.kind_of(run).compares_with_base and not (named or args.harness):
+        return _compared_with_base(args, run)
     sets: list[DataConfig] = []
     if named or not args.harness:
         sets = _data_sets(args, place.run)
@@ -148,7 +145,7 @@ def _collect_changes(args: EvalArgs) -> dict[str, Any]:
 def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
     """Returns the data sets to evaluate on, after opening each."""
     data = data_settings(run, _collect_changes(args))
-    if config_from_dict(run).vision.task == "chat":  # opened with the model
+    if config_from_dict(run).vision.reads_chats:  # opened with the model
         return [data]
     flag = "--dataset"
     if args.tasks:
@@ -289,29 +286,14 @@ def _harness(
 
 def _held_out(args: EvalArgs, model: adapted.AdaptedModel, data: DataConfig) -> None:
     """Prints the held-out metric as a run computes it."""
-    tokenizer = model.base.tokenizer
-    source = None
-    if model.base.processor is not None:
-        vision = config_from_dict(model.located.run).vision
-        splits: tuple[str, ...] = (data.train_split, data.eval_split)
-        if _collect_changes(args):
-            splits = (data.eval_split,)
-        with name_flags_of("--dataset"):
-            source = images.seen_sources(data, vision, tokenizer.images, splits=splits)
-    if _collect_changes(args):
-        items = questions.eval_examples(
-            data, tokenizer, split=data.eval_split, source=source
-        )
-    else:  # the examples of the run's reported results
-        items, _ = questions.held_out(
-            sources.open_pair(data, source=source)[1], data, tokenizer
-        )
-    _report(
-        args,
-        model,
-        data,
-        seeing.evaluator_of(model.base, model.module, items, mesh_of(args.mesh)),
-    )
+    run = replace(config_from_dict(model.located.run), data=data)
+    kind = record.kind_of(run)
+    if kind.compares_with_base:  # the data that the user named are texts
+        kind = record.kind_of(RunConfig())
+    with name_flags_of("--dataset"):
+        named = bool(_collect_changes(args))
+        evaluator = kind.evaluate(model, run, mesh_of(args.mesh), named)
+    _report(args, model, data, evaluator)
 
 
 def _images(args: EvalArgs) -> None:
@@ -325,45 +307,24 @@ def _images(args: EvalArgs) -> None:
     model = adapted_dual.load_adapted_dual(
         args.model, adapter=args.adapter, dtype=args.dtype
     )
-    run = config_from_dict(model.located.run)
     data = data_settings(model.located.run, _collect_changes(args))
-    classes: tuple[str, ...] = ()
-    if run.vision.task == "classify":
-        classes = opened.open_images(data, run.vision, data.train_split).classes()
-    held = opened.open_images(data, run.vision, data.eval_split)
-    shown = of_images.Images(held, dual.image_indices(replace(run, data=data), held)[0])
-    _report(
-        args,
-        model,
-        data,
-        dual.image_evaluator(model.encoders, shown, classes, run.vision),
-    )
+    run = replace(config_from_dict(model.located.run), data=data)
+    evaluator = record.kind_of(run).evaluate(model, run, None, True)
+    _report(args, model, data, evaluator)
 
 
-def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
-    """Prints the held-out loss and rewards of a run on pairs, computed as in the run."""
+def _compared_with_base(args: EvalArgs, run: RunConfig) -> None:
+    """Prints the held-out metric of a run whose evaluation compares the adapter with the base."""
     for flag, value in (("--against", args.against), ("--records", args.records)):
         if value is not None:
             expected = "--tasks or --dataset with it"
             remedy = "the rewards of a run on pairs compare it with its base already"
             raise NaloraError(flag, expected=expected, found="neither", remedy=remedy)
-    data = data_settings(run, _collect_changes(args))
-    settings = config_from_dict(run).preference
+    changed = replace(run.data, **_collect_changes(args))
+    run = replace(run, data=changed)
     model = _sides(args, None)[0].model
-    records = sources.open_held_out(data, data.eval_split)
-    tokenizer = model.base.tokenizer
-    pairs, _ = preference.held_out_pairs(
-        records, data, settings, tokenizer, model.base.config.max_positions
-    )
-    mesh = mesh_of(args.mesh)
-    _report(
-        args,
-        model,
-        data,
-        of_pairs.PreferenceEvaluator(
-            model.module, tokenizer, pairs, settings, mesh=mesh
-        ),
-    )
+    evaluator = record.kind_of(run).evaluate(model, run, mesh_of(args.mesh), True)
+    _report(args, model, changed, evaluator)
 
 
 def _report(

@@ -14,7 +14,6 @@ from etils import epy
 from nalora_jax.common import buckets, uploads
 from nalora_jax.common.folders import refuse_claimed
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
-from nalora_jax.config.settings import DUAL
 from nalora_jax.errors import Interrupted, NaloraError
 
 with epy.lazy_imports():  # on first use: help needs no JAX
@@ -32,7 +31,8 @@ def mesh_of(config: MeshConfig) -> jax.sharding.Mesh | None:
 
 def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
     """Returns True if the model or adapter is from a run that trained a dual encoder."""
-    return located.locate(model, adapter).run.get("vision", {}).get("task", "") in DUAL
+    run = config_from_dict(located.locate(model, adapter).run)
+    return run.vision.trains_encoders
 
 
 def shown_model(base: str, adapter: Path | None) -> str:

@@ -17,13 +17,13 @@ from etils import epy
 from tyro.conf import arg
 
 from nalora_jax.common.downloads import cache_dir
-from nalora_jax.config import DataConfig, RunConfig, TrainConfig, check
-from nalora_jax.config.settings import DUAL
+from nalora_jax.config import DataConfig, RunConfig, TrainConfig
 from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
 from nalora_jax.errors import NaloraError
 
 # on first use: help needs no JAX, and `_prepare` comes before it
 with epy.lazy_imports():
+    from nalora_jax.kinds import record as kinds
     from nalora_jax.planner import layouts, machines, program, report
 
 
@@ -75,17 +75,19 @@ class PlanArgs:
           NaloraError: a setting of the run is out of range, or its model is a dual encoder.
         """
         train = self.run.train
-        task = self.run.vision.task
-        if task in DUAL:
+        if self.run.vision.trains_encoders:
             expected = "a language model: dual encoders are not planned"
+            task = self.run.vision.task
             raise NaloraError("--vision.task", expected=expected, found=task)
         # before rows are counted
         check_ranges(replace(self.run, train=replace(train, batch_size=1)))
         rows = self.batch or train.batch_size or chips * train.accumulate
         data = replace(self.run.data, max_length=self.seq or self.run.data.max_length)
-        return check(
-            replace(self.run, data=data, train=replace(train, batch_size=rows))
-        )
+        vision = self.run.vision
+        if self.images:
+            vision = replace(vision, task="chat")
+        batch = replace(train, batch_size=rows)
+        return kinds.check_run(replace(self.run, data=data, train=batch, vision=vision))
 
 
 def plan(args: PlanArgs) -> None:

@@ -5,21 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from etils import epy
-
-from nalora_jax import kinds
-from nalora_jax.assembly import start
 from nalora_jax.config import RunConfig
 from nalora_jax.data.given import Data, Format
 from nalora_jax.data.source import Source
-from nalora_jax.evaluate.generate.generator import answering
-from nalora_jax.planner.choice import accepted
-from nalora_jax.train import cards
+from nalora_jax.report.writer import ReportWriter
 from nalora_jax.train.callbacks import Callback
+from nalora_jax.train.cards import CardWriter
 from nalora_jax.train.run import RunResult, fine_tune
-
-with epy.lazy_imports():
-    from nalora_jax.report import html  # a run needs it at its end only
 
 
 def run(
@@ -51,16 +43,5 @@ def run(
         kept.
       Interrupted: Ctrl-C or SIGTERM; the last completed step, if any, is saved.
     """
-    return fine_tune(
-        config,
-        kinds.run_kind(config),
-        start,
-        answering=answering,
-        choose_layout=accepted,
-        write_card=cards.write_run_card,
-        write_report=lambda folder: html.write_report(folder),
-        data=data,
-        format=format,
-        callbacks=callbacks,
-        source=source,
-    )
+    around = [CardWriter(), ReportWriter(), *callbacks]
+    return fine_tune(config, around, data=data, format=format, source=source)

@@ -12,8 +12,9 @@ because the module that it points to carries the decorator.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -29,12 +30,20 @@ class Registry(Generic[T]):
       kind: the noun for a value in errors, e.g. "mechanism".
       group: group of entry points, e.g. "nalora_jax.mechanisms".
       flag: the setting in errors about unknown names, e.g. "--mechanisms".
+      modules: modules of this library by the name that each registers, imported on first use.
     """
 
-    def __init__(self, kind: str, group: str, flag: str = "") -> None:
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        flag: str = "",
+        modules: Mapping[str, str] | None = None,
+    ) -> None:
         self._kind = kind
         self._group = group
         self.flag = flag
+        self._modules = dict(modules or {})
         self._values: dict[str, T] = {}
 
     def add(self, name: str, value: T, *, replace: bool = False) -> T:
@@ -85,12 +94,17 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Returns all known names, entry points included, sorted."""
-        return sorted({*self._values, *entry_points(group=self._group).names})
+        ours = {*self._values, *self._modules}
+        return sorted({*ours, *entry_points(group=self._group).names})
 
     def __contains__(self, name: object) -> bool:
-        return name in self._values or name in entry_points(group=self._group).names
+        return name in self.names()
 
     def _load(self, name: str) -> bool:
+        """Returns True if a module of this library or an entry point registers the name."""
+        if name in self._modules:
+            importlib.import_module(self._modules[name])
+            return True
         for point in entry_points(group=self._group, name=name):
             where = f"entry point {name} = {point.value!r} of {self._group}"
             try:
@@ -137,16 +151,30 @@ def from_text(registry: Registry[Any], text: str) -> Any:
       NaloraError: an unknown name or setting, or a value of another type.
     """
     name, _, options = text.partition(":")
-    kind: Any = registry.get(name)
+    cls: Any = registry.get(name)
+    return settings_from(cls, options, f"{registry.flag} {text}")
+
+
+def settings_from(cls: Any, options: str, where: str) -> Any:
+    """Returns an instance of a class with the settings of a text, as `from_text`.
+
+    Args:
+      cls: a dataclass, or a callable without settings.
+      options: ``"power=2,high=3"``.
+      where: the flag with its value, for errors.
+
+    Raises:
+      NaloraError: an unknown setting, or a value of another type.
+    """
     defaults = {}
-    if dataclasses.is_dataclass(kind):
-        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    if dataclasses.is_dataclass(cls):
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     settings = dict[str, Any]()
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
         if key not in defaults or not equals:
             raise NaloraError(
-                f"{registry.flag} {text}",
+                where,
                 expected=f"NAME:setting=value, with a setting of {', '.join(defaults) or 'none'}",
                 found=option,
             )
@@ -155,11 +183,11 @@ def from_text(registry: Registry[Any], text: str) -> Any:
             settings[key] = _convert(value, default)
         except (KeyError, ValueError):
             raise NaloraError(
-                f"{registry.flag} {text}",
+                where,
                 expected=f"{key} of type {type(default).__name__}",
                 found=repr(value),
             ) from None
-    return kind(**settings)
+    return cls(**settings)
 
 
 def _convert(text: str, default: Any) -> Any:

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nalora_jax.common import buckets
-from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
 from nalora_jax.config.rope_scaling import parse_rope_scaling
-from nalora_jax.config.settings import DUAL, UNCHANGED, LoRARule, RunConfig
+from nalora_jax.config.settings import UNCHANGED, LoRARule, RunConfig
 from nalora_jax.config.structured import (
     AMOUNT,
     COUNT,
@@ -50,20 +49,11 @@ def check(config: RunConfig) -> RunConfig:
     _check_rules(config.lora.rules)
     _check_run(config)
     _check_tokens(config)
-    for limits in _limits(config):
-        for name, values in limits.values.items():
-            value: Any = reduce(getattr, name.split("."), config)
-            if value not in values:
-                expected = " or ".join(map(_shown, values))
-                flag = f"--{name.replace('_', '-')}"
-                expected = f"{expected} with {limits.cause}"
-                raise NaloraError(
-                    flag, expected=expected, found=value, remedy=limits.remedy
-                )
+    check_limits(config, _limits(config))
     return config
 
 
-class _Limits(NamedTuple):
+class Limits(NamedTuple):
     """Values that some settings may have because of others."""
 
     cause: str  # the flags of the others
@@ -71,75 +61,59 @@ class _Limits(NamedTuple):
     remedy: str = ""
 
 
-def _limits(config: RunConfig) -> Iterator[_Limits]:
-    """Yields the limits that the settings of a run set each other.
+def check_limits(config: RunConfig, limits: Iterable[Limits]) -> None:
+    """Checks settings that are valid by themselves but not in combination with others.
 
-    Each applies to settings that are valid by themselves but not in combination with others.
+    Raises:
+      NaloraError: names the flag, the values that it may have and their cause.
     """
+    for limit in limits:
+        for name, values in limit.values.items():
+            value: Any = reduce(getattr, name.split("."), config)
+            if value not in values:
+                expected = " or ".join(map(_shown, values))
+                raise NaloraError(
+                    f"--{name.replace('_', '-')}",
+                    expected=f"{expected} with {limit.cause}",
+                    found=value,
+                    remedy=limit.remedy,
+                )
+
+
+def _limits(config: RunConfig) -> Iterator[Limits]:
+    """Yields the limits that the settings of any kind of run set each other."""
     lora = config.lora
-    task = config.vision.task
-    # Dotted name -> allowed values; the task "" trains a language model.
-    decoders = {"vision.task": ("", "chat")}
-    plain = {"vision.task": ("",), "preference.loss": ("none",)}
-    if config.rl.rewards:
-        # The penalty compares with the base, whose kernels PiSSA changes. Initializations by
-        # gradients read batches of targets, which prompts do not have.
-        inits: tuple[str, ...] = (*UNCHANGED, "pissa")
-        if config.rl.beta:
-            inits = UNCHANGED
-        others = {
-            "adalora.target_rank": (0,),
-            "lora.dropout": (0.0,),
-            "data.loss_last": (0.0,),
-        }
-        yield _Limits("--rl.rewards", plain | others | {"lora.init": inits})
-    if config.preference.loss != "none":
-        remedy = "the reference is the base with the adapter off, which these adapters change"
-        yield _Limits("--preference.loss", {"lora.init": UNCHANGED}, remedy)
-        rows = {"data.loss_last": (0,), "data.too_long": ("drop", "truncate", "error")}
-        yield _Limits(
-            "--preference.loss, which compares entire answers",
-            {"vision.task": ("",)} | rows,
-        )
     if config.adapter:
         kept = {"lora.init": ("default",), "adalora.target_rank": (0,)}
-        yield _Limits("--adapter, whose values the run starts from", kept | decoders)
-        references: dict[str, tuple[Any, ...]] = {"preference.loss": ("none",)}
-        if config.rl.rewards:
-            references["rl.beta"] = (0,)
-        remedy = "the reference is the base without an adapter: merge this one first (nalora merge)"
-        yield _Limits("--adapter", references, remedy)
+        yield Limits("--adapter, whose values the run starts from", kept)
     if config.adalora.target_rank:
         fits = {
             "lora.init": ("default",),
             "lora.dora": (False,),
             "train.patience": (0,),
         }
-        yield _Limits("--adalora.target-rank", fits | decoders)
-    for name in ("modules_to_save", "trainable_token_indices"):
-        if getattr(lora, name):
-            yield _Limits(
-                f"--lora.{name.replace('_', '-')}", plain | {"lora.init": UNCHANGED}
-            )
+        yield Limits("--adalora.target-rank", fits)
+    for flag in trained_tables(config):
+        yield Limits(flag, {"lora.init": UNCHANGED})
     if lora.init in ("pissa", "lora_ga"):
-        yield _Limits(f'--lora.init "{lora.init}"', {"compute.quantize": ("none",)})
+        yield Limits(f'--lora.init "{lora.init}"', {"compute.quantize": ("none",)})
     if lora.init == "lora_ga":
-        yield _Limits('--lora.init "lora_ga"', {"lora.gradient_weights": ("ones",)})
-    if config.rope_scaling:
-        yield _Limits(ROPE_SCALING, decoders)
-    if task in DUAL:
-        yield _Limits(f"--vision.task {task}", {"compute.quantize": ("none",)})
-    else:
-        yield _Limits(
-            f"any --vision.task but {' and '.join(DUAL)}", {"vision.image_size": (0,)}
+        yield Limits('--lora.init "lora_ga"', {"lora.gradient_weights": ("ones",)})
+    if not config.vision.trains_encoders:
+        yield Limits(
+            "any --vision.task but classify and contrast", {"vision.image_size": (0,)}
         )
-    if task == "contrast":
-        remedy = "use a smaller batch, more devices, or --compute.remat full"
-        cause = (
-            '--vision.task "contrast": pairs are told apart from those of their micro-batch '
-            "only"
-        )
-        yield _Limits(cause, {"train.accumulate": (1,)}, remedy)
+
+
+def trained_tables(config: RunConfig) -> list[str]:
+    """Returns the flags that train whole tables or rows of them, if they are set."""
+    lora = config.lora
+    flags = []
+    if lora.modules_to_save:
+        flags.append("--lora.modules-to-save")
+    if lora.trainable_token_indices:
+        flags.append("--lora.trainable-token-indices")
+    return flags
 
 
 def _shown(value: Any) -> str:
@@ -166,7 +140,6 @@ def _check_run(config: RunConfig) -> None:
         last,
     )
     profile = config.debug.profile
-    rl = config.rl
     adalora = config.adalora
     fine = (
         # Nine and four digits keep both numbers and their sum in the range of an int32.
@@ -186,22 +159,7 @@ def _check_run(config: RunConfig) -> None:
         profile,
     )
     batch = config.train.batch_size
-    parts = {"train.accumulate": config.train.accumulate}
-    if rl.rewards:
-        parts["rl.samples"] = rl.samples
-        weights = len(rl.reward_weights)
-        fits = weights in (0, len(rl.rewards))
-        require(
-            "--rl.reward-weights", fits, f"{len(rl.rewards)}, one a reward", weights
-        )
-    # A batch is divided into micro-batches, and with rewards into groups of samples.
-    for name, part in parts.items():
-        require(
-            "--train.batch-size",
-            batch % part == 0,
-            f"a multiple of --{name} ({part})",
-            batch,
-        )
+    check_divides(batch, "train.accumulate", config.train.accumulate)
     rates = config.optimizer.rates
     fine = all(AMOUNT.holds(factor) for _, factor in rates)
     require("--optimizer.rates", fine, f"factors, each {AMOUNT}", rates)
@@ -235,6 +193,16 @@ def _check_run(config: RunConfig) -> None:
         expected = "shares that leave steps between them, in which ranks are taken"
         flags = "--adalora.warmup-share, --adalora.final-share"
         require(flags, share < 1, expected, f"a sum of {share:g}")
+
+
+def check_divides(batch: int, name: str, part: int) -> None:
+    """Checks that a batch is divided into equal parts, of a size that a setting names.
+
+    Raises:
+      NaloraError: the batch is no multiple of it.
+    """
+    expected = f"a multiple of --{name} ({part})"
+    require("--train.batch-size", batch % part == 0, expected, batch)
 
 
 def _check_tokens(config: RunConfig) -> None:

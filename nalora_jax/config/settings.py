@@ -36,7 +36,6 @@ from nalora_jax.config.structured import (
 )
 from nalora_jax.errors import NaloraError
 
-DUAL = ("classify", "contrast")  # tasks of dual encoders
 # Values of --lora.init that read no batches and keep the base's weights.
 UNCHANGED = ("default", "zero_a")
 
@@ -423,6 +422,23 @@ class VisionConfig:
     # Two separately trained towers: the training loss.
     loss: Literal["softmax", "sigmoid"] = "softmax"
 
+    @property
+    def trains_encoders(self) -> bool:
+        """Returns True for the tasks of dual encoders."""
+        return self.task in ("classify", "contrast")
+
+    @property
+    def reads_chats(self) -> bool:
+        """Returns True for conversations about images."""
+        return self.task == "chat"
+
+    @property
+    def kind(self) -> str:
+        """Returns the kind of run that the task asks for; "" if it asks for none."""
+        if self.trains_encoders:
+            return "dual"
+        return "images" if self.task else ""
+
 
 @dataclass(frozen=True)
 class PreferenceConfig:
@@ -446,6 +462,11 @@ class PreferenceConfig:
     chosen_field: str = "chosen"
     # Field that holds the other response.
     rejected_field: str = "rejected"
+
+    @property
+    def kind(self) -> str:
+        """Returns the kind of run that the loss asks for; "" if it asks for none."""
+        return "" if self.loss == "none" else "preference"
 
 
 @dataclass(frozen=True)
@@ -488,6 +509,11 @@ class RLConfig:
     reward_seconds: Annotated[float, Range("a number", "[0, 1e5]")] = 30.0
     # Train on without the reward of a sample for which it fails or takes too long.
     ignore_reward_errors: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Returns the kind of run that rewards ask for; "" without rewards."""
+        return "rl" if self.rewards else ""
 
 
 @dataclass(frozen=True)
@@ -545,6 +571,9 @@ class RunConfig:
     # NAME:setting=value,... (docs/method.md lists them); "none" on the command line: plain LoRA.
     # "soft:power=2 homogeneity" are the mask and the step scale of the paper's abstract.
     mechanisms: tuple[str, ...] = ("curvature_cap",)
+    # Kind of run in place of the one that the other settings ask for: a name that a file of
+    # --import registers, as NAME or NAME:setting=value,...
+    kind: str = ""
     # Python files that are executed first, to register your rules, activations, families or
     # sources; recorded with their digests. Use only files that you trust. On the command line
     # --import FILE ..., with any command.
@@ -561,6 +590,14 @@ class RunConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+
+    @property
+    def kind_name(self) -> str:
+        """Returns the name of the kind of run that the settings ask for."""
+        named, _, _ = self.kind.partition(":")
+        return (
+            named or self.rl.kind or self.preference.kind or self.vision.kind or "text"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain dicts, for JSON and the checkpoint's fingerprint."""

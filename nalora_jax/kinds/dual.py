@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,9 +26,12 @@ from nalora_jax.assembly.program import (
     gate_stats,
     run_program,
 )
+from nalora_jax.common import trees
 from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import RunConfig, VisionConfig
+from nalora_jax.config.checks import Limits, trained_tables
+from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
 from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.images.opened import (
     ImageData,
@@ -46,7 +51,8 @@ from nalora_jax.evaluate.images import (
     RetrievalEvaluator,
 )
 from nalora_jax.kinds.inputs import settled, stream_shape
-from nalora_jax.kinds.job import Inputs, Job
+from nalora_jax.kinds.record import Built, Described, Inputs, Job, Kind, register_kind
+from nalora_jax.loading.adapted_dual import AdaptedDual
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.method.step import Batch, Evaluated, TrainState
@@ -55,7 +61,7 @@ from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
 from nalora_jax.ops.dispatch import numerics_for
-from nalora_jax.weights.dual import JOIN, LoadedDual, load_dual
+from nalora_jax.weights.dual import JOIN, LoadedDual, described_dual, load_dual
 from nalora_jax.weights.peft import export_adapter, verify_export
 
 log = logging.getLogger(__name__)
@@ -120,7 +126,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
 
 def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: RunFolder, like: Job | None
-) -> tuple[LoadedDual, Assembly, ImageData]:
+) -> Built:
     """Loads both towers, and builds adapters, step and this process's rows.
 
     ``like`` is a job with the same program. Its base is shared, unless the seed draws the
@@ -147,7 +153,7 @@ def build_step(
         loaded = cast(LoadedDual, like.loaded)
         params = like.assembly.params
     assembly = assemble_dual(placed, loaded.config, params, mesh, loaded.processor)
-    return loaded, assembly, image_data(placed, loaded, records, mesh)
+    return Built(loaded, assembly, image_data(placed, loaded, records, mesh))
 
 
 def evaluator(
@@ -158,10 +164,77 @@ def evaluator(
     return image_evaluator(encoders, images, inputs.data.classes, inputs.config.vision)
 
 
+def evaluate(
+    model: AdaptedDual, config: RunConfig, mesh: Mesh | None, named: bool
+) -> ClassEvaluator | RetrievalEvaluator:
+    """Returns the evaluator of a trained adapter on held-out images, see
+    `nalora_jax.kinds.text.evaluate`."""
+    data = config.data
+    vision = config.vision
+    classes: tuple[str, ...] = ()
+    if vision.task == "classify":
+        classes = open_images(data, vision, data.train_split).classes()
+    held = open_images(data, vision, data.eval_split)
+    shown = Images(held, image_indices(config, held)[0])
+    return image_evaluator(model.encoders, shown, classes, vision)
+
+
+def describe(inputs: Inputs) -> Described:
+    """Returns the facts about a run that ``--dry-run`` prints."""
+    config = inputs.config
+    records = inputs.data
+    vision = config.vision
+    base = described_dual(config.model, d_out=vision.features, loss=vision.loss)
+    spec = resolve_dual(config, base)
+    shapes = base.param_shapes()
+    like = {
+        path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()
+    }
+    start = partial(init_lora, base, spec)
+    lora = jax.eval_shape(start, jax.random.key(0), trees.unflatten(like))
+    of = ""
+    if records.classes:
+        of = f"{len(records.classes)} classes, "
+    count = len(records.indices)
+    return Described(
+        parameters=sum(map(math.prod, shapes.values())),
+        trained=trees.count_elements(lora),
+        spec=spec,
+        where="of both towers",
+        activation=base.towers["image"].activation,
+        data=f"{of}{count} images of {len(records.source)}",
+        examples=count,
+        noun="images",
+    )
+
+
+def limits(config: RunConfig) -> Iterator[Limits]:
+    """Yields the values that other settings may have in a run on image and text encoders."""
+    vision = config.vision
+    decoders = {"vision.task": ("", "chat")}
+    if config.adapter:
+        yield Limits("--adapter, whose values the run starts from", decoders)
+    if config.adalora.target_rank:
+        yield Limits("--adalora.target-rank", decoders)
+    for flag in trained_tables(config):
+        yield Limits(flag, {"vision.task": ("",)})
+    if config.rope_scaling:
+        yield Limits(ROPE_SCALING, decoders)
+    yield Limits(f"--vision.task {vision.task}", {"compute.quantize": ("none",)})
+    if vision.task == "contrast":
+        remedy = "use a smaller batch, more devices, or --compute.remat full"
+        cause = (
+            '--vision.task "contrast": pairs are told apart from those of their micro-batch '
+            "only"
+        )
+        yield Limits(cause, {"train.accumulate": (1,)}, remedy)
+
+
 def export_run(
     job: Job, folder: Path, state: TrainState, share: Callable[[str], None]
-) -> None:
-    """Writes PEFT files of the trained adapter and verifies that a reload is bitwise equal."""
+) -> AdapterSpec:
+    """Writes PEFT files of the trained adapter, verifies that a reload is bitwise equal, and
+    returns its adapters."""
     loaded = cast(LoadedDual, job.loaded)
     assembly = job.assembly
     lora = jax.tree.map(processes.fetch, state.lora)
@@ -169,6 +242,7 @@ def export_run(
         lambda: write_dual_adapter(folder, loaded, lora, assembly.spec, overwrite=True)
     )
     log.info("adapter: %s (read back: every number is equal)", folder)
+    return assembly.spec
 
 
 def with_classes(
@@ -596,3 +670,18 @@ def _placed(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
     if mesh is None:
         return x
     return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+KIND = register_kind(
+    Kind(
+        name="dual",
+        open_inputs=open_inputs,
+        build_step=build_step,
+        evaluator=evaluator,
+        export_run=export_run,
+        evaluate=evaluate,
+        limits=limits,
+        describe=describe,
+        subject="nalora_jax.study.images:DualEncoders",
+    )
+)

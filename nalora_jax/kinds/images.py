@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from nalora_jax.assembly.objectives import NextToken
 from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
+from nalora_jax.config.checks import Limits, trained_tables
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.chat import ChatImages, open_chats, row_images
 from nalora_jax.data.images.files import ImageProcessor
@@ -24,9 +25,11 @@ from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records
-from nalora_jax.kinds.job import Inputs
+from nalora_jax.kinds.record import Arrays, Inputs, register_kind
+from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.decoder import SeeingDecoder
 from nalora_jax.weights.base import seeing_files
 from nalora_jax.weights.hub import resolve_source
@@ -83,8 +86,31 @@ def program_parts(config: RunConfig, processor: ImageProcessor) -> dict[str, Any
     return {"module": SeeingDecoder, "objective": objective}
 
 
-build_step = partial(text.build_step, parts=program_parts)
-export_run = text.export_run
+def evaluate(
+    model: AdaptedModel, config: RunConfig, mesh: Mesh | None, named: bool
+) -> TextEvaluator:
+    """Returns the evaluator of a trained adapter on held-out conversations, see `text.evaluate`."""
+    data = config.data
+    splits = [data.train_split, data.eval_split]
+    if named:
+        splits = [data.eval_split]
+    tokens = model.base.tokenizer.images
+    source = seen_sources(data, config.vision, tokens, splits=splits)
+    return text.evaluator_of_records(model, config, mesh, named, source)
+
+
+def limits(config: RunConfig) -> Iterator[Limits]:
+    """Yields the values that other settings may have in a run on conversations about images."""
+    for flag in trained_tables(config):
+        yield Limits(flag, {"vision.task": ("",)})
+
+
+def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
+    """Returns the shapes of the images of a row and of their number."""
+    assert base.sight is not None
+    tower = base.sight.tower
+    pixels = (images, tower.image_size, tower.image_size, tower.channels)
+    return {"pixels": (pixels, "uint8"), "images": ((), "int32")}
 
 
 @dataclass(frozen=True)
@@ -158,3 +184,18 @@ def seen_sources(
             )
         sources[split] = chats.readable()
     return sources
+
+
+KIND = register_kind(
+    replace(
+        text.KIND,
+        name="images",
+        open_inputs=open_inputs,
+        evaluator=evaluator,
+        evaluate=evaluate,
+        program_parts=program_parts,
+        limits=limits,
+        batch_arrays=batch_arrays,
+        subject="",
+    )
+)

@@ -11,26 +11,31 @@ computed in chunks like in any other step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nalora_jax.assembly.objectives import NextToken, through_surrogate
 from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import PreferenceConfig, RunConfig
+from nalora_jax.config.checks import Limits, trained_tables
+from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.forms import in_turns
 from nalora_jax.data.preference import held_out_pairs, pair_data, pairs_digest
 from nalora_jax.data.source import Source
+from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records, settled, stream_shape
-from nalora_jax.kinds.job import Inputs
+from nalora_jax.kinds.record import Inputs, register_kind
+from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.adapters import adapter_spec
@@ -95,8 +100,34 @@ def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
     return {"objective": partial(Preference, config=config.preference)}
 
 
-build_step = partial(text.build_step, parts=program_parts)
-export_run = text.export_run
+def evaluate(
+    model: AdaptedModel, config: RunConfig, mesh: Mesh | None, named: bool
+) -> PreferenceEvaluator:
+    """Returns the evaluator of a trained adapter on held-out pairs, see `text.evaluate`."""
+    data = config.data
+    tokenizer = model.base.tokenizer
+    records = open_held_out(data, data.eval_split)
+    context = model.base.config.max_positions
+    pairs, _ = held_out_pairs(records, data, config.preference, tokenizer, context)
+    return PreferenceEvaluator(
+        model.module, tokenizer, pairs, config.preference, mesh=mesh
+    )
+
+
+def limits(config: RunConfig) -> Iterator[Limits]:
+    """Yields the values that other settings may have in a run on pairs."""
+    remedy = (
+        "the reference is the base with the adapter off, which these adapters change"
+    )
+    yield Limits("--preference.loss", {"lora.init": UNCHANGED}, remedy)
+    rows = {"data.loss_last": (0,), "data.too_long": ("drop", "truncate", "error")}
+    cause = "--preference.loss, which compares entire answers"
+    yield Limits(cause, {"vision.task": ("",)} | rows)
+    if config.adapter:
+        remedy = "the reference is the base without an adapter: merge this one first (nalora merge)"
+        yield Limits("--adapter", {"preference.loss": ("none",)}, remedy)
+    for flag in trained_tables(config):
+        yield Limits(flag, {"preference.loss": ("none",)})
 
 
 class Pairs(NamedTuple):
@@ -192,3 +223,20 @@ class Preference:
             jnp.take_along_axis(flat, batch["segment_ids"], axis=1)
             * batch["loss_weights"]
         )
+
+
+KIND = register_kind(
+    replace(
+        text.KIND,
+        name="preference",
+        open_inputs=open_inputs,
+        evaluator=evaluator,
+        evaluate=evaluate,
+        program_parts=program_parts,
+        limits=limits,
+        rate=1 / 8,  # a guess, without evidence (docs/data.md)
+        batch_arrays=lambda config, base, images: {"pairs": ((1,), "float32")},
+        compares_with_base=True,
+        subject="nalora_jax.study.preferences:Preferences",
+    )
+)

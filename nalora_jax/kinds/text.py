@@ -14,15 +14,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nalora_jax.assembly.program import Assembly, assemble
+from nalora_jax.assembly.start import exportable_adapter, with_start
 from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
 from nalora_jax.data.forms import in_turns
 from nalora_jax.data.items import digest
 from nalora_jax.data.pipeline import BatchIterator, packed_data
-from nalora_jax.data.questions import held_out
+from nalora_jax.data.questions import eval_examples, held_out
 from nalora_jax.data.source import Source
+from nalora_jax.data.sources import open_pair
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate.generator import answering
+from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.kinds.inputs import (
     check_layout,
@@ -31,7 +35,8 @@ from nalora_jax.kinds.inputs import (
     settled,
     stream_shape,
 )
-from nalora_jax.kinds.job import Inputs, Job
+from nalora_jax.kinds.record import Built, Inputs, Job, Kind, kind_of, register_kind
+from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
@@ -97,20 +102,9 @@ def tokenized(
     return Inputs(config, base, files, data, items, questions, turns)
 
 
-def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
-    """Returns the arguments of `nalora_jax.assembly.program.assemble` that differ between kinds;
-    none for text."""
-    return {}
-
-
 def build_step(
-    inputs: Inputs,
-    placed: RunConfig,
-    mesh: Mesh,
-    output: RunFolder,
-    like: Job | None,
-    parts: Callable[[RunConfig, Any], dict[str, Any]] = program_parts,
-) -> tuple[LoadedModel, Assembly, Any]:
+    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: RunFolder, like: Job | None
+) -> Built:
     """Loads the base, and builds adapters, step and this process's rows.
 
     Args:
@@ -119,7 +113,6 @@ def build_step(
       mesh: its devices.
       output: its folder.
       like: a job with the same program, whose base and programs are shared.
-      parts: `program_parts` of another kind.
 
     Raises:
       NaloraError: the model does not fit the mesh or the rules, or its weights are damaged.
@@ -132,13 +125,12 @@ def build_step(
     else:
         loaded = cast(LoadedModel, like.loaded)
     shared = None if like is None else like.assembly
-    of_kind = parts(placed, inputs.files.processor)
+    of_kind = kind_of(placed).parts(placed, inputs.files.processor)
     assembly = assemble(
         placed, loaded.config, loaded.params, mesh, like=shared, **of_kind
     )
     data = replace(inputs.data, **stream_shape(placed, mesh))
-    assert inputs.start is not None
-    return loaded, inputs.start.with_start(assembly, loaded, data, output), data
+    return Built(loaded, with_start(assembly, loaded, data, output), data)
 
 
 def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
@@ -168,17 +160,45 @@ def evaluator(
     model = assembly.eval_model
     mesh = distributed.unless_single(assembly.mesh)
     every = [*inputs.held_out[0], *inputs.held_out[1]]
-    if inputs.answering:
-        answers = inputs.answering(model, loaded.tokenizer, mesh)
-    else:
-        answers = None
+    answers = answering(model, loaded.tokenizer, mesh)
     return TextEvaluator(model, answers, items, mesh=mesh, fitting=every)
+
+
+def evaluate(
+    model: AdaptedModel, config: RunConfig, mesh: Mesh | None, named: bool
+) -> TextEvaluator:
+    """Returns the evaluator of a trained adapter on held-out examples.
+
+    Args:
+      model: with the adapter.
+      config: settings of the run, with the data to evaluate on.
+      mesh: its devices; None for one.
+      named: True if the user named other data than the run's reported examples.
+    """
+    return evaluator_of_records(model, config, mesh, named, None)
+
+
+def evaluator_of_records(
+    model: AdaptedModel,
+    config: RunConfig,
+    mesh: Mesh | None,
+    named: bool,
+    source: Mapping[str, Source] | None,
+) -> TextEvaluator:
+    """Returns the result of `evaluate` on records by split; None: those of ``config.data``."""
+    data = config.data
+    tokenizer = model.base.tokenizer
+    if named:
+        items = eval_examples(data, tokenizer, split=data.eval_split, source=source)
+    else:
+        items, _ = held_out(open_pair(data, source=source)[1], data, tokenizer)
+    return evaluator_of(model.base, model.module, items, mesh)
 
 
 def export_run(
     job: Job, folder: Path, state: TrainState, share: Callable[[str], None]
-) -> None:
-    """Writes PEFT files of the adapter and verifies them by reloading.
+) -> AdapterSpec:
+    """Writes PEFT files of the adapter, verifies them by reloading, and returns their adapters.
 
     Args:
       job: the run.
@@ -191,8 +211,7 @@ def export_run(
     """
     loaded = cast(LoadedModel, job.loaded)
     assembly = job.assembly
-    assert job.inputs.start is not None
-    lora, spec = job.inputs.start.exportable_adapter(assembly, state.lora)
+    lora, spec = exportable_adapter(assembly, state.lora)
     processes.on_first_process(
         lambda: write_adapter(folder, loaded, lora, spec, overwrite=True)
     )
@@ -212,6 +231,7 @@ def export_run(
     log.info(
         "adapter: %s (read back: logits differ by at most %.1e)", folder, difference
     )
+    return spec
 
 
 def _difference(
@@ -286,3 +306,16 @@ def write_adapter(
     return verify_export(
         folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint
     )
+
+
+KIND = register_kind(
+    Kind(
+        name="text",
+        open_inputs=open_inputs,
+        build_step=build_step,
+        evaluator=evaluator,
+        export_run=export_run,
+        evaluate=evaluate,
+        program_parts=lambda config, processor: {},
+    )
+)

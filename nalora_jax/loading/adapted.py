@@ -80,7 +80,7 @@ def load(
     compute = run.compute
     # Without a run the recorded settings are the defaults, and images are not read.
     if images is None:
-        images = run.vision.task == "chat"
+        images = run.vision.reads_chats
     dtype = dtype or compute.dtype
     if quantize == "run":
         quantize = compute.quantize

@@ -90,7 +90,7 @@ def with_adapter(
     files = replace(
         resolve_source(model), rope_scaling=recorded_fact(folder, "rope_scaling")
     )
-    base, added = _with_tokens(files, folder, images=config.vision.task == "chat")
+    base, added = _with_tokens(files, folder, images=config.vision.reads_chats)
     spec = _spec(folder, digest, base)
     if not config.adapter_sha256:
         settings = RunConfig(

@@ -12,7 +12,7 @@ import jax
 
 from nalora_jax.assembly.compilation import compile_ahead
 from nalora_jax.config import RunConfig
-from nalora_jax.kinds.job import Job
+from nalora_jax.kinds.record import Job
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner.decide import Compiled, decide
@@ -24,7 +24,7 @@ from nalora_jax.planner.machines import of_devices
 log = logging.getLogger(__name__)
 
 
-def accepted(
+def accept_layout(
     config: RunConfig,
     base: ModelConfig,
     build: Callable[[RunConfig], Job],

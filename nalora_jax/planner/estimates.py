@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from nalora_jax.common.devices import AXES
 from nalora_jax.config import ComputeConfig, RunConfig
+from nalora_jax.kinds.record import kind_of
 from nalora_jax.mesh import distributed
 from nalora_jax.mesh.distributed import program_shape
 from nalora_jax.models.adapters import adapter_spec
@@ -556,7 +557,7 @@ class _Share:
         if split > 1:
             working += 2 * tables + self._copied_weights() / (split * tensor)
         useful = useful_flops(base, self.spec, self.micro, self.seq) / where.size
-        if self.config.rl.rewards:
+        if kind_of(self.config).draws_samples:
             rollout, cache = self._rollout()
         else:
             rollout, cache = (0.0, 0.0)

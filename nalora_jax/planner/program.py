@@ -30,8 +30,7 @@ from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import programs
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.kinds import decoder_parts
-from nalora_jax.kinds.rl.kind import updates_with_base
+from nalora_jax.kinds.record import kind_of
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.method.step import init_state
 from nalora_jax.models import adapters, stacks, targets
@@ -181,9 +180,8 @@ def _program_and_state(
     """Returns the program of a run, the shapes of its weights and state, and the state's
     shardings."""
     spec = adapters.adapter_spec(config, base)
-    program = decoder_program(
-        config, base, spec, mesh, **decoder_parts(config, base, ImageProcessor())
-    )
+    parts = kind_of(config).parts(config, ImageProcessor())
+    program = decoder_program(config, base, spec, mesh, **parts)
     weights = {
         path: _weight(path, shape, config.compute)
         for path, shape in stacks.param_shapes(base).items()
@@ -283,20 +281,10 @@ def _batch(
     batch = {
         name: of((config.data.max_length,), dtype) for name, dtype in _BATCH.items()
     }
-    if config.rl.rewards:
-        several = config.rl.updates > 1
-        apart = not updates_with_base(config.rl)
-        names = ["sampled", *["old"] * several, *["base"] * apart]
-        batch |= {name: of((config.data.max_length,), "float32") for name in names}
-        batch |= {name: of((), "float32") for name in ("advantages", "real")}
-    if config.preference.loss != "none":
-        batch["pairs"] = of((1,), "float32")
-    if base.sight is not None:
-        tower = base.sight.tower
-        batch["pixels"] = of(
-            (images, tower.image_size, tower.image_size, tower.channels), "uint8"
-        )
-        batch["images"] = of((), "int32")
+    for name, (shape, dtype) in (
+        kind_of(config).batch_arrays(config, base, images).items()
+    ):
+        batch[name] = of(shape, dtype)
     return batch
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from nalora_jax.config import RunConfig
+from nalora_jax.kinds.record import kind_of
 from nalora_jax.mesh import distributed
 from nalora_jax.mesh.distributed import prompt_shards
 from nalora_jax.method.transform import with_gate_state
@@ -205,7 +206,7 @@ def make_plan(
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
     other = figures(without_statistics(step, mesh), arguments)
-    if config.rl.rewards:
+    if kind_of(config).draws_samples:
         rollout = _plan_rollout(placed, base, where, other, arguments)
     else:
         rollout = None

@@ -72,13 +72,14 @@ class History:
 
     @property
     def loss_kind(self) -> str:
-        """Returns "policy_loss" for a run with rewards, "preference_loss" for one on pairs, else
-        "loss"."""
-        rl = self.config.get("rl") or {}
-        preference = self.config.get("preference") or {}
-        if rl.get("rewards"):
+        """Returns "policy_loss" for a log with rewards of samples, "preference_loss" for one with
+        those of pairs, else "loss"."""
+        names: set[str] = set()
+        for record in self.steps:
+            names |= record.keys()
+        if "reward" in names:
             return "policy_loss"
-        if preference.get("loss", "none") != "none":
+        if "rewards_margin" in names:
             return "preference_loss"
         return "loss"
 

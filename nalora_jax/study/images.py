@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import optax
@@ -48,6 +48,25 @@ class DualEncoders(Subject):
 
     The methods are documented at `nalora_jax.study.language.Language`.
     """
+
+    reads_images: ClassVar[bool] = True
+    accuracy_items: ClassVar[str] = "none for images: one pass scores all classes"
+
+    @classmethod
+    def unit(cls, config: RunConfig) -> str:
+        """Returns the unit of the loss, for tables."""
+        if config.vision.task == "classify":
+            return "nats per image among the prompts of all classes"
+        return (
+            "nats per image or caption among all held-out pairs (the mean of both ways)"
+        )
+
+    @classmethod
+    def metric(cls, config: RunConfig) -> str:
+        """Returns the metric that is measured during training."""
+        if config.vision.task == "classify":
+            return "accuracy"
+        return "recall"
 
     def model(self, config: RunConfig) -> LoadedDual:
         """Returns the run's base model; projections that join separate towers are drawn by its

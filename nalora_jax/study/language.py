@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
 import optax
 
-from nalora_jax import kinds
 from nalora_jax.assembly import start
 from nalora_jax.assembly.program import Assembly, assemble
 from nalora_jax.common.digests import json_digest
@@ -19,6 +18,7 @@ from nalora_jax.data import packing, pipeline, questions, sources, tokenizer
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.kinds import inputs
+from nalora_jax.kinds.record import kind_of
 from nalora_jax.loading import initial_adapter
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Step
@@ -50,7 +50,28 @@ class Subject:
     """A kind of model and its tasks; it keeps models and data for the life of the process.
 
     In every method, ``config`` is the settings of one run.
+
+    Attributes:
+      trains_together: True if several runs may train in one program.
+      reads_images: True for images, False for texts.
+      accuracy_items: why ``accuracy_items`` must be 0; "" if choices can be scored.
+      same_examples: why ``data.train_limit`` must be 0; "" if it may be set.
     """
+
+    trains_together: ClassVar[bool] = True
+    reads_images: ClassVar[bool] = False
+    accuracy_items: ClassVar[str] = ""
+    same_examples: ClassVar[str] = ""
+
+    @classmethod
+    def unit(cls, config: RunConfig) -> str:
+        """Returns the unit of the loss, for tables."""
+        return "nats per answer token"
+
+    @classmethod
+    def metric(cls, config: RunConfig) -> str:
+        """Returns the metric besides the loss that is measured during training; "" without."""
+        return ""
 
     def __init__(self) -> None:
         self._made: dict[Any, Any] = {}
@@ -137,7 +158,7 @@ class Language(Subject):
         """Returns adapters, optimizer and step for the result of `program` for ``config``."""
         model = self.model(config)
         mesh = distributed.smallest_mesh(config.mesh)
-        parts = kinds.decoder_parts(general, model.config)
+        parts = kind_of(general).parts(general)
         made = assemble(general, model.config, model.params, mesh, last=last, **parts)
         if general.lora.init == "pissa":
             return start.in_components(made)

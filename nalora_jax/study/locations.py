@@ -9,7 +9,6 @@ from pathlib import Path
 from nalora_jax.common import buckets
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import RunConfig
-from nalora_jax.config.settings import DUAL
 from nalora_jax.data.files import ENDINGS
 from nalora_jax.data.source import components
 from nalora_jax.errors import NaloraError
@@ -30,7 +29,7 @@ def located(config: RunConfig, folder: Path) -> RunConfig:
     held_out = located_from(data.eval_split, folder)
     data = replace(data, train_split=train, eval_split=held_out)
     parts = [config.model]
-    if config.vision.task in DUAL:  # an image and a text encoder
+    if config.vision.trains_encoders:  # an image and a text encoder
         parts = config.model.split("+")
     model = "+".join(located_from(part, folder, is_model=True) for part in parts)
     return replace(config, model=model, data=data)

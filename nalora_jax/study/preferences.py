@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,16 @@ _SEED = 20260101  # of the held-out draw: the same in every run
 
 class Preferences(Language):
     """Language models that train on preference pairs; their data are packed pairs."""
+
+    accuracy_items: ClassVar[str] = "none for pairs: the loss scores both completions"
+    same_examples: ClassVar[str] = (
+        "0 for pairs: a slice as train[:1000] is the same for every seed"
+    )
+
+    @classmethod
+    def unit(cls, config: RunConfig) -> str:
+        """Returns the unit of the loss, for tables."""
+        return "nats per pair"
 
     def data(self, config: RunConfig) -> Any:
         """Returns packed pairs; they are tokenized once for all seeds."""

@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal
 
 from nalora_jax.common.digests import json_digest
 from nalora_jax.common.imports import import_files
-from nalora_jax.config import DataConfig, LoRARule, RunConfig, VisionConfig, check
+from nalora_jax.config import DataConfig, LoRARule, RunConfig, VisionConfig
 from nalora_jax.config.structured import (
     AMOUNT,
     COUNT,
@@ -45,7 +45,9 @@ from nalora_jax.config.structured import (
     structured,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.kinds.record import check_run
 from nalora_jax.method.rules import make
+from nalora_jax.study.subjects import subject_of
 
 FILE = "protocol.toml"
 # Settings that methods must share, because their runs are paired, and settings of a run's files.
@@ -166,11 +168,6 @@ class Protocol:
         return self.path.parent
 
     @property
-    def preference(self) -> bool:
-        """Returns True if the runs train on preference pairs."""
-        return self._first(self.baseline).preference.loss != "none"
-
-    @property
     def several_meshes(self) -> bool:
         """Returns True if methods differ in their devices."""
         return any("mesh" in method.settings for method in self.methods.values())
@@ -209,7 +206,7 @@ class Protocol:
         )
         where = f"[tasks.{task}] vision."
         vision = structured(VisionConfig, chosen.vision, where, base=common.vision)
-        if vision.task == "chat":
+        if vision.reads_chats:
             raise NaloraError(
                 f"[tasks.{task}] vision task",
                 expected='"classify", "contrast", or none for text',
@@ -225,7 +222,7 @@ class Protocol:
         for rule in config.mechanisms:
             make(rule)  # raises for an unknown name or setting
         config = replace(config, output=RunConfig().output, resume=False)
-        return check(config)  # runs of a study have no folder
+        return check_run(config)  # runs of a study have no folder
 
 
 def read_protocol(path: str | Path) -> Protocol:
@@ -312,17 +309,14 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
     for name, probe in p.probes.items():
         check_ranges(probe, f"[probes.{name}] ")
     yield "evaluate_every", p.evaluate_every % updates == 0, between, p.evaluate_every
-    of_metric = {"accuracy": "classify", "recall": "contrast", "reward": "reward"}
     kinds = set()
     for model, name, method_name in itertools.product(p.models, p.tasks, p.methods):
         config = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0])
-        measured: str = config.vision.task
-        if config.rl.rewards:
-            measured = "reward"
-        fits = p.metric == "loss" or measured == of_metric[p.metric]
+        subject = subject_of(config)
+        fits = p.metric in ("loss", subject.metric(config))
         expected = f"a metric that [tasks.{name}] measures during training"
         yield "metric", fits, expected, p.metric
-        kinds.add(bool(config.vision.task))
+        kinds.add(subject.reads_images)
     yield "tasks", len(kinds) == 1, "tasks of text only or of images only", "both"
 
 
@@ -344,15 +338,9 @@ def _task_requirements(p: Protocol, name: str, task: Task) -> Iterator[Requireme
     check_ranges(task, f"[tasks.{name}] ")
     where = f"[tasks.{name}] accuracy_items"
     count = task.accuracy_items
-    expected = "none for images: one pass scores all classes"
-    yield where, not (count and task.vision), expected, count
     config = p.config(p.models[0], name, p.baseline, p.rates[0], 0)
-    expected = "none for rewards: answers are generated"
-    yield where, not (count and config.rl.rewards), expected, count
-    if p.preference:
-        expected = "none for pairs: the loss scores both completions"
-        yield where, count == 0, expected, count
-        where = f"[tasks.{name}] data train_limit"
-        limit = config.data.train_limit
-        expected = "0 for pairs: a slice as train[:1000] is the same for every seed"
-        yield where, limit == 0, expected, limit
+    subject = subject_of(config)
+    yield where, not (count and subject.accuracy_items), subject.accuracy_items, count
+    where = f"[tasks.{name}] data train_limit"
+    limit = config.data.train_limit
+    yield where, not (limit and subject.same_examples), subject.same_examples, limit

@@ -22,6 +22,7 @@ from nalora_jax.report.tables import markdown_table
 from nalora_jax.study import analysis, pictures, plan, provenance
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record, Records, hours
+from nalora_jax.study.subjects import subject_of
 
 log = logging.getLogger(__name__)
 number = partial(tables.number, missing="-")
@@ -173,21 +174,10 @@ def _table_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _unit(protocol: Protocol) -> str:
     """Returns the units of the losses of all tasks."""
-    of_texts = "nats per answer token"
-    if protocol.preference:
-        of_texts = "nats per pair"
-    units = {
-        "": of_texts,
-        "classify": "nats per image among the prompts of all classes",
-        "contrast": "nats per image or caption among all held-out pairs (the mean of both ways)",
-    }
     of_tasks = []
     for task in protocol.tasks:
         config = protocol.config(protocol.models[0], task, protocol.baseline, 1.0, 0)
-        if config.rl.rewards:
-            answers = "1 minus the mean reward of greedy answers"
-            return f"{answers}, of probes nats per answer token"
-        of_tasks.append(units[config.vision.task])
+        of_tasks.append(subject_of(config).unit(config))
     return "; ".join(dict.fromkeys(of_tasks))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +13,9 @@ import optax
 from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.method import rules, step
-from nalora_jax.study import language, locations, plan, preferences, rewards
+from nalora_jax.study import language, locations, plan
 from nalora_jax.study.protocol import Protocol
+from nalora_jax.study.subjects import subject_of
 from nalora_jax.study.sweeps.fit import Fitting
 
 log = logging.getLogger(__name__)
@@ -40,14 +40,8 @@ class Resources(language.Subject):
 
     def subject(self, config: RunConfig) -> Any:
         """Returns the kind of model that the run's task trains, as `Language`."""
-        kind: Callable[[], language.Subject] = language.Language
-        if config.vision.task:
-            kind = _dual_encoders
-        elif config.preference.loss != "none":
-            kind = preferences.Preferences
-        elif config.rl.rewards:
-            kind = rewards.Rewards
-        return self.once(kind, kind)
+        subject = subject_of(config)
+        return self.once(subject, subject)
 
     def fitting(self, run: plan.Run) -> Fitting | None:
         """Returns the mesh of programs of several runs, and how many fit; None if runs train one at
@@ -55,7 +49,8 @@ class Resources(language.Subject):
 
         It is the same for all runs of a model, so that each model is loaded once.
         """
-        if self._together == 1 or self.protocol.several_meshes or run.config.rl.rewards:
+        alone = self._together == 1 or self.protocol.several_meshes
+        if alone or not subject_of(run.config).trains_together:
             return None
         return self.once(("fitting", run.cell.model), lambda: self._fitting(run.config))
 
@@ -164,9 +159,3 @@ class Resources(language.Subject):
         draw = getattr(self.subject(config), kind)
         key = kind, config.model, config.compute, data, config.vision
         return self.once(key, lambda: draw(config, data))
-
-
-def _dual_encoders() -> language.Subject:
-    from nalora_jax.study.images import DualEncoders  # Pillow is an optional dependency
-
-    return DualEncoders()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,6 +29,20 @@ _SEED = 20261201  # of these samples: the same in every run
 
 class Rewards(Language):
     """Language models that train with rewards; their data are prompts."""
+
+    trains_together: ClassVar[bool] = False
+    accuracy_items: ClassVar[str] = "none for rewards: answers are generated"
+
+    @classmethod
+    def unit(cls, config: RunConfig) -> str:
+        """Returns the unit of the loss, for tables."""
+        answers = "1 minus the mean reward of greedy answers"
+        return f"{answers}, of probes nats per answer token"
+
+    @classmethod
+    def metric(cls, config: RunConfig) -> str:
+        """Returns the metric that is measured during training."""
+        return "reward"
 
     def data(self, config: RunConfig) -> Any:
         """Returns the prompts."""

@@ -7,8 +7,9 @@
     run(config, callbacks=[Loudest()])
 
 ``config.callbacks`` names callbacks of `nalora_jax.train.log` or of `register_callback`, with
-settings: ``"wandb:project=gates,mode=offline"``. The run's log, metrics.jsonl, is a callback too;
-it is called first, except at the start of a run.
+settings: ``"wandb:project=gates,mode=offline"``. What else surrounds a run is a callback too: its
+log, metrics.jsonl, its card and its report. They are `required`, and called first, except at the
+start of a run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from nalora_jax.common.redaction import MARK
 from nalora_jax.common.registry import Registry, from_text
 from nalora_jax.errors import NaloraError, described
+
+if TYPE_CHECKING:
+    from nalora_jax.kinds.record import Job
+    from nalora_jax.models.targets import AdapterSpec
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +58,27 @@ class Ended:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """The adapter of a run, once its files are written."""
+
+    folder: Path  # of the adapter
+    job: Job
+    spec: AdapterSpec  # of the exported adapter
+    step: int  # exported step
+    before: Mapping[str, Any]  # held-out metrics of the base
+    after: Mapping[str, Any]  # held-out metrics of the adapter
+
+
 class Callback:
     """Base class of callbacks; subclasses override the events they need.
 
     Only the first of several processes calls it. A callback that raises an exception other than
     NaloraError or KeyboardInterrupt is named in the log and not called again: a tracking server
-    that does not respond must not end the run.
+    that does not respond must not end the run. Errors of a `required` one end it.
     """
+
+    required: ClassVar[bool] = False
 
     def on_start(self, started: Started) -> None:
         """Handles the start or the resumption of the run; an exception here ends the run."""
@@ -88,6 +107,9 @@ class Callback:
     def on_save(self, step: int, folder: Path) -> None:
         """Handles a checkpoint that is being written into ``folder`` in the background."""
 
+    def on_export(self, exported: Exported) -> None:
+        """Handles the adapter's files."""
+
     def on_end(self, ended: Ended) -> None:
         """Handles the end of the run, normal or aborted."""
 
@@ -101,33 +123,27 @@ def read_samples(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
 
 
 class Callbacks(AbstractContextManager["Callbacks"]):
-    """All callbacks of a run, its log first; a context manager that closes them.
+    """All callbacks of a run, required ones first; a context manager that closes them."""
 
-    Args:
-      log: the run's log, whose errors end the run; None for processes without a log.
-      callbacks: all other callbacks.
-    """
-
-    def __init__(
-        self, log: Callback | None, callbacks: Sequence[Callback] = ()
-    ) -> None:
-        self._own = log
-        self._others = list(callbacks)
+    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
+        self._callbacks = sorted(callbacks, key=lambda one: not one.required)
 
     def start(self, started: Started) -> None:
-        """Calls ``on_start`` of all callbacks, the run's log last.
+        """Calls ``on_start`` of all callbacks, required ones last.
 
-        The log is last so that it records nothing if another callback cannot start.
+        The run's log is required: it records nothing if another callback cannot start.
 
         Raises:
           NaloraError: a callback cannot start.
         """
-        for callback in self._others:
+        for callback in sorted(self._callbacks, key=lambda one: one.required):
             try:
                 callback.on_start(started)
             except NaloraError:
                 raise
             except Exception as error:
+                if callback.required:
+                    raise
                 reason = " ".join(described(error).split())[:400]
                 expected = "a callback that can begin"
                 raise NaloraError(
@@ -135,20 +151,18 @@ class Callbacks(AbstractContextManager["Callbacks"]):
                     expected=expected,
                     found=reason,
                 ) from error
-        if self._own is not None:
-            self._own.on_start(started)
 
     def tell(self, event: str, *values: Any) -> None:
         """Calls a method of all callbacks, e.g. ``tell("on_log", step, record)``."""
-        if self._own is not None:
-            getattr(self._own, event)(*values)
-        for callback in list(self._others):
+        for callback in list(self._callbacks):
             try:
                 getattr(callback, event)(*values)
             except (NaloraError, KeyboardInterrupt):
                 raise
             except Exception as error:
-                self._others.remove(callback)
+                if callback.required:
+                    raise
+                self._callbacks.remove(callback)
                 name = type(callback).__name__
                 log.warning(
                     "%s is left out from here on: %s: %s",
@@ -160,7 +174,7 @@ class Callbacks(AbstractContextManager["Callbacks"]):
 
     def __exit__(self, *error: object) -> None:
         """Closes all callbacks that have a method ``close``."""
-        for callback in (self._own, *self._others):
+        for callback in self._callbacks:
             close = getattr(callback, "close", None)
             if close is not None:
                 close()

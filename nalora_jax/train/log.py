@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nalora_jax.common.digests import seal
 from nalora_jax.common.files import naming, open_unlinked, write_atomically
@@ -46,6 +46,8 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
       NaloraError: a new run's folder contains a log, or the log to resume is damaged before its
         last line.
     """
+
+    required: ClassVar[bool] = True
 
     def __init__(
         self, folder: str | Path, *, resume: int | None = None, goes_on: bool = True

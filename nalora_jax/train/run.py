@@ -1,13 +1,13 @@
 """Stages of a fine-tuning run, in order of execution.
 
-settings -> session -> inputs -> job -> restore -> evaluate the base -> fit -> finish
+settle -> open -> build -> restore -> evaluate the base -> train -> finish
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,37 +29,44 @@ from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import Answering, describe
+from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.run_log import ADAPTER, read_evaluation
 from nalora_jax.evaluate.statistics import compare
-from nalora_jax.kinds.job import Inputs, Job, Kind, Start
+from nalora_jax.kinds.record import Inputs, Job, check_kind, kind_of
+from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.method.rules import make
 from nalora_jax.method.step import TrainState
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import check_remat
 from nalora_jax.ops.dispatch import check_implementation
+from nalora_jax.planner.choice import accept_layout
 from nalora_jax.train import loop
-from nalora_jax.train.callbacks import Callback, Ended, make_callbacks
+from nalora_jax.train.callbacks import Callback, Ended, Exported, make_callbacks
 from nalora_jax.train.output import Output
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Stages
-from nalora_jax.train.session import Session, open_session, say_counts
+from nalora_jax.train.session import (
+    Running,
+    Session,
+    open_checkpoints,
+    open_session,
+    say_counts,
+)
 
 log = logging.getLogger(__name__)
 
-REPORT = "report.html"  # in a run's folder, written by `write_report`
+REPORT = "report.html"  # in a run's folder, written by `nalora_jax.report.writer`
 BEFORE = "before.json"  # in a run's folder: metrics of the base model and digests of the questions
-# Builds a job in a layout of its choice, by a function of settings whose layout is concrete.
-ChooseLayout = Callable[[RunConfig, ModelConfig, Callable[[RunConfig], Job]], Job]
 
-# Writes the card of a run's adapter, given its folder, the exported state and the metrics before
-# and after.
-WriteCard = Callable[
-    [Path, Job, TrainState, Mapping[str, Any], Mapping[str, Any]], None
-]
+
+class Settled(NamedTuple):
+    """A run whose settings are checked."""
+
+    config: RunConfig
+    source: Mapping[str, Source] | None  # records given from Python, by split
+    callbacks: Sequence[Callback]
 
 
 @dataclass(frozen=True)
@@ -83,29 +90,19 @@ class BaseMetrics(NamedTuple):
 
 def fine_tune(
     config: RunConfig,
-    kind: Kind,
-    start: Start,
+    callbacks: Sequence[Callback] = (),
     *,
-    answering: Answering,
-    choose_layout: ChooseLayout,
-    write_card: WriteCard,
-    write_report: Callable[[Path], Path],
     data: Data | None = None,
     format: Format | None = None,
-    callbacks: Sequence[Callback] = (),
     source: Mapping[str, Source] | None = None,
 ) -> RunResult:
     """Fine-tunes a model. All processes of a multi-host run call it; the first one logs and writes.
 
     Args:
       config: the run's settings.
-      kind: reads the data, builds the program and exports the adapter.
-      start: makes the initial adapters.
-      answering: completes held-out prompts for the report.
-      choose_layout: chooses the mesh and the rematerialization policy of a decoder.
-      write_card: writes the adapter's README.md.
-      write_report: writes the report into a run's folder and returns its path.
-      data, format, callbacks, source: see `nalora_jax.run`, which also lists the errors.
+      callbacks: what surrounds the run (its card, its report, trackers), besides its log and the
+        callbacks that the settings name.
+      data, format, source: see `nalora_jax.run`, which also lists the errors.
     """
     # Several runs in one program are trained by `--sweep` only.
     for flag, size in (
@@ -116,53 +113,49 @@ def fine_tune(
             raise NaloraError(
                 f"--mesh.{flag}", expected="0 or 1 without --sweep", found=size
             )
-    config, source = checked_settings(config, data, format, source)
-    listeners = [*make_callbacks(config.callbacks), *callbacks]
-    with (
-        attended() as stop,
-        open_session(config, stop, listeners) as session,
-        session.naming_checkpoints(config),
-        session.closing,
-    ):
+    settled = settle(config, callbacks, data=data, format=format, source=source)
+    with attend_processes() as stop, open_session(settled.config, stop) as session:
         spent = Stages()
-        inputs = read_inputs(config, kind, start, answering, session, source)
-        job = prepare_job(inputs, kind, session, choose_layout)
-        state = restore(job, session)
+        inputs = open_inputs(settled, session)
+        job = build_job(inputs, session.output)
+        running = restore(job, session, settled.callbacks)
         spent.end("preparing")
-        with session.reporting_errors():
-            evaluate_base(job, session)
+        with running.reporting_errors():
+            evaluate_base(running)
             spent.end("evaluating the base")
-            result = fit(job, state, session)
-            state = best_state(job, result, session)
+            last = train(running)
+            state = best_state(running, last)
             spent.end("training")
-            return finish(
-                job, state, result.step, session, spent, write_card, write_report
-            )
+            return finish(running, state, last.step, spent)
 
 
-def checked_settings(
+def settle(
     config: RunConfig,
-    data: Data | None,
-    format: Format | None,
-    source: Mapping[str, Source] | None,
-) -> tuple[RunConfig, Mapping[str, Source] | None]:
-    """Returns checked settings, and the records given from Python by split.
+    callbacks: Sequence[Callback] = (),
+    *,
+    data: Data | None = None,
+    format: Format | None = None,
+    source: Mapping[str, Source] | None = None,
+) -> Settled:
+    """Checks the settings of a run, once; arguments are those of `fine_tune`.
 
     Raises:
-      NaloraError: bad settings, or an unknown mechanism.
+      NaloraError: bad settings, or an unknown kind, mechanism or callback.
     """
     check(config)
     config = replace(config, imports=import_files(config.imports))
+    check_kind(config)
     data_config, source = given_sources(
         config.data, data=data, source=source, format=format
     )
     for text in config.mechanisms:
         make(text)  # raises for an unknown name before anything is loaded
-    return replace(config, data=data_config), source
+    listeners = [*callbacks, *make_callbacks(config.callbacks)]
+    return Settled(replace(config, data=data_config), source, listeners)
 
 
 @contextmanager
-def attended() -> Iterator[StopSignals]:
+def attend_processes() -> Iterator[StopSignals]:
     """Connects the processes of a run; handles signals, a closed terminal and lost processes within
     the block."""
     with outliving_terminal():
@@ -174,50 +167,40 @@ def attended() -> Iterator[StopSignals]:
 # ---------------------------------------------------------------- files, records, settings
 
 
-def read_inputs(
-    config: RunConfig,
-    kind: Kind,
-    start: Start,
-    answering: Answering,
-    session: Session,
-    source: Mapping[str, Source] | None,
-) -> Inputs:
+def open_inputs(settled: Settled, session: Session) -> Inputs:
     """Reads all that a run needs before its weights; each file is opened once.
 
     Raises:
       NaloraError: bad files or data, or settings that do not continue the run in the folder.
     """
+    config = settled.config
     if config.compute.compilation_cache:
         use_compilation_cache()
-    inputs = kind.open_inputs(
-        start.with_adapter(config, session.recorded or None), source
-    )
+    config = with_adapter(config, session.recorded or None)
+    inputs = kind_of(config).open_inputs(config, settled.source)
     session.check_continues(inputs.config)
-    return replace(inputs, start=start, answering=answering)
+    return inputs
 
 
 # ---------------------------------------------------------------- layout, weights, adapters, step
 
 
-def prepare_job(
-    inputs: Inputs, kind: Kind, session: Session, choose_layout: ChooseLayout
-) -> Job:
-    """Returns the job in the layout that `choose_layout` chooses; image and text encoders have the
-    mesh of their settings."""
+def build_job(inputs: Inputs, output: Output) -> Job:
+    """Returns the job in a layout that the planner chooses; image and text encoders have the mesh
+    of their settings."""
 
     def build(placed: RunConfig) -> Job:
         # `inputs.config`, which is recorded, keeps its automatic fields; only `placed` has concrete
         # ones.
-        return built(inputs, kind, placed, checked_mesh(placed), session.output)
+        return build_placed(inputs, placed, checked_mesh(placed), output)
 
     if inputs.base is None:
         return build(inputs.config)
-    return choose_layout(inputs.config, inputs.base, build)
+    return accept_layout(inputs.config, inputs.base, build)
 
 
-def built(
+def build_placed(
     inputs: Inputs,
-    kind: Kind,
     placed: RunConfig,
     mesh: Mesh,
     output: Output,
@@ -225,14 +208,16 @@ def built(
 ) -> Job:
     """Loads the base and builds step and evaluators; ``like`` is a job with the same program, to
     share."""
-    loaded, assembly, data = kind.build_step(inputs, placed, mesh, output, like)
+    kind = kind_of(placed)
+    built = kind.build_step(inputs, placed, mesh, output, like)
     # The same adapters: the evaluators' compiled programs are shared.
-    if like is not None and like.assembly.spec == assembly.spec:
-        return Job(kind, inputs, loaded, assembly, data, like.evaluator, like.selector)
+    if like is not None and like.assembly.spec == built.assembly.spec:
+        return Job(kind, inputs, *built, like.evaluator, like.selector)
     reported, selecting = (
-        kind.evaluator(inputs, loaded, assembly, items) for items in inputs.held_out
+        kind.evaluator(inputs, built.loaded, built.assembly, items)
+        for items in inputs.held_out
     )
-    return Job(kind, inputs, loaded, assembly, data, reported, selecting)
+    return Job(kind, inputs, *built, reported, selecting)
 
 
 def checked_mesh(placed: RunConfig) -> Mesh:
@@ -246,8 +231,16 @@ def checked_mesh(placed: RunConfig) -> Mesh:
 # ---------------------------------------------------------------- start or resumption
 
 
-def restore(job: Job, session: Session) -> TrainState:
-    """Returns the state to train from: the first one, or the last checkpoint's.
+def restore(
+    job: Job, session: Session, callbacks: Sequence[Callback], together: int = 1
+) -> Running:
+    """Returns the run with the state to train from: the first one, or the last checkpoint's.
+
+    Args:
+      job: the run.
+      session: its session, which closes what is opened here.
+      callbacks: its callbacks.
+      together: number of runs that the compiled step trains; above 1 in a sweep.
 
     Raises:
       NaloraError: a damaged checkpoint, other evaluation questions than before, or a callback that
@@ -259,16 +252,19 @@ def restore(job: Job, session: Session) -> TrainState:
     log.info("%s trained parameters on %s", trained, assembly.spec.describe())
     log.info("training data: %s", stream_text(job.data.describe()))
     log_first_step(assembly.mechanisms, config.steps)
-    session.open_checkpoints(job)
+    checkpointer = open_checkpoints(job, session)
+    batches = job.data.batches()
     state = assembly.state
+    before = None
     if session.output.resumes:
-        state, position = session.checkpointer.restore("latest", state)
-        session.batches.set_state(position)
+        state, position = checkpointer.restore("latest", state)
+        batches.set_state(position)
         steps = session.recorded.get("steps", config.steps)
         _log_resumption(config, int(state.step), steps, session.label)
-        session.before = _known_before(session.output, job.inputs.questions)
-    session.begin(int(state.step))
-    return state
+        before = _known_before(session.output, job.inputs.questions)
+    return Running(
+        job, session, checkpointer, batches, state, before, callbacks, together
+    )
 
 
 def _log_resumption(config: RunConfig, start: int, steps: int, label: str) -> None:
@@ -321,102 +317,89 @@ def _known_before(
 
 
 def evaluate_base(
-    job: Job, session: Session, measured: BaseMetrics | None = None
+    run: Running, measured: BaseMetrics | None = None
 ) -> BaseMetrics | None:
     """Evaluates the base, unless an interrupted run did; returns the metrics for other runs.
 
     Args:
-      job: the run.
-      session: its session, which gets the metrics.
+      run: the run, which gets the metrics.
       measured: the metrics, if a run with the same questions measured them.
     """
-    if session.before:
+    job = run.job
+    if run.before:
         return measured
     if measured is None:
         # Adapters that start at zero are included, so that base and result are measured with the
         # same programs. Rewards of the base are exactly 0 only without adapters, by the reference's
         # program.
         base: tuple[Any, Any] = (job.loaded.params, None)
-        if job.config.lora.init in UNCHANGED and job.config.preference.loss == "none":
+        if job.config.lora.init in UNCHANGED and not job.kind.compares_with_base:
             base = (job.assembly.params, job.assembly.state.lora)
         measured = BaseMetrics(
             job.evaluator.measure(*base, samples=True), job.selector.measure(*base)
         )
-    before = session.before = dict(measured.reported)
+    before = run.before = dict(measured.reported)
     # Stored for a resumed run, which does not evaluate the base again.
     text = json.dumps(seal(before | {"questions": job.inputs.questions}))
     processes.on_first_process(
-        lambda: write_atomically(session.output.folder / BEFORE, text)
+        lambda: write_atomically(run.output.folder / BEFORE, text)
     )
-    session.callbacks.tell("on_eval", 0, before, "initial")
-    session.progress.say(f"before: {describe(before)}")
-    choosing = session.selected(0, measured.selecting)
+    run.callbacks.tell("on_eval", 0, before, "initial")
+    run.progress.say(f"before: {describe(before)}")
+    choosing = run.select(0, measured.selecting)
     say_counts(
         int(before.get("n", 0)), choosing.n, chosen=job.config.train.eval_every > 0
     )
     return measured
 
 
-def fit(job: Job, state: TrainState, session: Session) -> loop.FitResult:
+def train(run: Running) -> loop.FitResult:
     """Runs the training steps.
 
     Raises:
       TrainingDivergedError: the loss or the state is no longer finite.
       Interrupted: a signal requested a stop; the last step is saved.
     """
+    job = run.job
     assembly = job.assembly
     params = assembly.view(assembly.params)
-    session.state_metrics.compile_ahead(state)
-    batches = distributed.global_batches(session.batches, assembly.mesh)
-    profile = Profile(job.config.debug.profiled, session.output.common)
-    with session.stop.between_steps(), profile:
+    run.state_metrics.compile_ahead(run.state)
+    batches = distributed.global_batches(run.batches, assembly.mesh)
+    profile = Profile(job.config.debug.profiled, run.output.common)
+    with run.stop.between_steps(), profile:
         result = loop.run_steps(
-            assembly.step,
-            params,
-            state,
-            batches,
-            session.follower(state),
-            profile=profile,
+            assembly.step, params, run.state, batches, run.follow(), profile=profile
         )
     if result.interrupted:
-        raise session.stopped(result)
+        raise run.interruption(result)
     return result
 
 
-def best_state(job: Job, result: loop.FitResult, session: Session) -> TrainState:
+def best_state(run: Running, last: loop.FitResult) -> TrainState:
     """Returns the state with the best evaluation; the last one without evaluations."""
-    session.checkpointer.wait()
-    step = session.checkpointer.best_step()
+    run.checkpointer.wait()
+    step = run.checkpointer.best_step()
     # Not evaluated, or the best state is the last one, which is in memory.
-    if step is None or step == result.step:
-        return result.state
-    state, _ = session.checkpointer.restore("best", job.assembly.state)
+    if step is None or step == last.step:
+        return last.state
+    state, _ = run.checkpointer.restore("best", run.job.assembly.state)
     message = "%sthe best evaluation was at step %d: exporting that one"
-    log.info(message, session.label, int(state.step))
+    log.info(message, run.label, int(state.step))
     return state
 
 
-def finish(
-    job: Job,
-    state: TrainState,
-    last: int,
-    session: Session,
-    spent: Stages,
-    write_card: WriteCard,
-    write_report: Callable[[Path], Path],
-) -> RunResult:
-    """Evaluates and exports a state on examples that did not select it, and writes the report.
+def finish(run: Running, state: TrainState, last: int, spent: Stages) -> RunResult:
+    """Evaluates and exports a state on examples that did not select it.
 
     Args:
-      job: the run.
+      run: the run.
       state: the state to export.
       last: the last step.
-      session: its session.
-      spent: times of its stages.
-      write_card, write_report: see `fine_tune`.
+      spent: times of the run's stages.
     """
-    before = session.before
-    folder = session.output.folder
+    job = run.job
+    before = run.before
+    folder = run.output.folder
     best = int(state.step)
     assert before is not None
     after: dict[str, Any] = job.evaluator.measure(
@@ -426,20 +409,19 @@ def finish(
     # Per-example results of the same examples allow a paired test.
     if "right" in after and len(right_before) == len(after["right"]):
         after["paired"] = compare(right_before, after["right"])
-    session.callbacks.tell("on_eval", best, after, "final")
-    session.progress.say(f"after (step {best}): {describe(after)}")
+    run.callbacks.tell("on_eval", best, after, "final")
+    run.progress.say(f"after (step {best}): {describe(after)}")
     first = first_step(job.assembly.mechanisms)
     if best < first:
         log.warning(
             "%sthe exported adapter of step %d is that of plain LoRA: mechanisms act from step %d",
-            *(session.label, best, first),
+            *(run.label, best, first),
         )
     spent.end("evaluating the result")
     adapter = folder / ADAPTER
     after = after | {"step": best}
-    job.kind.export_run(job, adapter, state, session.output.share)
-    write_card(adapter, job, state, before, after)
+    spec = job.kind.export_run(job, adapter, state, run.output.share)
+    run.callbacks.tell("on_export", Exported(adapter, job, spec, best, before, after))
     spent.end("exporting")
-    session.callbacks.tell("on_end", Ended(last, best, seconds=spent.seconds))
-    processes.on_first_process(lambda: log.info("report: %s", write_report(folder)))
+    run.callbacks.tell("on_end", Ended(last, best, seconds=spent.seconds))
     return RunResult(folder, adapter, folder / REPORT, before, after, best)

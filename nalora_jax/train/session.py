@@ -13,7 +13,6 @@ from rich.console import Console
 from nalora_jax.assembly.mechanisms import first_step
 from nalora_jax.assembly.optimizers import make_schedule
 from nalora_jax.assembly.schedule import Schedule
-from nalora_jax.assembly.state_metrics import StateMetrics
 from nalora_jax.common.redaction import redacted
 from nalora_jax.config import RunConfig
 from nalora_jax.data.items import FEW
@@ -21,7 +20,7 @@ from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import Interrupted, NaloraError, bounded_text
 from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.run_log import ROLLOUTS, recorded_settings, to_json
-from nalora_jax.kinds.job import Job
+from nalora_jax.kinds.record import Job, kind_of
 from nalora_jax.mesh.machine import describe_device, peak_memory, versions
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, read_samples
@@ -37,33 +36,23 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """The `nalora_jax.train.loop.Hooks` of a run, with its folder, callbacks and checkpoints.
+    """A run's locked folder, before its model is known.
 
     Args:
       output: its locked folder.
       stop: stop requests.
-      callbacks: its callbacks.
       console: of its messages; the terminal, with a progress bar, by default.
       label: precedes its log messages if other runs train with it, as ``"seed-1: "``.
 
     Attributes:
       closing: closes what the run opens: checkpoints, callbacks, progress bar.
       recorded: last recorded settings of a resumed run; {} otherwise.
-      before: held-out metrics of the base model, once they are known.
-      waits_for_writes: True if a checkpoint is written before the next step, not during it.
-      runs_in_program: number of runs that the compiled step trains; above 1 in a sweep.
     """
-
-    job: Job
-    checkpointer: Checkpointer
-    batches: BatchIterator
-    state_metrics: StateMetrics
 
     def __init__(
         self,
         output: Output,
         stop: StopSignals,
-        callbacks: Sequence[Callback],
         console: Console | None = None,
         label: str = "",
     ) -> None:
@@ -75,14 +64,6 @@ class Session:
         self.recorded: Mapping[str, Any] = {}
         if output.resumes:
             self.recorded = recorded_settings(output.folder)
-        self.before: Mapping[str, Any] | None = None
-        self.waits_for_writes = False
-        self.runs_in_program = 1
-        self._samples_end = (
-            0  # byte of the file of samples up to which callbacks know it
-        )
-        self._given = callbacks
-        self._begun: Mapping[str, Any] = {}
 
     def check_continues(self, config: RunConfig) -> None:
         """Checks that a resumed run has its recorded settings, before a model is loaded.
@@ -109,64 +90,124 @@ class Session:
             where = f"--resume {self.output.folder}"
             check_settings(where, self.recorded, to_json(redacted(config.to_dict())))
 
-    def open_checkpoints(self, job: Job) -> None:
-        """Opens the checkpoints and the batches of a job."""
-        config = job.config
-        self.job = job
-        self.batches = job.data.batches()
-        self.state_metrics = job.assembly.state_metrics
-        self.checkpointer = self.closing.enter_context(
-            Checkpointer(
-                self.output.checkpoints,
-                fingerprint=job.loaded.fingerprint,
-                config=redacted(config.to_dict()),
-                keep=config.train.keep,
-                best_metric=job.evaluator.metric,
-                best_mode=job.evaluator.mode,
-            )
+
+@contextmanager
+def open_session(
+    config: RunConfig,
+    stop: StopSignals,
+    console: Console | None = None,
+    label: str = "",
+) -> Iterator[Session]:
+    """Locks the folder of a run, and closes what its stages open.
+
+    Args:
+      config: the run's settings, with the folder.
+      stop, console, label: see `Session`.
+
+    Raises:
+      NaloraError: see `nalora_jax.train.output.open_output`.
+      Interrupted: a stop outside of training, with the way to resume if there are checkpoints.
+    """
+    with open_output(config.output, config.resume) as output:
+        session = Session(output, stop, console, label)
+        try:
+            with session.closing:
+                yield session
+        except Interrupted as stopped:
+            if (
+                stopped.saved is None
+                and not stopped.resume
+                and has_checkpoint(output.checkpoints)
+            ):
+                # The stop came before or after the steps, so nothing was saved for it.
+                raise Interrupted(stopped.signal, resume=way_on(config)) from None
+            raise
+
+
+def open_checkpoints(job: Job, session: Session) -> Checkpointer:
+    """Opens the checkpoints of a job, which the session closes."""
+    config = job.config
+    return session.closing.enter_context(
+        Checkpointer(
+            session.output.checkpoints,
+            fingerprint=job.loaded.fingerprint,
+            config=redacted(config.to_dict()),
+            keep=config.train.keep,
+            best_metric=job.evaluator.metric,
+            best_mode=job.evaluator.mode,
         )
+    )
 
-    def begin(self, start: int) -> None:
-        """Opens the log and the progress display, and calls the callbacks' ``on_start``.
 
-        Processes other than 0 show and log nothing.
+class Running:
+    """A run that is ready for its next step: the `nalora_jax.train.loop.Hooks` of its loop.
 
-        Args:
-          start: steps that the run has done.
-        """
-        config = self.job.config
+    Processes other than 0 show and log nothing.
+
+    Args:
+      job: the run on its devices.
+      session: its folder; closes what is opened here.
+      checkpointer: of its folder.
+      batches: its next batches.
+      state: before its next step.
+      before: held-out metrics of the base model, if they are known.
+      callbacks: what surrounds the run, besides its log.
+      together: number of runs that the compiled step trains; above 1 in a sweep.
+
+    Attributes:
+      state_metrics: metrics of a state; a sweep computes those of all runs at once.
+      waits_for_writes: True if a checkpoint is written before the next step, not during it.
+
+    Raises:
+      NaloraError: a callback cannot start.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        session: Session,
+        checkpointer: Checkpointer,
+        batches: BatchIterator,
+        state: TrainState,
+        before: Mapping[str, Any] | None,
+        callbacks: Sequence[Callback],
+        together: int = 1,
+    ) -> None:
+        config = job.config
+        start = int(state.step)
+        self.job = job
+        self.output = session.output
+        self.stop = session.stop
+        self.label = session.label
+        self.checkpointer = checkpointer
+        self.batches = batches
+        self.state = state
+        self.before = before
+        self.state_metrics = job.assembly.state_metrics
+        self.waits_for_writes = False
+        # byte of the file of samples up to which callbacks know it
+        self._samples_end = 0
+        # Numbers of the steps since the last log step, for the next record.
+        self._begun: Mapping[str, Any] = {}
         if jax.process_index():
-            self.callbacks = Callbacks(None)
+            self.callbacks = Callbacks()
             self.progress = Progress(config.steps, console=Console(quiet=True))
         else:
             goes_on = start < config.steps
             metrics = MetricsLog(
                 self.output.folder, resume=start or None, goes_on=goes_on
             )
-            # Numbers of the steps since the last log step, for the next record.
             self._begun = metrics.begun
-            self.callbacks = Callbacks(metrics, self._given)
+            self.callbacks = Callbacks([metrics, *callbacks])
             self.progress = Progress(
                 config.steps,
                 start=start,
-                console=self.console,
+                console=session.console,
                 hidden=hidden_numbers(config),
             )
-        self.closing.enter_context(self.callbacks)
-        self.closing.enter_context(self.progress)
-        started = _started(self.job, self.output, start, self.runs_in_program)
-        self.callbacks.start(started)
-
-    @contextmanager
-    def naming_checkpoints(self, config: RunConfig) -> Iterator[None]:
-        """Adds the way to resume to a stop outside of training, if there are checkpoints."""
-        try:
-            yield
-        except Interrupted as stopped:
-            if stopped.saved is None and has_checkpoint(self.output.checkpoints):
-                # The stop came before or after the steps, so nothing was saved for it.
-                raise Interrupted(stopped.signal, resume=way_on(config)) from None
-            raise
+        session.closing.enter_context(self.callbacks)
+        session.closing.enter_context(self.progress)
+        self.callbacks.start(_started(job, self.output, start, together))
 
     @contextmanager
     def reporting_errors(self) -> Iterator[None]:
@@ -183,17 +224,18 @@ class Session:
             "on_end", Ended(message=redacted(bounded_text(error)) or "interrupted")
         )
 
-    def follower(self, state: TrainState) -> Follower:
-        """Returns the actions after each step, which continue from a state."""
+    def follow(self) -> Follower:
+        """Returns the actions after each step, which continue from the state."""
         config = self.job.config
         params = self.job.assembly.params
         # One program, not one for each operation.
         rate = jax.jit(make_schedule(config.optimizer, config.steps))
+        step = int(self.state.step)
         return Follower(
-            self, Schedule.of(config), rate, state, int(state.step), params, self._begun
+            self, Schedule.of(config), rate, self.state, step, params, self._begun
         )
 
-    def stopped(self, result: FitResult) -> Interrupted:
+    def interruption(self, result: FitResult) -> Interrupted:
         """Returns the error of a run that a signal stopped, once its state is saved."""
         self.checkpointer.wait()
         return Interrupted(self.stop.signal, result.step, way_on(self.job.config))
@@ -225,11 +267,11 @@ class Session:
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Evaluates the adapter on the held-out examples that select the checkpoint."""
-        return self.selected(
+        return self.select(
             step, self.job.selector.measure(self.job.assembly.params, state.lora)
         )
 
-    def selected(self, step: int, values: Mapping[str, Any]) -> LoopEvaluation:
+    def select(self, step: int, values: Mapping[str, Any]) -> LoopEvaluation:
         """Logs the metrics of an adapter that may be selected, and returns the one that ranks it.
 
         ``score`` is higher for better adapters: a loss is negated.
@@ -267,27 +309,6 @@ class Session:
         return self.stop.asked(step)
 
 
-@contextmanager
-def open_session(
-    config: RunConfig,
-    stop: StopSignals,
-    callbacks: Sequence[Callback],
-    console: Console | None = None,
-    label: str = "",
-) -> Iterator[Session]:
-    """Locks the folder of a run. The caller closes what its stages open by `Session.closing`.
-
-    Args:
-      config: the run's settings, with the folder.
-      stop, callbacks, console, label: see `Session`.
-
-    Raises:
-      NaloraError: see `nalora_jax.train.output.open_output`.
-    """
-    with open_output(config.output, config.resume) as output:
-        yield Session(output, stop, callbacks, console, label)
-
-
 def way_on(config: RunConfig) -> str:
     """Returns the options that resume a stopped run."""
     return f"continue with --output {config.output} --resume"
@@ -295,7 +316,7 @@ def way_on(config: RunConfig) -> str:
 
 def hidden_numbers(config: RunConfig) -> list[str]:
     """Returns the names of numbers that the line of a log step leaves out."""
-    if config.rl.rewards or not config.mechanisms:
+    if kind_of(config).draws_samples or not config.mechanisms:
         return ["misalignment"]
     return []
 

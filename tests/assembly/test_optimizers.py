@@ -21,6 +21,7 @@ from nalora_jax.config import (
     check,
 )  # fmt: skip
 from nalora_jax.errors import NaloraError
+from nalora_jax.kinds.record import kind_of
 
 PATHS = [f"layers/ffn/{name}/{leaf}" for name in ("gate_proj", "up_proj") for leaf in "ab"]
 LORA = trees.unflatten({path: np.ones((2, 3), np.float32) for path in PATHS})
@@ -95,7 +96,9 @@ def rules(*given: LoRARule, **more: object) -> dict[str, LoRAConfig]:
 def test_the_automatic_rate_falls_with_the_width_and_follows_the_method(
     changes, width, rate
 ) -> None:
-    assert with_learning_rate(replace(LEFT, **changes), width).optimizer.learning_rate == rate
+    config = replace(LEFT, **changes)
+    settled = with_learning_rate(config, width, kind_of(config).rate)
+    assert settled.optimizer.learning_rate == rate
 
 
 def test_a_rate_that_is_named_stays_and_others_than_adam_need_one() -> None:

@@ -9,7 +9,7 @@ import pytest
 from nalora_jax.__main__ import guarded
 from nalora_jax.common.redaction import MARK, published, redacted
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.session import Session
+from nalora_jax.train.session import Running
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys):
     )
     said = f"s3://{MARK}@b/x?token={MARK}&n=1: expected a folder, found Bearer {MARK}"
     ended = []
-    session = Session.__new__(Session)
+    session = Running.__new__(Running)
     session.callbacks = cast(
         Any, SimpleNamespace(tell=lambda event, ended_run: ended.append(ended_run))
     )

@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from nalora_jax.config import LoRAConfig, LoRARule, RunConfig, check, config_from_dict
+from nalora_jax.config import LoRAConfig, LoRARule, RunConfig, config_from_dict
 from nalora_jax.config.structured import INTERNAL, dotted, ranges, structured
 from nalora_jax.errors import NaloraError
+from nalora_jax.kinds.record import check_run
 
 RULE = LoRARule("x", 1)
 # Values that are refused, and values at the edge that are accepted.
@@ -45,10 +46,10 @@ def test_what_is_out_of_range_is_refused_by_the_name_of_its_flag(name: str) -> N
     refused, accepted = RANGES[name]
     for value in refused:
         with pytest.raises(NaloraError) as caught:
-            check(with_field(name, value))
+            check_run(with_field(name, value))
         assert caught.value.where == f"--{name.replace('_', '-')}"
     for value in accepted:
-        check(with_field(name, value))
+        check_run(with_field(name, value))
 
 
 def test_every_number_of_a_run_has_a_range_at_its_field() -> None:
@@ -82,7 +83,7 @@ def test_a_value_of_another_type_and_one_that_does_not_divide_are_named(
     name: str, value: Any, message: str
 ) -> None:
     with pytest.raises(NaloraError, match=message):
-        check(with_field(name, value))
+        check_run(with_field(name, value))
 
 
 def test_contrasted_pairs_are_not_split_into_micro_batches() -> None:
@@ -91,7 +92,7 @@ def test_contrasted_pairs_are_not_split_into_micro_batches() -> None:
     with pytest.raises(
         NaloraError, match='--train.accumulate: expected 1 with --vision.task "contrast"'
     ):
-        check(dataclasses.replace(check(contrast), train=split))
+        check_run(dataclasses.replace(check_run(contrast), train=split))
 
 
 def test_every_setting_comes_back_from_json() -> None:

@@ -27,7 +27,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.kinds import dual
 from nalora_jax.kinds.dual import sigmoid_contrastive, softmax_contrastive
-from nalora_jax.kinds.job import Job
+from nalora_jax.kinds.record import Job
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.train.run import built
 from tests import tiny

@@ -30,28 +30,28 @@ def test_too_little_memory_leads_to_the_next_layout_and_each_step_is_compiled_on
 ) -> None:
     """The device has no memory for the first layout's weights, nor for the second's program."""
     where = Topology("eight simulated chips", CHIPS["v6e"], "v6e", (2, 4))
-    meshes, large, built = [], iter([1e12]), run_module.built
+    meshes, large, built = [], iter([1e12]), run_module.build_placed
 
-    def build(inputs: Any, kind: Any, placed: Any, *others: Any, **options: Any) -> Any:
+    def build(inputs: Any, placed: Any, *others: Any, **options: Any) -> Any:
         meshes.append(placed.mesh)
         if len(meshes) == 1:
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes"
             )
-        return built(inputs, kind, placed, *others, **options)
+        return built(inputs, placed, *others, **options)
 
     def figures(program: Any) -> Any:
         return replace(of_compiled(program), temporary=next(large, 0.0))
 
-    def first_step(job: Any, _: Any) -> None:
-        assembly, batches = job.assembly, job.data.batches()
+    def first_step(run: Any) -> None:
+        assembly, batches = run.job.assembly, run.job.data.batches()
         batch = distributed.make_global_batch(next(batches), assembly.mesh, rows_axis=1)
         batches.close()
         assembly.step(assembly.view(assembly.params), assembly.state, batch)
         raise Chosen
 
     monkeypatch.setattr(choice, "of_devices", lambda _: where)
-    monkeypatch.setattr(run_module, "built", build)
+    monkeypatch.setattr(run_module, "build_placed", build)
     monkeypatch.setattr(run_module, "evaluate_base", first_step)
     monkeypatch.setattr(choice, "of_compiled", figures)
     monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))

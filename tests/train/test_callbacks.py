@@ -33,7 +33,7 @@ EVAL = {"loss": 2.0, "n": 4, "samples": [{"prompt": "x"}], "right": [True]}
 
 def tell(callback: Callback, folder: Path, *, step: int = 0, message: str = "") -> None:
     """A short run."""
-    with Callbacks(None, [callback]) as told:
+    with Callbacks([callback]) as told:
         told.start(Started(folder, {"steps": 9, "lora": {"rules": [{"rank": 4}]}}, step))
         told.tell("on_eval", step, EVAL, "initial")
         told.tell("on_log", step + 7, RECORD)
@@ -67,28 +67,30 @@ def test_settings_are_typed_as_their_defaults() -> None:
             make_callbacks([text])
 
 
-def raising(event: str, error: Exception) -> mock.Mock:
-    return mock.Mock(spec=Callback, **{f"{event}.side_effect": error})
+def raising(event: str, error: Exception, *, required: bool = False) -> mock.Mock:
+    return mock.Mock(spec=Callback, required=required, **{f"{event}.side_effect": error})
 
 
 def test_one_that_fails_is_left_out_and_the_others_go_on(tmp_path, caplog) -> None:
-    own, well = mock.Mock(spec=Callback), mock.Mock(spec=Callback)
+    own = mock.Mock(spec=Callback, required=True)
+    well = mock.Mock(spec=Callback, required=False)
     broken = raising("on_log", OSError("no route to host"))
-    told = Callbacks(own, [broken, well])
+    told = Callbacks([own, broken, well])
     with caplog.at_level(logging.WARNING, "nalora_jax"):
         told.tell("on_log", 1, RECORD)
         told.tell("on_end", Ended(2, 1))
     assert [one.on_end.call_count for one in (broken, well, own)] == [0, 1, 1]
     assert caplog.messages == ["Mock is left out from here on: OSError: no route to host"]
+    full = raising("on_log", OSError("no route to host"), required=True)
     with pytest.raises(OSError, match="no route"):
-        Callbacks(broken).tell("on_log", 1, RECORD)  # the run's own log has to be kept
+        Callbacks([full]).tell("on_log", 1, RECORD)  # the run's own log has to be kept
     stops = raising("on_log", NaloraError("here", expected="less", found="more"))
     with pytest.raises(NaloraError, match="here"):
-        Callbacks(None, [stops]).tell("on_log", 1, RECORD)
+        Callbacks([stops]).tell("on_log", 1, RECORD)
     no_server = raising("on_start", ConnectionError("refused\nby the server"))
     message = "--callbacks, Mock: expected a callback that can begin, found Connection"
     with pytest.raises(NaloraError, match=message):
-        Callbacks(own, [no_server]).start(Started(tmp_path, {}))
+        Callbacks([own, no_server]).start(Started(tmp_path, {}))
 
 
 def test_tensorboard_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +170,7 @@ def test_weights_and_biases_gets_a_table_of_samples(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     sample = {"completion": " 7", "rewards": {"number": 1.0}, "advantage": 0.5}
     group = {"step": 7, "prompt": "3 + 4 =", "samples": [sample, sample]}
-    with Callbacks(None, make_callbacks(["wandb"])) as told:
+    with Callbacks(make_callbacks(["wandb"])) as told:
         told.start(Started(tmp_path, {}))
         told.tell("on_samples", 7, [group])
     table = wandb.Table.return_value

@@ -29,8 +29,7 @@ from nalora_jax.train.callbacks import Callbacks
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
 from nalora_jax.train.output import HOLDER, Resume, open_output
-from nalora_jax.train.preemption import StopSignals
-from nalora_jax.train.session import Session
+from nalora_jax.train.session import Running
 from tests import tiny
 
 
@@ -203,7 +202,9 @@ def test_checkpoints_written_directly_to_the_store_follow_the_log(store, monkeyp
     """As in `gs://`; the copies every 30 seconds are too late if the machine goes."""
     monkeypatch.setattr(output_module, "_DIRECT", "s3://")
     with open_output(URL, False) as output:
-        session = Session(output, StopSignals(), ())
+        session = object.__new__(Running)
+        session.output = output
+        session.waits_for_writes = False
         stored = "/bucket/run/metrics.jsonl"
 
         def save(step: int, *state: object) -> None:
@@ -212,7 +213,7 @@ def test_checkpoints_written_directly_to_the_store_follow_the_log(store, monkeyp
         session.job = SimpleNamespace(config=RunConfig())
         session.batches = SimpleNamespace(get_state=dict)
         session.checkpointer = SimpleNamespace(save=save, folder=output.checkpoints)
-        session.callbacks = Callbacks(None)
+        session.callbacks = Callbacks()
         (output.folder / "metrics.jsonl").write_text("line of step 5\n")
         session.save(5, None, None)
 

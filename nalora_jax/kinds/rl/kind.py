@@ -16,11 +16,11 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ from nalora_jax.assembly.schedule import Schedule
 from nalora_jax.common.files import write_atomically
 from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import RLConfig, RunConfig
+from nalora_jax.config.checks import Limits, check_divides, require
 from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.forms import in_turns
 from nalora_jax.data.pipeline import BatchIterator
@@ -45,12 +46,13 @@ from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records, settled, stream_shape
-from nalora_jax.kinds.job import Inputs, Job
+from nalora_jax.kinds.record import Arrays, Built, Inputs, Job, register_kind
 from nalora_jax.kinds.rl.policy import Policy
 from nalora_jax.kinds.rl.rewards import Scorer
 from nalora_jax.kinds.rl.rollout import Sampler, Samples, sample_batch
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import Batch, TrainState
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.policy_losses import (
     CLIPS,
     PolicyLoss,
@@ -164,14 +166,14 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
 
 def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: RunFolder, like: Job | None
-) -> tuple[LoadedModel, Assembly, PromptRows]:
+) -> Built:
     """Loads the base, and builds adapters and the step with its rollouts; see `text.build_step`."""
-    loaded, assembly, data = text.build_step(
-        inputs, placed, mesh, output, like, program_parts
-    )
-    data = replace(data, rollout=Rollout())
+    built = text.build_step(inputs, placed, mesh, output, like)
+    loaded = cast(LoadedModel, built.loaded)
+    assembly = built.assembly
+    data = replace(built.data, rollout=Rollout())
     step = RolloutStep(placed, loaded, assembly, data, output.folder)
-    return loaded, replace(assembly, step=step), data
+    return Built(loaded, replace(assembly, step=step), data)
 
 
 def evaluator(
@@ -181,7 +183,46 @@ def evaluator(
     return RewardEvaluator(inputs.config.rl, loaded, assembly, prompts)
 
 
-export_run = text.export_run
+def limits(config: RunConfig) -> Iterator[Limits]:
+    """Yields the values that other settings may have in a run with rewards.
+
+    Raises:
+      NaloraError: weights of other rewards, or a batch that groups of samples do not divide.
+    """
+    rl = config.rl
+    # The penalty compares with the base, whose kernels PiSSA changes. Initializations by gradients
+    # read batches of targets, which prompts do not have.
+    inits: tuple[str, ...] = (*UNCHANGED, "pissa")
+    if rl.beta:
+        inits = UNCHANGED
+    values: dict[str, tuple[Any, ...]] = {
+        "vision.task": ("",),
+        "preference.loss": ("none",),
+        "adalora.target_rank": (0,),
+        "lora.dropout": (0.0,),
+        "data.loss_last": (0.0,),
+        "lora.init": inits,
+    }
+    yield Limits("--rl.rewards", values)
+    if config.adapter:
+        remedy = "the reference is the base without an adapter: merge this one first (nalora merge)"
+        yield Limits("--adapter", {"rl.beta": (0,)}, remedy)
+    count = len(rl.rewards)
+    weights = len(rl.reward_weights)
+    expected = f"{count}, one a reward"
+    require("--rl.reward-weights", weights in (0, count), expected, weights)
+    check_divides(config.train.batch_size, "rl.samples", rl.samples)
+
+
+def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
+    """Returns the shapes of the arrays of an update, see `nalora_jax.kinds.rl.policy.Policy`."""
+    row = (config.data.max_length,)
+    arrays: Arrays = {"sampled": (row, "float32")}
+    if config.rl.updates > 1:
+        arrays["old"] = (row, "float32")
+    if not updates_with_base(config.rl):
+        arrays["base"] = (row, "float32")
+    return arrays | {"advantages": ((), "float32"), "real": ((), "float32")}
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
@@ -722,3 +763,21 @@ class RewardEvaluator(Evaluator):
             for prompt, record in pairs
         ]
         return {"samples": shown}
+
+
+KIND = register_kind(
+    replace(
+        text.KIND,
+        name="rl",
+        open_inputs=open_inputs,
+        build_step=build_step,
+        evaluator=evaluator,
+        program_parts=program_parts,
+        limits=limits,
+        # As long as --rl.beta is 0 and a step has one update; docs/rl.md has the runs.
+        rate=1 / 8,
+        batch_arrays=batch_arrays,
+        draws_samples=True,
+        subject="nalora_jax.study.rewards:Rewards",
+    )
+)

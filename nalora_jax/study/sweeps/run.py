@@ -18,39 +18,37 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from nalora_jax import kinds
-from nalora_jax.assembly import start
 from nalora_jax.common import buckets, digests, notes, redaction
-from nalora_jax.config import RunConfig, check
+from nalora_jax.config import RunConfig
 from nalora_jax.data.given import Data, Format
 from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
 from nalora_jax.evaluate import evaluator, run_log
-from nalora_jax.evaluate.generate.generator import answering
-from nalora_jax.kinds.job import Inputs, Job
+from nalora_jax.kinds.record import Inputs, Job
 from nalora_jax.mesh import processes
-from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
-from nalora_jax.report import compare, history, html
+from nalora_jax.report import compare, history
+from nalora_jax.report.writer import ReportWriter
 from nalora_jax.study.sweeps import fit, values
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.study.sweeps.program import RunLoop, StopOfAll, SweepProgram, fit_all
-from nalora_jax.train import cards, preemption, progress
-from nalora_jax.train.callbacks import make_callbacks
+from nalora_jax.train import preemption, progress
+from nalora_jax.train.callbacks import Callback
+from nalora_jax.train.cards import CardWriter
 from nalora_jax.train.output import write_text
 from nalora_jax.train.run import (
     BaseMetrics,
     RunResult,
-    attended,
+    attend_processes,
     best_state,
-    built,
+    build_placed,
     checked_mesh,
-    checked_settings,
     evaluate_base,
     finish,
-    read_inputs,
+    open_inputs,
     restore,
+    settle,
 )
-from nalora_jax.train.session import Session, open_session, way_on
+from nalora_jax.train.session import Running, Session, open_session, way_on
 
 log = logging.getLogger(__name__)
 PAGE = "comparison.html"  # in the folder of a sweep
@@ -77,6 +75,7 @@ class _Run(NamedTuple):
 
     inputs: Inputs
     session: Session
+    callbacks: Sequence[Callback]
 
 
 _Results = dict[str, RunResult | TrainingDivergedError]  # by folder
@@ -119,13 +118,13 @@ def sweep(
     """
     check_names(configs)
     configs = [
-        replace(check(config), mesh=configs[0].mesh, resume=configs[0].resume)
+        replace(config, mesh=configs[0].mesh, resume=configs[0].resume)
         for config in configs
     ]
     first = configs[0].output
     folder = str(epath.Path(buckets.url(first) or first).parent)
     results: _Results = {}
-    with attended() as stop, _logged_once(), ExitStack() as stack:
+    with attend_processes() as stop, _logged_once(), ExitStack() as stack:
         runs = [_open_run(config, data, format, stop, stack) for config in configs]
         processes.on_first_process(locked)
         groups = values.grouped(runs, _key)
@@ -165,18 +164,16 @@ def _open_run(
     stack: ExitStack,
 ) -> _Run:
     """Locks the folder of a run and reads its settings, files and data."""
-    config, source = checked_settings(config, data, format, None)
+    around = [CardWriter(), ReportWriter()]
+    settled = settle(config, around, data=data, format=format)
     resume: bool | Literal["auto"] = False
     if config.resume:
         resume = "auto"
     name = Path(config.output).name
-    callbacks = make_callbacks(config.callbacks)
-    settings = replace(config, resume=resume)
-    opened = open_session(settings, stop, callbacks, _Named(name), f"{name}: ")
+    settings = replace(settled.config, resume=resume)
+    opened = open_session(settings, stop, _Named(name), f"{name}: ")
     session = stack.enter_context(opened)
-    kind = kinds.run_kind(config)
-    inputs = read_inputs(config, kind, start, answering, session, source)
-    return _Run(inputs, session)
+    return _Run(open_inputs(settled, session), session, settled.callbacks)
 
 
 def _key(run: _Run) -> str:
@@ -215,67 +212,54 @@ def _train_together(
     """Trains runs in one program, with the base of an earlier job; returns a job and the
     results."""
     spent = progress.Stages()
-    jobs = []
-    states = []
+    trained: list[Running] = []
     results: _Results = {}
     with ExitStack() as stack:
-        for inputs, session in runs:
+        for inputs, session, callbacks in runs:
             stack.enter_context(session.closing)
-            session.runs_in_program = len(runs)
             placed = fits.layout.into(inputs.config)
-            jobs.append(
-                built(
-                    inputs, kinds.run_kind(placed), placed, mesh, session.output, like
-                )
-            )
-            like = like or jobs[0]
-            states.append(restore(jobs[-1], session))
+            job = build_placed(inputs, placed, mesh, session.output, like)
+            like = like or job
+            trained.append(restore(job, session, callbacks, len(runs)))
         # Runs that ask the same questions share them.
         measured: dict[str, BaseMetrics | None] = {}
-        for (inputs, session), job in zip(runs, jobs, strict=True):
-            stack.enter_context(session.reporting_errors())
-            questions = json.dumps(inputs.questions, sort_keys=True)
-            measured[questions] = evaluate_base(job, session, measured.get(questions))
+        for run in trained:
+            stack.enter_context(run.reporting_errors())
+            questions = json.dumps(run.job.inputs.questions, sort_keys=True)
+            measured[questions] = evaluate_base(run, measured.get(questions))
         spent.end("preparing")
-        loops = _fit([session for _, session in runs], jobs, states, fits, stop)
+        loops = _fit(trained, fits, stop)
         spent.end("training")
-        for (_, session), loop in zip(runs, loops, strict=True):
+        for run, loop in zip(trained, loops, strict=True):
             if loop.follower.result.interrupted:
-                raise session.stopped(loop.follower.result)
-        for (inputs, session), job, loop in zip(runs, jobs, loops, strict=True):
+                raise run.interruption(loop.follower.result)
+        for run, loop in zip(trained, loops, strict=True):
+            output = run.job.config.output
             if loop.error is not None:
-                session.fail(loop.error)
-                results[inputs.config.output] = loop.error
+                run.fail(loop.error)
+                results[output] = loop.error
                 continue
-            result = loop.follower.result
-            best = best_state(job, result, session)
-            writers = cards.write_run_card, html.write_report
-            results[inputs.config.output] = finish(
-                job, best, result.step, session, spent, *writers
-            )
-    return like or jobs[0], results
+            last = loop.follower.result
+            results[output] = finish(run, best_state(run, last), last.step, spent)
+    assert like is not None
+    return like, results
 
 
 def _fit(
-    sessions: Sequence[Session],
-    jobs: Sequence[Job],
-    states: Sequence[TrainState],
-    fits: fit.Fitting,
-    signals: preemption.StopSignals,
+    runs: Sequence[Running], fits: fit.Fitting, signals: preemption.StopSignals
 ) -> list[RunLoop]:
     """Runs the steps of several runs in one program."""
     stop = StopOfAll(signals)
     loops = []
-    program = SweepProgram(
-        [job.assembly for job in jobs], fits.width, slots=fits.slots(len(jobs))
-    )
-    for session, state in zip(sessions, states, strict=True):
-        loops.append(RunLoop(session.follower(state), session.batches))
-        session.state_metrics = cast(Any, loops[-1])
-        session.stop = stop
+    assemblies = [run.job.assembly for run in runs]
+    program = SweepProgram(assemblies, fits.width, slots=fits.slots(len(runs)))
+    for run in runs:
+        loops.append(RunLoop(run.follow(), run.batches))
+        run.state_metrics = cast(Any, loops[-1])
+        run.stop = cast(Any, stop)
         # Hosts meet at barriers while Orbax writes; barriers of two runs have the same name.
-        session.waits_for_writes = jax.process_count() > 1
-    log.info("%s", fits.describe(len(jobs)))
+        run.waits_for_writes = jax.process_count() > 1
+    log.info("%s", fits.describe(len(runs)))
     with signals.between_steps():
         fit_all(program, loops, stop)
     return loops
