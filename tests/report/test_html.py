@@ -202,7 +202,8 @@ LOG_STEPS = [{"step": step, "loss": 0.01 * step} for step in (1, 2)]
 
 def test_the_loss_of_a_run_with_rewards_is_called_a_policy_loss(make_run):
     config = RunConfig(rl=RLConfig(rewards=("number",)))
-    folder = make_run(LOG_STEPS, config)
+    steps = [record | {"reward": 0.5} for record in LOG_STEPS]
+    folder = make_run(steps, config)
     page = page_of(folder)
     assert "Policy loss" in page
     assert "Mean negative log-likelihood per loss token" not in page
@@ -212,14 +213,19 @@ def test_the_loss_of_a_run_with_rewards_is_called_a_policy_loss(make_run):
 
 
 @pytest.mark.parametrize(
-    ("config", "title"),
+    ("config", "metrics", "title"),
     [
-        (RunConfig(), "Training loss"),
-        (RunConfig(preference=PreferenceConfig(loss="dpo")), "Preference loss"),
+        (RunConfig(), {}, "Training loss"),
+        (
+            RunConfig(preference=PreferenceConfig(loss="dpo")),
+            {"rewards_margin": 0.1},
+            "Preference loss",
+        ),
     ],
 )
-def test_a_loss_has_the_name_of_its_objective(make_run, config, title):
-    titles = re.findall(r"(\w+ loss) ", page_of(make_run(LOG_STEPS, config)))
+def test_a_loss_has_the_name_of_its_objective(make_run, config, metrics, title):
+    steps = [record | metrics for record in LOG_STEPS]
+    titles = re.findall(r"(\w+ loss) ", page_of(make_run(steps, config)))
     assert title in titles
     assert len({"Training loss", "Preference loss", "Policy loss"} & set(titles)) == 1
 
