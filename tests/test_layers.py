@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -22,22 +23,28 @@ class Module(NamedTuple):
     source: str
     tree: ast.Module
     imported: set[str]  # dotted names, at its top or within functions, not for types alone
+    for_types: set[str]  # dotted names that are imported under TYPE_CHECKING
 
 
 def _read(path: Path) -> Module:
     source = path.read_text(encoding="utf-8")
-    tree, imported = ast.parse(source), set()
-    nodes: list[ast.AST] = [tree]
+    tree = ast.parse(source)
+    imported: set[str] = set()
+    for_types: set[str] = set()
+    nodes: list[tuple[ast.AST, set[str]]] = [(tree, imported)]
     while nodes:
-        node = nodes.pop()
+        node, names = nodes.pop()
         if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: a relative import"
-            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            nodes += ast.iter_child_nodes(node)
-    return Module(path.relative_to(ROOT).parts[0].removesuffix(".py"), source, tree, imported)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += [(child, for_types) for child in ast.iter_child_nodes(node)]
+        else:
+            nodes += [(child, names) for child in ast.iter_child_nodes(node)]
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return Module(room, source, tree, imported, for_types)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +70,18 @@ def test_imports_point_downwards(modules: dict[str, Module]) -> None:
         (name, imported)
         for name, module in modules.items()
         if module.room in ORDER
-        for imported in module.imported
+        for imported in module.imported | module.for_types
         if (target := modules.get(imported) or modules.get(f"{imported}.__init__"))
         and target.room in ORDER[: ORDER.index(module.room)]
     }
     assert upward == set()
+
+
+def test_modules_have_no_circles(modules: dict[str, Module]) -> None:
+    """Imports for types count."""
+    graph = {name: module.imported | module.for_types for name, module in modules.items()}
+    order = graphlib.TopologicalSorter({name: graph[name] & modules.keys() for name in graph})
+    order.prepare()  # raises CycleError with the modules of a circle
 
 
 # Names in two rooms: `cpu` implements operations under their names, and a subcommand's function has

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -26,9 +26,6 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nalora_jax.errors import NaloraError
-
-if TYPE_CHECKING:
-    from nalora_jax.data.tokenizer import Tokenizer
 
 DEFAULT_FILE = "chat_template.jinja"
 TOOL_FILE = "additional_chat_templates/tool_use.jinja"
@@ -69,12 +66,9 @@ def read_templates(
     return named.get("default"), named.get("tool_use")
 
 
-def write_templates(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the templates of ``tokenizer`` as files."""
-    for name, template in (
-        (DEFAULT_FILE, tokenizer.chat_template),
-        (TOOL_FILE, tokenizer.tool_template),
-    ):
+def write_templates(folder: Path, default: str | None, tool: str | None) -> None:
+    """Writes the default template and the template ``tool_use`` as files."""
+    for name, template in ((DEFAULT_FILE, default), (TOOL_FILE, tool)):
         if template is not None:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(template, encoding="utf-8")

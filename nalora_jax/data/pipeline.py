@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import grain
 import numpy as np
@@ -37,9 +37,6 @@ from nalora_jax.data.store import (
 )
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-
-if TYPE_CHECKING:
-    from nalora_jax.data.images.chat import RowImages
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +118,13 @@ class Stream(ABC):
         return iterator
 
 
+class ImageReader(Protocol):
+    """Reads the images of packed examples."""
+
+    def batch(self, rows: Sequence[np.ndarray]) -> HostBatch:
+        """Returns arrays ``[rows, ...]``; each row is an array of examples of the store."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainData(Stream):
     """Packed sequences of a run as an endless stream.
@@ -129,7 +133,7 @@ class TrainData(Stream):
       store: tokens of the examples.
       pattern: the assignment of examples to rows.
       seed: of the order of the rows.
-      images: of every row, for models with image input (`nalora_jax.data.images.chat`).
+      images: images of every row, for models with image input.
     """
 
     noun: ClassVar[str] = "examples"
@@ -137,7 +141,7 @@ class TrainData(Stream):
     store: TokenStore
     pattern: Pattern
     seed: int
-    images: RowImages | None = None
+    images: ImageReader | None = None
 
     @property
     def rows_per_epoch(self) -> int:

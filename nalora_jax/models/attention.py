@@ -10,15 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.models.cache import KeyValues
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.parts import (
-    LayerInputs,
-    Mixer,
-    PartOptions,
-    RMSNorm,
-    Shapes,
-    SharedInputs,
-)
+from nalora_jax.models.config import GLOBAL_WINDOW, Mixer, ModelConfig, Shapes
+from nalora_jax.models.parts import LayerInputs, PartOptions, RMSNorm, SharedInputs
 from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
 from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention
 from nalora_jax.ops.dispatch import Numerics

@@ -1,24 +1,37 @@
-"""The architecture of a decoder as one frozen dataclass, read from a ``config.json``.
+"""The architecture of a decoder as one frozen dataclass, read from a ``config.json``, and the
+classes of its parts.
 
 `nalora_jax.models.family` reads it by the record of its ``model_type``; the records are entered
 when this package is imported.
+
+A part is a frozen dataclass: it names its parameters and returns its Linen module.
+`ModelConfig.mixer` and `ModelConfig.ffn` hold parts with sizes of their own; without them the
+fields of the config describe attention, a gated block or a mixture of experts
+(`nalora_jax.models.stacks.parts`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nalora_jax.models.family import read
 from nalora_jax.models.readers import GLOBAL_WINDOW as GLOBAL_WINDOW
 from nalora_jax.models.ropes import RopeSpec
 
 if TYPE_CHECKING:
+    import flax.linen as nn
+
     from nalora_jax.models.embedding import LayerEmbeddings
-    from nalora_jax.models.parts import FeedForward, Mixer, ScaledTail
+    from nalora_jax.models.parts import PartOptions
     from nalora_jax.models.vision.config import Sight
+    from nalora_jax.ops.dispatch import Numerics
+
+Shapes = dict[str, tuple[int, ...]]
+Gates = dict[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
@@ -83,9 +96,7 @@ class ModelConfig:
     layer_embeddings: LayerEmbeddings | None = (
         None  # vectors of tokens that every layer receives
     )
-    tail: ScaledTail | None = (
-        None  # after the feed-forward block, on the residual stream
-    )
+    tail: Part | None = None  # after the feed-forward block, on the residual stream
     # Kinds of layers: the fields that differ from this config's. `models.stacks` gives each kind's
     # config; `windows` and `rope_index` list all layers of the model in order.
     kinds: tuple[tuple[tuple[str, Any], ...], ...] = ()
@@ -147,3 +158,90 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
+
+
+# ---------------------------------------------------------------- parts of a layer
+
+
+class Part(ABC):
+    """Sizes of a part; every method takes the uniform config of its stack."""
+
+    name: ClassVar[str]  # of the module: parameters are at layers/<name>/...
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of a layer's parameters: of `arrays`, and of kernels and biases of
+        `projections`."""
+        shapes = dict(self.arrays(config))
+        for name, shape in self.projections(config).items():
+            shapes[f"{name}/kernel"] = shape
+            if self.has_bias(config, name):
+                shapes[f"{name}/bias"] = (*shape[:-2], shape[-1])
+        return shapes
+
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of a layer's parameters that belong to no projection."""
+        return {}
+
+    @abstractmethod
+    def projections(self, config: ModelConfig) -> Shapes:
+        """Returns kernel shapes ``(..., d_in, d_out)`` of adaptable projections, by name."""
+
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """Returns True if a projection has a bias."""
+        return False
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns the forward flops of all layers for one row, without `projections` and
+        routers."""
+        return 0.0
+
+    @abstractmethod
+    def saved(self, config: ModelConfig) -> float:
+        """Returns the values per token, in the projections' dtype, saved for the backward pass."""
+
+    def gates(self, config: ModelConfig) -> Gates:
+        """Returns channel shape and activation of each gated block, by its path within the part."""
+        return {}
+
+    @abstractmethod
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the Linen module."""
+
+
+class Mixer(Part):
+    """A part that mixes the tokens of a row, in place of attention.
+
+    Its module is called as ``(x, LayerInputs, SharedInputs) -> (y, update of its state)``.
+    """
+
+    attends: ClassVar[bool] = (
+        False  # True: softmax attention with the config's heads and windows
+    )
+    # True: the module also computes parts of rows (`nalora_jax.ops.split_rows`).
+    splits_rows: ClassVar[bool] = False
+    hands: str = ""  # name under which later layers read this layer's keys and values
+    reads: str = ""  # name of an earlier layer's keys and values that this layer reads
+
+    @abstractmethod
+    def init_state(
+        self, config: ModelConfig, batch: int, length: int, numerics: Numerics
+    ) -> Any:
+        """Returns the state of ``config.n_layers`` layers before the first token (`models.cache`).
+
+        ``length`` is the number of slots for tokens.
+        """
+
+
+class FeedForward(Part):
+    """A part that transforms each token, in place of the gated block.
+
+    Its module has the call signature of `nalora_jax.method.ffn.GatedFFN`.
+    """
+
+    reads_stream: ClassVar[bool] = (
+        False  # True: the module also gets ``stream``, the norm's input
+    )
+
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """See `Part`."""
+        return config.ffn_bias

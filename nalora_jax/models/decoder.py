@@ -22,12 +22,11 @@ from nalora_jax.common.trees import flatten
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.cache import Cache, default_positions, extend, since_last
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, Part
 from nalora_jax.models.embedding import Embedding, LMHead
 from nalora_jax.models.parts import (
     HandedKeys,
     LayerInputs,
-    Part,
     PartOptions,
     ResidualNorm,
     RMSNorm,
@@ -174,7 +173,7 @@ class Decoder(nn.Module):
         )
         if c.layer_embeddings is not None:
             self.layer_embeddings = c.layer_embeddings.module(
-                c, self.activation_sharding
+                c.n_layers, self.activation_sharding, c.norm_eps, c.norm_offset
             )
         shardings = (
             self.activation_sharding,
@@ -304,7 +303,12 @@ class Decoder(nn.Module):
         return SharedInputs(
             tables={
                 stack.prefix: rope_tables(
-                    stack.config, positions, segments, lengths, parts
+                    stack.config.ropes,
+                    stack.config.layer_ropes,
+                    positions,
+                    segments,
+                    lengths,
+                    parts,
                 )
                 for stack in stacks(self.config)
             },

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import BATCH_AXES, CONTEXT, WEIGHT_AXES
 from nalora_jax.method.ffn import frozen_kernel
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import RMSNorm, constrain
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_rows import shards_of
@@ -158,32 +157,39 @@ class LayerEmbeddings:
     vocab_size: int
     width: int
 
-    def param_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def param_shapes(self, layers: int, d_model: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the parameters by path."""
-        columns = config.n_layers * self.width
+        columns = layers * self.width
         return {
             "layer_embeddings/embedding": (self.vocab_size, columns),
-            "layer_embeddings/projection/kernel": (config.d_model, columns),
+            "layer_embeddings/projection/kernel": (d_model, columns),
             "layer_embeddings/norm/scale": (self.width,),
         }
 
-    def module(self, config: ModelConfig, sharding: NamedSharding | None) -> nn.Module:
-        """Returns the module; ``sharding`` applies to ``[batch, seq, d_model]``."""
-        table = {"vocab_size": self.vocab_size, "d_model": config.n_layers * self.width}
-        return _LayerEmbeddings(
-            **table, sharding=sharding, config=config, width=self.width
-        )
+    def module(
+        self, layers: int, sharding: NamedSharding | None, eps: float, offset: float
+    ) -> nn.Module:
+        """Returns the module.
+
+        Args:
+          layers: number of layers.
+          sharding: of ``[batch, seq, d_model]``.
+          eps, offset: of the norm of projected embeddings (`RMSNorm`).
+        """
+        table = {"vocab_size": self.vocab_size, "d_model": layers * self.width}
+        norm = {"eps": eps, "offset": offset}
+        return _LayerEmbeddings(**table, **norm, sharding=sharding, width=self.width)
 
 
 class _LayerEmbeddings(Embedding):
-    config: ModelConfig | None = None
     width: int = 0
+    eps: float = 0.0
+    offset: float = 0.0
 
     def setup(self) -> None:
-        assert self.config is not None
         super().setup()
         self.projection = LMHead(self.d_model)
-        self.norm = RMSNorm(self.config.norm_eps, self.config.norm_offset)
+        self.norm = RMSNorm(self.eps, self.offset)
 
     def __call__(  # type: ignore[override]
         self, tokens: jax.Array, x: jax.Array, numerics: Numerics

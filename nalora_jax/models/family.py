@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -23,11 +23,17 @@ from nalora_jax.models.ropes import RopeRules
 from nalora_jax.models.tensor_rows import Rows
 
 if TYPE_CHECKING:
-    from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.vision.config import Sight
 
+
+class Architecture(Protocol):
+    """A `ModelConfig`, of which only the names and values of its fields are read here."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
 Features = dict[str, Any]  # fields of `ModelConfig`
-Reader = Callable[[Fields, str], "ModelConfig"]
+Reader = Callable[[Fields, str], Architecture]
 # from the file's fields, and the width of the text model
 SightReader = Callable[[Fields, int], "Sight"]
 

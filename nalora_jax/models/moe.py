@@ -33,7 +33,8 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import SampledWeights
-from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.blocks import GatedBlock
+from nalora_jax.models.config import FeedForward, Gates, ModelConfig, Shapes
 from nalora_jax.models.experts import (
     Experts,
     Layer,
@@ -42,16 +43,7 @@ from nalora_jax.models.experts import (
     of_each,
     routed_ffn,
 )
-from nalora_jax.models.parts import (
-    FeedForward,
-    GatedBlock,
-    Gates,
-    PartOptions,
-    RMSNorm,
-    Shapes,
-    adapters_below,
-    scales_below,
-)
+from nalora_jax.models.parts import PartOptions, RMSNorm, adapters_below, scales_below
 from nalora_jax.models.routing import RouterSpec
 from nalora_jax.ops.quantize import Quantized
 from nalora_jax.ops.reductions import count, first_alone

@@ -1,38 +1,23 @@
-"""The parts of a layer and their inputs: a mixer of tokens, a feed-forward block, norms and the
-layer's end.
-
-A part is a frozen dataclass: it names its parameters and returns its Linen module.
-`ModelConfig.mixer` and `ModelConfig.ffn` hold parts with sizes of their own; without them the
-fields of the config describe attention, a gated block or a mixture of experts
-(`nalora_jax.models.stacks.parts`).
-"""
+"""The inputs and options of a layer's parts (`nalora_jax.models.config.Part`), and norms."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from nalora_jax.method.ffn import AdaptedBlock, Adapters, GatedFFN, SelfGatedFFN
+from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import residual_norm, rms_norm
 from nalora_jax.ops.split_rows import Row
-from nalora_jax.ops.storage import round_and_save
-
-if TYPE_CHECKING:
-    from nalora_jax.models.config import ModelConfig
-
-Shapes = dict[str, tuple[int, ...]]
-Gates = dict[str, tuple[tuple[int, ...], str]]
 
 
 @jax.tree_util.register_dataclass
@@ -182,124 +167,6 @@ class PartOptions:
         return [output.y for output in parallel_dense(x, layers, self.numerics)]
 
 
-class Part(ABC):
-    """Sizes of a part; every method takes the uniform config of its stack."""
-
-    name: ClassVar[str]  # of the module: parameters are at layers/<name>/...
-
-    def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of a layer's parameters: of `arrays`, and of kernels and biases of
-        `projections`."""
-        shapes = dict(self.arrays(config))
-        for name, shape in self.projections(config).items():
-            shapes[f"{name}/kernel"] = shape
-            if self.has_bias(config, name):
-                shapes[f"{name}/bias"] = (*shape[:-2], shape[-1])
-        return shapes
-
-    def arrays(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of a layer's parameters that belong to no projection."""
-        return {}
-
-    @abstractmethod
-    def projections(self, config: ModelConfig) -> Shapes:
-        """Returns kernel shapes ``(..., d_in, d_out)`` of adaptable projections, by name."""
-
-    def has_bias(self, config: ModelConfig, name: str) -> bool:
-        """Returns True if a projection has a bias."""
-        return False
-
-    def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns the forward flops of all layers for one row, without `projections` and
-        routers."""
-        return 0.0
-
-    @abstractmethod
-    def saved(self, config: ModelConfig) -> float:
-        """Returns the values per token, in the projections' dtype, saved for the backward pass."""
-
-    def gates(self, config: ModelConfig) -> Gates:
-        """Returns channel shape and activation of each gated block, by its path within the part."""
-        return {}
-
-    @abstractmethod
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """Returns the Linen module."""
-
-
-class Mixer(Part):
-    """A part that mixes the tokens of a row, in place of attention.
-
-    Its module is called as ``(x, LayerInputs, SharedInputs) -> (y, update of its state)``.
-    """
-
-    attends: ClassVar[bool] = (
-        False  # True: softmax attention with the config's heads and windows
-    )
-    # True: the module also computes parts of rows (`nalora_jax.ops.split_rows`).
-    splits_rows: ClassVar[bool] = False
-    hands: str = ""  # name under which later layers read this layer's keys and values
-    reads: str = ""  # name of an earlier layer's keys and values that this layer reads
-
-    @abstractmethod
-    def init_state(
-        self, config: ModelConfig, batch: int, length: int, numerics: Numerics
-    ) -> Any:
-        """Returns the state of ``config.n_layers`` layers before the first token (`models.cache`).
-
-        ``length`` is the number of slots for tokens.
-        """
-
-
-class FeedForward(Part):
-    """A part that transforms each token, in place of the gated block.
-
-    Its module has the call signature of `nalora_jax.method.ffn.GatedFFN`.
-    """
-
-    reads_stream: ClassVar[bool] = (
-        False  # True: the module also gets ``stream``, the norm's input
-    )
-
-    def has_bias(self, config: ModelConfig, name: str) -> bool:
-        """See `Part`."""
-        return config.ffn_bias
-
-
-@dataclass(frozen=True)
-class GatedBlock(FeedForward):
-    """The block that the config describes: ``(phi(x W_gate) * x W_up) W_down``, or ``phi(x W_in)
-    W_out``."""
-
-    name: ClassVar[str] = "ffn"
-
-    def projections(self, config: ModelConfig) -> Shapes:
-        """See `Part`."""
-        d = config.d_model
-        f = config.d_ff
-        if config.gated:
-            return {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
-        return {"in_proj": (d, f), "out_proj": (f, d)}
-
-    def saved(self, config: ModelConfig) -> float:
-        """See `Part`."""
-        return (1.0 + config.gated) * config.d_ff
-
-    def gates(self, config: ModelConfig) -> Gates:
-        """See `Part`."""
-        return {"": ((config.d_ff,), config.activation)}
-
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """See `Part`."""
-        block: Any = GatedFFN if config.gated else SelfGatedFFN
-        return block(
-            config.d_model,
-            config.d_ff,
-            config.activation,
-            **options.of_block(config.ffn_bias),
-        )
-
-
 # ---------------------------------------------------------------- norms
 
 
@@ -358,71 +225,3 @@ class ResidualNorm(nn.Module):
             self.numerics,
             self.recomputed,
         )
-
-
-# ---------------------------------------------------------------- the end of a layer
-
-
-@dataclass(frozen=True)
-class ScaledTail(Part):
-    """The end of a layer, on the residual stream: ``(x + norm((phi(x W_gate) * embedded) W_down)) *
-    scale``.
-
-    Attributes:
-      width: of the layer's embeddings; 0 leaves the block out.
-    """
-
-    width: int = 0
-    name = "tail"
-
-    def arrays(self, config: ModelConfig) -> Shapes:
-        """Returns the scale, and that of the norm."""
-        shapes: Shapes = {"scale": (1,)}
-        if self.width:
-            shapes["norm/scale"] = (config.d_model,)
-        return shapes
-
-    def projections(self, config: ModelConfig) -> Shapes:
-        """Returns the kernel shapes of the projections."""
-        d = config.d_model
-        width = self.width
-        if not width:
-            return {}
-        return {"gate_proj": (d, width), "down_proj": (width, d)}
-
-    def gates(self, config: ModelConfig) -> Gates:
-        """Returns the block's channels and activation, at the part's own path."""
-        if not self.width:
-            return {}
-        return {"": ((self.width,), config.activation)}
-
-    def saved(self, config: ModelConfig) -> float:
-        """Returns the saved values: z and its factor."""
-        return 2.0 * self.width
-
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """Returns the module: ``(x, LayerInputs, SharedInputs) -> x``."""
-        sizes = config.d_model, self.width, config.activation
-        return _ScaledTail(*sizes, **options.of_block(bias=False), eps=config.norm_eps)
-
-
-class _ScaledTail(AdaptedBlock):
-    eps: float = 0.0
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
-    ) -> jax.Array:
-        if self.d_ff:
-            y = super().__call__(
-                round_and_save(x, self.numerics),
-                layer.scales.get("tail"),
-                token_weights=shared.token_weights,
-                deterministic=shared.deterministic,
-                up=layer.embedded,
-            )
-            x = x + RMSNorm(self.eps, dtype=self.numerics.result, name="norm")(
-                y
-            ).astype(x.dtype)
-        scale = self.param("scale", nn.initializers.ones_init(), (1,))
-        return x * jax.lax.stop_gradient(scale).astype(x.dtype)[0]

@@ -28,13 +28,11 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.method import activations
 from nalora_jax.models.cache import Recurrent
-from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.config import Mixer, ModelConfig, Shapes
 from nalora_jax.models.parts import (
     LayerInputs,
-    Mixer,
     PartOptions,
     RMSNorm,
-    Shapes,
     SharedInputs,
     constrain,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import chex
 import jax
@@ -19,9 +19,6 @@ import numpy as np
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.config.rope_scaling import FIELDS, ORIGINAL
-
-if TYPE_CHECKING:
-    from nalora_jax.models.config import ModelConfig
 
 ROPE_KINDS = (
     "default",
@@ -170,7 +167,8 @@ def _frequencies_at_length(
 
 
 def rope_tables(
-    config: ModelConfig,
+    ropes: Sequence[RopeSpec],
+    layer_ropes: Sequence[int],
     positions: jax.Array,
     segments: jax.Array,
     lengths: jax.Array | None = None,
@@ -178,17 +176,24 @@ def rope_tables(
 ) -> jax.Array:
     """Returns ``[tables, 2, batch or 1, seq, dim / 2]``: one table per rotary embedding.
 
-    The identity is appended if a layer has no RoPE. The tables are of the ``parts`` of whole rows.
+    The identity is appended if a layer has no RoPE.
+
+    Args:
+      ropes: the distinct rotary embeddings.
+      layer_ropes: the table of every layer; ``len(ropes)`` is the identity.
+      positions, segments: int ``[batch, seq]``, of whole rows.
+      lengths: int ``[batch]``, lengths of the rows' sequences; by default those of the segments.
+      parts: selects from an array of whole rows the part that this device computes.
     """
     of_tokens = None
-    if any(spec.depends_on_length for spec in config.ropes):
+    if any(spec.depends_on_length for spec in ropes):
         if lengths is None:
             of_tokens = parts(sequence_lengths(positions, segments))
         else:
             of_tokens = lengths[:, None]
     positions = parts(positions)
-    tables = [rope_table(spec, positions, of_tokens) for spec in config.ropes]
-    if len(config.ropes) in config.layer_ropes:
+    tables = [rope_table(spec, positions, of_tokens) for spec in ropes]
+    if len(ropes) in layer_ropes:
         ones = jnp.ones(tables[0].shape[1:], jnp.float32)  # the identity
         tables.append(jnp.stack([ones, jnp.zeros_like(ones)]))
     return jnp.stack(tables)

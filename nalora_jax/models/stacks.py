@@ -22,8 +22,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from nalora_jax.models.attention import SoftmaxAttention
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.parts import FeedForward, GatedBlock, Gates, Mixer, Part, Shapes
+from nalora_jax.models.blocks import GatedBlock
+from nalora_jax.models.config import (
+    FeedForward,
+    Gates,
+    Mixer,
+    ModelConfig,
+    Part,
+    Shapes,
+)
 from nalora_jax.models.targets import uniform_path
 
 if TYPE_CHECKING:
@@ -169,7 +176,7 @@ def param_shapes(config: ModelConfig) -> Shapes:
         shapes |= {f"{stack.prefix}/{name}/scale": (lead, d) for name in norms}
         shapes |= {path: (lead, *shape) for of, path, shape in of_parts if of is stack}
     if config.layer_embeddings is not None:
-        shapes |= config.layer_embeddings.param_shapes(config)
+        shapes |= config.layer_embeddings.param_shapes(config.n_layers, config.d_model)
     shapes["final_norm/scale"] = (d,)
     if not config.tie_embeddings:
         shapes["lm_head/kernel"] = (d, v)

@@ -101,7 +101,7 @@ def write_extended(
         settings["added_tokens_decoder"] = listed
         write_json(folder / "tokenizer_config.json", settings)
     if not has_templates(folder, settings):
-        write_templates(tokenizer, folder)
+        write_templates(folder, tokenizer.chat_template, tokenizer.tool_template)
     if slow.is_file():
         ids = {token.content: number for number, token in added.items()}
         write_json(slow, read_json(slow) | ids)
@@ -152,4 +152,4 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
     if len(tokenizer.eos_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.eos_ids)
     write_json(folder / "generation_config.json", generation)
-    write_templates(tokenizer, folder)
+    write_templates(folder, tokenizer.chat_template, tokenizer.tool_template)

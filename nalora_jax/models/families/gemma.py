@@ -15,10 +15,10 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
 from nalora_jax.models.attention import NormedAttention
+from nalora_jax.models.blocks import ScaledTail
 from nalora_jax.models.embedding import LayerEmbeddings
 from nalora_jax.models.family import GGUF, Family, Features, Metadata, hf_defaults
 from nalora_jax.models.moe import DenseAndExperts
-from nalora_jax.models.parts import ScaledTail
 from nalora_jax.models.readers import (
     FULL,
     SLIDING,

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.family import hf_defaults
+from nalora_jax.models.family import SightReader, hf_defaults
 from nalora_jax.models.readers import activation_name
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss, Sight
-
-if TYPE_CHECKING:
-    from nalora_jax.models.family import SightReader
-
 
 _COMPOSED = "vision-text-dual-encoder"  # of separately trained towers
 
