@@ -263,9 +263,9 @@ def google(
 
 def make_in_session(name: str, factory: pytest.TempPathFactory) -> Callable[..., Path]:
     pytest.importorskip("transformers")
-    from tests import seeing
+    from tests import vision
 
-    return lambda family, **changes: getattr(seeing, name)(
+    return lambda family, **changes: getattr(vision, name)(
         factory.mktemp(family), family, **changes
     )
 
@@ -281,13 +281,13 @@ def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def tower_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a ViT and of a BERT that were never trained together."""
     pytest.importorskip("transformers")
-    from tests import seeing
+    from tests import vision
 
-    return seeing.make_towers(tmp_path_factory.mktemp("towers"))
+    return vision.make_towers(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.fixture(scope="session")
-def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes folders of tiny decoders that see: ``seeing_folder("llava", vision={...}, text={...},
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes folders of tiny vision-language models: ``vision_folder("llava", vision={...}, text={...},
     ...)``."""
-    return make_in_session("make_seeing", tmp_path_factory)
+    return make_in_session("make_vision_model", tmp_path_factory)

@@ -26,7 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from nalora_jax.common.downloads import cache_dir
-from tests import seeing, tiny
+from tests import tiny, vision
 
 HERE = Path(__file__).resolve().parents[1]
 TINY = (
@@ -77,10 +77,10 @@ def write_inputs(folder: Path) -> None:
         for one in questions
     ]
     (folder / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
-    seeing.make_seeing(folder / "llava", "llava")
-    seeing.make_dual(folder / "clip", "clip")
+    vision.make_vision_model(folder / "llava", "llava")
+    vision.make_dual(folder / "clip", "clip")
     (folder / "pictures").mkdir()
-    seeing.make_chats(folder / "pictures")
+    vision.make_chats(folder / "pictures")
 
 
 def train(checkout: Path, name: str, inputs: Path, scratch: Path, devices: int) -> dict[str, Path]:

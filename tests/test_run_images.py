@@ -26,8 +26,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.loading.adapted import load
 from nalora_jax.loading.adapted_dual import load_adapted_dual
 from nalora_jax.weights.peft import import_adapter
-from tests import seeing, tiny
-from tests.seeing import COLOURS, QUESTION
+from tests import tiny, vision
+from tests.vision import COLOURS, QUESTION
 
 torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
 AutoModel = transformers.AutoModelForImageTextToText
@@ -43,7 +43,7 @@ DATA |= {"eval_limit": 9, "select_limit": 4}
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Conversations about pictures of three colours, which have captions as well; one picture is
     damaged."""
-    return seeing.make_chats(tmp_path_factory.mktemp("chats"), damaged="green1.png")
+    return vision.make_chats(tmp_path_factory.mktemp("chats"), damaged="green1.png")
 
 
 def few_shot(model: Path, chats: Path, output: Path, **changes: Any) -> cfg.RunConfig:
@@ -90,9 +90,9 @@ def trained(dual_folder, chats, tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def chatting(seeing_folder, chats, tmp_path_factory) -> tuple[Path, Path]:
+def chatting(vision_folder, chats, tmp_path_factory) -> tuple[Path, Path]:
     """A decoder's folder, and that of a finished run on it."""
-    model, folder = seeing_folder("gemma3"), tmp_path_factory.mktemp("runs") / "gemma3"
+    model, folder = vision_folder("gemma3"), tmp_path_factory.mktemp("runs") / "gemma3"
     run(chat(model, chats, folder))
     return model, folder
 
@@ -198,7 +198,7 @@ def test_a_run_lowers_the_loss_and_leaves_its_adapter(chatting) -> None:
 
 
 @checkpointing
-def test_peft_loads_the_adapter_and_transformers_sees_the_same(chatting, chats) -> None:
+def test_peft_loads_the_adapter_and_transformers_computes_the_same(chatting, chats) -> None:
     model, folder = chatting
     adapted = load(str(folder), dtype="float32")
     tokenizer, processor = adapted.base.tokenizer, adapted.base.processor
@@ -208,16 +208,16 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(chatting, chats) 
 
     @jax.jit
     def logits(variables, pixels):
-        seen = adapted.module.apply(variables, pixels, method="see")
-        hidden = adapted.module.apply(variables, ids, features=seen)
+        features = adapted.module.apply(variables, pixels, method="encode_images")
+        hidden = adapted.module.apply(variables, ids, features=features)
         return adapted.module.apply(variables, hidden, method="unembed")
 
     ours = np.asarray(logits(adapted.variables, pixels))
     theirs = peft.PeftModel.from_pretrained(
         AutoModel.from_pretrained(model), folder / "adapter"
     ).eval()
-    seen = torch.tensor(np.asarray(pixels[0]).transpose(0, 3, 1, 2))
-    inputs = {"input_ids": torch.tensor(ids, dtype=torch.long), "pixel_values": seen}
+    images = torch.tensor(np.asarray(pixels[0]).transpose(0, 3, 1, 2))
+    inputs = {"input_ids": torch.tensor(ids, dtype=torch.long), "pixel_values": images}
     inputs["token_type_ids"] = (inputs["input_ids"] == tokenizer.images.token_id).long()
     with torch.no_grad():
         expected = theirs(**inputs).logits.numpy()
@@ -248,10 +248,10 @@ def test_the_verbs_see(chatting, chats, tmp_path, capsys) -> None:
     assert "language model alone" in capsys.readouterr().err
 
 
-def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) -> None:
+def test_a_conversation_shows_images(vision_folder, chats, monkeypatch, capsys) -> None:
     """Two turns, the second with two images more, as transformers answers them; what is wrong is
     said in between."""
-    model, folder = seeing_folder("llava"), chats.parent
+    model, folder = vision_folder("llava"), chats.parent
     typed = f"""/image {folder}/green0.png
 {QUESTION}
 /image nowhere.png
@@ -294,9 +294,9 @@ Describe this
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
 
 
-def test_settings_that_do_not_fit_are_refused(dual_folder, seeing_folder, chats, tmp_path) -> None:
+def test_settings_that_do_not_fit_are_refused(dual_folder, vision_folder, chats, tmp_path) -> None:
     shots = few_shot(dual_folder("clip"), chats, tmp_path / "run", steps=6, epochs=0.0)
-    chatted = chat(seeing_folder("llava"), chats, tmp_path / "run")
+    chatted = chat(vision_folder("llava"), chats, tmp_path / "run")
     for message, settings, changes in (
         (
             "--vision.templates",

@@ -158,17 +158,17 @@ MakeObjective = Callable[[NextToken], Objective]
 
 def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
     """Checks that the mesh splits no attention head and no row that must be whole, and that
-    adapters of a model that sees have the default initialization."""
+    adapters of a vision-language model have the default initialization."""
     distributed.check_heads(
         mesh.shape["tensor"], n_heads=base.n_heads, n_kv_heads=key_heads(base)
     )
     check_context(config, base, mesh)
-    if base.sight is None:
+    if base.vision is None:
         return
     if config.lora.init != "default":
-        expected = "default for a model that sees"
+        expected = "default for a vision-language model"
         raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
-    heads = base.sight.tower.n_heads
+    heads = base.vision.tower.n_heads
     distributed.check_heads(mesh.shape["tensor"], n_heads=heads, n_kv_heads=heads)
 
 

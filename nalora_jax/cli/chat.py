@@ -33,7 +33,7 @@ with epy.lazy_imports():  # on first use: help needs no JAX
     from nalora_jax.weights import hub, model_files
 
 HELP = """\
-/image PATH      show an image with the next message, to a model that sees; repeat it for several
+/image PATH      show an image with the next message (vision-language models); repeat it for more
 /adapter PATH    answer with another adapter (a run's or a PEFT folder); "none" is the base alone
 /system TEXT     another system prompt; without a text, none
 /reset           forget what was said; the system prompt stays
@@ -69,7 +69,7 @@ def chat(args: ChatArgs) -> None:
         "mesh": mesh,
     }
     model = adapted.load(
-        args.model, adapter=args.adapter, images=_sees(args), **options
+        args.model, adapter=args.adapter, images=_has_vision(args), **options
     )
     if model.base.tokenizer.chat_template is None:
         expected = "a model with a chat template"
@@ -84,7 +84,7 @@ def chat(args: ChatArgs) -> None:
             break
 
 
-def _sees(args: ChatArgs) -> bool:
+def _has_vision(args: ChatArgs) -> bool:
     """Returns True if the model has an image encoder, unless the adapter's run did not use it."""
     place = located.locate(args.model, args.adapter)
     if place.run:
@@ -94,7 +94,7 @@ def _sees(args: ChatArgs) -> bool:
     # language model, or loading will report the error
     with contextlib.suppress(NaloraError):
         files = model_files.open_files(hub.resolve_source(place.base), images=True)
-        return files.config.sight is not None
+        return files.config.vision is not None
     return False
 
 
@@ -188,7 +188,7 @@ class _Talk:
         if processor is None:
             loaded_as = f"{self.name}, which was loaded as a language model"
             raise NaloraError(
-                "/image", expected="a model that sees images", found=loaded_as
+                "/image", expected="a vision-language model", found=loaded_as
             )
         if not path:
             raise NaloraError("/image", expected="an image file", found="none")

@@ -62,7 +62,7 @@ class CompletionItem:
 
 
 @dataclass(frozen=True)
-class SeenItem(CompletionItem):
+class VisionItem(CompletionItem):
     """A completion whose prompt has images, each encoded or a file's path."""
 
     images: tuple[bytes | Path, ...] = ()

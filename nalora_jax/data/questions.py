@@ -20,7 +20,7 @@ from nalora_jax.data.chat import (
     text_field,
 )
 from nalora_jax.data.forms import IMAGES, Parts, canonical, tools_of
-from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
+from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, VisionItem
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.sources import open_held_out, open_pair
@@ -336,6 +336,6 @@ def _completions(
             prompt_ids, completion_ids, prompt, completion, question.turns
         )
         if question.images is not None:
-            item = SeenItem(**vars(item), images=question.images)
+            item = VisionItem(**vars(item), images=question.images)
         items.append(item)
     return items

@@ -64,7 +64,7 @@ class TextEvaluator(Evaluator):
         self._model = model
         self._mesh = mesh
         self._answers = answers
-        # of `nalora_jax.evaluate.seeing`: an image's text in a prompt, pixels by the id of an item
+        # of `nalora_jax.evaluate.vision`: an image's text in a prompt, pixels by the id of an item
         self._image = ""
         self._pixels: dict[int, list[np.ndarray]] = {}
         self._items: Sequence[Item] = self.completions

@@ -21,8 +21,8 @@ from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.vision import evaluator_of
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records
 from nalora_jax.kinds.record import Arrays, Inputs, register_kind
@@ -30,8 +30,8 @@ from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.vision.decoder import SeeingDecoder
-from nalora_jax.weights.base import seeing_files
+from nalora_jax.models.vision.decoder import VisionDecoder
+from nalora_jax.weights.base import vision_files
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
@@ -46,11 +46,11 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
         replace(resolve_source(config.model), rope_scaling=config.rope_scaling),
         images=True,
     )
-    if files.config.sight is not None:
-        files = seeing_files(files)
+    if files.config.vision is not None:
+        files = vision_files(files)
     tokens = files.tokenizer.images
     train, held = open_records(
-        config.data, seen_sources(config.data, config.vision, tokens, source)
+        config.data, vision_sources(config.data, config.vision, tokens, source)
     )
     inputs = text.tokenized(config, files, train, held)
     assert tokens is not None
@@ -71,19 +71,19 @@ def evaluator(
 
 
 def program_parts(config: RunConfig, processor: ImageProcessor) -> dict[str, Any]:
-    """Returns the module and the objective of a model that sees, for
+    """Returns the module and the objective of a vision-language model, for
     `nalora_jax.assembly.program.assemble`."""
 
-    def objective(plain: NextToken) -> SeenNextToken:
+    def objective(plain: NextToken) -> VisionNextToken:
         """Returns the objective on images, with the fields of the one on text."""
         # All fields of the plain objective, which is a frozen dataclass.
         fields = {
             field.name: getattr(plain, field.name)
             for field in dataclasses.fields(plain)
         }
-        return SeenNextToken(**fields, processor=processor)
+        return VisionNextToken(**fields, processor=processor)
 
-    return {"module": SeeingDecoder, "objective": objective}
+    return {"module": VisionDecoder, "objective": objective}
 
 
 def evaluate(
@@ -95,7 +95,7 @@ def evaluate(
     if named:
         splits = [data.eval_split]
     tokens = model.base.tokenizer.images
-    source = seen_sources(data, config.vision, tokens, splits=splits)
+    source = vision_sources(data, config.vision, tokens, splits=splits)
     return text.evaluator_of_records(model, config, mesh, named, source)
 
 
@@ -107,14 +107,14 @@ def limits(config: RunConfig) -> Iterator[Limits]:
 
 def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
     """Returns the shapes of the images of a row and of their number."""
-    assert base.sight is not None
-    tower = base.sight.tower
+    assert base.vision is not None
+    tower = base.vision.tower
     pixels = (images, tower.image_size, tower.image_size, tower.channels)
     return {"pixels": (pixels, "uint8"), "images": ((), "int32")}
 
 
 @dataclass(frozen=True)
-class SeenNextToken(NextToken):
+class VisionNextToken(NextToken):
     """`NextToken` of a vision-language model whose packed sequences contain images."""
 
     # `nalora_jax.data.images.files.ImageProcessor`: uint8 pixels to floats
@@ -134,12 +134,12 @@ class SeenNextToken(NextToken):
             deterministic=False,
             # Dropout of the image tower, independent of the decoder's.
             rngs={"dropout": jax.random.fold_in(key, 1)},
-            method="see",
+            method="encode_images",
         )
         return super().hidden(variables, batch, key, features=features, **options)
 
 
-def seen_sources(
+def vision_sources(
     data: DataConfig,
     vision: VisionConfig,
     tokens: ImageTokens | None,
@@ -160,7 +160,7 @@ def seen_sources(
     """
     if tokens is None:
         raise NaloraError(
-            "--model", expected="a model that sees images", found="a language model"
+            "--model", expected="a vision-language model", found="a language model"
         )
     if data.too_long in ("truncate", "split"):
         raise NaloraError(

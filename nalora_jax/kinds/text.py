@@ -26,7 +26,7 @@ from nalora_jax.data.sources import open_pair
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.generator import answering
-from nalora_jax.evaluate.seeing import evaluator_of
+from nalora_jax.evaluate.vision import evaluator_of
 from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.kinds.inputs import (
     check_layout,
@@ -263,7 +263,9 @@ def _difference(
             if "pixels" in row:
                 assert loaded.processor is not None
                 pixels = loaded.processor.normalise(row["pixels"])
-                images["features"] = model.apply(variables, pixels, method="see")
+                images["features"] = model.apply(
+                    variables, pixels, method="encode_images"
+                )
             layout = {"positions": row["positions"], "segment_ids": row["segment_ids"]}
             hidden = model.apply(variables, row["tokens"], **layout, **images)
             return model.apply(variables, hidden[:, ::8], method="unembed")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from nalora_jax.models.embedding import LayerEmbeddings
     from nalora_jax.models.parts import PartOptions
-    from nalora_jax.models.vision.config import Sight
+    from nalora_jax.models.vision.config import VisionSpec
     from nalora_jax.ops.dispatch import Numerics
 
 Shapes = dict[str, tuple[int, ...]]
@@ -90,7 +90,9 @@ class ModelConfig:
     n_experts: int = 0  # 0: a dense FFN
     experts_per_token: int = 0
     router_bias: bool = False
-    sight: Sight | None = None  # image tower and projector of a vision-language model
+    vision: VisionSpec | None = (
+        None  # image tower and projector of a vision-language model
+    )
     mixer: Mixer | None = None  # in place of attention
     ffn: FeedForward | None = None  # in place of a gated block; of layers with experts
     layer_embeddings: LayerEmbeddings | None = (

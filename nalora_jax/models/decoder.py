@@ -216,9 +216,8 @@ class Decoder(nn.Module):
             tokens that are not padding.
           cache: keys and values of earlier calls (`init_cache`); all segments must then be 1.
           deterministic: no dropout; if False and a rate is set, the rng ``dropout`` is needed.
-          features: ``[batch, places, d_model]`` of images, which replace each row's image tokens in
-            order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); a row may have fewer such
-            tokens than places.
+          features: ``[batch, places, d_model]`` of images (`VisionDecoder.encode_images`), which
+            replace each row's image tokens in order; a row may have fewer such tokens than places.
           lengths: int ``[batch]``, tokens of each row's text, for RoPE that depends on it; by
             default the text ends with these tokens.
 
@@ -330,17 +329,17 @@ class Decoder(nn.Module):
         In these, the tokens of an image see each other if the model wants it. Features and tokens
         are of whole rows, x may have their parts.
         """
-        sight = self.config.sight
+        vision = self.config.vision
         sharding = self.activation_sharding
         row = shared.row
-        assert sight is not None
-        places = tokens == sight.image_token
+        assert vision is not None
+        places = tokens == vision.image_token
         index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
         # A row with more places than features gets NaN there, so that the error is visible.
         rows = repeated(features, sharding).astype(x.dtype)
         rows = jnp.take_along_axis(rows, index[..., None], axis=1, mode="fill")
         x = jnp.where(split(places, sharding)[..., None], rows, x)
-        if not sight.mutual:
+        if not vision.mutual:
             return x, shared
         if row is None:
             return x, replace(

@@ -23,7 +23,7 @@ from nalora_jax.models.ropes import RopeRules
 from nalora_jax.models.tensor_rows import Rows
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import Sight
+    from nalora_jax.models.vision.config import VisionSpec
 
 
 class Architecture(Protocol):
@@ -35,7 +35,7 @@ class Architecture(Protocol):
 Features = dict[str, Any]  # fields of `ModelConfig`
 Reader = Callable[[Fields, str], Architecture]
 # from the file's fields, and the width of the text model
-SightReader = Callable[[Fields, int], "Sight"]
+VisionReader = Callable[[Fields, int], "VisionSpec"]
 
 
 class Metadata:
@@ -198,7 +198,7 @@ BUILT_IN: dict[str, Family] = {}
 REGISTERED: Registry[Family] = Registry("family", "nalora_jax.families")
 # Multimodal models by ``model_type``: the reader of tower and projector, and defaults of fields of
 # the file and of its text model.
-MULTIMODAL: dict[str, tuple[SightReader, dict[str, Any], dict[str, Any]]] = {}
+MULTIMODAL: dict[str, tuple[VisionReader, dict[str, Any], dict[str, Any]]] = {}
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -255,9 +255,9 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
         text = read(text_part(raw, where), f"{where}: text_config")
         if not images:
             return text
-        return text | {"sight": _sight(raw, text, where)}
+        return text | {"vision": _read_vision(raw, text, where)}
     if images:
-        expected = f"a model that sees images: one of {', '.join(MULTIMODAL)}"
+        expected = f"a vision-language model: one of {', '.join(MULTIMODAL)}"
         remedy = "use such a model, or leave --vision.task (or --image) out"
         raise f.error("model_type", expected, repr(name), remedy)
     if not isinstance(name, str) or (name not in BUILT_IN and name not in REGISTERED):
@@ -299,15 +299,15 @@ def _check(values: Features, f: Fields) -> None:
         raise f.error("num_experts_per_tok", f"at most {experts} experts", chosen)
 
 
-def _sight(raw: Mapping[str, Any], text: Features, where: str) -> Sight:
+def _read_vision(raw: Mapping[str, Any], text: Features, where: str) -> VisionSpec:
     """Returns the image tower and projector that a multimodal ``config.json`` describes."""
     reader, defaults, _ = MULTIMODAL[raw["model_type"]]
     f = Fields(raw, defaults, where)
-    sight = reader(f, text["d_model"])
-    if not 0 <= sight.image_token < text["vocab_size"]:
+    vision = reader(f, text["d_model"])
+    if not 0 <= vision.image_token < text["vocab_size"]:
         expected = f"a token below {text['vocab_size']}, the rows of the embedding"
         raise f.error("image_token_index", expected, "another")
-    return sight
+    return vision
 
 
 # ---------------------------------------------------------------- text models of multimodal models

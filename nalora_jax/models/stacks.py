@@ -91,7 +91,7 @@ def _of_kind(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     if overrides.get("n_experts") == 0:
         overrides.setdefault("ffn", None)
     return replace(
-        config, kinds=(), layer_kinds=(), n_layers=len(layers), sight=None, **overrides
+        config, kinds=(), layer_kinds=(), n_layers=len(layers), vision=None, **overrides
     )
 
 
@@ -180,8 +180,8 @@ def param_shapes(config: ModelConfig) -> Shapes:
     shapes["final_norm/scale"] = (d,)
     if not config.tie_embeddings:
         shapes["lm_head/kernel"] = (d, v)
-    if config.sight is not None:
-        shapes |= config.sight.param_shapes()
+    if config.vision is not None:
+        shapes |= config.vision.param_shapes()
     return shapes
 
 
@@ -199,9 +199,9 @@ def projection_shapes(config: ModelConfig | DualConfig) -> Shapes:
         path: shape
         for _, path, shape in _of_parts(config, lambda part, c: part.projections(c))
     }
-    if config.sight is None:
+    if config.vision is None:
         return shapes
-    return shapes | config.sight.projection_shapes()
+    return shapes | config.vision.projection_shapes()
 
 
 def layer_numbers(config: ModelConfig | DualConfig) -> dict[str, tuple[int, ...]]:
@@ -209,7 +209,7 @@ def layer_numbers(config: ModelConfig | DualConfig) -> dict[str, tuple[int, ...]
     if not isinstance(config, ModelConfig):
         return {path: tuple(range(depth)) for path, depth in config.depths().items()}
     of_parts = _of_parts(config, lambda part, c: part.projections(c))
-    of_encoders = {} if config.sight is None else config.sight.depths()
+    of_encoders = {} if config.vision is None else config.vision.depths()
     numbers = {path: stack.layers for stack, path, _ in of_parts}
     return numbers | {path: tuple(range(depth)) for path, depth in of_encoders.items()}
 
@@ -230,6 +230,6 @@ def gate_blocks(config: ModelConfig) -> Gates:
             config, lambda part, c: part.gates(c)
         )
     }
-    if config.sight is None:
+    if config.vision is None:
         return blocks
-    return blocks | config.sight.gate_blocks()
+    return blocks | config.vision.gate_blocks()

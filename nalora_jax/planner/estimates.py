@@ -195,7 +195,7 @@ def decoder_alone(
     targets = tuple(
         (path, target) for path, target in spec.targets if path.startswith("layers/")
     )
-    return replace(base, sight=None), replace(spec, targets=targets)
+    return replace(base, vision=None), replace(spec, targets=targets)
 
 
 def uniform(base: ModelConfig) -> list[ModelConfig]:

@@ -14,7 +14,7 @@ from nalora_jax.data.images.files import read_processor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
-from nalora_jax.models.vision.config import Sight
+from nalora_jax.models.vision.config import VisionSpec
 from nalora_jax.ops.quantize import Kind
 from nalora_jax.weights import gguf, hub  # noqa: F401  (the first enters GGUF files)
 from nalora_jax.weights.hf import ResolvedSource
@@ -56,24 +56,24 @@ def load_model(
     if isinstance(source, str):
         source = hub.resolve_source(source)
     files = open_files(source, images=images)
-    if files.config.sight is not None:
-        files = seeing_files(files)
+    if files.config.vision is not None:
+        files = vision_files(files)
     return load_weights(files, dtype=dtype, mesh=mesh, quantized=quantized)
 
 
-def seeing_files(files: ModelFiles) -> ModelFiles:
+def vision_files(files: ModelFiles) -> ModelFiles:
     """Adds image tokens, image processor and the tower's tensors to the files of a model with a
     tower.
 
     Raises:
       NaloraError: the processor or an image token is missing, or fits another model.
     """
-    sight = files.config.sight
+    vision = files.config.vision
     folder = files.resolved.path
-    assert sight is not None, "the files were opened with images"
-    tokens = image_tokens(sight, files.raw, files.tokenizer, str(folder))
+    assert vision is not None, "the files were opened with images"
+    tokens = image_tokens(vision, files.raw, files.tokenizer, str(folder))
     processor = read_processor(folder)
-    side = sight.tower.image_size
+    side = vision.tower.image_size
     if processor.output != (side, side):
         raise NaloraError(
             f"{folder}: image processor",
@@ -87,7 +87,7 @@ def seeing_files(files: ModelFiles) -> ModelFiles:
 
 
 def image_tokens(
-    sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str
+    vision: VisionSpec, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str
 ) -> ImageTokens:
     """Returns the format in which a model writes an image into its text.
 
@@ -107,13 +107,13 @@ def image_tokens(
             )
         return text
 
-    token = text_of(sight.image_token, "image_token_index")
-    if sight.model_type != "gemma3":
-        return ImageTokens(token, sight.image_token, sight.tokens, token)
+    token = text_of(vision.image_token, "image_token_index")
+    if vision.model_type != "gemma3":
+        return ImageTokens(token, vision.image_token, vision.tokens, token)
     # transformers' defaults, which a config.json of Gemma 3 may leave out
     defaults = {"boi_token_index": 255_999, "eoi_token_index": 256_000}
     fields = Fields(raw, defaults, f"{where}: config.json")
     first, last = (text_of(fields.integer(name, low=0), name) for name in defaults)
     return ImageTokens(
-        token, sight.image_token, sight.tokens, first, f"\n\n{first}", f"{last}\n\n"
+        token, vision.image_token, vision.tokens, first, f"\n\n{first}", f"{last}\n\n"
     )

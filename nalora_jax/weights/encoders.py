@@ -13,11 +13,16 @@ from dataclasses import replace
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.tensor_rows import Change, Rows, TensorRow
-from nalora_jax.models.vision.config import UNUSED, DualConfig, EncoderConfig, Sight
+from nalora_jax.models.vision.config import (
+    UNUSED,
+    DualConfig,
+    EncoderConfig,
+    VisionSpec,
+)
 from nalora_jax.weights.keymaps import (
     OF_ENCODERS,
     ONCE,
-    SIGHT,
+    VISION_TENSORS,
     KeyMap,
     Layers,
     Slot,
@@ -212,11 +217,11 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
     The prefixes of wrappers (``bert.``, ``vision_model.``) of one tower are optional.
     """
     if isinstance(config, ModelConfig):
-        assert config.sight is not None
-        text = keymap_for(replace(config, sight=None))
-        tensors = (*text.tensors, *_sight_tensors(config.sight))
+        assert config.vision is not None
+        text = keymap_for(replace(config, vision=None))
+        tensors = (*text.tensors, *_vision_tensors(config.vision))
         ignored = (
-            *(pattern for pattern in text.ignored if pattern not in SIGHT),
+            *(pattern for pattern in text.ignored if pattern not in VISION_TENSORS),
             r"position_ids$",
         )
         return KeyMap(tensors, ignored, text.aliases, (*text.renames, *_RENAMES))
@@ -236,11 +241,11 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
     return KeyMap(tensors, ignored, renames=_WRAPPERS)
 
 
-def _names(config: DualConfig | EncoderConfig | Sight) -> Rows:
+def _names(config: DualConfig | EncoderConfig | VisionSpec) -> Rows:
     """Returns the rows of towers and of the layers between them, by the names in files."""
     if isinstance(config, EncoderConfig):
         return TABLES[config.model_type]
-    if isinstance(config, Sight):
+    if isinstance(config, VisionSpec):
         return (
             _add_prefix(config.tower, "image/", _TOWER) + _PROJECTORS[config.projector]
         )
@@ -284,11 +289,11 @@ def _tensors(
             yield from row_tensors(row, row.paths, shapes, tower, layers)
 
 
-def _sight_tensors(sight: Sight) -> Iterator[SourceTensor]:
+def _vision_tensors(vision: VisionSpec) -> Iterator[SourceTensor]:
     """Yields tensors of tower and projector; weights of unused layers go to the branch `UNUSED`."""
-    run = sight.running.param_shapes()
-    ours = sight.param_shapes()
-    tower = sight.tower.param_shapes()
+    run = vision.running.param_shapes()
+    ours = vision.param_shapes()
+    tower = vision.tower.param_shapes()
     stored = {f"image/{path}": shape for path, shape in tower.items()}
     stored |= {
         path: shape for path, shape in ours.items() if path.startswith("projector/")
@@ -302,11 +307,11 @@ def _sight_tensors(sight: Sight) -> Iterator[SourceTensor]:
         unused = replace(slot, path=f"{UNUSED}/{path}")
         if path not in run:
             return unused
-        if slot.layer is not None and slot.layer >= sight.used_layers:
-            return replace(unused, layer=slot.layer - sight.used_layers)
+        if slot.layer is not None and slot.layer >= vision.used_layers:
+            return replace(unused, layer=slot.layer - vision.used_layers)
         return slot
 
-    for tensor in _tensors(_names(sight), stored, sight.tower):
+    for tensor in _tensors(_names(vision), stored, vision.tower):
         yield replace(tensor, slots=tuple(map(place, tensor.slots)))
 
 
@@ -316,12 +321,12 @@ def _modules(config: ModelConfig | DualConfig) -> dict[tuple[str, ...], str]:
 
     Module names contain ``{layer}``.
     """
-    host: DualConfig | Sight | None
+    host: DualConfig | VisionSpec | None
     if isinstance(config, DualConfig):
         host = config
         prefix = ""
     else:
-        host = config.sight
+        host = config.vision
         prefix = "model."
     if host is None:
         return {}
@@ -359,7 +364,7 @@ def file_name(config: ModelConfig | DualConfig, name: str) -> str:
 
     Every transformers release can read these names.
     """
-    if isinstance(config, DualConfig) or config.sight is None:
+    if isinstance(config, DualConfig) or config.vision is None:
         return name
     name = re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
     if name.startswith(_TOWER):

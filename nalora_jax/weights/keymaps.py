@@ -191,7 +191,7 @@ class KeyMap:
 
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
-SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+VISION_TENSORS = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (
@@ -228,10 +228,10 @@ def keymap_for(
     if not isinstance(config, ModelConfig):
         keymap = OF_ENCODERS["keymap"](config)
         return keymap
-    if config.sight is not None and source == "hf":
+    if config.vision is not None and source == "hf":
         keymap = OF_ENCODERS["keymap"](config)
         return keymap
-    config = replace(config, sight=None)
+    config = replace(config, vision=None)
     family = family_of(config.model_type)
     shapes = param_shapes(config)
     if source == "hf":
@@ -241,7 +241,7 @@ def keymap_for(
             expression.replace("{n_layers}", str(config.n_layers))
             for expression in family.ignored
         )
-        ignored = (*_ROTARY, *SIGHT, *of_family, *_unread_keys(config))
+        ignored = (*_ROTARY, *VISION_TENSORS, *of_family, *_unread_keys(config))
     else:
         rows = gguf_of(config).tensors
         alias = ("output.weight", "token_embd.weight")

@@ -180,12 +180,12 @@ def _settings(
     settings = dict(raw)
     if isinstance(config, ModelConfig):
         model_type = raw.get("model_type")
-        if config.sight is None and contains_text_model(model_type, images=False):
+        if config.vision is None and contains_text_model(model_type, images=False):
             settings = text_part(raw, "config.json")  # only the text model is here
             named = family_of(settings["model_type"]).class_name
             settings["architectures"] = list(filter(None, [named]))
         ours = config.to_dict()
-        images = config.sight is not None
+        images = config.vision is not None
         described = ModelConfig.from_hf(settings, images=images).to_dict()
         if fields := [name for name, value in described.items() if value != ours[name]]:
             raise NaloraError(

@@ -114,7 +114,7 @@ def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
     Args:
       resolved: its files.
       images: include the vision tower and the projector in the architecture; see
-        `ModelConfig.from_hf`. `nalora_jax.weights.base.seeing_files` reads their files.
+        `ModelConfig.from_hf`. `nalora_jax.weights.base.vision_files` reads their files.
 
     Raises:
       NaloraError: the files are missing or damaged, or cannot be understood.
@@ -169,7 +169,7 @@ def load_weights(
             config.max_positions,
         )
     model_type = files.raw.get("model_type")
-    if config.sight is None and contains_text_model(model_type, images=False):
+    if config.vision is None and contains_text_model(model_type, images=False):
         log.info(
             "%s: the text model of %s, without its image tower",
             resolved.path,

@@ -202,7 +202,7 @@ def tokenizer_writer(
             write_tokenizer, base.tokenizer, max_length=base.config.max_positions
         )
     if files is not None and not base.added:
-        return partial(copy_tokenizer, files, images=base.config.sight is not None)
+        return partial(copy_tokenizer, files, images=base.config.vision is not None)
     return partial(write_extended, base.tokenizer, base.tokenizer_folder, base=files)
 
 

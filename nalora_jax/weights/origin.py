@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from nalora_jax.weights.hf import ResolvedSource
 
 _PREFIX = "all:"  # of fingerprints: they cover all weights
+# Names of fields in fingerprints that runs recorded before the fields were renamed.
+_STORED_NAMES = {"vision": "sight"}
 _CHUNK = 4 << 20  # bytes hashed at once, by one worker
 _SHARE = 0.005  # share of the weights below which a number format is not listed
 
@@ -159,7 +161,8 @@ def _drop_defaults(value: Any) -> Any:
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
             if item != field.default:
-                stated[field.name] = _drop_defaults(item)
+                name = _STORED_NAMES.get(field.name, field.name)
+                stated[name] = _drop_defaults(item)
         return stated
     if not isinstance(value, tuple):
         return value

@@ -476,7 +476,7 @@ def _target_modules(
     """Returns short names of modules that are adapted in all layers, full names of the others."""
     names = [entry.place.name for entry in entries if not entry.parameter]
     # A vision tower has modules with the same short names as a decoder or a text tower.
-    if not isinstance(config, ModelConfig) or config.sight is not None:
+    if not isinstance(config, ModelConfig) or config.vision is not None:
         return sorted(names)
     # A short name would target the experts too, which are not modules if they are stacks.
     experts = of_form(layout, "expert") or of_form(module_layout(config), "expert")

@@ -90,7 +90,7 @@ def module_layout(config: Host) -> ModuleLayout:
     ``layers/ffn/up_proj``.
     """
     modules: list[HostModule] = []
-    if not isinstance(config, ModelConfig) or config.sight is not None:
+    if not isinstance(config, ModelConfig) or config.vision is not None:
         modules = [
             HostModule(name, paths)
             for paths, name in OF_ENCODERS["modules"](config).items()
@@ -124,7 +124,7 @@ def module_layout(config: Host) -> ModuleLayout:
             HostModule(f"{module}.down_proj", (f"{folder}/down_proj",), "stack"),
         ]
     layout = (*modules, *experts, *stacks)
-    if config.sight is None:
+    if config.vision is None:
         return layout
     return _rename(layout, {_TEXT: _TEXT_PART})
 
@@ -272,7 +272,7 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     written = set(modules)
     if not isinstance(config, ModelConfig):
         return layout
-    if config.sight is not None:
+    if config.vision is not None:
         layouts = [layout, *(_rename(layout, names) for names in _EARLIER)]
         layout = max(
             layouts, key=lambda layout: len(written & _place_names(config, layout))

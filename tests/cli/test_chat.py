@@ -113,7 +113,7 @@ def test_what_is_wrong_is_said_and_the_conversation_goes_on(
     for text in (
         "error: nowhere: expected a folder with adapter_config.json",
         "error: /adaptr: expected /help, /adapter",
-        f"error: /image: expected a model that sees images, found {base}, which was loaded as a lang",
+        f"error: /image: expected a vision-language model, found {base}, which was loaded as a lang",
         "error: prompt: expected fewer than 96 tokens (the context), found",
         "/system TEXT",
     ):

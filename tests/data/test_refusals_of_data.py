@@ -87,8 +87,8 @@ def refuse_long_prompts(_: pytest.MonkeyPatch, __: Path, tokenizer: Tokenizer) -
 def lose_an_image(_: pytest.MonkeyPatch, __: Path, tokenizer: Tokenizer) -> None:
     record = {"prompt": "up", "completion": " sky", forms.IMAGES: (b"an image",)}
     source = RecordsSource("photos", [record])
-    seeing = replace(tokenizer, images=TOKENS)
-    list(text_examples(source, [0], CONFIG, seeing))  # type: ignore[arg-type]
+    with_images = replace(tokenizer, images=TOKENS)
+    list(text_examples(source, [0], CONFIG, with_images))  # type: ignore[arg-type]
 
 
 def prepare_with_tensorflow(*_: Any) -> None:
@@ -135,7 +135,7 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     ),
     "an image for a language model": (
         lambda _, __, tokenizer: ask_about_an_image("What?", None, tokenizer),
-        "--image: expected a model that sees images, found a language model",
+        "--image: expected a vision-language model, found a language model",
     ),
     "image tokens in a prompt": (
         lambda _, __, tokenizer: ask_about_an_image("What is <img>?", TOKENS, tokenizer),

@@ -126,10 +126,10 @@ ODD = {"question": "up", "answer": "the sky"}
 def test_tokens_of_images_are_not_learned(tokenizer, loss_on):
     token = tokenizer.backend.token_to_id("<|im_start|>")
     images = ImageTokens("<|im_start|>", token, 3, "<|im_start|>")
-    seeing = dataclasses.replace(tokenizer, images=images)
+    with_images = dataclasses.replace(tokenizer, images=images)
     text = f"up {images.expansion} the {images.expansion}sky"
     start = 0 if loss_on == "all" else text.index("the")
-    (example,) = tokenize([Rendered(text, ((start, len(text)),), special=True)], seeing)
+    (example,) = tokenize([Rendered(text, ((start, len(text)),), special=True)], with_images)
     assert (example.ids == token).sum() == 6
     assert not example.answer[example.ids == token].any()
     learned = example.answer[example.ids != token]

@@ -46,8 +46,8 @@ def small_generator(tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Generat
 
 
 def show_an_unseen_image(*_: Any) -> None:
-    seeing = replace(TOKENIZER, images=ImageTokens("<img>", 7, 2, "<img>"))
-    generator = small_generator(seeing, processor=ImageProcessor(resize=(12, 12)))
+    with_images = replace(TOKENIZER, images=ImageTokens("<img>", 7, 2, "<img>"))
+    generator = small_generator(with_images, processor=ImageProcessor(resize=(12, 12)))
     generator.stream([5, 7, 6], images=["an image"])
 
 

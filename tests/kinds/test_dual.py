@@ -31,7 +31,7 @@ from nalora_jax.kinds.record import Job
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.train.run import built
 from tests import tiny
-from tests.seeing import COLOURS
+from tests.vision import COLOURS
 
 
 @pytest.fixture(scope="module")

@@ -110,10 +110,10 @@ def test_settings_for_other_tools_are_the_changed_fields():
         "sliding_attention": NESTED["rope_parameters"]["sliding_attention"],
     }
     assert rope_settings(changed) == {"rope_parameters": expected, "max_position_embeddings": 64}
-    seeing = with_rope_scaling(
+    scaled = with_rope_scaling(
         {"model_type": "gemma3", "text_config": NESTED}, "yarn:factor=2", "config.json"
     )
-    assert rope_settings(seeing)["rope_parameters"] == expected
+    assert rope_settings(scaled)["rope_parameters"] == expected
 
 
 PHI3 = {**SHORT, "model_type": "phi3"}

@@ -86,7 +86,7 @@ def open_a_forbidden_bucket(patch: pytest.MonkeyPatch, _: Path) -> None:
     output.store_folder("s3://bucket/run")
 
 
-def start_from_a_subspace_of_a_model_that_sees(_: pytest.MonkeyPatch, __: Path) -> None:
+def start_vision_from_a_subspace(_: pytest.MonkeyPatch, __: Path) -> None:
     model = {"model_type": "llava", "text_config": tiny.HF, "vision_config": TOWER}
     base = ModelConfig.from_hf(model | {"image_token_index": 4}, images=True)
     config = RunConfig(lora=LoRAConfig(init="pissa"))
@@ -171,9 +171,9 @@ REFUSALS: dict[str, tuple[Call, str]] = {
         open_a_forbidden_bucket,
         "--output s3://bucket/run: expected a folder that can be read, found 403 Forbidden; check",
     ),
-    "a subspace of a model that sees": (
-        start_from_a_subspace_of_a_model_that_sees,
-        "--lora.init: expected default for a model that sees, found pissa",
+    "a subspace of a vision-language model": (
+        start_vision_from_a_subspace,
+        "--lora.init: expected default for a vision-language model, found pissa",
     ),
     "an export that differs": (
         export_another_adapter,
@@ -200,11 +200,11 @@ REFUSALS: dict[str, tuple[Call, str]] = {
         "preprocessor_config.json: patch_size: expected 4, found 8",
     ),
     "images for a language model": (
-        lambda *_: images.seen_sources(DataConfig(), VisionConfig(task="chat"), None),
-        "--model: expected a model that sees images, found a language model",
+        lambda *_: images.vision_sources(DataConfig(), VisionConfig(task="chat"), None),
+        "--model: expected a vision-language model, found a language model",
     ),
     "conversations without their split": (
-        lambda *_: images.seen_sources(
+        lambda *_: images.vision_sources(
             DataConfig(train_split="train"),
             VisionConfig(task="chat"),
             cast(Any, SimpleNamespace()),

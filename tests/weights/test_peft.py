@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
+from nalora_jax.weights.origin import fingerprint
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_config import TENSORS_NAME
 from tests.weights.conftest import COMMON
@@ -172,9 +174,17 @@ TOWER = SIZES | {
     "image_size": 16,
     "patch_size": 4,
 }
-SEEING = {"model_type": "llava", "vision_config": TOWER, "image_token_index": 3}
-SEEING["text_config"] = COMMON | {"model_type": "llama"}
+VISION = {"model_type": "llava", "vision_config": TOWER, "image_token_index": 3}
+VISION["text_config"] = COMMON | {"model_type": "llama"}
+
 PREFIXES = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.")
+
+
+def test_fingerprints_of_vision_language_models_stay():
+    """Recorded when the field of the config was named "sight"; without tensors."""
+    config = ModelConfig.from_hf(VISION, images=True)
+    recorded = "all:e4123af724370c93f545b87afd73f3b0bbc3c803efbb62c9f5ad35a0950bc1f8"
+    assert fingerprint(config, SimpleNamespace(shapes=dict)) == recorded
 
 
 @pytest.mark.parametrize(
@@ -184,10 +194,10 @@ PREFIXES = ("model.vision_tower.", "model.multi_modal_projector.", "model.langua
         ("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model."),
     ],
 )
-def test_models_that_see_have_the_names_of_transformers_4(earlier, tmp_path):
+def test_vision_language_models_have_the_names_of_transformers_4(earlier, tmp_path):
     """Names of 4.52 to 4.57, and up to 4.51; patterns are matched against the names that the file
     has."""
-    config = ModelConfig.from_hf(SEEING, images=True)
+    config = ModelConfig.from_hf(VISION, images=True)
     rules = (LoRARule("in_proj|up_proj", 2),)
     spec = resolve(LoRAConfig(rules=rules), projection_shapes(config), layer_numbers(config))
     lora = map_named(

@@ -27,7 +27,7 @@ from tests.refused import Call, table_test
 from tests.weights import gguf_files
 from tests.weights.folders import RAW, write_folder
 
-SIGHT: Any = SimpleNamespace(
+VISION: Any = SimpleNamespace(
     model_type="llava", image_token=99, tokens=4, tower=SimpleNamespace(image_size=16)
 )
 
@@ -36,12 +36,12 @@ def see_with_another_size(_: pytest.MonkeyPatch, folder: Path) -> None:
     settings = {"image_processor_type": "CLIPImageProcessor", "crop_size": 24}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     files: Any = SimpleNamespace(
-        config=SimpleNamespace(sight=SimpleNamespace(**vars(SIGHT) | {"image_token": 0})),
+        config=SimpleNamespace(vision=SimpleNamespace(**vars(VISION) | {"image_token": 0})),
         raw={},
         tokenizer=tiny.word_tokenizer(),
         resolved=SimpleNamespace(path=folder),
     )
-    base.seeing_files(files)
+    base.vision_files(files)
 
 
 def load_gguf_without_an_embedding(_: pytest.MonkeyPatch, folder: Path) -> None:
@@ -101,7 +101,7 @@ REFUSALS: dict[str, tuple[Call, str]] = {
         r"image processor: expected images of 16 x 16.*found \(24, 24\); set size",
     ),
     "an image token that is none": (
-        lambda *_: base.image_tokens(SIGHT, {}, tiny.word_tokenizer(), "m"),
+        lambda *_: base.image_tokens(VISION, {}, tiny.word_tokenizer(), "m"),
         "m: tokenizer.json: expected a special token with the id 99.*found None",
     ),
     "a GGUF file without an embedding": (

@@ -312,7 +312,7 @@ def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list
     tokens = tokenizer.images
     if tokens is None:
         raise NaloraError(
-            "--image", expected="a model that sees images", found="a language model"
+            "--image", expected="a vision-language model", found="a language model"
         )
     if tokens.reserved(prompt):
         expected = f"no {tokens.token} in it: images come first"

@@ -23,10 +23,10 @@ from nalora_jax.evaluate.generate.programs import (
     State,
     bucket,
     decode,
+    encode_images,
     padded_length,
     padded_rows,
     prefill,
-    see,
     view_weights,
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
@@ -424,7 +424,7 @@ class Generator:
         if tokens is None or self.processor is None:
             found = f"{count} for a language model"
             require_setting(
-                "images", not images, "a model that sees, for images", found
+                "images", not images, "a vision-language model, for images", found
             )
             return
         places = ids.count(tokens.token_id)
@@ -488,7 +488,7 @@ class _Batch:
     ) -> None:
         self._generator = generator
         self._count = len(ids)
-        self._seeing = any(images)
+        self._has_images = any(images)
         rooms = [generator.max_length - len(row) for row in ids]
         self._limits = np.minimum(settings.max_new_tokens, rooms)
         tokenizer = generator.tokenizer
@@ -513,7 +513,7 @@ class _Batch:
         padded = np.full((bucket(len(stops), minimum=8),), NO_TOKEN, np.int32)
         padded[: len(stops)] = stops
         self._prompts = Prompts(**place_batch(rows, mesh), stop_ids=padded)
-        if self._seeing:
+        if self._has_images:
             self._prompts = replace(self._prompts, features=self._features(images))
 
     def _features(self, images: Sequence[Images]) -> Any:
@@ -528,7 +528,9 @@ class _Batch:
             for place, image in enumerate(images_of_row):
                 pixels[row, place] = image
         on_mesh = place_batch(pixels, generator.mesh)
-        return see(generator.model, generator.processor, generator._weights, on_mesh)
+        return encode_images(
+            generator.model, generator.processor, generator._weights, on_mesh
+        )
 
     def run(self) -> list[Completion]:
         """Generates all tokens of all rows."""
@@ -613,10 +615,10 @@ class _Batch:
 
     def _padded(self, ids: Sequence[list[int]], batch: int) -> dict[str, np.ndarray]:
         """Returns `padded_rows` of prompts, which have gaps if an image would be in two chunks."""
-        sight = self._generator.model.config.sight
+        vision = self._generator.model.config.vision
         uncut = None
-        if self._seeing and sight is not None and sight.mutual:
-            uncut = sight.image_token
+        if self._has_images and vision is not None and vision.mutual:
+            uncut = vision.image_token
         return padded_rows(ids, batch, chunk=self._chunk(ids), uncut=uncut)
 
     def _steps_before_switch(self, finished: np.ndarray) -> int:

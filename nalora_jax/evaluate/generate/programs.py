@@ -58,7 +58,9 @@ class Prompts:
     live: Array  # bool [batch]; false for padding rows
     stop_ids: Array  # int32 [stops]
     sampling: Sampling
-    features: Array | None = None  # [batch, places, d_model] of images, from `see`
+    features: Array | None = (
+        None  # [batch, places, d_model] of images, from `encode_images`
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +90,7 @@ def _of_head(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))
-def see(
+def encode_images(
     model: Decoder,
     processor: ImageProcessor,
     weights: Weights,
@@ -96,7 +98,7 @@ def see(
 ) -> jax.Array:
     """Returns image-token features of uint8 pixels ``[batch, images, height, width, 3]``."""
     normalised = processor.normalise(jnp.asarray(pixels))
-    features: jax.Array = model.apply(weights.body, normalised, method="see")
+    features: jax.Array = model.apply(weights.body, normalised, method="encode_images")
     return features
 
 
@@ -219,12 +221,12 @@ def _features_from(
     """
     if prompts.features is None:
         return None
-    sight = model.config.sight
+    vision = model.config.vision
     features = jnp.asarray(prompts.features)
-    assert sight is not None
+    assert vision is not None
     tokens = jnp.asarray(prompts.tokens)
     is_earlier = jnp.arange(tokens.shape[1])[None] < start
-    earlier = (tokens == sight.image_token) & is_earlier
+    earlier = (tokens == vision.image_token) & is_earlier
     first = jnp.sum(earlier, axis=1)
     places = jnp.arange(min(chunk, features.shape[1]))
     index = first[:, None] + places[None]

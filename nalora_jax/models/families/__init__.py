@@ -16,7 +16,7 @@ from nalora_jax.models.family import register_family as register_family
 from nalora_jax.models.family import supported as supported
 from nalora_jax.models.readers import base_values
 from nalora_jax.models.tensor_rows import TensorRow as TensorRow
-from nalora_jax.models.vision.families import SIGHTS
+from nalora_jax.models.vision.families import VISION_FAMILIES
 
 GROUPS = (dense, mixtures, hybrids, gemma)
 for _group in GROUPS:
@@ -27,7 +27,7 @@ for _group in GROUPS:
             if isinstance(value, Family)
         }
     )
-MULTIMODAL.update(SIGHTS)
+MULTIMODAL.update(VISION_FAMILIES)
 
 
 def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:

@@ -224,7 +224,7 @@ UNUSED = "unused"
 
 
 @dataclass(frozen=True)
-class Sight:
+class VisionSpec:
     """The image tower and projector of a decoder; each image becomes ``tokens`` embeddings."""
 
     model_type: str  # of the multimodal model: "llava", "gemma3"

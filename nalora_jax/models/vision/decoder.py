@@ -20,20 +20,23 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.parts import RMSNorm, layer_scales, part_adapters
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.config import Sight
+from nalora_jax.models.vision.config import VisionSpec
 from nalora_jax.models.vision.dual import tower_adapters
 from nalora_jax.models.vision.encoder import Encoder, PlainDense
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_rows import of_whole_rows
 
 
-class SeeingDecoder(Decoder):
-    """A `Decoder` whose config has a `Sight`; `see` computes the call's ``features``."""
+class VisionDecoder(Decoder):
+    """A `Decoder` whose config has a `VisionSpec`.
+
+    `encode_images` computes the call's ``features``.
+    """
 
     def setup(self) -> None:  # noqa: D102
         super().setup()
-        sight = self.config.sight
-        assert sight is not None
+        vision = self.config.vision
+        assert vision is not None
         shared = (
             self.numerics,
             self.remat,
@@ -41,13 +44,13 @@ class SeeingDecoder(Decoder):
             of_whole_rows(self.activation_sharding),
         )
         self.image = Encoder(
-            sight.running, tower_adapters(self.adapters, "image"), *shared
+            vision.running, tower_adapters(self.adapters, "image"), *shared
         )
         self.projector = Projector(
-            sight, self.adapters, self.numerics, self.stats or GateStatsConfig()
+            vision, self.adapters, self.numerics, self.stats or GateStatsConfig()
         )
 
-    def see(
+    def encode_images(
         self,
         pixels: jax.Array,
         counts: jax.Array | None = None,
@@ -65,8 +68,8 @@ class SeeingDecoder(Decoder):
         Returns:
           ``[batch, images * tokens, d_model]``.
         """
-        sight = self.config.sight
-        assert sight is not None
+        vision = self.config.vision
+        assert vision is not None
         batch, images = pixels.shape[:2]
         real = None
         if counts is not None:
@@ -77,22 +80,22 @@ class SeeingDecoder(Decoder):
                 return None
             return jnp.broadcast_to(real[:, None], (batch * images, seq))
 
-        tower = sight.tower
+        tower = vision.tower
         x = self.image(
             pixels.reshape(-1, *pixels.shape[2:]),
             token_weights=weights(tower.grid**2 + tower.class_token),
             deterministic=deterministic,
             pooled=False,
         )
-        x = x[:, int(sight.drop_first) :]
-        y = self.projector(x, weights(sight.tokens), deterministic=deterministic)
-        return y.reshape(batch, images * sight.tokens, sight.d_model)
+        x = x[:, int(vision.drop_first) :]
+        y = self.projector(x, weights(vision.tokens), deterministic=deterministic)
+        return y.reshape(batch, images * vision.tokens, vision.d_model)
 
     def __call__(self, tokens: jax.Array, **options: Any) -> Any:
         """Calls `Decoder` with the same arguments."""
         if self.is_initializing():
-            tower = self.config.sight.tower  # type: ignore[union-attr]
-            self.see(
+            tower = self.config.vision.tower  # type: ignore[union-attr]
+            self.encode_images(
                 jnp.zeros((1, 1, tower.image_size, tower.image_size, tower.channels))
             )
         return super().__call__(tokens, **options)
@@ -101,7 +104,7 @@ class SeeingDecoder(Decoder):
 class Projector(nn.Module):
     """The map from the tower's features to the decoder's embeddings."""
 
-    sight: Sight
+    vision: VisionSpec
     adapters: AdapterSpec = AdapterSpec()
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
@@ -114,7 +117,7 @@ class Projector(nn.Module):
 
         ``weights`` are the tokens' weights in the statistics.
         """
-        s = self.sight
+        s = self.vision
         if s.projector == "pooled":
             x = pooled_patches(x.astype(jnp.float32), s.tokens)
             x = RMSNorm(s.tower.norm_eps, 1.0, name="norm")(x)
@@ -165,10 +168,10 @@ def pooled_patches(x: jax.Array, tokens: int) -> jax.Array:
 
 
 def decoder_for(config: ModelConfig, *arguments: Any, **options: Any) -> Decoder:
-    """Returns the module of a model: `SeeingDecoder` if it has an image tower, else `Decoder`.
+    """Returns the module of a model: `VisionDecoder` if it has an image tower, else `Decoder`.
 
     The other arguments are passed to the module.
     """
-    if config.sight is None:
+    if config.vision is None:
         return Decoder(config, *arguments, **options)
-    return SeeingDecoder(config, *arguments, **options)
+    return VisionDecoder(config, *arguments, **options)

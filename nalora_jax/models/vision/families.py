@@ -9,9 +9,9 @@ from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.family import SightReader, hf_defaults
+from nalora_jax.models.family import VisionReader, hf_defaults
 from nalora_jax.models.readers import activation_name
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss, Sight
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss, VisionSpec
 
 _COMPOSED = "vision-text-dual-encoder"  # of separately trained towers
 
@@ -296,7 +296,7 @@ def _image_token(f: Fields) -> int:
     return f.integer("image_token_id" if stated else "image_token_index", low=0)
 
 
-def _llava(f: Fields, d_model: int) -> Sight:
+def _llava(f: Fields, d_model: int) -> VisionSpec:
     """Returns the image input of LLaVA: which layer's features are read, and their projector."""
     tower = _tower(f, _CLIP_LARGE)
     layer = f.get("vision_feature_layer")
@@ -322,7 +322,7 @@ def _llava(f: Fields, d_model: int) -> Sight:
     bias = f.get("multimodal_projector_bias")
     if not isinstance(bias, bool):
         raise f.error("multimodal_projector_bias", "true or false", repr(bias)[:60])
-    return Sight(
+    return VisionSpec(
         "llava",
         tower,
         used_layers=used,
@@ -337,7 +337,7 @@ def _llava(f: Fields, d_model: int) -> Sight:
     )
 
 
-def _gemma3(f: Fields, d_model: int) -> Sight:
+def _gemma3(f: Fields, d_model: int) -> VisionSpec:
     """Returns what Gemma 3 sees.
 
     The text model caps its logits (``final_logit_softcapping``) with images too, unlike
@@ -352,7 +352,7 @@ def _gemma3(f: Fields, d_model: int) -> Sight:
             f"the square of a divisor of {tower.grid} patches a side",
             tokens,
         )
-    return Sight(
+    return VisionSpec(
         "gemma3",
         tower,
         used_layers=tower.n_layers,
@@ -395,7 +395,7 @@ _LLAVA = {
 }
 
 # By ``model_type``: the reader, transformers' defaults of missing fields, and the text model's.
-SIGHTS: dict[str, tuple[SightReader, dict[str, Any], dict[str, Any]]] = {
+VISION_FAMILIES: dict[str, tuple[VisionReader, dict[str, Any], dict[str, Any]]] = {
     "llava": (_llava, _LLAVA, _LLAMA),
     "gemma3": (
         _gemma3,

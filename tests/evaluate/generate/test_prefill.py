@@ -89,13 +89,13 @@ def test_choices_with_a_common_context_score_as_transformers_scores_them(case):
         np.testing.assert_allclose(score.log_prob, expected, rtol=1e-4)
 
 
-def test_prompts_with_images_are_processed_in_chunks(seeing_folder, short_blocks, monkeypatch):
+def test_prompts_with_images_are_processed_in_chunks(vision_folder, short_blocks, monkeypatch):
     """Images of 4 tokens that see each other are moved to the next chunk.
 
     Cached values of all tokens and greedy tokens are those of undivided prompts.
     """
-    loaded = load_model(str(seeing_folder("gemma3")), dtype="float32", images=True)
-    image, count = loaded.config.sight.image_token, loaded.config.sight.tokens
+    loaded = load_model(str(vision_folder("gemma3")), dtype="float32", images=True)
+    image, count = loaded.config.vision.image_token, loaded.config.vision.tokens
     rng, caches = np.random.default_rng(4), []
     texts = [
         [3 if token == image else token for token in rng.integers(5, 40, n).tolist()]
@@ -114,11 +114,11 @@ def test_prompts_with_images_are_processed_in_chunks(seeing_folder, short_blocks
 
     def complete(chunk):
         options = {"processor": loaded.processor, "prefill_chunk": chunk}
-        seeing = Generator(
+        with_images = Generator(
             decoder_for(loaded.config), {"params": loaded.params}, loaded.tokenizer, **options
         )
         options = {"images": [pictures[:2], pictures[2:], ()], "max_new_tokens": 4, "stop_ids": ()}
-        return [row.ids for row in seeing.complete(rows, **options)]
+        return [row.ids for row in with_images.complete(rows, **options)]
 
     assert complete(2048) == complete(10)
     whole, chunked = (

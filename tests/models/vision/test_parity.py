@@ -73,12 +73,12 @@ def test_features_and_logits_are_those_of_transformers(dual_folder, case) -> Non
     family, changes = DUAL[case]
     config, params, model = opened(dual_folder(family, **changes))
     pixels, tokens, mask = inputs()
-    seen = torch.tensor(mask.astype(np.int64)) if family != "siglip" else None
+    attended = torch.tensor(mask.astype(np.int64)) if family != "siglip" else None
     with torch.no_grad():
         theirs = model(
             input_ids=torch.tensor(tokens),
             pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)),
-            attention_mask=seen,
+            attention_mask=attended,
         )
     module, variables = DualEncoder(config), {"params": params}
     texts = {"tokens": tokens, "token_weights": mask.astype(np.float32)}
@@ -97,7 +97,7 @@ def test_features_and_logits_are_those_of_transformers(dual_folder, case) -> Non
         np.testing.assert_allclose(normal, expected.numpy(), rtol=0, atol=TOLERANCE)
 
 
-def test_siglip_2_sees_images_of_different_shapes(dual_folder) -> None:
+def test_siglip_2_encodes_images_of_different_shapes(dual_folder) -> None:
     config, params, model = opened(dual_folder("siglip2"))
     rng = np.random.default_rng(1)
     shapes = np.array([[4, 4], [2, 7], [5, 3]])

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.data.images.chat import opened
 from nalora_jax.data.images.files import MAX_PIXELS, ImageProcessor
-from nalora_jax.data.items import CompletionItem, Item, SeenItem
+from nalora_jax.data.items import CompletionItem, Item, VisionItem
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.generate.generator import answering
 from nalora_jax.evaluate.generate.programs import bucket
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 _BATCH = 8  # items
 
 
-class SeeingEvaluator(TextEvaluator):
+class VisionEvaluator(TextEvaluator):
     """`TextEvaluator` of prompts with images; the metric is the loss per completion token."""
 
     def __init__(
         self,
         model: Decoder,
         tokenizer: Tokenizer,
-        items: Sequence[SeenItem],
+        items: Sequence[VisionItem],
         processor: ImageProcessor,
         *,
         mesh: Mesh | None = None,
@@ -116,7 +116,7 @@ def evaluator_of(
     tokenizer = loaded.tokenizer
     if loaded.processor is None:
         return TextEvaluator(model, answering(model, tokenizer, mesh), items, mesh=mesh)
-    return SeeingEvaluator(
+    return VisionEvaluator(
         model,
         tokenizer,
         items,  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def _log_probs(
     batch: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     features = model.apply(
-        variables, processor.normalise(batch["pixels"]), method="see"
+        variables, processor.normalise(batch["pixels"]), method="encode_images"
     )
     hidden = model.apply(
         variables, batch["tokens"], segment_ids=batch["segments"], features=features

@@ -1,4 +1,4 @@
-"""Tiny models that see, with random weights, as transformers saves them, and conversations about
+"""Tiny vision models with random weights, as transformers saves them, and conversations about
 coloured squares."""
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ def make_dual(
     words = SIZES | ids | {"vocab_size": 40, "max_position_embeddings": 12} | (text or {})
     if family == "vision-text-dual-encoder":
         kinds = transformers.models.auto.CONFIG_MAPPING
-        seen = kinds[image.pop("model_type", "vit")](**image)
+        tower = kinds[image.pop("model_type", "vit")](**image)
         read = kinds[words.pop("model_type", "bert")](**words)
         join = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
-        config = join(seen, read, **{"projection_dim": 24, **top})
+        config = join(tower, read, **{"projection_dim": 24, **top})
     else:
         config = transformers.CONFIG_MAPPING[family](vision_config=image, text_config=words, **top)
     _save(lambda: transformers.AutoModel.from_config(config), folder)
@@ -143,10 +143,10 @@ def make_towers(folder: Path) -> tuple[Path, Path]:
     return folder / "image", folder / "text"
 
 
-def make_seeing(
+def make_vision_model(
     folder: Path, family: str, *, vision: dict | None = None, text: dict | None = None, **top: Any
 ) -> Path:
-    """A decoder that sees: model, tokenizer, chat template, image processor. Tokens are words and
+    """A vision-language model: model, tokenizer, chat template, image processor. Tokens are words and
     white space."""
     import transformers
 
@@ -173,9 +173,9 @@ def make_seeing(
     tokens |= {"additional_special_tokens": SPECIAL[4:], "extra_special_tokens": names}
     own = _tokenizer(CHAT_WORDS, "<s> $A", r"\w+|\n+|[^\w\n]", model_max_length=256, **tokens)
     if family == "llava":
-        seen = transformers.CLIPVisionConfig(**image)
+        tower = transformers.CLIPVisionConfig(**image)
         read = transformers.LlamaConfig(**words | (text or {}))
-        config = transformers.LlavaConfig(vision_config=seen, text_config=read, **top)
+        config = transformers.LlavaConfig(vision_config=tower, text_config=read, **top)
         processor = transformers.LlavaProcessor(
             transformers.CLIPImageProcessorPil(**PROCESSORS["clip"][1]),
             own,
@@ -190,11 +190,11 @@ def make_seeing(
             "sliding_window": 6,
             "head_dim": 8,
         }
-        seen = transformers.SiglipVisionConfig(**image, vision_use_head=False)
+        tower = transformers.SiglipVisionConfig(**image, vision_use_head=False)
         read = transformers.Gemma3TextConfig(**words | (text or {}))
         indices = {"boi_token_index": SPECIAL.index("<start_of_image>")}
         indices |= {"eoi_token_index": SPECIAL.index("<end_of_image>"), "mm_tokens_per_image": 4}
-        config = transformers.Gemma3Config(vision_config=seen, text_config=read, **indices | top)
+        config = transformers.Gemma3Config(vision_config=tower, text_config=read, **indices | top)
         processor = transformers.Gemma3Processor(
             transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil(
                 size=SQUARE

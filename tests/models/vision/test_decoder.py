@@ -1,4 +1,4 @@
-"""Decoders that see against transformers: logits of texts with images, through the models' own
+"""Vision-language models against transformers: logits of texts with images, through the models' own
 processors."""
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def ours(
     def logits(
         variables: Any, tokens: jax.Array, segments: jax.Array, pixels: jax.Array
     ) -> jax.Array:
-        features = model.apply(variables, processor.normalise(pixels), method="see")
+        features = model.apply(variables, processor.normalise(pixels), method="encode_images")
         hidden = model.apply(variables, tokens, segment_ids=segments, features=features)
         return model.apply(variables, hidden, method="unembed")
 
@@ -79,8 +79,8 @@ def theirs(
     """The same by transformers: its processor's tokens and pixels, its logits."""
     processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
     filled = []
-    for row, seen in zip(rows, pictures, strict=True):
-        left = iter(seen)
+    for row, images in zip(rows, pictures, strict=True):
+        left = iter(images)
         user = [
             {**part, "image": next(left)} if part["type"] == "image" else part
             for part in row[0]["content"]
@@ -101,15 +101,15 @@ def theirs(
 
 @pytest.mark.parametrize(("family", "settings"), CASES)
 def test_logits_are_transformers_own(
-    seeing_folder, pictures, family: str, settings: dict[str, Any]
+    vision_folder, pictures, family: str, settings: dict[str, Any]
 ) -> None:
     """Two conversations with one and two images of different sizes, padded, through both sides' own
     processors."""
-    folder = seeing_folder(family, **settings)
-    rows, seen = chats(2, 1), [pictures[:2], pictures[2:]]
+    folder = vision_folder(family, **settings)
+    rows, images = chats(2, 1), [pictures[:2], pictures[2:]]
     loaded = load_model(str(folder), dtype="float32", images=True)
-    tokens, logits = ours(loaded, rows, seen)
-    expected_tokens, expected = theirs(folder, rows, seen)
+    tokens, logits = ours(loaded, rows, images)
+    expected_tokens, expected = theirs(folder, rows, images)
     np.testing.assert_array_equal(tokens, expected_tokens)
     real = expected_tokens != 0
     np.testing.assert_allclose(logits[real], expected[real], atol=2e-5)
@@ -118,9 +118,9 @@ def test_logits_are_transformers_own(
     assert np.abs(moved[0] - logits[0])[real[0]].max() > 0.01  # the images' order is seen
 
 
-def test_the_text_model_of_a_multimodal_folder_loads_alone(seeing_folder) -> None:
-    loaded = load_model(str(seeing_folder("llava")), dtype="float32")
-    assert loaded.config.sight is None
+def test_the_text_model_of_a_multimodal_folder_loads_alone(vision_folder) -> None:
+    loaded = load_model(str(vision_folder("llava")), dtype="float32")
+    assert loaded.config.vision is None
     assert set(loaded.params) == {"embed", "layers", "final_norm", "lm_head"}
     assert loaded.tokenizer.images is None
 
@@ -134,12 +134,15 @@ def test_the_text_model_of_a_multimodal_folder_loads_alone(seeing_folder) -> Non
         ({"projector_hidden_act": "nosuch"}, "projector_hidden_act"),
         ({"vision_config": {"model_type": "bert"}}, "vision_config"),
         ({"text_config": {"model_type": []}}, "text_config"),
-        ({"model_type": "mistral3"}, "sees images: one of llava, gemma3, found 'mistral3'"),
+        (
+            {"model_type": "mistral3"},
+            "vision-language model: one of llava, gemma3, found 'mistral3'",
+        ),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(
-    seeing_folder, changes: dict[str, Any], field: str
+    vision_folder, changes: dict[str, Any], field: str
 ) -> None:
-    raw = json.loads((seeing_folder("llava") / "config.json").read_text()) | changes
+    raw = json.loads((vision_folder("llava") / "config.json").read_text()) | changes
     with pytest.raises(NaloraError, match=field):
         ModelConfig.from_hf(raw, images=True)
