@@ -91,16 +91,14 @@ class SoftmaxAttention(Mixer):
     def init_state(
         self, config: ModelConfig, batch: int, length: int, numerics: Numerics
     ) -> KeyValues:
-        """Returns empty slots for keys and values."""
+        """Returns zeros for the keys and values of ``length`` tokens.
+
+        The axes are those of `KeyValues`: attention reads keys by dimension and values by slot.
+        """
         lead = (config.n_layers, batch, config.n_kv_heads)
-        return KeyValues(
-            store(
-                jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics
-            ),
-            store(
-                jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics
-            ),
-        )
+        k = jnp.zeros((*lead, config.head_dim, length), numerics.operand)
+        v = jnp.zeros((*lead, length, config.head_dim), numerics.operand)
+        return KeyValues(store(k, numerics), store(v, numerics))
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """Returns the module."""
@@ -140,7 +138,9 @@ class Attention(nn.Module):
         widths = {name: n * c.head_dim for name, n in self.part.heads(c).items()}
         q, *kv = self.options.projected(x, widths, layer, shared, bias=c.qkv_bias)
         gate = None
-        if c.attn_gate:  # every head has its query, then its gate
+        # [batch, seq, heads * 2 * head_dim], every head's query followed by its gate, -> two
+        # [batch, seq, heads * head_dim]
+        if c.attn_gate:
             q, gate = (
                 y.reshape(*x.shape[:-1], -1)
                 for y in jnp.split(q.reshape(*x.shape[:-1], c.n_heads, -1), 2, -1)
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         if c.qk_norm == "projection":
             q = self._norm("q_norm")(q)
             kv[0] = self._norm("k_norm")(kv[0])
-        # [batch, seq, heads, head_dim]
+        # [batch, seq, heads * head_dim] -> [batch, seq, heads, head_dim]
         q, *kv = (y.reshape(*y.shape[:-1], -1, c.head_dim) for y in (q, *kv))
         rope = 0 if layer.rope is None else layer.rope
         table = shared.tables[self.options.prefix][rope]
@@ -197,6 +197,7 @@ class Attention(nn.Module):
         return self._norm(name)(y)
 
     def _norm(self, name: str) -> RMSNorm:
+        """Returns the norm ``name`` over the last axis."""
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
 
     def _attend(

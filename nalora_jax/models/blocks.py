@@ -92,12 +92,15 @@ class ScaledTail(Part):
 
 
 class _ScaledTail(AdaptedBlock):
+    """The module of `ScaledTail`; ``eps`` is the norm's."""
+
     eps: float = 0.0
 
     @nn.compact
     def __call__(
         self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
     ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` as ``x``."""
         if self.d_ff:
             y = super().__call__(
                 round_and_save(x, self.numerics),

@@ -69,13 +69,14 @@ class Block(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the update of the mixer's state if there is a
         cache."""
         c = self.config
-        x = checkpoint_name(x, LAYER_INPUT)
-        x, normed = self._added("attn_norm", x, None)
         mixer, feed_forward = parts(c)
+        x = checkpoint_name(x, LAYER_INPUT)  # a name for rematerialization policies
+        # Attention, or another mixer of tokens. All arrays have x's shape.
+        x, normed = self._added("attn_norm", x, None)
         y, update = self._module(mixer)(normed, layer, shared)
-        x, normed = self._added(
-            "ffn_norm", x, self._result("attn_post_norm", y, shared)
-        )
+        y = self._result("attn_post_norm", y, shared)
+        # The FFN. Its norm also adds the mixer's result to x.
+        x, normed = self._added("ffn_norm", x, y)
         stream = {}
         if feed_forward.reads_stream:
             stream = {"stream": x}
@@ -89,6 +90,7 @@ class Block(nn.Module):
         x = self._add(x, self._result("ffn_post_norm", y, shared))
         if c.tail is not None:
             x = self._module(c.tail)(x, layer, shared)
+        # Without a reader the update would be stacked over all layers for nothing.
         if layer.cached is None and not c.hands:
             update = None
         return constrain(x, self.options.sharding), update
@@ -127,12 +129,14 @@ class Block(nn.Module):
         return x, round_and_save(x, self.options.numerics)
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns ``x + residual_scale * y`` in the dtype of the residual stream ``x``."""
         scale = self.config.residual_scale
         if scale != 1.0:
             y = y * jnp.asarray(scale, y.dtype)
         return x + y.astype(x.dtype)
 
     def _module(self, part: Part) -> Any:
+        """Returns the Linen module of a part, with the adapters of its projections."""
         adapters = part_adapters(self.adapters, f"{self.options.prefix}/{part.name}")
         return part.module(
             self.config, replace(self.options, part=part.name, adapters=adapters)
@@ -165,8 +169,10 @@ class Decoder(nn.Module):
     routing_sharding: NamedSharding | None = None
     experts: str = "auto"
 
-    def setup(self) -> None:  # noqa: D102
+    def setup(self) -> None:
+        """Creates the embedding, the layers, the final norm and an untied head."""
         c = self.config
+        # token ids of single rows of the embedding that are trained
         trained = dict(self.adapters.token_indices).get("embed_tokens", ())
         self.embed = Embedding(
             c.vocab_size, c.d_model, self.activation_sharding, trained
@@ -230,27 +236,29 @@ class Decoder(nn.Module):
         given = (positions, segment_ids, token_weights, cache, deterministic, lengths)
         shared = self._shared_inputs(tokens, *given)
         sharding = self.activation_sharding
-        rows = tokens
-        tokens = split(tokens, sharding)
+        whole = tokens
+        tokens = split(whole, sharding)  # of this device, if the mesh splits rows
+        # [batch, seq, d_model]
         x = (
             self.embed(tokens, self.numerics).astype(jnp.float32)
             * self.config.embed_scale
         )
-        embedded = None
+        embedded = None  # [layers, batch, seq, width]
         if self.config.layer_embeddings is not None:
             embedded = self.layer_embeddings(tokens, x, self.numerics)
         if features is not None:
-            x, shared = self._with_images(x, shared, features, rows)
+            x, shared = self._with_images(x, shared, features, whole)
         x, updates = self._through_layers(
             constrain(x, sharding), cache, shared, embedded
         )
         hidden = self.final_norm(x)
-        if self.is_initializing():
+        if self.is_initializing():  # creates the head's parameters
             self.unembed(hidden)
         if cache is None:
             return hidden
-        integers = (shared.positions, shared.segments)
-        positions, segments = (jnp.broadcast_to(x, tokens.shape) for x in integers)
+        # Positions and segments may have a leading axis of 1; the cache has them by row.
+        positions = jnp.broadcast_to(shared.positions, tokens.shape)
+        segments = jnp.broadcast_to(shared.segments, tokens.shape)
         return hidden, extend(cache, updates, positions, segments, self.numerics)
 
     def _shared_inputs(
@@ -333,6 +341,7 @@ class Decoder(nn.Module):
         sharding = self.activation_sharding
         row = shared.row
         assert vision is not None
+        # [batch, seq of whole rows]: image tokens, and how many precede each
         places = tokens == vision.image_token
         index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
         # A row with more places than features gets NaN there, so that the error is visible.
@@ -378,6 +387,7 @@ class Decoder(nn.Module):
         The logit scale and the soft cap are applied.
         """
         c = self.config
+        # [..., d_model] -> [tokens, d_model]
         flat = hidden.reshape(-1, c.d_model)
         trained = flatten(self.variables.get("lora", {}))
         if TABLES["lm_head"] in trained:  # the entire head
@@ -446,6 +456,7 @@ class Groups(nn.Module):
                 x, tuple(inputs[prefix] for prefix in prefixes), shared
             )
             updates |= zip(prefixes, of_group, strict=True)
+            # A stack that hands on its keys has one layer.
             for stack in (stack for stack in group if stack.config.hands):
                 first = jax.tree.map(
                     lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached)

@@ -37,7 +37,8 @@ class Embedding(nn.Module):
     sharding: NamedSharding | None = None
     trained: tuple[int, ...] = ()
 
-    def setup(self) -> None:  # noqa: D102
+    def setup(self) -> None:
+        """Creates the frozen table."""
         shape = (self.vocab_size, self.d_model)
         self.embedding = frozen_kernel(
             self, shape, nn.initializers.normal(0.02), "embedding"
@@ -59,6 +60,7 @@ class Embedding(nn.Module):
         return rows
 
     def _of_rows(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
+        """Returns the embeddings of whole rows, looked up as in `column_layouts`."""
         of_tokens, by_columns = column_layouts(self.sharding)
         if of_tokens is not None:
             tokens = constrain(constrain(tokens, self.sharding), of_tokens)
@@ -68,9 +70,11 @@ class Embedding(nn.Module):
     def _of_parts(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
         """Returns the embeddings of parts of rows, looked up by columns as in `column_layouts`."""
         assert self.sharding is not None
+        # [shards * batch, seq] -> [shards, batch, seq]
         shape = (shards_of(self.sharding), -1, tokens.shape[1])
 
         def at(*spec: Any) -> NamedSharding:
+            """Returns the sharding on the mesh with the axes ``spec``."""
             assert self.sharding is not None
             return NamedSharding(self.sharding.mesh, P(*spec))
 
@@ -182,6 +186,8 @@ class LayerEmbeddings:
 
 
 class _LayerEmbeddings(Embedding):
+    """The module of `LayerEmbeddings`; ``eps`` and ``offset`` are the norm's."""
+
     width: int = 0
     eps: float = 0.0
     offset: float = 0.0
@@ -196,11 +202,14 @@ class _LayerEmbeddings(Embedding):
     ) -> jax.Array:
         """Returns ``[layers, batch, seq, width]`` of the scaled embeddings ``x [batch, seq,
         d_model]``."""
+        # Tables and projections have [batch, seq, layers * width].
         table = super().__call__(tokens, numerics).astype(jnp.float32) * self.width**0.5
+        # [batch, seq, d_model] -> [batch * seq, d_model]
         flat = x.reshape(-1, x.shape[-1]).astype(numerics.result)
         projected = (
             self.projection(flat, numerics).reshape(table.shape) * x.shape[-1] ** -0.5
         )
+        # [batch, seq, layers, width]; the factor keeps the variance of a sum of two.
         by_layer = (*table.shape[:-1], -1, self.width)
         both = (
             self.norm(projected.reshape(by_layer)) + table.reshape(by_layer)

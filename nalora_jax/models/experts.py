@@ -112,11 +112,14 @@ class RoutedConfig:
         return names
 
 
+# Hidden states ``[..., d_model]``, and the statistics by name.
+RoutedOutput = tuple[jax.Array, dict[str, jax.Array]]
 # Returns an array with dropout, by its number: the inputs of the adapters of gate, up and down.
 Drop = Callable[[int, jax.Array], jax.Array]
 
 
 def _unchanged(place: int, x: jax.Array) -> jax.Array:
+    """Is the `Drop` of a layer without dropout."""
     return x
 
 
@@ -130,7 +133,7 @@ def routed_ffn(
     *,
     over: str | None = None,
     sends: bool = False,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> RoutedOutput:
     """Passes every token through its ``top_k`` experts.
 
     Args:
@@ -183,9 +186,10 @@ def routed_rows(
     samples: tuple[SampledRows, SampledRows],
     config: RoutedConfig,
     drop: Drop = _unchanged,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> RoutedOutput:
     """Computes `routed_ffn` with given experts and sampled rows of the tokens."""
     places = Places(routing.token, routing.back)
+    # [tokens * top_k, d_model], sorted by expert
     rows = spread(x.reshape(-1, x.shape[-1]), places, config.top_k)
     y, measured = expert_rows(
         rows, routing.weight, layer, routing.groups, samples, config, drop
@@ -199,6 +203,7 @@ def routed(
     """Returns the experts of the tokens ``x [batch, seq, d_model]``; see `routed_ffn`."""
     if routed_by is not None:
         x = routed_by
+    # [batch, seq, d_model] -> [tokens, d_model]
     flat = x.reshape(-1, x.shape[-1])
     # Float32 for any model dtype: a rounding error here would choose another expert.
     logits = lax.dot_general(
@@ -211,6 +216,7 @@ def routed(
 
 
 def _frozen(array: jax.Array) -> jax.Array:
+    """Returns a float32 array without a gradient."""
     return lax.stop_gradient(array).astype(jnp.float32)
 
 
@@ -232,7 +238,7 @@ def expert_rows(
     samples: tuple[SampledRows, SampledRows],
     config: RoutedConfig,
     drop: Drop = _unchanged,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> RoutedOutput:
     """Passes rows that are sorted by expert through their experts, times the router's weights.
 
     The inputs of the down projection are multiplied, ``(w h) W = w (h W)``: they are narrower than
@@ -407,7 +413,8 @@ def _dropped(
 # ---------------------------------------------------------------- experts that are split over
 # devices
 
-SLACK = 1.5  # rows of a block over the rows of an even distribution
+# Rows of a block over the rows of an even distribution: half more than an even share.
+SLACK = 1.5
 # Rows of a block, if there are as many: few rows, in generation, are never evenly distributed.
 LEAST = 64
 UNEVEN = "uneven_experts"  # scope of the branch for more rows than a block holds
@@ -445,19 +452,18 @@ def _exchanged(
     samples: tuple[SampledRows, SampledRows],
     config: RoutedConfig,
     over: str,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> RoutedOutput:
     """Computes `routed_ffn` by sending rows; statistics have zeros for the experts of other
     devices."""
     devices = lax.axis_size(over)
-    local = layer.gate.kernel.shape[0]
+    local = layer.gate.kernel.shape[0]  # experts of this device
+    # [devices]: rows of this device's tokens for the experts of each device
     counts = jnp.sum(routing.sizes.reshape(devices, local), axis=1)
     block = block_rows(routing.token.shape[0], devices)
     # The same on all devices, because both branches have collectives.
     fits = lax.pmax(jnp.max(counts), over) <= block
 
-    def exchanged(
-        x: jax.Array, layer: Layer, routing: Routing
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def exchanged(x: jax.Array, layer: Layer, routing: Routing) -> RoutedOutput:
         """Sends every row to the device with its expert, and the result back.
 
         A block of ``block`` places is sent to each device; rows are sorted by expert, therefore
@@ -516,9 +522,7 @@ def _exchanged(
         }
 
     @jax.checkpoint  # saves no gathered kernel
-    def all_here(
-        x: jax.Array, layer: Layer, routing: Routing
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def all_here(x: jax.Array, layer: Layer, routing: Routing) -> RoutedOutput:
         """Computes the rows here with gathered experts: a block is too small for them."""
         with jax.named_scope(UNEVEN):
             return routed_rows(x, all_experts(layer, over), routing, samples, config)
@@ -530,6 +534,7 @@ def all_experts(layer: Layer, over: str) -> Layer:
     """Returns the layer with all experts, which the devices of a mapped mesh axis share."""
 
     def gather(leaf: jax.Array) -> jax.Array:
+        """Returns ``[experts, ...]`` of a device's part; scalars are the same on all devices."""
         if leaf.ndim == 0:
             return leaf
         return lax.all_gather(leaf, over, tiled=True)

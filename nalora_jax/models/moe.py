@@ -39,6 +39,7 @@ from nalora_jax.models.experts import (
     Experts,
     Layer,
     RoutedConfig,
+    RoutedOutput,
     exchanges_less,
     of_each,
     routed_ffn,
@@ -185,7 +186,7 @@ def on_mesh(
     routed_by: jax.Array | None = None,
     *,
     experts: str = "auto",
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> RoutedOutput:
     """Runs `routed_ffn` on every device's own tokens.
 
     Without the mapping the compiler makes each device route the tokens of all devices.
@@ -229,7 +230,7 @@ def on_mesh(
         keys: jax.Array | None,
         layer: Layer,
         routed_by: jax.Array | None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> RoutedOutput:
         """Computes `routed_ffn` of a device's rows; statistics get a leading axis of length 1."""
         x = in_stored_layout(x, config.numerics)
         layer = _of_shard(layer, config)
@@ -289,6 +290,7 @@ def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:
     """Returns ``layer`` with one shard's taps and with kernels in the layout of their stack."""
 
     def stored(experts: Experts) -> Experts:
+        """Returns a projection whose kernel has the layout of the stack it was sliced from."""
         kernel = jax.tree.map(
             lambda x: in_stored_layout(x, config.numerics), experts.kernel
         )
@@ -304,6 +306,7 @@ def _splits(layer: Layer, parts: int) -> bool:
     """Returns True if the channels of every projection, as stored, can be split into ``parts``."""
 
     def divides(kernel: Kernel, place: int) -> bool:
+        """Returns True if ``parts`` divides axis ``place`` of all arrays of a stored kernel."""
         sizes = [leaf.shape[place] for leaf in jax.tree.leaves(kernel)]
         if isinstance(kernel, Quantized) and kernel.kind == "int8" and place == 1:
             sizes = [kernel.codes.shape[place]]  # one scale covers all inputs
@@ -550,6 +553,7 @@ class DenseAndExpertsFFN(_WithExpertsFFN):
         )
 
     def _norm(self, name: str, x: jax.Array, dtype: str | None = None) -> jax.Array:
+        """Returns the norm ``name`` of ``x [..., d_model]``, by default in the result's dtype."""
         c = self.config
         return RMSNorm(
             c.norm_eps, c.norm_offset, dtype or self.options.numerics.result, name=name

@@ -60,6 +60,11 @@ class GatedDeltaNet(Mixer):
     splits_rows: ClassVar[bool] = True
 
     @property
+    def values_per_key(self) -> int:
+        """Value heads of each key head."""
+        return self.value_heads // self.key_heads
+
+    @property
     def keys(self) -> int:
         """Width of all keys."""
         return self.key_heads * self.key_dim
@@ -89,7 +94,8 @@ class GatedDeltaNet(Mixer):
             "in_proj_a": heads,
         }
 
-    def arrays(self, config: ModelConfig) -> Shapes:  # noqa: D102
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the taps of the convolution, rates of decay by head and the norm's scale."""
         heads = (self.value_heads,)
         # The convolution's weight has torch's shape.
         conv = {"conv/weight": (self.channels, 1, self.conv_width)}
@@ -99,7 +105,8 @@ class GatedDeltaNet(Mixer):
             "norm/scale": (self.value_dim,),
         }
 
-    def projections(self, config: ModelConfig) -> Shapes:  # noqa: D102
+    def projections(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
         d = config.d_model
         shapes: Shapes = {name: (d, width) for name, width in self.inputs().items()}
         return shapes | {"out_proj": (self.values, d)}
@@ -118,20 +125,24 @@ class GatedDeltaNet(Mixer):
         )
         return config.n_layers * seq * of_token
 
-    def saved(self, config: ModelConfig) -> float:  # noqa: D102
-        # float32, of one chunk each
+    def saved(self, config: ModelConfig) -> float:
+        """Returns the outputs of the input's projections, and one float32 state per chunk."""
+        # A float32 counts as two values of the projections' dtype.
         states = self.value_heads * self.key_dim * self.value_dim / CHUNK
         return sum(self.inputs().values()) + 2 * states
 
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:  # noqa: D102
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """See `Part`."""
         return GatedDeltaNetLayer(self, config, options, name=self.name)
 
-    def init_state(  # noqa: D102
+    def init_state(
         self, config: ModelConfig, batch: int, length: int, numerics: Numerics
     ) -> Recurrent:
+        """Returns zeros: the convolution's last inputs, and a matrix ``[key_dim, value_dim]`` of
+        each value head."""
         lead = (config.n_layers, batch)
-        per_key = self.value_heads // self.key_heads
-        state = (*lead, self.key_heads, per_key, self.key_dim, self.value_dim)
+        heads = (self.key_heads, self.values_per_key)
+        state = (*lead, *heads, self.key_dim, self.value_dim)
         conv = (*lead, self.conv_width - 1, self.channels)
         return Recurrent(
             {
@@ -157,35 +168,35 @@ class GatedDeltaNetLayer(nn.Module):
         sizes = self.sizes
         numerics = self.options.numerics
         sharding = self.options.sharding
+        # The projections of x: qkv [batch, seq, channels], z [batch, seq, values], and b and a
+        # [batch, seq, value heads].
         outputs = self.options.projected(x, sizes.inputs(), layer, shared)
         projected = [round_and_save(y, numerics) for y in outputs]
         if sizes.fused:
             qkv, z, b, a = _by_key_head(projected, sizes)
         else:
             qkv, z, b, a = projected
+        before = {}  # the state after earlier calls, in generation
         if isinstance(layer.cached, Recurrent):
             before = layer.cached.arrays
-        else:
-            before = {}
+        # q, k, v = phi(conv(qkv))
         convolution = Convolution(
             sizes.channels, sizes.conv_width, sharding, name="conv"
         )
         out, convolved = convolution(qkv, shared, before.get("conv"))
         qkv = activations.get(self.config.activation).phi(out).astype(qkv.dtype)
         q, k, v = jnp.split(qkv, (sizes.keys, 2 * sizes.keys), axis=-1)
-        # [batch, seq, key heads, (value heads of a key,) width]
+        # q, k: [batch, seq, key heads, key_dim]; v: [batch, seq, key heads, values per key,
+        # value_dim].
         q, k = (self._heads(y, sizes.key_dim) for y in (q, k))
-        v = self._heads(v, sizes.value_heads // sizes.key_heads, sizes.value_dim)
-        # Log decays and betas, float32 [batch, seq, value heads].
+        v = self._heads(v, sizes.values_per_key, sizes.value_dim)
+        # Log decays g and betas b, float32 [batch, seq, value heads].
         a_log = self._per_head("a_log", nn.initializers.zeros_init())
         bias = self._per_head("dt_bias", nn.initializers.ones_init())
-        rates = (
-            -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + bias),
-            jax.nn.sigmoid(b.astype(jnp.float32)),
-        )
-        decay, beta = (
-            self._heads(y, sizes.value_heads // sizes.key_heads) for y in rates
-        )
+        decay = -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + bias)
+        beta = jax.nn.sigmoid(b.astype(jnp.float32))
+        # [batch, seq, key heads, values per key]
+        decay, beta = (self._heads(y, sizes.values_per_key) for y in (decay, beta))
         inputs = DeltaInputs(q, k, v, decay, beta)
         state = None
         if sharding is None or shared.row is None:
@@ -194,6 +205,7 @@ class GatedDeltaNetLayer(nn.Module):
             )
         else:
             out = split_delta_rule(inputs, shared.row, sharding)
+        # The gated norm, [batch, seq, value heads, value_dim], then joined to [batch, seq, values].
         normed = RMSNorm(self.config.norm_eps, name="norm")(
             out.reshape(*x.shape[:-1], -1, sizes.value_dim)
         )
@@ -252,6 +264,7 @@ def _convolved(
     sharding: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns `Convolution` of ``x`` by ``weight [channels, 1, width]``."""
+    # [channels, 1, width] -> [width, channels]
     kernel = weight[:, 0].T.astype(jnp.float32)
     if sharding is not None and shared.row is not None:
         return split_conv(x, kernel, shared.row, sharding), None
@@ -263,10 +276,17 @@ def _convolved(
 def _by_key_head(
     projected: Sequence[jax.Array], sizes: GatedDeltaNet
 ) -> tuple[jax.Array, ...]:
-    """Returns qkv, z, b and a of the fused projections, whose outputs are ordered by key head."""
-    n = sizes.value_heads // sizes.key_heads
+    """Returns qkv, z, b and a of the fused projections, whose outputs are ordered by key head.
+
+    Both projections have ``[batch, seq, width]``: ``q k v z`` of the first key head, then of the
+    second, and so on; and ``b a`` in the same order.
+    """
+    n = sizes.values_per_key
+    # [batch, seq, key heads, width of a key head]
     qkvz, ba = (y.reshape(*y.shape[:-1], sizes.key_heads, -1) for y in projected)
+    # Where k, v and z start within a key head.
     widths = sizes.key_dim, 2 * sizes.key_dim, 2 * sizes.key_dim + n * sizes.value_dim
+    # Each of q, k, v and z: [batch, seq, key heads, width] -> [batch, seq, key heads * width].
     q, k, v, z = (
         y.reshape(*y.shape[:-2], -1) for y in jnp.split(qkvz, widths, axis=-1)
     )
@@ -336,13 +356,13 @@ class GatedConvolution(nn.Module):
             x, {"bcx_proj": 3 * self.d_model}, layer, shared, bias=bias
         )
         bcx = round_and_save(bcx, self.options.numerics)
+        # B, C and u, each [batch, seq, d_model].
         before, after, u = jnp.split(bcx.astype(jnp.float32), 3, axis=-1)
         taps = self.param(
             "taps", nn.initializers.lecun_normal(), (self.d_model, 1, self.part.width)
         )
-        if layer.cached is None:
-            earlier = None
-        else:
+        earlier = None  # the convolution's last inputs of earlier calls, in generation
+        if layer.cached is not None:
             earlier = layer.cached.arrays["inputs"]
         mixed, inputs = _convolved(
             before * u, taps, shared, earlier, self.options.sharding

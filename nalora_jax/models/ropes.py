@@ -95,6 +95,8 @@ def _yarn_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
     """Keeps dimensions below the ramp and scales those above it."""
 
     def dimension(turns: float) -> float:
+        """Returns the pair, as a real number, that makes ``turns`` turns in the original
+        context."""
         return (
             spec.dim
             * math.log(spec.max_positions / (turns * 2 * math.pi))
@@ -210,6 +212,7 @@ def halves_from_adjacent(x: jax.Array, table: jax.Array) -> jax.Array:
       table: ``[2, batch, seq, dim / 2]``.
     """
     half = table.shape[-1]
+    # [batch, seq, heads, dim] -> [..., half, 2] -> [..., 2, half] -> [..., dim]
     pairs = x[..., : 2 * half].reshape(*x.shape[:-1], half, 2).swapaxes(-1, -2)
     return jnp.concatenate(
         [pairs.reshape(*x.shape[:-1], 2 * half), x[..., 2 * half :]], axis=-1
@@ -512,6 +515,7 @@ def _yarn_magnitude(factor: float, scale: float) -> float:
 
 
 def _factors(rope: Fields, key: str, length: int) -> tuple[float, ...]:
+    """Returns LongRoPE's ``length`` divisors of the frequencies under ``key``."""
     values = rope.items(key, length, (int, float)) or []
     if len(values) != length or not all(0 < value < 1e30 for value in values):
         raise rope.error(key, f"{length} numbers above 0", str(values)[:60])

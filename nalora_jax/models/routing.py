@@ -66,6 +66,7 @@ def spread(x: jax.Array, places: Places, top_k: int) -> jax.Array:
 def summed(y: jax.Array, places: Places, top_k: int) -> jax.Array:
     """Returns the sum of each token's rows, ``[tokens, d]``; arguments as for `spread`, ``y
     [places, d]``."""
+    # [tokens * top_k, d] -> [tokens, top_k, d]
     return jnp.sum(_taken(y, places.of_rows).reshape(-1, top_k, y.shape[-1]), axis=1)
 
 
@@ -274,7 +275,7 @@ def route(
     """
     n_experts = logits.shape[-1]
     weights, chosen = choose(logits, top_k, spec, *of_experts)
-    flat = chosen.reshape(-1)
+    flat = chosen.reshape(-1)  # [tokens * top_k]
     order = jnp.argsort(flat, stable=True)
     return Routing(
         order=order,
@@ -412,6 +413,7 @@ def expert_statistics(
     partition = activations.partition(activation.name)
 
     def one(of_gate: jax.Array, of_probe: jax.Array) -> dict[str, jax.Array]:
+        """Returns the statistics of one expert from its weights ``[taken]``, ``[probed]``."""
         stats = statistics.channel_statistics(z, of_gate, activation, partition, names)
         return stats | statistics.probe_statistics(
             start, dz, of_probe, activation, names
@@ -523,6 +525,7 @@ def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Arr
     counts, last = jnp.moveaxis(
         gathered(jnp.stack([counts, last], axis=-1)), (3, 2), (0, 2)
     )
+    # Places of a sequence are sorted by expert, then by block: [batch, experts * blocks].
     flat = counts.reshape(batch, -1)
     start = jnp.cumsum(flat, axis=1) - flat
     ends = lax.cummax(
@@ -532,6 +535,8 @@ def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Arr
     before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
 
     def of_blocks(x: jax.Array) -> jax.Array:
+        """Returns the shard's two blocks, ``[2 * batch, experts]``, of all, ``[batch, experts *
+        blocks]``."""
         x = x.reshape(batch, experts, -1)[:, :, jnp.stack(block_numbers())]
         return jnp.moveaxis(x, 2, 1).reshape(2 * batch, experts)
 

@@ -26,6 +26,7 @@ def _qwen3_5(f: Fields) -> Features:
 
 
 def _qwen3_5_moe(f: Fields) -> Features:
+    """Returns the fields of Qwen3.5 with experts in every layer, whose weights sum to 1."""
     f.refuse("mlp_only_layers", "every layer of this family has experts")
     for field in ("decoder_sparse_step", "norm_topk_prob"):
         if f.get(field) not in (None, 1):

@@ -149,10 +149,12 @@ class EncoderConfig:
 
 
 def _norm(name: str, width: int) -> Shapes:
+    """Returns the shapes of a layer norm's parameters."""
     return {f"{name}/scale": (width,), f"{name}/bias": (width,)}
 
 
 def _dense(name: str, shape: tuple[int, ...], bias: bool = True) -> Shapes:
+    """Returns the shapes of a dense layer's kernel ``(..., d_in, d_out)`` and bias."""
     shapes = {f"{name}/kernel": shape}
     if bias:
         shapes[f"{name}/bias"] = (*shape[:-2], shape[-1])
@@ -277,6 +279,7 @@ class VisionSpec:
         return shapes
 
     def _mlp(self) -> Shapes:
+        """Returns the kernel shapes of an MLP projector; none for other projectors."""
         if self.projector != "mlp":
             return {}
         wide = self.tower.d_model

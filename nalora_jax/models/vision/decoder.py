@@ -33,7 +33,8 @@ class VisionDecoder(Decoder):
     `encode_images` computes the call's ``features``.
     """
 
-    def setup(self) -> None:  # noqa: D102
+    def setup(self) -> None:
+        """Creates the decoder, the image tower and the projector."""
         super().setup()
         vision = self.config.vision
         assert vision is not None
@@ -71,16 +72,19 @@ class VisionDecoder(Decoder):
         vision = self.config.vision
         assert vision is not None
         batch, images = pixels.shape[:2]
-        real = None
+        real = None  # bool [batch * images]: images that are not padding
         if counts is not None:
             real = (jnp.arange(images)[None] < counts[:, None]).reshape(-1)
 
         def weights(seq: int) -> jax.Array | None:
+            """Returns the weights ``[batch * images, seq]`` of tokens in the statistics."""
             if real is None:
                 return None
             return jnp.broadcast_to(real[:, None], (batch * images, seq))
 
         tower = vision.tower
+        # The tower reads [batch * images, height, width, channels] and returns
+        # [batch * images, patches, d]; the projector returns [batch * images, tokens, d_model].
         x = self.image(
             pixels.reshape(-1, *pixels.shape[2:]),
             token_weights=weights(tower.grid**2 + tower.class_token),
@@ -160,6 +164,7 @@ def pooled_patches(x: jax.Array, tokens: int) -> jax.Array:
     side = round(patches**0.5)
     few = round(tokens**0.5)
     each = side // few
+    # [images, rows of squares, rows in a square, columns of squares, columns in a square, d]
     return (
         x.reshape(images, few, each, few, each, d)
         .mean(axis=(2, 4))

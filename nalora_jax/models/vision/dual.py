@@ -35,7 +35,8 @@ class DualEncoder(nn.Module):
     stats: GateStatsConfig | None = None
     activation_sharding: NamedSharding | None = None
 
-    def setup(self) -> None:  # noqa: D102
+    def setup(self) -> None:
+        """Creates both towers."""
         shared = (self.numerics, self.remat, self.stats, self.activation_sharding)
         self.image = Encoder(
             self.config.image, tower_adapters(self.adapters, "image"), *shared
@@ -85,6 +86,7 @@ class DualEncoder(nn.Module):
         The inputs are ``[images, features]`` and ``[texts, features]``.
         """
         scale, bias = self.temperature()
+        # [images, features] x [texts, features] -> [images, texts]
         cosines = jnp.einsum(
             "if,tf->it", normalised(images), normalised(texts), precision="highest"
         )
@@ -95,6 +97,7 @@ class DualEncoder(nn.Module):
         return jnp.exp(self._scalar("logit_scale")), self._scalar("logit_bias")
 
     def _scalar(self, name: str) -> jax.Array:
+        """Returns a trained or frozen scalar as float32; 0 if the pair has none."""
         value: jax.Array = self.get_variable(
             "lora", name, self.get_variable("params", name, jnp.zeros(()))
         )

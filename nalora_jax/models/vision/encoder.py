@@ -229,6 +229,7 @@ def patchify(pixels: jax.Array, patch: int) -> jax.Array:
     rows = height // patch
     columns = width // patch
     x = pixels[:, : rows * patch, : columns * patch]
+    # [batch, rows, columns, patch, patch, channels]
     x = x.reshape(batch, rows, patch, columns, patch, channels).transpose(
         0, 1, 3, 2, 4, 5
     )
@@ -346,7 +347,7 @@ class EncoderAttention(nn.Module):
             projected = parallel_dense(x, [q, k, v], n)
         else:
             projected = [adapted_dense(x, q, n), *parallel_dense(source, [k, v], n)]
-        # [batch, seq, heads, head_dim]
+        # [batch, seq, d_model] -> [batch, seq, heads, head_dim]
         saved = (round_and_save(y, n) for y, _ in projected)
         queries, keys, values = (
             y.reshape(*y.shape[:-1], c.n_heads, c.head_dim) for y in saved
@@ -382,11 +383,13 @@ class EncoderBlock(nn.Module):
         x = checkpoint_name(x, LAYER_INPUT)
 
         def attend(y: jax.Array) -> jax.Array:
+            """Returns the attention's output ``[batch, seq, d_model]``."""
             return EncoderAttention(c, self.adapters, n, name="attn")(
                 y, y, scales.get("attn", {}), shared
             )
 
         def feed(y: jax.Array) -> jax.Array:
+            """Returns the FFN's output ``[batch, seq, d_model]``."""
             options = {
                 "token_weights": shared.token_weights,
                 "deterministic": shared.deterministic,
@@ -467,6 +470,7 @@ def resized(table: jax.Array, height: int, width: int) -> jax.Array:
     side = round(table.shape[0] ** 0.5)
     if (height, width) == (side, side):
         return table
+    # [side, side, d_model] -> [height, side, d_model] -> [height, width, d_model]
     square = table.astype(jnp.float32).reshape(side, side, -1)
     rows, columns = (jnp.asarray(cubic_weights(side, n)) for n in (height, width))
     square = jnp.einsum("hs,std->htd", rows, square, precision="highest")
@@ -506,6 +510,7 @@ def resized_each(table: jax.Array, shapes: jax.Array, length: int) -> jax.Array:
     # [batch, length, 2, side]
     weights = jnp.maximum(1.0 - jnp.abs(source - centre[..., None]) / reach, 0.0)
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    # Weights of the table's rows and columns, [batch, length, side] each.
     square = table.astype(jnp.float32).reshape(side, side, -1)
     return jnp.einsum(
         "bns,bnt,std->bnd",

@@ -30,34 +30,46 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
             expected=f"one of {', '.join(DUAL)}",
             found=repr(name),
         )
-    f = Fields(raw, {"projection_dim": 512}, where)
-    towers = []
-    for kind, field in (("image", "vision"), ("text", "text")):
-        settings = f.mapping(f"{field}_config")
-        if name != _COMPOSED:
-            settings |= {"model_type": f"{name}_{field}_model"}
-        tower = read_encoder(settings, f"{where}: {field}_config")
-        if tower.kind != kind:
-            raise f.error(
-                f"{field}_config: model_type", f"an {kind} encoder", tower.model_type
-            )
-        towers.append(tower)
+    f = Fields(raw, {"projection_dim": 512}, where)  # transformers' default
+    image = _member(f, name, "vision", "image")
+    text = _member(f, name, "text", "text")
     if name in ("clip", _COMPOSED):
-        # transformers' VisionTextDualEncoderModel projects the towers' pooled outputs, which for
-        # BERT and ViT include their dense layers.
-        pooler: dict[str, Any] = {"pooling": "first", "pooler": "tanh"}
-        pooled = dict.fromkeys(("bert", "vit"), pooler)
         width = f.integer("projection_dim")
-        image, text = (
-            replace(tower, d_out=width, **pooled.get(tower.model_type, {}))
-            for tower in towers
-        )
-        return DualConfig(name, image, text)
-    image, text = towers
+        return DualConfig(name, _projected(image, width), _projected(text, width))
+    # SigLIP's features are the towers' own, compared without a projection to one width.
     if image.features != text.features:
         expected = f"{image.features}, as of images"
         raise f.error("text_config: projection_size", expected, text.features)
     return DualConfig(name, image, text, loss="sigmoid")
+
+
+def _member(f: Fields, pair: str, field: str, kind: str) -> EncoderConfig:
+    """Returns the tower that the part ``<field>_config`` of a pair's ``config.json`` describes.
+
+    Args:
+      f: fields of the pair.
+      pair: its ``model_type``, from which the tower's follows unless the towers are unrelated.
+      field: "vision" or "text".
+      kind: the tower's kind of input, "image" or "text".
+    """
+    settings = f.mapping(f"{field}_config")
+    if pair != _COMPOSED:
+        settings |= {"model_type": f"{pair}_{field}_model"}
+    tower = read_encoder(settings, f"{f.where}: {field}_config")
+    if tower.kind != kind:
+        raise f.error(
+            f"{field}_config: model_type", f"an {kind} encoder", tower.model_type
+        )
+    return tower
+
+
+def _projected(tower: EncoderConfig, width: int) -> EncoderConfig:
+    """Returns the tower with a projection of its pooled output to ``width`` features."""
+    if tower.model_type in ("bert", "vit"):
+        # transformers' VisionTextDualEncoderModel projects their pooled output after its dense
+        # layer with tanh.
+        tower = replace(tower, pooling="first", pooler="tanh")
+    return replace(tower, d_out=width)
 
 
 def compose(
@@ -125,6 +137,7 @@ def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderC
 
 
 def _text(f: Fields) -> dict[str, Any]:
+    """Returns the fields of a tower of texts."""
     return {
         "vocab_size": f.integer("vocab_size"),
         "max_positions": f.integer("max_position_embeddings"),
@@ -154,16 +167,19 @@ def _side(f: Fields, name: str) -> int:
 
 
 def _clip_text(f: Fields) -> dict[str, Any]:
+    """Returns the fields of CLIP's text tower, which pools the first end token."""
     eos = f.integer("eos_token_id", low=0)
     return {"pooling": "eos", "eos_id": eos, "causal": True, **_text(f)}
 
 
 def _siglip_text(f: Fields) -> dict[str, Any]:
+    """Returns the fields of SigLIP's text tower, which pools the last position, padding or not."""
     width = f.integer("projection_size", default=f.integer("hidden_size"))
     return {"pooling": "last", "d_out": width, "projection_bias": True, **_text(f)}
 
 
 def _siglip_vision(f: Fields) -> dict[str, Any]:
+    """Returns the fields of SigLIP's image tower, which pools by attention."""
     if f.get("vision_use_head") is False:
         raise f.error(
             "vision_use_head", "true: its pooling head makes the features", "false"
@@ -187,6 +203,7 @@ def _siglip2_vision(f: Fields) -> dict[str, Any]:
 
 
 def _vit(f: Fields) -> dict[str, Any]:
+    """Returns the fields of a ViT, which pools its class token."""
     traits = {"pooling": "first", "class_token": True, "patch_bias": True}
     return {**traits, "qkv_bias": f.get("qkv_bias") is not False, **_image(f)}
 
@@ -219,6 +236,7 @@ def _bert(f: Fields) -> dict[str, Any]:
     }
 
 
+# transformers' defaults of fields that a file leaves out.
 _SIZES = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -292,6 +310,7 @@ def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
 
 
 def _image_token(f: Fields) -> int:
+    """Returns the id of the image token; transformers 5 renamed the field."""
     stated = f.raw.get("image_token_id") is not None
     return f.integer("image_token_id" if stated else "image_token_index", low=0)
 
@@ -338,7 +357,7 @@ def _llava(f: Fields, d_model: int) -> VisionSpec:
 
 
 def _gemma3(f: Fields, d_model: int) -> VisionSpec:
-    """Returns what Gemma 3 sees.
+    """Returns the image input of Gemma 3: all features of the tower, pooled to squares.
 
     The text model caps its logits (``final_logit_softcapping``) with images too, unlike
     ``Gemma3ForConditionalGeneration`` of transformers 5.24 (docs/parity.md).
@@ -367,6 +386,7 @@ def _gemma3(f: Fields, d_model: int) -> VisionSpec:
     )
 
 
+# transformers' defaults of the parts of multimodal files.
 _CLIP_LARGE: dict[str, Any] = hf_defaults(
     model_type="clip_vision_model",
     d_model=1024,
