@@ -38,6 +38,7 @@ class KeyValues:
         ``update`` has ``[layers, batch, seq, kv_heads, head_dim]`` of both.
         """
         k, v = update
+        # k: [layers, batch, kv_heads, head_dim, seq]; v: [layers, batch, kv_heads, seq, head_dim]
         return KeyValues(
             _written(self.k, k.transpose(0, 1, 3, 4, 2), 4, index, numerics),
             _written(self.v, v.transpose(0, 1, 3, 2, 4), 3, index, numerics),

@@ -458,6 +458,7 @@ class Groups(nn.Module):
             updates |= zip(prefixes, of_group, strict=True)
             # A stack that hands on its keys has one layer.
             for stack in (stack for stack in group if stack.config.hands):
+                # its update and its cache, without the axis [layers]
                 first = jax.tree.map(
                     lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached)
                 )
@@ -571,6 +572,7 @@ def run_starts(
     positions, segments = (
         jnp.broadcast_to(x, places.shape) for x in (positions, segments)
     )
+    # True for tokens (starting at the second) in the run of the token before them.
     goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
     first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
     return positions - since_last(first)

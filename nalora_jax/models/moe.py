@@ -78,9 +78,8 @@ class MoEFFN(nn.Module):
         c = self.config
         options = self.options
         keys = None
-        if self.is_initializing():
-            taps = {}
-        else:
+        taps = {}  # zeros whose gradients are the statistics; none at initialization
+        if not self.is_initializing():
             taps = self.variables.get("gate_taps", {})
         router = Router(c.n_experts, c.router_bias, self.routing, name="router")
         kernel, bias, *of_experts = router(c.d_model)

@@ -83,6 +83,7 @@ def inverse_frequencies(spec: RopeSpec) -> np.ndarray:
 
 def _llama3_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
     """Scales long wavelengths, keeps short ones and interpolates between them."""
+    # turns of each pair within the original context: many for short wavelengths
     turns = spec.max_positions * plain / (2 * math.pi)
     smooth = (turns - spec.low_freq_factor) / (
         spec.high_freq_factor - spec.low_freq_factor
@@ -110,6 +111,7 @@ def _yarn_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
         high = math.ceil(high)
     low = max(low, 0)
     high = min(high, spec.dim - 1)
+    # 0 below `low`, 1 above `high`; 0.001 avoids a division by 0, as in YaRN's code.
     ramp = np.clip((np.arange(spec.dim // 2) - low) / (high - low or 0.001), 0.0, 1.0)
     return plain / spec.factor * ramp + plain * (1 - ramp)
 
@@ -121,7 +123,7 @@ def sequence_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     rotated like the same sequence alone. Segments are numbered from 1 within a row; 0 is padding.
     """
     chex.assert_equal_shape([positions, segment_ids])
-    n = positions.shape[1] + 1
+    n = positions.shape[1] + 1  # segments of a row at most, with padding
 
     def row(position: jax.Array, segment: jax.Array) -> jax.Array:
         return jax.ops.segment_max(position, segment, num_segments=n)[segment] + 1
@@ -142,6 +144,7 @@ def rope_table(
     Returns:
       float32 ``[2, batch, seq, dim / 2]``: cosines, sines.
     """
+    # [1, 1, dim / 2], or [batch, seq, dim / 2] if it depends on the length
     frequency = jnp.asarray(inverse_frequencies(spec), jnp.float32)[None, None, :]
     if spec.depends_on_length:
         assert lengths is not None
@@ -187,7 +190,7 @@ def rope_tables(
       lengths: int ``[batch]``, lengths of the rows' sequences; by default those of the segments.
       parts: selects from an array of whole rows the part that this device computes.
     """
-    of_tokens = None
+    of_tokens = None  # int [batch, seq or 1], length of each token's sequence
     if any(spec.depends_on_length for spec in ropes):
         if lengths is None:
             of_tokens = parts(sequence_lengths(positions, segments))

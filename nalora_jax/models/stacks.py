@@ -100,6 +100,7 @@ def _divide(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
 
     Of several such divisions the one with the fewest groups is taken.
     """
+    # best[end]: the sum of periods, the number of groups and the groups that divide kinds[:end].
     best: list[tuple[tuple[int, int], list[tuple[int, int, int]]]] = [((0, 0), [])]
     for end in range(1, len(kinds) + 1):
         options = []
@@ -116,6 +117,7 @@ def _divide(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
 def _period(kinds: Sequence[int]) -> int:
     """Returns the length of the shortest period that repeats without a remainder."""
     n = len(kinds)
+    # The kinds repeat with period p if shifting them by p changes none; n always does.
     return next(p for p in range(1, n + 1) if n % p == 0 and kinds[p:] == kinds[:-p])
 
 

@@ -55,7 +55,7 @@ class TargetSpec:
 
     def used(self, shape: tuple[int, ...]) -> np.ndarray:
         """Returns which entries of ``[layers, ..., rank]`` are within a layer's rank, as bool."""
-        used = np.arange(shape[-1]) < np.array(self.ranks)[:, None]
+        used = np.arange(shape[-1]) < np.array(self.ranks)[:, None]  # [layers, rank]
         return np.broadcast_to(
             used.reshape(len(used), *(1,) * (len(shape) - 2), shape[-1]), shape
         )

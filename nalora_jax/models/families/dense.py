@@ -131,6 +131,8 @@ SEED_OSS = Family(
 
 
 def _ernie4_5(f: Fields) -> Features:
+    """Returns the fields of ERNIE 4.5: one switch for all biases, and pairs of adjacent
+    dimensions are rotated."""
     biases = dict.fromkeys(("qkv_bias", "o_bias", "ffn_bias"), f.flag("use_bias"))
     head_dim = readers.head_dim_of(f, absent=128)
     return {"head_dim": head_dim, "rope_adjacent": True, "attn_dropout": 0.0, **biases}
@@ -293,6 +295,7 @@ QWEN = {
 
 
 def _late_windows(f: Fields) -> Features:
+    """Returns the windows of Qwen's layers starting at ``max_window_layers``."""
     first = f.integer("max_window_layers", low=0)
     return readers.optional_windows(f, lambda i: i >= first)
 
@@ -357,7 +360,10 @@ GRANITE = Family(
 
 
 def _granite_swa(f: Fields) -> Features:
-    """A base of RoPE for each layer; 0 means no rotation."""
+    """Returns the fields of Granite with windows, sinks and a base of RoPE for each layer.
+
+    A base of 0 means no rotation.
+    """
     n_layers = readers.layer_count(f)
     kinds = readers.layer_types(f) or [
         SLIDING if i % 4 else FULL for i in range(n_layers)
@@ -404,6 +410,7 @@ _OLMO3_THETA = 500_000.0
 
 
 def _olmo2(f: Fields) -> Features:
+    """Returns the fields of OLMo 2, whose norms of queries and keys span all heads."""
     return {"qk_norm": "projection", **_POST_NORMS, **attention_bias(f)}
 
 
@@ -418,7 +425,10 @@ OLMO2 = Family(
 
 
 def _olmo3(f: Fields) -> Features:
-    """Forms of the rotary parameters that releases of transformers disagree on are refused."""
+    """Returns the fields of OLMo 3.
+
+    Forms of the rotary parameters that releases of transformers read differently are refused.
+    """
     kinds = readers.periodic(f, 4)
     parameters = f.mapping("rope_parameters")
     if common := sorted(parameters.keys() - {FULL, SLIDING}):

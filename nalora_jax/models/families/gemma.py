@@ -60,6 +60,7 @@ def _gemma(f: Fields) -> Features:
 
 
 def _traits(f: Fields) -> Features:
+    """Returns what Gemma 1 to 3 have in common."""
     scale = f.integer("hidden_size") ** 0.5
     return {"norm_offset": 1.0, "embed_scale": scale, **attention_bias(f)}
 
@@ -86,6 +87,7 @@ def _later_traits(f: Fields) -> Features:
 
 
 def _gemma2(f: Fields) -> Features:
+    """Returns the fields of Gemma 2, in which every other layer slides."""
     softcap = f.number("attn_logit_softcapping", default=0.0, zero=True)
     windows = readers.windows_of(f, readers.periodic(f, 2))
     return {"windows": windows, "attn_softcap": softcap, **_later_traits(f)}
@@ -193,6 +195,7 @@ _ROPE_TYPES = ("default", "linear", "proportional")
 
 
 def _unified(f: Fields) -> Features:
+    """Returns the fields of unified Gemma 4, which has no embeddings by layer and no experts."""
     for feature in ("hidden_size_per_layer_input", "enable_moe_block"):
         f.refuse(feature, "this family has no such layers")
     return _gemma4(f)
@@ -263,6 +266,7 @@ def _layers(f: Fields, types: Sequence[str]) -> list[Overrides]:
     if reading and set(types[: max(first, 0)]) != set(types):
         expected = "a layer of every type before the layers without keys"
         raise f.error("num_kv_shared_layers", expected, reading)
+    # The last layer with keys of each type hands them on; the dict keeps the last of several.
     last = {kind: layer for layer, kind in enumerate(types[:first])}
     handing = {layer: kind for kind, layer in last.items()} if reading else {}
     layers = []

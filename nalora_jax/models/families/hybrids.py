@@ -21,6 +21,7 @@ _LINEAR = "linear_attention"
 
 
 def _qwen3_5(f: Fields) -> Features:
+    """Returns the fields of dense Qwen3.5."""
     features, layers = _mixers(f)
     return features | readers.fields_of_layers(layers)
 

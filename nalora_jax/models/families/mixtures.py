@@ -84,6 +84,7 @@ def gated_shared_expert(f: Fields, *, normalize: bool) -> SharedExperts:
 
 
 def _mixtral(f: Fields) -> Features:
+    """Returns the fields of Mixtral."""
     counts = expert_counts(f, "num_local_experts")
     return {"ffn": plain_mixture(), **counts, **readers.same_window(f)}
 

@@ -443,11 +443,13 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
 
     The interpolation is cubic without antialiasing, with borders repeated.
     """
+    # centres of the new cells, in old cells; each reads the four cells around it
     centres = (np.arange(new) + 0.5) * (old / new) - 0.5
     first = np.floor(centres).astype(int)
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
         distance = np.abs(centres - (first + tap))
+        # Keys' two polynomials: for distances up to 1, and between 1 and 2.
         near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
         far = (
             (_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC
@@ -493,12 +495,14 @@ def resized_each(table: jax.Array, shapes: jax.Array, length: int) -> jax.Array:
       float32 ``[batch, length, d_model]``; padding has the first patch's position.
     """
     side = round(table.shape[0] ** 0.5)
-    sizes = shapes.astype(jnp.float32)[:, None, :]
+    sizes = shapes.astype(jnp.float32)[:, None, :]  # [batch, 1, 2]
+    # [batch, length]: each patch's number, row by row
     place = jnp.broadcast_to(
         jnp.arange(length, dtype=jnp.float32)[None, :], (shapes.shape[0], length)
     )
     row = jnp.floor(place / sizes[..., 1])
     index = jnp.stack([row, place - row * sizes[..., 1]], axis=-1)
+    # [batch, length, 1]: patches that are not padding
     real = (place < sizes[..., 0] * sizes[..., 1])[..., None]
     index = jnp.where(real, index, 0.0)
     scale = side / sizes  # [batch, 1, 2]
