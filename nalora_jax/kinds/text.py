@@ -26,8 +26,8 @@ from nalora_jax.data.sources import open_pair
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.generator import answering
-from nalora_jax.evaluate.vision import evaluator_of
 from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.vision import evaluator_of
 from nalora_jax.kinds.inputs import (
     check_layout,
     check_longest,
