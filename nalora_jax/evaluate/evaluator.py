@@ -66,13 +66,18 @@ class Evaluator:
     mode: Literal["max", "min"]
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns one record of JSON values per example, in order (``lora`` None: the base
-        alone)."""
+        """Returns one record of JSON values per example, in order.
+
+        If ``lora`` is None, the base is evaluated without adapters.
+        """
         raise NotImplementedError
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
-        """Returns metrics of `records`: the headline metric, ``low`` and ``high`` (95%), ``loss``,
-        ``n``."""
+        """Returns the metrics of all examples, given their `records`.
+
+        They are the headline metric (a field named as `metric`), the ends ``low`` and ``high`` of
+        its 95% interval, ``loss``, and ``n``, the number of examples.
+        """
         raise NotImplementedError
 
     def samples(
@@ -92,8 +97,10 @@ class Evaluator:
         *,
         samples: bool = False,
     ) -> dict[str, Any]:
-        """Returns the summary of ``params`` with adapter ``lora``, with ``samples`` also
-        `samples`."""
+        """Returns the summary of the model ``params`` with the adapter ``lora``.
+
+        If ``samples`` is true, the fields of `Evaluator.samples` are added.
+        """
         records = self.records(params, lora)
         values = self.summary(records)
         if samples:
@@ -102,7 +109,9 @@ class Evaluator:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """Returns one line for the log.
+    """Returns one line for the log: the headline metric of a summary, its interval and the loss.
+
+    ``values`` are of `Evaluator.summary`; its fields tell which kind of evaluator it is of.
 
     Example:
       >>> describe({"accuracy": 0.51, "low": 0.46, "high": 0.56, "loss": 3.6, "n": 400})
@@ -159,7 +168,7 @@ def compare_records(
         )
     differences: dict[str, Any] = {}
     if "loss" in model[0]:
-        units = []
+        units = []  # four arrays [items]: loss and tokens of the other model, then of the model
         for records in (other, model):
             for name in ("loss", "tokens"):
                 units.append(np.array(_values(records, name), np.float64))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ class Requests:
     """The three kinds of requests of the harness; a request's ``args`` hold its texts."""
 
     def __init__(self, generator: Generator) -> None:
+        """Stores the generator, its maximum length and the token that starts a text."""
         self._generator = generator
         self._longest = generator.max_length
         # The context of texts without one: begin-of-text, or else end-of-text.
@@ -90,22 +92,29 @@ class Requests:
         return [(score.log_prob, score.greedy) for score in self._scores(pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Returns log-likelihoods of whole texts, in windows of the context's length."""
-        pairs = []
-        texts = []  # of each window, the number of its text
+        """Returns the log-likelihood of each request's whole text.
+
+        A text is scored in windows of the context's length, whose log-likelihoods are summed.
+        """
+        windows = []
+        text_numbers = []  # of each window, the number of its text
         for number, request in enumerate(requests):
             ids = self._encode(request.args[0])
-            windows = _windows(ids, self._start, self._longest)
-            pairs += windows
-            texts += [number] * len(windows)
+            windows_of_text = _windows(ids, self._start, self._longest)
+            windows += windows_of_text
+            text_numbers += [number] * len(windows_of_text)
         sums = [0.0] * len(requests)
-        for number, score in zip(texts, self._scores(pairs), strict=True):
+        for number, score in zip(text_numbers, self._scores(windows), strict=True):
             sums[number] += score.log_prob
         return sums
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Generates up to a request's stop texts; requests with equal settings share batches."""
-        batches: dict[str, list[int]] = {}
+        """Returns the completion of each request, generated up to its stop texts.
+
+        Requests with equal settings share batches. A context that leaves no room for the
+        completion loses its first tokens.
+        """
+        batches: dict[str, list[int]] = {}  # numbers of requests by their settings
         for number, request in enumerate(requests):
             batches.setdefault(repr(request.args[1]), []).append(number)
         texts: dict[int, str] = {}
@@ -154,9 +163,10 @@ class Requests:
         return ids
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Returns the token ids of both, split like in the harness.
+        """Returns the token ids of a context and its continuation, split like in the harness.
 
-        Trailing spaces of the context belong to the continuation.
+        Trailing spaces of the context belong to the continuation. An empty context becomes the
+        start token. What exceeds the model's length is cut from the left.
         """
         if not context:
             ids = self._generator.tokenizer.encode(continuation, special=False)
@@ -176,12 +186,12 @@ class Requests:
         return context_ids[-(room - len(ids)) :], ids
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-        """Returns scores in order; adjacent pairs with equal contexts are scored together."""
-        groups: list[list[tuple[list[int], list[int]]]] = []
-        for pair in pairs:
-            if not groups or groups[-1][0][0] != pair[0]:
-                groups.append([])
-            groups[-1].append(pair)
+        """Returns the score of each (context ids, continuation ids), in order.
+
+        Adjacent pairs with equal contexts form a group, whose context is computed once.
+        """
+        by_context = itertools.groupby(pairs, key=operator.itemgetter(0))
+        groups = [list(group) for _, group in by_context]
         generator = self._generator
         scored = score_groups(
             generator.model,
@@ -197,9 +207,13 @@ def _windows(
     start: int,
     longest: int,
 ) -> list[tuple[list[int], list[int]]]:
-    """Splits ``ids`` into disjoint windows, each after one token of context.
+    """Splits ``ids`` into disjoint windows of up to ``longest`` tokens, each with its context.
 
-    The last window has as much context as fits before it.
+    A window's context is the token before it, for the first window ``start``. The last window has
+    as much context as fits before it.
+
+    Returns:
+      Pairs (context ids, ids of the window).
 
     Example (a context of 3 tokens, start token 0):
       >>> _windows([5, 6, 7, 8], 0, 3)
@@ -210,9 +224,14 @@ def _windows(
         end = min(begin + longest, len(ids))
         context = [start]
         if begin:
+            # The model reads all tokens but the last, so that context and window together have
+            # one token more than fit.
             context = ids[max(0, end - longest - 1) : begin]
         windows.append((context, ids[begin:end]))
     return windows
+
+
+_NEW_TOKENS = 256  # default of the harness
 
 
 def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,12 +244,13 @@ def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         raise NaloraError(
             "generation_kwargs", expected="settings by name", found=repr(options)[:80]
         )
-    limit = options.get("max_new_tokens", 256)
+    limit = options.get("max_new_tokens", _NEW_TOKENS)
     stop = options.get("until") or ()
     if isinstance(stop, str):
         stop = (stop,)
     temperature = options.get("temperature")
     if not temperature:
+        # 1 if it samples, 0 (greedy) otherwise
         temperature = float(bool(options.get("do_sample")))
     settings = {
         "max_new_tokens": options.get("max_gen_toks", limit),
@@ -238,7 +258,7 @@ def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": temperature,
     }
     names = ["repetition_penalty"]
-    if temperature:
+    if temperature:  # the filters have no effect on greedy decoding
         names += ["top_k", "top_p", "min_p"]
     for name in names:
         if options.get(name) is not None:
@@ -339,7 +359,8 @@ def run_harness(
 def _through_this_package(error: BaseException) -> bool:
     """Returns True if the harness had called the model when the error was raised.
 
-    Other errors are of the harness, `datasets` and Jinja: of a task's YAML, data or templates.
+    Its traceback then passes through a module of this package below `run_harness`. Other errors
+    are of the harness, `datasets` and Jinja: of a task's YAML, data or templates.
     """
     modules = [
         frame.f_globals.get("__name__", "")
@@ -362,7 +383,7 @@ def compare_samples(
     Raises:
       NaloraError: the samples are not of the same items.
     """
-    ids = []
+    ids = []  # of both models, the (item, filter) of each sample
     for rows in (other, model):
         ids.append([(sample["doc_id"], sample.get("filter")) for sample in rows])
     if ids[0] != ids[1] or not model:
@@ -376,7 +397,7 @@ def compare_samples(
     for metric in model[0]["metrics"]:
         before = _values(other, metric)
         after = _values(model, metric)
-        ones = np.ones_like(before)
+        ones = np.ones_like(before)  # every item has the same weight
         if set(np.unique([before, after])) <= {0.0, 1.0}:
             differences[metric] = compare(before, after)
         elif np.isfinite([before, after]).all():
@@ -385,12 +406,12 @@ def compare_samples(
 
 
 def _values(samples: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
-    """Returns a metric of each sample, NaN where it is missing."""
+    """Returns a metric of each sample, float ``[samples]``, NaN where it is missing."""
     return np.array([sample["metrics"].get(metric, np.nan) for sample in samples])
 
 
 def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields and numeric metrics of one of the harness's samples."""
+    """Returns one of the harness's samples as JSON values: its fields, and ``metrics`` by name."""
     record: dict[str, Any] = {}
     for name in ("doc_id", "filter", "doc", "target", "arguments", "filtered_resps"):
         if name in sample:
@@ -404,4 +425,5 @@ def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """Returns ``value`` as JSON types; values of other types become their text."""
     return json.loads(json.dumps(value, default=str))

@@ -64,6 +64,7 @@ def _image_features(
     variables: Any,
     batch: Any,
 ) -> jax.Array:
+    """Returns features ``[images, features]`` of length 1 of a batch of processed images."""
     batch = batch | {"pixels": processor.normalise(batch["pixels"])}
     return normalised(model.apply(variables, batch, method="encode_image"))
 
@@ -74,6 +75,7 @@ def _text_features(
     variables: Any,
     batch: Any,
 ) -> jax.Array:
+    """Returns features ``[texts, features]`` of length 1 of a batch of tokenized texts."""
     return normalised(model.apply(variables, batch, method="encode_text"))
 
 
@@ -94,8 +96,10 @@ class Encoders:
     def images(
         self, variables: Mapping[str, Any], pictures: Images | Sequence[Any]
     ) -> np.ndarray:
-        """Returns normalised features ``[pictures, features]`` of RGB images, or of records batch
-        by batch."""
+        """Returns normalised features ``[pictures, features]`` of RGB images.
+
+        The images of `Images` are opened batch by batch.
+        """
         encode = partial(_image_features, self.model, self.processor, variables)
 
         def batch_of(places: slice) -> Mapping[str, np.ndarray]:
@@ -138,7 +142,13 @@ class Encoders:
         images: np.ndarray,
         texts: np.ndarray,
     ) -> np.ndarray:
-        """Returns scaled cosine similarities ``[images, texts]`` of normalised features."""
+        """Returns scaled cosine similarities ``[images, texts]``.
+
+        Args:
+          variables: of the model, with its scale and bias.
+          images: normalised features ``[images, features]``.
+          texts: normalised features ``[texts, features]``.
+        """
         on_devices = self.model.apply(variables, method="temperature")
         scale, bias = map(processes.fetch, on_devices)
         return images @ texts.T * float(scale) + float(bias)
@@ -149,7 +159,15 @@ def _encode_in_batches(
     count: int,
     batch_of: Callable[[slice], Mapping[str, np.ndarray]],
 ) -> np.ndarray:
-    """Returns the features of ``count`` items; the last batch is padded to the same shape."""
+    """Returns the features ``[count, features]`` of all items.
+
+    The last batch is padded with copies of its first item, so that all batches share one program.
+
+    Args:
+      encode: returns features ``[_BATCH, features]`` of a batch of arrays.
+      count: number of items.
+      batch_of: returns the arrays of some of the items.
+    """
     features = []
     for start in range(0, count, _BATCH):
         size = min(_BATCH, count - start)
@@ -184,6 +202,7 @@ class ClassEvaluator(Evaluator):
         classes: Sequence[str],
         templates: Sequence[str],
     ) -> None:
+        """Stores the arguments, which the class describes, and the digest of the images."""
         self._encoders = encoders
         self._images = images
         self._labels = labels
@@ -192,8 +211,11 @@ class ClassEvaluator(Evaluator):
         self.digest = images.digest
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns ``prompt`` (the image's place), ``label``, ``answer``, ``correct`` and ``loss``
-        (cross-entropy)."""
+        """Returns a record of each image.
+
+        Its fields are ``prompt`` (the image's place), ``label``, ``answer`` (the predicted label),
+        ``correct`` and ``loss`` (cross-entropy).
+        """
         variables = variables_of(params, lora)
         features = self._encoders.images(variables, self._images)
         classes = self._encoders.classes(variables, self._classes, self._templates)
@@ -218,7 +240,11 @@ class ClassEvaluator(Evaluator):
         return records
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
-        """Returns ``accuracy`` with ``low`` and ``high`` (95%), ``loss``, ``n`` and ``chance``."""
+        """Returns the metrics of all images.
+
+        They are ``accuracy`` with its 95% interval ``low`` and ``high``, the mean ``loss``, ``n``,
+        and ``chance``, the accuracy of guessing.
+        """
         right = sum(record["correct"] for record in records)
         count = len(records)
         low, high = wilson(right, count)
@@ -268,7 +294,13 @@ class ClassEvaluator(Evaluator):
 
 
 class RetrievalEvaluator(Evaluator):
-    """Recall of an image's caption and of a caption's image."""
+    """Recall of an image's caption and of a caption's image.
+
+    Args:
+      encoders: the towers.
+      images: held-out records.
+      captions: the caption of each image.
+    """
 
     metric = "recall"
     mode = "max"
@@ -279,23 +311,25 @@ class RetrievalEvaluator(Evaluator):
         images: Images,
         captions: Sequence[str],
     ) -> None:
+        """Stores the arguments, which the class describes, and the digest of the images."""
         self._encoders = encoders
         self._images = images
         self._captions = list(captions)
         self.digest = images.digest
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns, for every image, its place (``prompt``), its caption (``expected``) and the best
-        one (``answer``).
+        """Returns a record of each image with its caption.
 
-        Also ``image_to_text`` and ``text_to_image``, the number of others that are ranked before
-        the matching one, ``correct`` (the first of them is 0), and ``loss``, the mean of both ways.
+        Its fields are ``prompt`` (the image's place), ``expected`` (its caption), ``answer`` (the
+        caption with the largest logit), ``image_to_text`` and ``text_to_image`` (the number of
+        captions or images that are ranked before the matching one), ``correct`` (``image_to_text``
+        is 0), and ``loss`` (the mean cross-entropy of both ways).
         """
         variables = variables_of(params, lora)
         images = self._encoders.images(variables, self._images)
         texts = self._encoders.texts(variables, self._captions)
         logits = self._encoders.logits(variables, images, texts)
-        matching = np.arange(len(logits))
+        matching = np.arange(len(logits))  # image i belongs to caption i
         losses = [_losses(logits, matching), _losses(logits.T, matching)]
         columns = zip(
             self._images.places(),
@@ -324,17 +358,17 @@ class RetrievalEvaluator(Evaluator):
         """Returns the retrieval metrics.
 
         Returns:
-          ``recall`` at 1 (mean of both directions), ``low``, ``high`` (95%), ``<way>_recall_1`` and
-          ``_5``, ``n``, ``loss``.
+          ``recall`` at 1 (mean of both ways) with its 95% interval ``low`` and ``high``,
+          ``<way>_recall_1`` and ``<way>_recall_5`` of each way, ``n``, and the mean ``loss``.
         """
         recalls = {}
-        first = []
+        first = []  # of each way, True for the items whose match is ranked first
         for way in _WAYS:
             ranks = np.array([record[way] for record in records])
             for k in (1, 5):
                 recalls[f"{way}_recall_{k}"] = float((ranks < k).mean())
             first.append(ranks < 1)
-        hits = np.mean(first, axis=0)
+        hits = np.mean(first, axis=0)  # [ways, items] -> [items]
         low, high = bootstrap(hits)
         losses = [record["loss"] for record in records]
         return {
@@ -357,7 +391,10 @@ class RetrievalEvaluator(Evaluator):
 
 
 def _losses(logits: np.ndarray, targets: np.ndarray) -> list[float]:
-    """Returns the cross-entropy of every row of ``logits`` with its target column."""
+    """Returns the cross-entropy of every row of logits ``[rows, columns]`` with its target.
+
+    ``targets``, int ``[rows]``, are the right columns.
+    """
     chosen = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
     total = jax.nn.logsumexp(jnp.asarray(logits), axis=1)
     losses: list[float] = (np.asarray(total) - chosen).tolist()
@@ -367,7 +404,7 @@ def _losses(logits: np.ndarray, targets: np.ndarray) -> list[float]:
 def _select_samples(
     images: Images, records: Sequence[ItemRecord]
 ) -> list[dict[str, Any]]:
-    """Returns a few images, evenly spaced, with their answers as an evaluation reports them."""
+    """Returns samples for the report: a few images, evenly spaced, with their records' answers."""
     count = min(_SAMPLES, len(records))
     spaced = np.linspace(0, len(records) - 1, count)
     places = spaced.astype(int).tolist()
@@ -382,9 +419,10 @@ def _select_samples(
 
 
 def own_ranks(logits: np.ndarray) -> np.ndarray:
-    """Returns the number of columns with a larger value than the diagonal, by row.
+    """Returns the rank of every row's own column: the number of columns with a larger logit.
 
-    ``logits`` is ``[rows, rows]``, the result int ``[rows]``.
+    ``logits`` is ``[rows, rows]`` with the matching pairs on the diagonal, the result int
+    ``[rows]``.
     """
     return np.sum(logits > np.diagonal(logits)[:, None], axis=1)
 

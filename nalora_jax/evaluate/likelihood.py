@@ -110,13 +110,14 @@ def score_groups(
     if not layout.stem:
         model = for_rows(model, mesh, layout.tail)
     count = sum(map(len, groups))
+    # Of each pair: log-probability, scored tokens, and those that are the most likely token.
     sums, tokens, hits = np.zeros((3, count))
     with counting("evaluating", count) as done:
         for batch in make_batches(splits, layout):
-            scored = batch.owner >= 0
+            scored = batch.owner >= 0  # [rows, lanes, tail]
             placed = place_batch((batch.stem, batch.tails, batch.targets, scored), mesh)
             log_probs, greedy = map(fetch, _stems_and_tails(model, variables, *placed))
-            owners = batch.owner[scored]
+            owners = batch.owner[scored]  # [scored tokens]
             scored_log_probs = log_probs[scored].astype(np.float64)
             sums += np.bincount(owners, scored_log_probs, minlength=count)
             tokens += np.bincount(owners, minlength=count)
@@ -147,9 +148,18 @@ def _stems_and_tails(
     targets: jax.Array,
     scored: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns log-probabilities of the scored targets, and True for most likely targets.
+    """Computes the stems once and the tails after them.
 
-    Both have the shape ``[rows, lanes, tail]``.
+    Args:
+      model: the decoder.
+      variables: its variables.
+      stem: ``tokens``, ``positions`` and ``segments``, int32 ``[rows, stem]``.
+      tails: the same, ``[rows, lanes, tail]``.
+      targets: int32 ``[rows, lanes, tail]``.
+      scored: bool ``[rows, lanes, tail]``.
+
+    Returns:
+      The result of `target_log_probs`, ``[rows, lanes, tail]``.
     """
     lanes, tail = targets.shape[1:]
     # [rows, lanes, tail] -> [rows * lanes, tail]
@@ -174,6 +184,7 @@ def _stems_and_tails(
         )
         cache = grow(cache, max(size, tail))
         hidden, _ = call(cache=repeat(cache, lanes))
+    # [rows * lanes, tail, d_model] -> [rows, lanes, tail, d_model]
     hidden = hidden.reshape(*targets.shape, -1)
     return target_log_probs(model, variables, hidden, targets, scored)
 
@@ -200,23 +211,27 @@ def target_log_probs(
     """
     shape = targets.shape
     n = targets.size
+    # rows of one chunk of logits [rows, vocab], at least 16 for a large vocabulary
     rows = min(n, max(16, _CHUNK_FLOATS // model.config.vocab_size))
-    flat = hidden.reshape(n, -1)
+    flat = hidden.reshape(n, -1)  # [..., d_model] -> [n, d_model]
     targets = targets.reshape(n)
     scored = scored.reshape(n)
     # Scored positions first, so that only the chunks with scored positions are computed.
     order = jnp.argsort(~scored, stable=True)
+    # Padded to whole chunks by the index n, which reads are clipped to and writes drop.
     order = jnp.pad(order, (0, -n % rows), constant_values=n)
     chunks = (jnp.sum(scored) + rows - 1) // rows
 
     def body(
         i: jax.Array, results: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
+        """Adds chunk ``i`` to the results, both ``[n]``."""
         index = lax.dynamic_slice(order, (i * rows,), (rows,))
-        rows_hidden = jnp.take(flat, index, axis=0, mode="clip")
-        logits = model.apply(variables, rows_hidden, method="unembed")
-        chosen = jnp.take(targets, index, mode="clip")
-        picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
+        chunk_hidden = jnp.take(flat, index, axis=0, mode="clip")
+        logits = model.apply(variables, chunk_hidden, method="unembed")  # [rows, vocab]
+        chunk_targets = jnp.take(targets, index, mode="clip")
+        # the target's logit, [rows]
+        picked = jnp.take_along_axis(logits, chunk_targets[:, None], axis=-1)[:, 0]
         top = jnp.max(logits, axis=-1)
         total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
         log_prob = picked - top - jnp.log(total)
@@ -276,19 +291,23 @@ class ScoringRow:
     """A stem row with its lanes, without the axis ``[rows]``."""
 
     def __init__(self, layout: ScoringLayout) -> None:
+        """Makes the arrays of an empty row, in which every place is padding."""
         shape = (layout.lanes, layout.tail)
         targets = np.zeros(shape, np.int32)
         owner = np.full(shape, -1, np.int32)
         self.arrays = ScoringBatch(_empty(layout.stem), _empty(*shape), targets, owner)
-        self._groups = 0
-        self._filled = 0
+        self._groups = 0  # number of added groups
+        self._filled = 0  # tokens of the stem
         self._used = np.zeros(layout.lanes, int)  # tokens by lane
 
     def add(self, group: Split, number: int) -> bool:
-        """Adds ``group`` if it fits, assigning longer tails to emptier lanes; ``number`` is its
-        first pair's."""
+        """Adds ``group`` if it fits, its longer tails to the emptier lanes; returns True if so.
+
+        ``number`` is the number of the group's first pair among the pairs of all groups.
+        """
         stem, tails, targets, owner = self.arrays
         sizes = np.array([len(tail) for tail in group.tails])
+        # Tails from the longest to the shortest, the lane of each, and where it ends there.
         longest = np.argsort(-sizes, kind="stable")
         lanes = np.argsort(self._used, kind="stable")[: len(sizes)]
         ends = self._used[lanes] + sizes[longest]
@@ -303,6 +322,7 @@ class ScoringRow:
             tail = slice(self._used[lane], end)
             _write(tails, (lane, tail), group.tails[i], len(group.stem), self._groups)
             targets[lane, tail] = group.targets[i]
+            # Only the targets at the end are of the continuation.
             owner[lane, end - group.scored[i] : end] = number + i
             self._used[lane] = end
         return True
@@ -384,17 +404,21 @@ def choose_layout(
     stems = sum(stem_sizes)
     tails = sum(tail_sizes) / lanes
     # Longer rows have less padding, but their attention costs more: 256 and 512 are a compromise.
+    # Both are exceeded if a single stem or tail is longer.
     stem = _round_up(max(*stem_sizes, min(256, stems)))  # 0 without shared prefixes
-    # tokens of the tails in a lane whose stems share a row
+    # Tokens of a lane for the tails of a full stem row, with 5% to spare.
     tails_of_row = 1.05 * tails
     if stems:
         tails_of_row *= stem / stems
     tail = _round_up(max(*tail_sizes, min(tails_of_row, 512)))
+    # Rows for all groups, of which a batch has as many as have ``tokens`` tokens. -(-a // b)
+    # rounds a / b up.
     stem_rows = -(-stems // max(stem, 1))
     tail_rows = int(-(-tails // tail))
     needed = max(stem_rows, tail_rows)
     rows = min(max(1, tokens // max(stem, tail)), needed)
-    return ScoringLayout(-(-rows // shards) * shards, stem, lanes, tail)
+    rows = -(-rows // shards) * shards
+    return ScoringLayout(rows, stem, lanes, tail)
 
 
 def _round_up(size: float) -> int:
@@ -408,10 +432,13 @@ def _round_up(size: float) -> int:
 def make_batches(
     splits: Sequence[Split], layout: ScoringLayout
 ) -> Iterator[ScoringBatch]:
-    """Yields batches of all groups: longest first, each in the first open row with room."""
+    """Yields batches of all groups.
+
+    The groups are placed from the longest to the shortest, each in the first open row with room.
+    """
     rows: list[ScoringRow] = []
-    open_rows: list[ScoringRow] = []
-    numbered = []
+    open_rows: list[ScoringRow] = []  # the newest rows, which may have room
+    numbered = []  # each group with the number of its first pair
     number = 0
     for split in splits:
         numbered.append((split, number))
@@ -427,14 +454,17 @@ def make_batches(
         rows.append(ScoringRow(layout))
     for start in range(0, len(rows), layout.rows):
         arrays = (row.arrays for row in rows[start : start + layout.rows])
+        # [...] of each row -> [rows, ...]
         yield jax.tree.map(lambda *of_rows: np.stack(of_rows), *arrays)
 
 
 def _longest_text(split: Split) -> int:
+    """Returns the number of tokens of a group's longest text."""
     return len(split.stem) + max(map(len, split.tails))
 
 
 def _empty(*shape: int) -> dict[str, np.ndarray]:
+    """Returns the model's inputs for padding alone, zeros of ``shape``."""
     return {
         "tokens": np.zeros(shape, np.int32),
         "positions": np.zeros(shape, np.int32),
@@ -449,6 +479,15 @@ def _write(
     first: int,
     segment: int,
 ) -> None:
+    """Writes a text's tokens at the place ``at`` of the model's inputs.
+
+    Args:
+      arrays: from `_empty`.
+      at: index of the place, as many elements as there are tokens.
+      tokens: part of the text.
+      first: position of the first of them in the text.
+      segment: number of the group in its row, from 1.
+    """
     arrays["tokens"][at] = tokens
     arrays["positions"][at] = np.arange(first, first + len(tokens))
     arrays["segments"][at] = segment
@@ -462,8 +501,10 @@ def for_rows(
     mesh: Mesh | None,
     seq: int,
 ) -> Decoder:
-    """Returns ``model`` for rows of ``seq`` tokens without a cache; long rows are split over
-    devices."""
+    """Returns ``model`` for rows of ``seq`` tokens without a cache.
+
+    It splits long rows over the devices of the mesh's context axis, if its layers can.
+    """
     devices = context_size(mesh)
     if devices == 1 or seq < 2 * devices * _LEAST_BLOCK:
         return model

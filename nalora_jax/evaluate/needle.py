@@ -70,7 +70,7 @@ def exact_match(
 
 # ---------------------------------------------------------------- needles
 
-_NEW_TOKENS = 16
+_NEW_TOKENS = 16  # length limit of an answer
 _BATCH_TOKENS = 32_768  # of prompts that are processed together
 
 
@@ -82,7 +82,7 @@ def needle_items(
     chat: bool = False,
     haystack: Sequence[str] = (),
 ) -> dict[int, list[CompletionItem]]:
-    """Returns the questions of a grid by length: for each of `DEPTHS`, ``per_cell`` of them.
+    """Returns the questions of each length: ``per_cell`` for each of `DEPTHS`, in this order.
 
     Args:
       tokenizer: tokenizer of the model.
@@ -121,6 +121,7 @@ def needle_items(
         return item, len(item.prompt_ids) + len(item.completion_ids)
 
     questions: dict[int, list[CompletionItem]] = {length: [] for length in lengths}
+    # The room for the text is the length without the question, less what tokenization adds.
     for length, depth, number in itertools.product(lengths, DEPTHS, range(per_cell)):
         _, shortest = sized(length, depth, number, 0)
         if shortest > length:
@@ -128,7 +129,7 @@ def needle_items(
             raise NaloraError("--needle", expected=expected, found=length)
         room = length - shortest
         item, tokens = sized(length, depth, number, room)
-        while tokens > length:  # joined sentences have other tokens
+        while tokens > length:  # sentences may have more tokens when they are joined
             room -= tokens - length
             item, tokens = sized(length, depth, number, room)
         questions[length].append(item)
@@ -168,6 +169,7 @@ def needle_answers(
         )
         for number, record in enumerate(answered):
             del record["prompt"]  # as long as the context
+            # the items are in the order of their depths, equally many of each
             depth = DEPTHS[number * len(DEPTHS) // len(items)]
             records.append(
                 {
@@ -180,7 +182,12 @@ def needle_answers(
 
 
 def needle_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns accuracies as JSON values: by cell, and by length and of all with 95% intervals."""
+    """Returns the accuracies of `needle_answers` as JSON values.
+
+    Returns:
+      ``depths``; ``rows``, one for each length with its ``cells`` (accuracy at each depth),
+      ``accuracy`` and 95% interval; the ``accuracy`` of all with ``low`` and ``high``; and ``n``.
+    """
     rows = []
     for length in dict.fromkeys(record["length"] for record in records):
         of_length = [record for record in records if record["length"] == length]
@@ -198,6 +205,7 @@ def needle_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the share of correct answers with its 95% interval ``low`` and ``high``."""
     right = sum(record["correct"] for record in records)
     low, high = wilson(right, len(records))
     return {

@@ -49,6 +49,11 @@ class PreferenceEvaluator(Evaluator):
         *,
         mesh: Mesh | None = None,
     ) -> None:
+        """Stores the arguments, and counts the tokens of the completions.
+
+        Raises:
+          NaloraError: there are no pairs.
+        """
         if not pairs:
             raise NaloraError(
                 "evaluation data", expected="at least one pair", found="none"
@@ -58,17 +63,22 @@ class PreferenceEvaluator(Evaluator):
         self._pairs = pairs
         self._config = config
         self._mesh = mesh
+        # log-probabilities of the base, [pairs, 2] as from `_scores`; None: not computed yet
         self._reference: np.ndarray | None = None
         lengths = []
         for pair in pairs:
             chosen = pair.chosen.divided[1]
             rejected = pair.rejected.divided[1]
             lengths.append((len(chosen), len(rejected)))
-        self._tokens = np.array(lengths)
+        self._tokens = np.array(lengths)  # [pairs, 2]
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns ``prompt``, ``loss``, ``rewards_chosen`` and ``rewards_rejected`` of every
-        pair."""
+        """Returns ``prompt``, ``loss``, ``rewards_chosen`` and ``rewards_rejected`` of every pair.
+
+        A completion's reward is beta times the log-ratio of its probability to the base's, with
+        ``config.per_token`` divided by its tokens. The loss is DPO's (arXiv 2305.18290) with label
+        smoothing.
+        """
         if self._reference is None:
             base = self._model.clone(adapters=AdapterSpec())
             self._reference = self._scores(base, {"params": params})
@@ -76,15 +86,16 @@ class PreferenceEvaluator(Evaluator):
             scores = self._reference
         else:
             scores = self._scores(self._model, variables_of(params, lora))
-        ratios = scores - self._reference
+        ratios = scores - self._reference  # [pairs, 2], chosen and rejected
         if self._config.per_token:
             ratios = ratios / self._tokens
         rewards = self._config.beta * ratios
         margin = rewards[:, 0] - rewards[:, 1]
-        smoothing = self._config.label_smoothing
-        kept = np.logaddexp(0.0, -margin)
+        # -log(sigmoid(margin)), and the same for a pair whose label is wrong
+        as_labelled = np.logaddexp(0.0, -margin)
         swapped = np.logaddexp(0.0, margin)
-        losses = (1 - smoothing) * kept + smoothing * swapped
+        smoothing = self._config.label_smoothing
+        losses = (1 - smoothing) * as_labelled + smoothing * swapped
         records = []
         for row, pair in enumerate(self._pairs):
             chosen, rejected = rewards[row].tolist()

@@ -47,7 +47,8 @@ from nalora_jax.errors import NaloraError
 FILE = "metrics.jsonl"
 ROLLOUTS = "rollouts.jsonl"  # in a run with rewards: some groups of samples of the logged steps
 ADAPTER = "adapter"  # subfolder of a run: the exported adapter
-_MAX_STEP = 2**53
+_MAX_STEP = 2**53  # up to here a float holds every integer
+_LARGEST = 1e300  # limit of numbers; JSON's integers may exceed a float
 _MAX_DEPTH = 12  # nesting of a run's config
 # Layers of all towers together. No model has more, and the report has a row and a curve for each.
 _MAX_LAYERS = 2**9
@@ -229,6 +230,7 @@ def _error(
     expected: str,
     value: object,
 ) -> NaloraError:
+    """Returns the error about a malformed value of a log, which it quotes."""
     remedy = "the file was edited or damaged: restore that line, or delete it"
     return NaloraError(
         where,
@@ -244,7 +246,7 @@ def _that(
     *,
     null: bool = True,
 ) -> Check:
-    """Returns the check that a value ``holds``, or is null."""
+    """Returns the check that ``holds`` is true of a value, or that it is null if ``null``."""
 
     def check(value: Any, where: str) -> None:
         if not (null and value is None) and not holds(value):
@@ -254,6 +256,8 @@ def _that(
 
 
 def _list_of(kind: type, expected: str) -> Check:
+    """Returns the check that a value is a list with members of the type ``kind``, or null."""
+
     def holds(value: Any) -> bool:
         if not isinstance(value, list):
             return False
@@ -263,18 +267,19 @@ def _list_of(kind: type, expected: str) -> Check:
 
 
 def _is_number(value: Any) -> bool:
-    """Returns True for a boolean or a finite number, also for integers within the range of a
-    float."""
-    return isinstance(value, int | float) and abs(value) < 1e300
+    """Returns True for a boolean or a finite number within the range of a float."""
+    return isinstance(value, int | float) and abs(value) < _LARGEST
 
 
 def _is_count(value: Any) -> bool:
+    """Returns True for a whole number from 0 to `_MAX_STEP`."""
     if not _is_number(value) or isinstance(value, bool):
         return False
     return 0 <= value <= _MAX_STEP and value == int(value)
 
 
 def _anything(value: Any, where: str) -> None:
+    """Accepts every value."""
     del value, where
 
 
@@ -292,9 +297,13 @@ def _fields(
     needed: Sequence[str] = (),
     null: bool = True,
 ) -> Check:
-    """Returns the check of an object: ``checks`` by name, and ``other`` for the remaining fields.
+    """Returns the check of a JSON object and of its fields.
 
-    Missing fields are checked as null if they are ``needed``.
+    Args:
+      checks: by the name of a field.
+      other: of all other fields.
+      needed: names of fields that are checked as null if they are missing.
+      null: accept null instead of the object.
     """
 
     def check(value: Any, where: str) -> None:
@@ -331,13 +340,14 @@ def _settings(value: Any, where: str) -> None:
 
 
 def _samples(value: Any, where: str) -> None:
-    _list_of(Mapping, "a list of prompts with their answers")(value, where)
+    """Checks that every sample has a prompt, and that its turns are a list of objects."""
+    expected = "a list of prompts with their answers"
+    check_turns = _list_of(Mapping, "a list of roles with their texts")
+    _list_of(Mapping, expected)(value, where)
     for sample in value or ():
         if "prompt" not in sample:
-            raise _error(where, "a list of prompts with their answers", value)
-        _list_of(Mapping, "a list of roles with their texts")(
-            sample.get("turns") or [], f"{where}: turns"
-        )
+            raise _error(where, expected, value)
+        check_turns(sample.get("turns") or [], f"{where}: turns")
 
 
 def _towers(value: Any, where: str) -> None:
@@ -348,7 +358,10 @@ def _towers(value: Any, where: str) -> None:
 
 
 def _rows(rows: Any, where: str) -> None:
-    """Checks that every layer has one number, or one row of numbers."""
+    """Checks that ``rows`` has one number for each layer, or one row of numbers for each.
+
+    All rows must have the same length.
+    """
     if rows is None:
         return
     if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_LAYERS:
@@ -390,6 +403,7 @@ def _histogram(value: Any, where: str) -> None:
 
 
 def _histograms(value: Any, where: str) -> None:
+    """Checks the histograms by mechanism, and their number."""
     _fields({}, other=_histogram)(value, where)
     if len(value or ()) > _MAX_HISTOGRAMS:
         raise _error(where, f"at most {_MAX_HISTOGRAMS} mechanisms", list(value))

@@ -53,9 +53,10 @@ def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float,
     if n < 2:
         return -math.inf, math.inf
     mean = float(difference.mean())
-    error = float(difference.std(ddof=1)) / math.sqrt(n)
-    reach = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
-    return mean - reach, mean + reach
+    standard_error = float(difference.std(ddof=1)) / math.sqrt(n)
+    quantile = float(stats.t.ppf(0.5 + confidence / 2, n - 1))
+    half_width = quantile * standard_error
+    return mean - half_width, mean + half_width
 
 
 def bootstrap(
@@ -101,6 +102,7 @@ def difference_of_means(
         second: Any,
         second_weight: Any,
     ) -> Any:
+        """Returns the second mean minus the first, given sums of values and of weights."""
         return second / second_weight - first / first_weight
 
     units = (values, weights, other_values, other_weights)
@@ -116,7 +118,13 @@ def difference_of_means(
 def _interval(
     resamples: int, statistic: Callable[..., Any], *units: Any
 ) -> tuple[float, float]:
-    """Returns the interval of a statistic of sums over units, arrays ``[n]``; the seed is fixed."""
+    """Returns the 95% percentile interval of a statistic; it has a fixed seed.
+
+    Args:
+      resamples: number of bootstrap samples.
+      statistic: a function of one sum for each of ``units``.
+      *units: arrays ``[n]``, which are resampled together and summed.
+    """
     from scipy import stats
 
     arrays = [np.asarray(array, np.float64) for array in units]

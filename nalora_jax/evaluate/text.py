@@ -23,6 +23,7 @@ from nalora_jax.evaluate.likelihood import Pair, Score, score_groups
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.models.decoder import Decoder
 
+_LARGEST_EXPONENT = 700.0  # exp of more than 709 is no float
 _CHOICES = 48  # questions from which the report draws its samples
 
 
@@ -50,6 +51,7 @@ class TextEvaluator(Evaluator):
         mesh: Mesh | None = None,
         fitting: Sequence[Item] = (),
     ) -> None:
+        """Divides the items by kind; the class describes the arguments and errors."""
         self.choices = [item for item in items if isinstance(item, ChoiceItem)]
         self.completions = [item for item in items if isinstance(item, CompletionItem)]
         if bool(self.choices) == bool(self.completions):
@@ -142,12 +144,11 @@ class TextEvaluator(Evaluator):
         count = len(records)
         if not self.choices:
             low, high = bootstrap(losses, tokens)
-            perplexity = math.exp(min(loss, 700.0))
             return {
                 "loss": loss,
                 "low": low,
                 "high": high,
-                "perplexity": perplexity,
+                "perplexity": math.exp(min(loss, _LARGEST_EXPONENT)),
                 "n": count,
             }
         right = sum(record["correct"] for record in records)
@@ -172,8 +173,10 @@ class TextEvaluator(Evaluator):
         lora: Any | None,
         records: Sequence[ItemRecord],
     ) -> dict[str, Any]:
-        """Returns answers to some items; of multiple choice also ``right``, a bool for every
-        item."""
+        """Returns ``samples``, the answers to some items.
+
+        For multiple choice it also returns ``right``, one bool for every item.
+        """
         if self.choices:
             right = [record["correct"] for record in records]
             return {"samples": _choice_samples(records[:_CHOICES]), "right": right}
@@ -214,7 +217,7 @@ class TextEvaluator(Evaluator):
 
 
 def _choice_samples(records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
-    """Returns questions with the texts of their answers."""
+    """Returns multiple-choice questions with the texts of the model's and the right answers."""
     samples = []
     for record in records:
         choices = record["choices"]
@@ -229,7 +232,7 @@ def _choice_samples(records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
 
 
 def _pairs(item: Any) -> list[Pair]:
-    """Returns the contexts and continuations of an item."""
+    """Returns (context ids, continuation ids) of each choice of an item, or of its completion."""
     if isinstance(item, ChoiceItem):
         return list(zip(item.contexts, item.choice_ids, strict=True))
     return [(item.prompt_ids, item.completion_ids)]

@@ -30,7 +30,15 @@ _BATCH = 8  # items
 
 
 class VisionEvaluator(TextEvaluator):
-    """`TextEvaluator` of prompts with images; the metric is the loss per completion token."""
+    """`TextEvaluator` of prompts with images; the metric is the loss per completion token.
+
+    Args:
+      model: the vision-language model, with the adapters' spec.
+      tokenizer: its tokenizer, which has image tokens.
+      items: prompts with images and their reference completions.
+      processor: converts images to pixels.
+      mesh: mesh of the weights, if they are sharded.
+    """
 
     def __init__(
         self,
@@ -41,18 +49,29 @@ class VisionEvaluator(TextEvaluator):
         *,
         mesh: Mesh | None = None,
     ) -> None:
+        """Opens and processes the images of all items, which stay in memory.
+
+        Raises:
+          NaloraError: an image cannot be opened, or there are no items.
+        """
         answers = answering(model, tokenizer, mesh, processor)
         super().__init__(model, answers, items, mesh=mesh)
         assert tokenizer.images is not None
         self._processor: Any = processor
         self._image = tokenizer.images.expansion
         for item in items:
-            pixels = self._pixels[id(item)] = []
+            pixels = []  # uint8 [height, width, 3] of each image
             for image in item.images:
                 processed = processor(opened(image, "image", MAX_PIXELS))
                 pixels.append(processed["pixels"])
+            self._pixels[id(item)] = pixels
 
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
+        """Returns the score of every item's completion, in a list of its own.
+
+        Every batch has the same shapes: ``rows`` items (the last batch is padded), ``seq`` tokens
+        of each and ``images`` images of each, rounded up for few distinct programs.
+        """
         items = self.completions
         rows = bucket(min(_BATCH, len(items)), multiple=prompt_shards(self._mesh))
         lengths = [len(item.prompt_ids) + len(item.completion_ids) for item in items]
@@ -66,13 +85,16 @@ class VisionEvaluator(TextEvaluator):
             log_probs, greedy = _log_probs(
                 self._model, self._processor, variables, placed
             )
+            # [rows, seq] -> [rows]
             sums = fetch(log_probs).astype(np.float64).sum(axis=1)
             counts = batch["scored"].sum(axis=1)
-            hits = fetch(greedy).sum(axis=1) == counts
-            columns = zip(sums.tolist(), counts.tolist(), hits.tolist(), strict=True)
-            for log_prob, tokens, greedy_row in columns:
-                scores.append([Score(log_prob, tokens, greedy_row)])
-        return scores[: len(items)]
+            all_greedy = fetch(greedy).sum(axis=1) == counts
+            columns = zip(
+                sums.tolist(), counts.tolist(), all_greedy.tolist(), strict=True
+            )
+            for score in columns:
+                scores.append([Score(*score)])
+        return scores[: len(items)]  # without padding rows
 
     def _batch(
         self,
@@ -81,7 +103,13 @@ class VisionEvaluator(TextEvaluator):
         seq: int,
         images: int,
     ) -> dict[str, np.ndarray]:
-        """Returns arrays ``[rows, seq]``, and ``pixels`` of up to ``images`` images of each row."""
+        """Returns one batch for `_log_probs`, padded to ``rows`` rows.
+
+        Returns:
+          ``tokens`` (the model's input), ``targets`` (the next tokens) and ``segments`` (1, or 0
+          for padding), int32 ``[rows, seq]``; ``scored``, bool ``[rows, seq]``, True for targets
+          of the completion; and ``pixels``, uint8 ``[rows, images, height, width, 3]``.
+        """
         shape = (rows, seq)
         tokens = np.zeros(shape, np.int32)
         targets = np.zeros(shape, np.int32)
@@ -94,6 +122,7 @@ class VisionEvaluator(TextEvaluator):
             tokens[row, :last] = ids[:-1]
             targets[row, :last] = ids[1:]
             segments[row, :last] = 1
+            # The last token of the prompt predicts the first of the completion.
             scored[row, len(item.prompt_ids) - 1 : last] = True
             for place, image in enumerate(self._pixels[id(item)]):
                 pixels[row, place] = image
@@ -132,6 +161,7 @@ def _log_probs(
     variables: Any,
     batch: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
+    """Returns the result of `target_log_probs`, ``[rows, seq]``, for prompts with images."""
     features = model.apply(
         variables, processor.normalise(batch["pixels"]), method="encode_images"
     )

@@ -56,16 +56,16 @@ class Settings(GenerationConfig):
         for name, allowed in ranges(Settings).items():
             value = getattr(self, name)
             require_setting(name, allowed.holds(value), str(allowed), value)
-        valid = isinstance(self.stop, Sequence)
-        if valid:
-            valid = all(isinstance(text, str) for text in self.stop)
-        require_setting("stop", valid, "a text, or texts", self.stop)
+        are_texts = isinstance(self.stop, Sequence)
+        if are_texts:
+            are_texts = all(isinstance(text, str) for text in self.stop)
+        require_setting("stop", are_texts, "a text, or texts", self.stop)
         seeds: Any = [self.seed]
         if isinstance(self.seed, Sequence | np.ndarray):
             seeds = self.seed
-        valid = all(isinstance(seed, Integral) for seed in seeds)
+        are_whole = all(isinstance(seed, Integral) for seed in seeds)
         expected = "a whole number, or one for each prompt"
-        require_setting("seed", valid, expected, self.seed)
+        require_setting("seed", are_whole, expected, self.seed)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ def require_setting(
     expected: str,
     value: object,
 ) -> None:
-    """Raises a NaloraError unless the setting ``holds``."""
+    """Raises a NaloraError about a setting's value unless ``holds`` is true."""
     if not holds:
         raise NaloraError(setting, expected=expected, found=value)
 
@@ -102,10 +102,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def with_options(settings: type) -> Callable[[Function], Function]:
-    """Returns a decorator that replaces ``**settings`` in a signature by the fields of a
-    dataclass."""
+    """Returns a decorator for functions with ``**settings``, the fields of a dataclass.
+
+    `inspect.signature` and editors then show the fields as keyword arguments.
+    """
 
     def decorate(function: Function) -> Function:
+        """Returns ``function`` itself with the new signature."""
         signature = inspect.signature(function)
         parameters = []
         for parameter in signature.parameters.values():
@@ -145,6 +148,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
+        """Starts a stream without tokens that ends at the first of the texts ``stop``."""
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
         self.ids: list[int] = []
@@ -170,7 +174,10 @@ class TextStream:
         return self._release(self._take(final=True), final=True)
 
     def _take(self, *, final: bool) -> str:
-        """Returns new characters of the decoded text, up to the first incomplete one."""
+        """Returns new characters of the decoded text, without an incomplete one at its end.
+
+        If the text ends in a complete character, decoding will start at a later token.
+        """
         text = self._tokenizer.decode(self.ids[self._start :])
         stable = text
         if not final:
@@ -184,7 +191,10 @@ class TextStream:
         return piece
 
     def _release(self, piece: str, *, final: bool) -> str:
-        """Returns the text up to a stop string, or up to the possible beginning of one."""
+        """Returns the text of ``piece`` and what was held back, up to a stop string.
+
+        Unless it is ``final``, the possible beginning of a stop string is held back.
+        """
         text = self._held + piece
         ends = [text.find(stop) for stop in self._stop if stop in text]
         if ends:
@@ -251,14 +261,17 @@ def answering(
     mesh: Mesh | None = None,
     processor: ImageProcessor | None = None,
 ) -> Answers:
-    """Returns a function that completes prompts for the samples of an evaluator; `Generator` has
-    the arguments."""
+    """Returns a function that completes prompts for the samples of an evaluator.
+
+    `Generator` describes the arguments.
+    """
 
     def answers(
         variables: Mapping[str, Any],
         prompts: Sequence[Sequence[int]],
         images: Sequence[Any] | None,
     ) -> list[Completion]:
+        """Returns greedy completions of up to `SAMPLE_TOKENS` tokens."""
         generator = Generator(
             model, variables, tokenizer, mesh=mesh, processor=processor
         )
@@ -301,6 +314,11 @@ class Generator:
         processor: ImageProcessor | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
+        """Converts the weights for the programs.
+
+        Raises:
+          NaloraError: ``max_length`` or ``prefill_chunk`` is too small.
+        """
         self.prefill_chunk = prefill_chunk
         self.model = model
         self.tokenizer = tokenizer
@@ -418,7 +436,10 @@ class Generator:
         images: Images,
         where: str,
     ) -> None:
-        """Raises an error unless the prompt has the image tokens of its images."""
+        """Raises an error unless the prompt ``ids`` has as many image tokens as its images need.
+
+        A language model takes no images.
+        """
         tokens = self.tokenizer.images
         count = len(images)
         if tokens is None or self.processor is None:
@@ -435,7 +456,11 @@ class Generator:
             raise NaloraError(where, expected=expected, found=places)
 
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
-        """Returns the checked token ids of a prompt."""
+        """Returns the token ids of a prompt.
+
+        Raises:
+          NaloraError: it is empty, has ids outside of the vocabulary, or fills the context.
+        """
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
@@ -476,7 +501,15 @@ SAMPLED = (
 
 
 class _Batch:
-    """Prompts that are completed together."""
+    """Prompts that are completed together.
+
+    Args:
+      generator: the model.
+      ids: token ids of each prompt.
+      settings: of generation.
+      seeds: one for each prompt.
+      images: processed images of each prompt.
+    """
 
     def __init__(
         self,
@@ -486,11 +519,14 @@ class _Batch:
         seeds: Sequence[int],
         images: Sequence[Images],
     ) -> None:
+        """Prepares the programs' arguments and the streams; `run` and `pieces` generate."""
         self._generator = generator
         self._count = len(ids)
         self._has_images = any(images)
         rooms = [generator.max_length - len(row) for row in ids]
-        self._limits = np.minimum(settings.max_new_tokens, rooms)
+        self._limits = np.minimum(
+            settings.max_new_tokens, rooms
+        )  # new tokens of each prompt
         tokenizer = generator.tokenizer
         stop_texts = settings.stop_texts
         stop_ids = settings.stop_ids
@@ -517,28 +553,29 @@ class _Batch:
             self._prompts = replace(self._prompts, features=self._features(images))
 
     def _features(self, images: Sequence[Images]) -> Any:
-        """Returns the image features of every row of the batch."""
+        """Returns the features of every row's images, ``[batch, places, d_model]`` from `see`."""
         generator = self._generator
         assert generator.processor is not None
         assert generator.processor.output is not None
         rows = self._prompts.tokens.shape[0]
-        places = bucket(max(map(len, images)))
-        pixels = np.zeros((rows, places, *generator.processor.output, 3), np.uint8)
+        most = bucket(max(map(len, images)))  # images of a row
+        pixels = np.zeros((rows, most, *generator.processor.output, 3), np.uint8)
         for row, images_of_row in enumerate(images):
-            for place, image in enumerate(images_of_row):
-                pixels[row, place] = image
+            for number, image in enumerate(images_of_row):
+                pixels[row, number] = image
         on_mesh = place_batch(pixels, generator.mesh)
         return encode_images(
             generator.model, generator.processor, generator._weights, on_mesh
         )
 
     def run(self) -> list[Completion]:
-        """Generates all tokens of all rows."""
+        """Returns the completion of each prompt."""
         texts = map("".join, zip(*self.pieces(_BATCH_TOKENS), strict=True))
         decode = self._generator.tokenizer.decode
         completions = []
         for text, stream, ended in zip(texts, self._streams, self._ended, strict=True):
             ids = stream.ids
+            # A stop text ended it: drop the tokens after the completion's text.
             while stream.stopped and ids and len(decode(ids)) > len(text):
                 ids = ids[:-1]
             reason: Literal["stop", "length"] = "length"
@@ -548,11 +585,15 @@ class _Batch:
         return completions
 
     def pieces(self, tokens: int) -> Iterator[list[str]]:
-        """Yields each row's new text, at most ``tokens`` (up to `_BATCH_TOKENS`) at a time."""
+        """Yields each row's new text until all rows have ended.
+
+        Args:
+          tokens: largest number of tokens of a piece, at most `_BATCH_TOKENS`.
+        """
         generator = self._generator
         limit = int(self._limits.max())
         state = self._prefill(0)
-        count = 1
+        count = 1  # tokens generated so far
         new_tokens = fetch(state.token)[:, None]
         while True:
             pieces = [self._take(row, new_tokens[row]) for row in range(self._count)]
@@ -585,7 +626,10 @@ class _Batch:
             count += new_tokens.shape[1]
 
     def _prefill(self, count: int) -> State:
-        """Processes the prompts and ``count`` generated tokens, and generates one more token."""
+        """Processes the prompts and their ``count`` generated tokens, and generates one more.
+
+        The new cache has room for all remaining tokens.
+        """
         generator = self._generator
         prompts = self._prompts
         ids = []
@@ -607,7 +651,7 @@ class _Batch:
         )
 
     def _chunk(self, ids: Sequence[list[int]]) -> int:
-        """Returns the tokens of each prompt to process at a time; 0: all."""
+        """Returns how many tokens of each prompt are processed at a time; 0: all."""
         chunk = self._generator.prefill_chunk
         if max(map(len, ids)) <= chunk:
             return 0
@@ -639,13 +683,16 @@ class _Batch:
         return steps
 
     def _take(self, row: int, new_tokens: np.ndarray) -> str:
-        """Returns the text of a row's new tokens, up to its end."""
+        """Returns the new text of a row, and notes whether the row has ended.
+
+        ``new_tokens``, int ``[tokens]``, count up to a stop token and the row's limit.
+        """
         if self._ended[row]:
             return ""
         stream = self._streams[row]
         room = self._limits[row] - len(stream.ids)
         tokens = new_tokens[:room].tolist()
-        count = 0
+        count = 0  # tokens before the first stop token
         while count < len(tokens) and tokens[count] not in self._stop_ids:
             count += 1
         piece = stream.push(tokens[:count])

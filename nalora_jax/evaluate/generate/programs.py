@@ -86,6 +86,7 @@ def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
 
 
 def _of_head(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters or adapters of the embedding and the output head."""
     return {name: leaf for name, leaf in tree.items() if name in _HEAD}
 
 
@@ -96,7 +97,11 @@ def encode_images(
     weights: Weights,
     pixels: Array,
 ) -> jax.Array:
-    """Returns image-token features of uint8 pixels ``[batch, images, height, width, 3]``."""
+    """Returns the features of image tokens, ``[batch, places, d_model]``.
+
+    ``pixels`` are uint8 ``[batch, images, height, width, 3]``; the places are those of all images
+    of a prompt in order.
+    """
     normalised = processor.normalise(jnp.asarray(pixels))
     features: jax.Array = model.apply(weights.body, normalised, method="encode_images")
     return features
@@ -122,6 +127,9 @@ def prefill(
       slots: size of the cache: the padded prompt plus all tokens to generate.
       chunk: tokens of each prompt to process at a time, a divisor of the padded length; 0: all. The
         memory of activations does not depend on the length of prompts if it is set.
+
+    Returns:
+      The state with each prompt's next token.
     """
     if chunk:
         last, cache = _in_chunks(model, weights, prompts, slots, chunk)
@@ -147,7 +155,11 @@ def _at_once(
     weights: Weights,
     prompts: Prompts,
 ) -> tuple[jax.Array, Cache]:
-    """Returns ``[batch, d_model]`` of the prompts' last tokens, and their cache."""
+    """Processes all tokens of the prompts in one call.
+
+    Returns:
+      The hidden states of the prompts' last tokens, ``[batch, d_model]``, and the cache.
+    """
     batch = prompts.tokens.shape[0]
     hidden, cache = model.apply(
         weights.body,
@@ -161,7 +173,11 @@ def _at_once(
 
 
 def _take_rows(hidden: jax.Array, places: Array) -> jax.Array:
-    """Returns ``[batch, d_model]`` of ``[batch, seq, d_model]`` at one place of each row."""
+    """Returns the hidden state of one place of each row, ``[batch, d_model]``.
+
+    ``hidden`` is ``[batch, seq, d_model]`` and ``places`` int ``[batch]``.
+    """
+    # [batch, 1, d_model] -> [batch, d_model]
     return jnp.take_along_axis(hidden, places[:, None, None], axis=1)[:, 0]
 
 
@@ -172,14 +188,18 @@ def _in_chunks(
     slots: int,
     chunk: int,
 ) -> tuple[jax.Array, Cache]:
-    """Returns the result of `_at_once`, processing ``chunk`` tokens of every prompt at a time."""
+    """Returns the result of `_at_once`, processing ``chunk`` tokens of every prompt at a time.
+
+    The cache has ``slots`` places from the start.
+    """
     tokens = jnp.asarray(prompts.tokens)
     lengths = jnp.asarray(prompts.lengths)
     segments = _segments(prompts)
     of_chunk = partial(lax.dynamic_slice_in_dim, slice_size=chunk, axis=1)
 
     def step(i: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
-        last, cache = carry
+        """Processes chunk ``i``: extends the cache, and ``last`` for prompts that end in it."""
+        last, cache = carry  # hidden states [batch, d_model] of prompts that have ended
         start = i * chunk
         hidden, cache = model.apply(
             weights.body,
@@ -189,14 +209,16 @@ def _in_chunks(
             features=_features_from(model, prompts, start, chunk),
             lengths=jnp.sum(segments, axis=1),
         )
-        place = lengths - 1 - start
-        here = _take_rows(hidden, jnp.clip(place, 0, chunk - 1))
-        is_here = (place >= 0) & (place < chunk)
-        return jnp.where(is_here[:, None], here, last), cache
+        end = (
+            lengths - 1 - start
+        )  # place of each prompt's last token, from the chunk's start
+        at_end = _take_rows(hidden, jnp.clip(end, 0, chunk - 1))
+        ends_here = (end >= 0) & (end < chunk)
+        return jnp.where(ends_here[:, None], at_end, last), cache
 
     cache = init_cache(model.config, tokens.shape[0], slots, model.numerics)
     last = jnp.zeros((tokens.shape[0], model.config.d_model), model.numerics.result)
-    filled = (jnp.max(lengths) + chunk - 1) // chunk
+    filled = (jnp.max(lengths) + chunk - 1) // chunk  # chunks with tokens, rounded up
     chunked: tuple[jax.Array, Cache] = lax.fori_loop(0, filled, step, (last, cache))
     return chunked
 
@@ -227,9 +249,9 @@ def _features_from(
     tokens = jnp.asarray(prompts.tokens)
     is_earlier = jnp.arange(tokens.shape[1])[None] < start
     earlier = (tokens == vision.image_token) & is_earlier
-    first = jnp.sum(earlier, axis=1)
+    first = jnp.sum(earlier, axis=1)  # index of each row's first feature, [batch]
     places = jnp.arange(min(chunk, features.shape[1]))
-    index = first[:, None] + places[None]
+    index = first[:, None] + places[None]  # [batch, places]
     return jnp.take_along_axis(features, index[..., None], axis=1, mode="fill")
 
 
@@ -262,10 +284,12 @@ def decode(
     def body(
         carry: tuple[jax.Array, State, jax.Array],
     ) -> tuple[jax.Array, State, jax.Array]:
+        """Puts the newest token into the cache, generates the next one, and writes column ``i``."""
         i, state, new_tokens = carry
         hidden, cache = model.apply(
             weights.body, state.token[:, None], cache=state.cache
         )
+        # [batch, 1, d_model] -> [batch, vocab]
         logits = model.apply(weights.head, hidden[:, 0], method="unembed")
         token = next_tokens(logits, prompts.sampling, state.step, state.seen)
         column = jnp.where(state.done, NO_TOKEN, token)[:, None]
@@ -329,23 +353,25 @@ def sample_groups(
     log_probs = jnp.zeros((done.shape[0], limit), jnp.float32)
 
     def body(carry: Any) -> Any:
+        """Samples token ``i`` of every completion, and computes the logits of the next one."""
         i, cache, logits, done, tokens, log_probs = carry
         token = next_tokens(logits, prompts.sampling, i)
-        scaled = logits.astype(jnp.float32) / temperature[:, None]
+        scaled = logits.astype(jnp.float32) / temperature[:, None]  # [samples, vocab]
         picked = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
         log_prob = picked - jax.nn.logsumexp(scaled, axis=1)
         at = (jnp.zeros_like(i), i)
-        column = jnp.where(done, NO_TOKEN, token)[:, None]
-        tokens = lax.dynamic_update_slice(tokens, column, at)
-        column = jnp.where(done, 0.0, log_prob)[:, None]
-        log_probs = lax.dynamic_update_slice(log_probs, column, at)
+        new_tokens = jnp.where(done, NO_TOKEN, token)[:, None]
+        tokens = lax.dynamic_update_slice(tokens, new_tokens, at)
+        new_log_probs = jnp.where(done, 0.0, log_prob)[:, None]
+        log_probs = lax.dynamic_update_slice(log_probs, new_log_probs, at)
         done = done | _is_stop(token, prompts.stop_ids)
         hidden, cache = model.apply(weights.body, token[:, None], cache=cache)
         logits = model.apply(weights.head, hidden[:, 0], method="unembed")
         return i + 1, cache, logits, done, tokens, log_probs
 
     def unfinished(carry: Any) -> jax.Array:
-        return (carry[0] < limit) & ~jnp.all(carry[3])
+        i, _, _, done, _, _ = carry
+        return (i < limit) & ~jnp.all(done)
 
     start = (jnp.zeros((), jnp.int32), cache, logits, done, tokens, log_probs)
     *_, tokens, log_probs = lax.while_loop(unfinished, body, start)
@@ -384,9 +410,10 @@ def bucket(
     """
     size = max(size, minimum, 1)
     rounded = 1 << (size - 1).bit_length()  # the next power of two
-    if rounded >= 4 and size <= rounded * 3 // 4:
-        rounded = rounded * 3 // 4
-    return -(-rounded // multiple) * multiple
+    smaller = rounded * 3 // 4  # the number 3 * 2^n below it
+    if rounded >= 4 and size <= smaller:
+        rounded = smaller
+    return -(-rounded // multiple) * multiple  # rounded up to a multiple
 
 
 def padded_length(
@@ -395,7 +422,10 @@ def padded_length(
     minimum: int,
     chunk: int = 0,
 ) -> int:
-    """Returns ``size`` rounded up to a `bucket`; with ``chunk``, to a multiple at most 1/8 larger.
+    """Returns the padded length of rows of up to ``size`` tokens, at least ``minimum``.
+
+    It is a `bucket`, or with ``chunk`` a multiple of ``chunk``, with few distinct results: a row
+    of at least 8 chunks gets at most 1/8 of padding.
 
     Example:
       >>> padded_length(40, minimum=16), padded_length(50_000, minimum=16, chunk=2048)
@@ -403,7 +433,9 @@ def padded_length(
     """
     if not chunk:
         return bucket(size, minimum=minimum)
-    eighth = (1 << (size.bit_length() - 1)) // 8
+    eighth = (
+        1 << (size.bit_length() - 1)
+    ) // 8  # of the largest power of two up to size
     step = chunk * max(eighth // chunk, 1)
     return -(-size // step) * step
 
@@ -415,10 +447,17 @@ def padded_rows(
     chunk: int = 0,
     uncut: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Returns ``tokens``, padded on the right, and ``lengths`` of a batch; spare rows have one
-    token.
+    """Returns the arrays of a batch of prompts.
 
-    See `padded_length` for ``chunk``. Runs of the token ``uncut`` are not divided among chunks.
+    Args:
+      ids: token ids of each prompt.
+      batch: number of rows, at least the number of prompts.
+      chunk: as for `padded_length`.
+      uncut: a token whose runs are not divided among chunks, by gaps (`GAP`) before them.
+
+    Returns:
+      ``tokens``, int32 ``[batch, seq]``, padded on the right, and ``lengths``, int32 ``[batch]``,
+      with gaps. Spare rows have one token.
     """
     if chunk and uncut is not None:
         ids = [_with_uncut_runs(row, uncut, chunk) for row in ids]
@@ -450,7 +489,7 @@ def _with_uncut_runs(
     row: list[int] = []
     for is_run, values in itertools.groupby(ids, key=lambda value: value == token):
         run = list(values)
-        left = -len(row) % chunk
+        left = -len(row) % chunk  # places up to the chunk's end
         if is_run and len(run) > chunk:
             expected = f"at least {len(run)}, the image tokens that see each other"
             raise NaloraError(

@@ -48,8 +48,10 @@ def make_sampling(
     seeds: Sequence[int] = (0,),
 ) -> Sampling:
     """Returns equal settings for all rows, with ``seeds`` by row; the last seed is repeated."""
-    words = np.array([seed & 0xFFFFFFFF for seed in seeds], np.uint32)
-    rows = np.minimum(np.arange(batch), len(seeds) - 1)
+    words = np.array(
+        [seed & 0xFFFFFFFF for seed in seeds], np.uint32
+    )  # the low 32 bits
+    rows = np.minimum(np.arange(batch), len(seeds) - 1)  # index of each row's seed
     repetition = None
     if repetition_penalty != 1:
         repetition = np.full((batch,), repetition_penalty, np.float32)
@@ -69,7 +71,7 @@ def seen_tokens(
     lengths: Array,
     vocab: int,
 ) -> jax.Array | None:
-    """Returns True for tokens that occur in a prompt; None without a repetition penalty.
+    """Marks the tokens of the vocabulary that occur in each prompt.
 
     Args:
       sampling: settings of each row.
@@ -78,7 +80,7 @@ def seen_tokens(
       vocab: size of the vocabulary.
 
     Returns:
-      bool ``[batch, vocab]``.
+      bool ``[batch, vocab]``, True for tokens of the prompt; None without a repetition penalty.
     """
     if sampling.repetition is None:
         return None
@@ -124,7 +126,7 @@ def next_tokens(
         logits = jnp.where(seen, penalised, logits)
     greedy = likeliest(logits)
     drawn = lax.cond(
-        jnp.any(sampling.temperature > 0),
+        jnp.any(sampling.temperature > 0),  # a greedy batch skips the costs of sampling
         lambda: _draw(logits, sampling, step),
         lambda: greedy,
     )
@@ -136,12 +138,17 @@ def _draw(
     sampling: Sampling,
     step: jax.Array,
 ) -> jax.Array:
-    """Returns one sampled token of each row, by the Gumbel-max trick."""
+    """Returns one sampled token of each row, int32 ``[batch]``.
+
+    By the Gumbel-max trick, the largest of the logits plus Gumbel noise is a sample of their
+    softmax. Rows with temperature 0 get a token that the caller does not use.
+    """
     temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
     scaled = logits / temperature[:, None]
     allowed = kept_tokens(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
 
     def gumbel(seed: jax.Array) -> jax.Array:
+        """Returns the noise ``[vocab]`` of a row and step."""
         key = jax.random.fold_in(jax.random.key(seed), step)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
@@ -159,9 +166,10 @@ def likeliest(logits: jax.Array) -> jax.Array:
     vocab = logits.shape[-1]
     indices = jnp.arange(vocab, dtype=jnp.int32)
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    at = jnp.where(logits == largest, indices[None], vocab)
+    # The index of every token with the largest value; ``vocab`` for the others.
+    candidates = jnp.where(logits == largest, indices[None], vocab)
     # within the vocabulary even if all are NaN
-    return jnp.minimum(jnp.min(at, axis=-1), vocab - 1)
+    return jnp.minimum(jnp.min(candidates, axis=-1), vocab - 1)
 
 
 def kept_tokens(
@@ -189,10 +197,12 @@ def kept_tokens(
     p = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
 
     def first_k() -> jax.Array:
+        """Returns True for the ``top_k`` most likely tokens: each has the weight 1."""
         limit = jnp.where(top_k > 0, top_k, p.shape[-1]).astype(jnp.float32)
         return p >= _threshold(p, jnp.ones_like(p), limit)
 
     def nucleus(within: jax.Array) -> jax.Array:
+        """Returns True for the most likely tokens of ``within`` with the share ``top_p`` of it."""
         mass = jnp.where(within, p, 0.0)
         # An infinite limit keeps all; the sum as limit could drop the last token by rounding.
         total = jnp.sum(mass, axis=-1)
@@ -211,20 +221,29 @@ def _threshold(
 ) -> jax.Array:
     """Returns the smallest t for which the weights of ``p > t`` sum to less than ``limit``.
 
-    ``limit`` is ``[batch]``, the result ``[batch, 1]``.
+    It bisects the bit patterns of t between 0.0 and 1.0, one bit per pass.
+
+    Args:
+      p: float32 ``[batch, vocab]`` in [0, 1].
+      weights: float32 ``[batch, vocab]``.
+      limit: float32 ``[batch]``.
+
+    Returns:
+      float32 ``[batch, 1]``.
     """
     bits = lax.bitcast_convert_type(p, jnp.int32)
 
     def halve(
         _: jax.Array, ends: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        low, high = ends  # the result is in [low, high]
+        """Halves the range of bit patterns, int32 ``[batch]`` each, that contains the result."""
+        low, high = ends
         middle = (low + high) // 2
         is_above = bits > middle[:, None]
         above = jnp.sum(jnp.where(is_above, weights, 0.0), axis=-1)
-        holds = above < limit
-        low = jnp.where(holds, low, middle + 1)
-        high = jnp.where(holds, middle, high)
+        is_enough = above < limit  # the result is at most the middle
+        low = jnp.where(is_enough, low, middle + 1)
+        high = jnp.where(is_enough, middle, high)
         return low, high
 
     zero = jnp.zeros(p.shape[:1], jnp.int32)

@@ -81,13 +81,13 @@ class AdapterSlot:
         leaves = {}
         for path, target in self.spec.targets:
             *experts, d_in, d_out = projection_shapes(self.config)[path]
-            lead = (len(target.ranks), *experts)
-            a = jnp.zeros((*lead, d_in, 0))
-            b = jnp.zeros((*lead, 0, d_out))
+            lead = (len(target.ranks), *experts)  # layers, and experts if there are any
+            a = jnp.zeros((*lead, d_in, 0))  # [layers, ..., d_in, rank]
+            b = jnp.zeros((*lead, 0, d_out))  # [layers, ..., rank, d_out]
             if spec.target(path) is not None:
                 a = jnp.asarray(tables[f"{path}/a"], jnp.float32)
                 b = jnp.asarray(tables[f"{path}/b"], jnp.float32)
-                # [layers] -> [layers, 1, ...]
+                # The scales [layers] -> [layers, 1, ...], for every element of a layer's B.
                 scales = jnp.expand_dims(spec.scales(path), range(1, b.ndim))
                 b = b * scales
             if a.shape[-1] > target.rank:
