@@ -43,6 +43,7 @@ _VERSIONS = (
     "mtime",
     "created",
 )
+# Errors of the local disk: full, over a quota, read-only, or a file too large.
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -222,6 +223,7 @@ def local_folder(names: Sequence[str], folder: str = "") -> Path:
 
 @cache
 def _filesystem_of(scheme: str) -> Any:
+    """Returns fsspec's file system of a scheme ("gs" or "s3"), made once per process."""
     import fsspec
 
     # Otherwise it logs whole responses, which the errors quote.
@@ -230,7 +232,7 @@ def _filesystem_of(scheme: str) -> Any:
 
 
 def filesystem(name: str) -> Any:
-    """Returns fsspec's file system of a URL.
+    """Returns fsspec's file system for the URL ``name``.
 
     Raises:
       NaloraError: its package is not installed, or the scheme is unknown.

@@ -82,16 +82,20 @@ def slice_count(devices: Sequence[jax.Device]) -> int:
 
 
 def torus(devices: Sequence[jax.Device]) -> tuple[int, ...] | None:
-    """Returns the dimensions of the box of chips that a TPU slice fills, None if it has holes."""
+    """Returns the dimensions (x, y, z) of the box of chips that a TPU slice fills.
+
+    It is None if the box has holes.
+    """
     chips = {tuple(device.coords) for device in devices}
     box = tuple(max(axis) - min(axis) + 1 for axis in zip(*chips, strict=True))
-    filled = len(chips) == math.prod(box) and len(devices) % len(chips) == 0
-    if not filled:
+    # Chips have one or two devices (cores), all of them the same number.
+    if len(chips) != math.prod(box) or len(devices) % len(chips):
         return None
     return box
 
 
 def _domain(device: jax.Device) -> int:
+    """Returns the index of a device's domain, as `domains` groups them."""
     names = {"tpu": ("slice_index",), "gpu": ("partition_index", "slice_index")}
     for name in names.get(platform_name(device), ()):
         # a client may have the attribute without a value

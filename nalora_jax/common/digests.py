@@ -87,7 +87,7 @@ def write_digests(folder: Any) -> None:
 
 
 def find_damage(folder: Any) -> str | None:
-    """Describes the first difference from ``folder/digests.json``; returns None without any.
+    """Returns a text about the first difference from ``folder/digests.json``; None without any.
 
     Raises:
       FileNotFoundError: the folder has no list.

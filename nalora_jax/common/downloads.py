@@ -86,6 +86,7 @@ def private_dir(path: Path) -> Path:
         return path
     user = os.geteuid()
     about = path.lstat()
+    # 0o022: the group or others may write
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != user or about.st_mode & 0o022:
         why = "is not a folder of this user's that only this user can write into"
         raise PermissionError(
@@ -94,9 +95,10 @@ def private_dir(path: Path) -> Path:
     for parent in path.resolve().parents:
         of_parent = parent.stat()
         mode = of_parent.st_mode
-        written = mode & 0o002
+        written = mode & 0o002  # others may write
         if mode & 0o020 and not _only_of(of_parent.st_gid, user):
-            written = True
+            written = True  # another user of the group may write
+        # In a sticky folder, such as /tmp, only a file's owner can rename it.
         exchangeable = written and not mode & stat.S_ISVTX
         if exchangeable or of_parent.st_uid not in (0, user, _UNMAPPED):
             raise PermissionError(
@@ -108,7 +110,10 @@ def private_dir(path: Path) -> Path:
 
 
 def _only_of(group: int, user: int) -> bool:
-    """Returns True if a group is root's, or has only this user (the default with umask 002)."""
+    """Returns True if a group is root's, or has only this user (the default with umask 002).
+
+    ``group`` and ``user`` are ids.
+    """
     import grp
     import pwd
 
@@ -213,5 +218,6 @@ def require_digest(path: Path, sha256: str) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _digest_of(path: Path, identity: tuple[int, ...]) -> str:
+    """Returns the SHA-256 of a file, computed once for each ``identity`` of it."""
     del identity  # part of the key: another file under the same name is hashed again
     return file_digest(path)

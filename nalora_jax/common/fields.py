@@ -7,10 +7,10 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError, shown
 
-# Fields in which null has a meaning: no cap, no window, as many heads as for queries, no dropout;
-# for the base wavelength it means the default.
+# Fields in which null has a meaning: no dropout, cap or window, or as many heads as for queries.
 _NULL_MEANS = {"attention_dropout", "attn_logit_softcapping", "final_logit_softcapping"}
-_NULL_MEANS |= {"num_key_value_heads", "rope_theta", "sliding_window"}
+_NULL_MEANS |= {"num_key_value_heads", "sliding_window"}
+_LARGEST = 1e30  # limit of `Fields.number`, within the range of float32
 
 
 class Fields:
@@ -29,20 +29,22 @@ class Fields:
     def __init__(
         self, raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str
     ) -> None:
+        """Stores the arguments, which the class describes."""
         self.raw = raw
         self.defaults = defaults
         self.where = where
 
     def get(self, name: str) -> Any:
-        """Returns the value, the default, or None.
+        """Returns the value of a field, its default if it is absent, or None without a default.
 
         Raises:
-          NaloraError: null, and a value is needed.
+          NaloraError: the field is null, has a default, and null has no meaning in it.
         """
         value = self.raw.get(name)
         if value is not None or name not in self.defaults:
             return value
         default = self.defaults[name]
+        # For RoPE's base wavelength null means the default, too.
         if name not in self.raw or name == "rope_theta":
             return default
         if name in _NULL_MEANS:
@@ -61,34 +63,44 @@ class Fields:
     def integer(
         self, name: str, *, low: int = 1, high: int = 2**24, default: int | None = None
     ) -> int:
-        """Returns a whole number between ``low`` and ``high``."""
+        """Returns a whole number from ``low`` to ``high``; ``default`` if it is absent or null.
+
+        A float such as 2.0 becomes an integer.
+
+        Raises:
+          NaloraError: it is another value.
+        """
         value = self.get(name)
         if value is None:
             value = default
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or not low <= value <= high
-        ):
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or not low <= value <= high:
             raise self.error(name, f"a whole number from {low} to {high}", shown(value))
-        return value
+        return int(value)
 
     def number(
         self, name: str, *, default: float | None = None, zero: bool = False
     ) -> float:
-        """Returns a finite number above 0 (with ``zero``, 0 or more)."""
+        """Returns a finite number; ``default`` if it is absent or null.
+
+        It is above 0, or with ``zero`` 0 or more.
+
+        Raises:
+          NaloraError: it is another value.
+        """
         value = self.get(name)
         if value is None:
             value = default
-        valid = isinstance(value, int | float) and not isinstance(value, bool)
-        if valid and 0 <= value <= 1e30 and (zero or value):
-            return float(value)
         expected = "a finite number above 0"
         if zero:
             expected = "a finite number of 0 or more"
-        raise self.error(name, expected, shown(value))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        in_range = is_number and 0 <= value <= _LARGEST  # false for NaN, too
+        if not in_range or (value == 0 and not zero):
+            raise self.error(name, expected, shown(value))
+        return float(value)
 
     def flag(self, name: str) -> bool:
         """Returns true or false; false if absent."""
@@ -112,17 +124,20 @@ class Fields:
         *,
         longer: bool = False,
     ) -> list[Any] | None:
-        """Returns a list of ``length`` items of ``kinds``, or None if absent.
+        """Returns a list of ``length`` items of the types ``kinds``; None if it is absent or null.
 
-        With ``longer``, the first items of a longer list are returned.
+        With ``longer``, the list in the file may be longer; its first items are returned.
+
+        Raises:
+          NaloraError: it is another value.
         """
         value = self.get(name)
         if value is None:
             return None
-        right = isinstance(value, list) and (
-            len(value) == length or (longer and len(value) > length)
-        )
-        if not right or not all(isinstance(item, kinds) for item in value):
+        fits = isinstance(value, list)
+        if fits:
+            fits = len(value) == length or (longer and len(value) > length)
+        if not fits or not all(isinstance(item, kinds) for item in value):
             found = f"{type(value).__name__} {str(value)[:60]}"
             raise self.error(name, f"a list of {length} entries", found)
         return list(value[:length])

@@ -42,6 +42,7 @@ def open_unlinked(path: str | Path, mode: str, encoding: str | None = None) -> I
 def open_descriptor(path: str | Path, flags: int) -> int:
     """Returns a file descriptor, as `os.open` does; raises as `open_unlinked`."""
     try:
+        # 0: systems without the flag open the link
         return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         if error.errno in _LINKED:
@@ -50,7 +51,10 @@ def open_descriptor(path: str | Path, flags: int) -> int:
 
 
 def refuse_link(path: Path, expected: str) -> None:
-    """Raises a NaloraError if ``path``, of an output folder, is a symbolic link."""
+    """Raises a NaloraError if ``path``, of an output folder, is a symbolic link.
+
+    ``expected`` says in the message what it should be.
+    """
     if path.is_symlink():
         remedy = "links in an output folder are not followed: remove it, or choose another folder"
         raise NaloraError(
@@ -133,8 +137,10 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def move_tree(folder: Any, target: Any) -> None:
-    """Moves a folder within its file system or bucket, and replaces ``target``; in a bucket file by
-    file."""
+    """Moves a folder within its file system or bucket, and replaces ``target``.
+
+    In a bucket the files are copied one by one, and then removed.
+    """
     source = epath.Path(folder)
     sink = epath.Path(target)
     sink.rmtree(missing_ok=True)

@@ -107,6 +107,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 def _check_new(target: Path) -> None:
+    """Raises a NaloraError if ``target`` exists, also as a broken link."""
     if os.path.lexists(target):
         raise NaloraError(
             str(target),
@@ -118,10 +119,14 @@ def _check_new(target: Path) -> None:
 
 @contextmanager
 def _hidden_folder(target: Path, where: str | None) -> Iterator[Path]:
-    """Yields a hidden folder next to ``target``, which no other process has, and removes it at the
-    end.
+    """Yields a hidden folder next to ``target``, which no other process has, and removes it last.
 
-    File system errors become a `NaloraError`.
+    Args:
+      target: path of the output, or of its local copy.
+      where: URL of the output in a bucket; None for an output on this machine.
+
+    Raises:
+      NaloraError: the file system refused, or another process writes the same output.
     """
     hidden = _hidden_name(target)
     try:
@@ -129,10 +134,8 @@ def _hidden_folder(target: Path, where: str | None) -> Iterator[Path]:
         remove_abandoned(target.parent, _PARTIAL)
         with owned_folder(hidden, where or str(target)):
             yield hidden
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # safetensors' writer wraps the system's errors
+    # safetensors' writer wraps the system's errors
+    except (OSError, SafetensorError) as error:
         if where is None:
             way = " or choose another folder"
         else:
@@ -146,14 +149,18 @@ def _hidden_folder(target: Path, where: str | None) -> Iterator[Path]:
 
 
 def _hidden_name(target: Path) -> Path:
+    """Returns the path of the hidden folder in which ``target`` is prepared."""
     return target.parent / f".{target.name}{_PARTIAL}"
 
 
 def refuse_claimed(target: Path) -> None:
-    """Raises an error if a living process writes to ``target``; `new_folder` and `new_file` do so
-    too."""
+    """Raises a NaloraError if a living process writes to ``target``.
+
+    `new_folder` and `new_file` do so too.
+    """
     hidden = _hidden_name(target)
     if hidden.exists():
+        # It refuses a folder of another process.
         with owned_folder(hidden, str(target)):
             pass
 

@@ -31,6 +31,7 @@ from nalora_jax.errors import NaloraError
 
 RUN_LOCK = "run.lock"
 _OWNER = "owner.json"  # in a folder of `owned_folder`
+_OWNER_BYTES = 1 << 16  # a lock's file has fewer
 _BEAT = 5.0  # seconds between two touches
 # Seconds without a touch after which a holder on another host counts as gone: if this process
 # watches the file, and by the file's time alone.
@@ -102,20 +103,27 @@ class RunLock:
         expected: str = "a folder that no other run writes to",
         remedy: str = "wait for that run or stop it, or choose another --output",
     ) -> None:
+        """Takes the lock, and starts the thread that touches the file."""
         self.path = path
         self._stop = threading.Event()
         self._lock = FileLock(path, timeout=0, thread_local=False)
         where = where or f"--output {path.parent}"
         while not self._claim(where, expected, remedy):
-            pass
+            pass  # its holder removed the file meanwhile
         threading.Thread(target=self._beat, name="output lock", daemon=True).start()
 
     def _claim(self, where: str, expected: str, remedy: str) -> bool:
-        """Returns True with the lock of the file at the path, False if its holder removed it
-        meanwhile."""
+        """Takes the lock, and writes this process into its file.
+
+        Returns:
+          True with the lock, False if its holder removed the file meanwhile.
+
+        Raises:
+          NaloraError: a living process holds the lock.
+        """
         held = _acquire(self.path, self._lock)
         holder = _process_of(self.path)
-        with ExitStack() as failure:
+        with ExitStack() as failure:  # releases the lock unless all succeeds
             failure.callback(self._lock.release)
             if held is False:
                 taken = self.path.exists()
@@ -150,6 +158,7 @@ class RunLock:
         self._lock.release()
 
     def _beat(self) -> None:
+        """Touches the file at intervals until `release`, to show other hosts that we live."""
         while not self._stop.wait(_BEAT):
             try:
                 os.utime(self.path)
@@ -159,9 +168,14 @@ class RunLock:
 
 
 def _is_touched(path: Path, holder: dict[str, Any], held: bool | None) -> bool:
-    """Returns True if the holder of a file touches it, for locks that the kernel does not see.
+    """Returns True if the holder of a file touches it within `_STALE` seconds.
 
-    The kernel does not see another host's lock nor, if ``held`` is None, any lock.
+    It is for locks that the kernel does not see: another host's and, if ``held`` is None, all.
+
+    Args:
+      path: the lock's file.
+      holder: the process that it names.
+      held: what `_acquire` returned.
     """
     if not holder or (held and holder.get("host") == socket.gethostname()):
         return False
@@ -176,14 +190,20 @@ def _is_touched(path: Path, holder: dict[str, Any], held: bool | None) -> bool:
 
 
 def _is_old(path: Path) -> bool:
-    """Returns True if a file has not been touched for a day, on a clock of any host."""
+    """Returns True if a file has not been touched for a day.
+
+    A day is far more than the difference between the clocks of two hosts.
+    """
     return time.time() - path.stat().st_mtime > _ABANDONED
 
 
 def _process_of(path: Path) -> dict[str, Any]:
-    """Returns the process that a lock's file names; empty without a name."""
+    """Returns the process that a lock's file names: ``host``, ``pid``, ``since`` and ``command``.
+
+    It is empty if the file is missing or damaged.
+    """
     try:
-        return dict(json.loads(path.read_bytes()[: 1 << 16]))
+        return dict(json.loads(path.read_bytes()[:_OWNER_BYTES]))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
@@ -222,6 +242,7 @@ def owned_folder(folder: Path, where: str = "") -> Iterator[None]:
 
 
 def _empty(folder: Path) -> None:
+    """Removes all files and folders in ``folder`` except the lock's."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -238,14 +259,17 @@ def remove_abandoned(parent: Path, suffix: str) -> None:
     for owner in parent.glob(f".*{suffix}/{_OWNER}"):
         with suppress(OSError, NaloraError):
             if _process_of(owner).get("host") == socket.gethostname() or _is_old(owner):
+                # It takes the folder over, and removes it.
                 with owned_folder(owner.parent):
                     pass
 
 
 @contextmanager
 def scratch_folder(parent: Path, suffix: str) -> Iterator[Path]:
-    """Makes a temporary folder in ``parent`` and removes it at the end; also removes those of
-    killed processes."""
+    """Yields a temporary folder in ``parent`` and removes it at the end.
+
+    It first removes those of killed processes with the same ``suffix``.
+    """
     remove_abandoned(parent, suffix)
     folder = parent / f".{secrets.token_hex(8)}{suffix}"
     with owned_folder(folder):

@@ -90,6 +90,7 @@ def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], No
     count = 0
 
     def add(more: int) -> None:
+        """Adds to the amount done, and shows it: to a listener, or now and then in the log."""
         nonlocal count, last_shown
         count += more
         if _listeners:

@@ -60,7 +60,7 @@ def features() -> frozenset[str]:
 
 
 def _fields() -> dict[str, str]:
-    """Returns the fields of the first core."""
+    """Returns the fields of the first core in Linux's description; empty on other systems."""
     try:
         first = _DESCRIPTION.read_text().partition("\n\n")[0]
     except OSError:

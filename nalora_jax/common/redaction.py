@@ -58,7 +58,7 @@ _PATHS = (
     "eval_split",
 )
 _PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are not paths
-# Not the underscore in a word.
+# Characters with a meaning in Markdown or HTML. An underscore within a word has none.
 _SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))")
 
 
@@ -87,8 +87,9 @@ def redacted(value: Any) -> Any:
 
 
 def published(value: Any, name: str = "") -> Any:
-    """Returns settings or a text without passwords, tokens and private folders; a path keeps its
-    last part.
+    """Returns settings or a text without passwords, tokens and private folders.
+
+    Of a path the last part remains.
 
     Args:
       value: nested settings, or a text such as a command.
@@ -151,4 +152,5 @@ def code(text: object) -> str:
 
 
 def _line(text: object) -> str:
+    """Returns a text on one line, without control characters."""
     return visible(" ".join(str(text).split()))

@@ -53,11 +53,8 @@ class Registry(Generic[T]):
           NaloraError: the name is taken by another value, and ``replace`` is off.
         """
         existing = self._values.get(name, value)
-        if (
-            not replace
-            and existing is not value
-            and not _is_redefinition(existing, value)
-        ):
+        is_same = existing is value or _is_redefinition(existing, value)
+        if not is_same and not replace:
             raise NaloraError(
                 f"{self._kind} {name!r}",
                 expected="a name that is free",
@@ -126,7 +123,10 @@ class Registry(Generic[T]):
 
 
 def _is_redefinition(existing: object, value: object) -> bool:
-    """Returns True if a module was executed again, as by an edited notebook cell."""
+    """Returns True if both values are definitions of one module and name.
+
+    The module was then executed again, as by an edited notebook cell.
+    """
     for attribute in ("__module__", "__qualname__"):
         name = getattr(existing, attribute, None)
         if name is None or name != getattr(value, attribute, None):
@@ -191,7 +191,11 @@ def settings_from(cls: Any, options: str, where: str) -> Any:
 
 
 def _convert(text: str, default: Any) -> Any:
-    """Returns ``text`` with the type of ``default``."""
+    """Returns the value of ``text``, of the type of ``default``.
+
+    Raises:
+      KeyError, ValueError: the text is no value of that type.
+    """
     if isinstance(default, bool):
         return {"true": True, "false": False}[text.lower()]
     if isinstance(default, tuple):

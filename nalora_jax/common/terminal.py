@@ -73,6 +73,7 @@ class LastingStream:
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Any, *args: Any) -> None:
+        """Calls ``action``, and drops its text if the stream cannot take it."""
         try:
             action(*args)
         except OSError as error:
@@ -107,6 +108,7 @@ def lasting(*names: str) -> Iterator[None]:
 
 
 def _make_lasting(stream: Any) -> Any:
+    """Returns a stream of `sys` as a `LastingStream`; None if there is no stream."""
     if isinstance(stream, LastingStream | None):
         return stream
     return LastingStream(stream)
@@ -118,6 +120,7 @@ def outliving_terminal() -> Iterator[None]:
 
     A handler that a program has set for SIGHUP stays.
     """
+    # Only the main thread can set handlers, and Windows has no SIGHUP.
     usable = (
         hasattr(signal, "SIGHUP")
         and threading.current_thread() is threading.main_thread()

@@ -37,14 +37,14 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def path_name(path: Sequence[Any]) -> str:
     """Returns a key path as text: dict keys, indices and attribute names joined by slashes."""
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-        for key in path
-    )
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """Returns ``tree_map`` of a function with the path: ``function(path, leaf, *others)``."""
+    """Returns ``tree`` with ``function(path, leaf, *leaves_of_others)`` in place of every leaf.
+
+    The path is text, as from `path_name`; ``others`` have the structure of ``tree``.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), tree, *others
     )
@@ -79,7 +79,9 @@ def first_match(rules: Iterable[tuple[str, T]], path: str) -> tuple[int, T] | No
 def match_rules(
     rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: str
 ) -> dict[str, T]:
-    """Returns the value of each path by the first rule that matches it, without other paths.
+    """Returns the value of each path, of the first rule (regex, value) that matches it.
+
+    Paths that no rule matches are left out.
 
     Raises:
       NaloraError: a pattern is not a regular expression, or matched no path at all (a rule shadowed

@@ -91,6 +91,7 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
     store = buckets.filesystem(where)
 
     def write_mark(**options: Any) -> None:
+        """Writes the file that marks the folder as being written by this process."""
         mark = json.dumps(owner | {"time": time.time(), "names": names})
         store.pipe_file(f"{where}/{MARK}", mark.encode(), **options)
 
@@ -131,6 +132,7 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
             for path in folder.rglob("*")
             if path.is_file()
         }
+        # False sorts before True, so that the files of _LAST are uploaded last.
         names += sorted(paths, key=lambda name: (name in _LAST, name))
         with _store_errors(where):
             sign()
@@ -144,13 +146,13 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
         thread.join()
         with suppress(NaloraError):  # otherwise the next upload removes them
             if complete:
-                _remove(where, [])
+                _remove(where, [])  # the mark alone
             elif owns():
                 _remove(where, names)
 
 
 def _remove(where: str, names: Sequence[str]) -> None:
-    """Removes ``names``, from the last one on, and then the mark."""
+    """Removes files of a bucket's folder, in reverse order, and then the mark."""
     with _store_errors(where):
         # Twice: a cancelled request may have arrived meanwhile.
         for removed in (names, [MARK, *names]):
@@ -186,16 +188,14 @@ def _leftovers(where: str) -> list[str]:
     if MARK in present and not present.intersection(_LAST):
         mark = _read_mark(where)
         age = time.time() - mark["time"]
-        here = (mark["host"], mark["stage"]) == (
-            socket.gethostname(),
-            str(stage(where)),
-        )
-        if not here and age < _STALE:
+        here = socket.gethostname(), str(stage(where))
+        is_ours = (mark["host"], mark["stage"]) == here
+        if not is_ours and age < _STALE:
             raise _busy(
                 where, f"{mark['host']}, which wrote to it {age:.0f} seconds ago"
             )
         names = mark["names"]
-    if "" in present:
+    if "" in present:  # ``where`` is itself a file
         raise _taken(where, "an existing file")
     if others := sorted(present - {MARK, *names}):
         raise _taken(where, f"one that holds {first_names(others)}")
@@ -214,7 +214,7 @@ def _names(where: str) -> set[str]:
     """Returns the relative names of the files below a folder in a bucket."""
     with _store_errors(where):
         store = buckets.filesystem(where)
-        start = len(store._strip_protocol(where)) + 1
+        start = len(store._strip_protocol(where)) + 1  # of the relative part of a path
         return {path[start:] for path in store.find(where)}
 
 
@@ -239,6 +239,7 @@ def _read_mark(where: str) -> dict[str, Any]:
 
 
 def _taken(where: str, found: str) -> NaloraError:
+    """Returns the error for an output in a bucket that exists."""
     remedy = "choose another name, or empty it yourself"
     return NaloraError(
         where, expected="a new name in the bucket", found=found, remedy=remedy
@@ -246,6 +247,7 @@ def _taken(where: str, found: str) -> NaloraError:
 
 
 def _busy(where: str, who: str) -> NaloraError:
+    """Returns the error for a folder in a bucket to which the process ``who`` writes."""
     remedy = f"wait for it; if it has ended, start again in {_STALE:.0f} seconds"
     return NaloraError(
         where,
