@@ -40,6 +40,7 @@ def step_of_runs(
     def one(
         params: Any, state: TrainState, batch: Batch, values: Any, active: jax.Array
     ) -> Any:
+        """Returns the result of a step of one run; its state stays the same unless it is active."""
         after, metrics = step(params, state, batch, values)
         kept = jax.tree.map(partial(jnp.where, active), after, state)
         return kept, metrics
@@ -47,6 +48,7 @@ def step_of_runs(
     in_axes = (params_axes, 0, 0, 0, 0)
 
     def by_axis(of_axis: Callable[..., Any], *trees_of_params: Any) -> Any:
+        """Maps a function of the axis, 0 or None, of each array of the params."""
         return jax.tree.map(
             of_axis, params_axes, *trees_of_params, is_leaf=lambda axis: axis is None
         )
@@ -62,7 +64,10 @@ def step_of_runs(
         return P(RUN)
 
     def together(params: Any, *stacked: Any) -> Any:
-        """Returns the step of all runs; one run alone has the program of a solo run."""
+        """Returns the result of a step of all runs, arrays ``[runs, ...]``.
+
+        A single run has the program of a run alone, without a vmap over one element.
+        """
         if stacked[-1].shape[0] > 1:
             return jax.vmap(one, in_axes)(params, *stacked)
         params_of_run = by_axis(first_run, params)

@@ -38,6 +38,7 @@ _TASK = (
     *("model", "data.dataset", "data.eval_split", "data.loss_on", "data.chat"),
     *("vision.task", "preference.loss"),
 )
+_FEW_POINTS = 20  # a line with fewer points has markers
 _LABEL = 32  # characters of a setting in a label
 _SETTINGS = 3  # settings in a label
 # also the maximum number of groups
@@ -143,8 +144,11 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
             members.append([])
         members[identities.index(identity)].append(run)
     if len(identities) > len(_GROUP_COLOURS):
-        expected = f"at most {len(_GROUP_COLOURS)} different settings"
-        raise NaloraError("nalora report", expected=expected, found=len(identities))
+        raise NaloraError(
+            "nalora report",
+            expected=f"at most {len(_GROUP_COLOURS)} different settings",
+            found=len(identities),
+        )
     labels = _labels(identities, [_method(group[0].config) for group in members])
     columns = zip(labels, _GROUP_COLOURS, identities, members, strict=False)
     return [
@@ -197,8 +201,7 @@ def _method(config: Mapping[str, Any]) -> str:
 
 
 def _plain_exports(groups: Sequence[Group]) -> Iterator[str]:
-    """Yields a sentence on every group with adapters that were exported before its mechanisms
-    acted."""
+    """Yields a sentence for each exported adapter in whose steps no mechanism acted."""
     for group in groups:
         for step, first in _unreached_steps(group).items():
             yield (
@@ -208,7 +211,7 @@ def _plain_exports(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _unreached_steps(group: Group) -> dict[int | None, int]:
-    """Returns by exported step the first step in which mechanisms act, if it is a later one."""
+    """Returns the first step in which mechanisms act by exported step, if it is a later one."""
     steps = {}
     for run in group.runs:
         if run.unreached_step:
@@ -217,12 +220,15 @@ def _unreached_steps(group: Group) -> dict[int | None, int]:
 
 
 def _row(group: Group) -> dict[str, str]:
-    """Returns a group's cells by column: means over its runs, with minimum and maximum of several
-    runs."""
+    """Returns a group's cells by the heads of their columns.
+
+    They are means over its runs, with the minimum and maximum if several runs differ.
+    """
     before = []
     after = []
     differences = []
     losses = []
+    # different texts, in the order of the runs
     exported: dict[str, None] = {}
     acting: dict[str, None] = {}
     for run in group.runs:
@@ -257,7 +263,10 @@ def _row(group: Group) -> dict[str, str]:
 
 
 def _program_rates(group: Group) -> str:
-    """Returns tokens per second of the compiled programs, and the numbers of runs in them."""
+    """Returns the median tokens per second of the compiled programs, as text.
+
+    If a program trained several runs, it includes their number.
+    """
     medians = []
     sizes: dict[int, None] = {}
     for run in group.runs:
@@ -272,6 +281,7 @@ def _program_rates(group: Group) -> str:
 
 
 def _seeds(group: Group) -> str:
+    """Returns the number of runs with their seeds."""
     seeds = ", ".join(_seed(run) for run in group.runs)
     if len(group.runs) == 1:
         return f"1 (seed {seeds})"
@@ -279,6 +289,7 @@ def _seeds(group: Group) -> str:
 
 
 def _seed(run: History) -> str:
+    """Returns the seed of a run as text, "?" if it is unknown."""
     return str(run.config.get("seed", "?"))
 
 
@@ -391,36 +402,45 @@ def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Markup]]:
 
 
 def _column(run: History, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps and values of the headline metric, of a mean over layers, or of a scalar of the
-    log steps."""
+    """Returns the steps [T] and values [T] of a curve.
+
+    ``name`` is "metric" for the headline metric, "feature" for the mean feature movement over
+    layers, a kind of loss, or a scalar of the log steps.
+    """
     if name == "metric":
-        at = [score.step for score in run.scores]
+        evaluated = [score.step for score in run.scores]
         scores = [score.value for score in run.scores]
-        return np.array(at, float), np.array(scores)
+        return np.array(evaluated, float), np.array(scores)
     if name in plots.LOSSES:
         return run.column("loss")
     if name != "feature":
         return run.column(name)
     steps, values = run.layers(name)
-    if values.ndim != 2:
+    if values.ndim != 2:  # [T, L]
         return np.zeros(0), np.zeros(0)
     measured = np.isfinite(values).any(axis=1)
     return steps[measured], np.nanmean(values[measured], axis=1)
 
 
 def _bands(groups: Sequence[Group], name: str, title: str) -> str | None:
-    """Returns a plot with a line and band per group, over the steps common to all of its runs."""
+    """Returns a plot with a group's mean as a line and its range as a band; None if it is empty.
+
+    Args:
+      groups: of runs.
+      name: of the curve, as for `_column`.
+      title: of the plot, which becomes the label of its y axis.
+    """
     figure, axis = new_figure()
     for group in groups:
-        curves = []
+        curves = []  # of each run, its values by step
         for run in group.runs:
             of_run = map(np.ndarray.tolist, _column(run, name))
             curves.append(dict(zip(*of_run, strict=True)))
-        steps = sorted(set.intersection(*map(set, curves)))
+        steps = sorted(set.intersection(*map(set, curves)))  # common to all runs
         rows = []
         for curve in curves:
             rows.append([curve[step] for step in steps])
-        values = np.array(rows)
+        values = np.array(rows)  # [runs, steps]
         complete = np.isfinite(values).all(axis=0)
         if not complete.any():
             continue
@@ -442,7 +462,7 @@ def _bands(groups: Sequence[Group], name: str, title: str) -> str | None:
                 linewidth=0,
             )
         line = axis.plot(at, mean, color=colour)[0]
-        if len(at) < 20:
+        if len(at) < _FEW_POINTS:
             line.set(marker="o", markersize=4)
     if not axis.lines:
         return None

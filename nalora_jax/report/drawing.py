@@ -67,8 +67,10 @@ def style() -> Any:
 
 
 def file_style() -> Any:
-    """Returns the context in which figures for files are made, on white, readable on light and dark
-    pages."""
+    """Returns the context in which figures for files are made.
+
+    They are on white, readable on light and dark pages.
+    """
     return mpl.rc_context(_FILE)
 
 
@@ -109,6 +111,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
                 line.set_markersize(4)
     text = _save(figure, name, dpi=144)
     text = text[text.index("<svg") :]
+    # Shorter, in the page's colours and fonts, and as wide as the page allows.
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused ids; the other ids are salted
     text = re.sub(r' id="image[0-9a-f]*"', "", text)
@@ -124,8 +127,10 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
 
 
 def to_svg_file(figure: Figure, name: str) -> str:
-    """Returns a figure of `file_style` as the text of an SVG file; equal figures give equal
-    texts."""
+    """Returns a figure of `file_style` as the text of an SVG file.
+
+    Equal figures give equal texts. ``name`` keeps the ids of different figures apart.
+    """
     return _save(figure, name, facecolor="white")
 
 
@@ -153,23 +158,32 @@ def thin(*columns: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, ...]:
 def evenly(
     steps: np.ndarray, values: np.ndarray, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns values at ``most`` or fewer evenly spaced steps.
+    """Returns ``most`` or fewer evenly spaced steps, and the values there.
 
-    Each is taken from the nearest log step, because log steps need not be evenly spaced.
+    Each value is taken from the nearest log step, because log steps need not be evenly spaced.
+
+    Args:
+      steps: log steps ``[T]``, rising.
+      values: ``[T, ...]``.
+      most: maximum number of steps.
     """
     first = steps[0]
     last = steps[-1]
     count = int(min(most, last - first + 1))
     spaced = np.linspace(first, last, count)
-    distances = np.abs(steps[None, :] - spaced[:, None])
+    distances = np.abs(steps[None, :] - spaced[:, None])  # [spaced, T]
     return spaced, values[distances.argmin(1)]
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the mean of each value and those before it, at most ``window``; NaN are left out."""
+    """Returns the running mean of values ``[T]``: of each and the ``window - 1`` before it.
+
+    NaN are left out.
+    """
     finite = np.isfinite(values)
     total = np.cumsum(np.where(finite, values, 0.0))
     count = np.cumsum(finite)
+    # The sum of a window is the difference of two sums from the start.
     total[window:] -= total[:-window].copy()
     count[window:] -= count[:-window].copy()
     mean = total / np.maximum(count, 1)

@@ -113,8 +113,10 @@ class History:
 
     @property
     def unreached_step(self) -> int | None:
-        """Returns the first step in which mechanisms act if the adapter was exported before it,
-        else None."""
+        """Returns the first step in which mechanisms act if the adapter was exported before it.
+
+        Otherwise it is None.
+        """
         if self.acting_steps is None or self.acting_steps[0] > 0:
             return None
         return int(self.header["mechanisms_from"])
@@ -165,7 +167,10 @@ class History:
         return []
 
     def histograms(self, label: str) -> Histograms | None:
-        """Returns a mechanism's histograms with the bins of its last log step, or None."""
+        """Returns a mechanism's histograms, or None without any.
+
+        Log steps with other bins than the last one are left out.
+        """
         rows = []
         for record in self.steps:
             logged = (record.get("histograms") or {}).get(label)
@@ -190,7 +195,7 @@ class History:
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Returns (steps [T], values [T, L]) by adapter path; ``name`` selects norms or ``ranks``.
 
-        null becomes NaN.
+        null becomes NaN. Lines with another number of layers than the last one are left out.
         """
         curves: dict[str, list[tuple[float, list[float | None]]]] = {}
         for record in self.steps:
@@ -263,8 +268,10 @@ class History:
         return tuple(filter(None, (self.initial, *self.evals, self.final)))
 
     def _scores(self, records: Sequence[Mapping[str, Any]]) -> list[EvaluationScore]:
-        """Returns the headline metric of each evaluation that has it, in order of ``records``;
-        empty if the run has no headline metric."""
+        """Returns the headline metric of each evaluation that has it, in order of ``records``.
+
+        It is empty if the run has no headline metric.
+        """
         if self.metric is None:
             return []
         key = self.metric[0]
@@ -322,18 +329,20 @@ def _refuse_folder_of_runs(folder: Path) -> None:
     listed = shlex.join(runs[:2])
     if len(runs) > 2:
         listed += " ..."
-    remedy = f"give one of them, or several to compare: nalora report {listed}"
     raise NaloraError(
         str(folder),
         expected="the folder of a run",
         found=found,
-        remedy=remedy,
+        remedy=f"give one of them, or several to compare: nalora report {listed}",
     )
 
 
 def _check_layers(history: History, path: Path) -> None:
-    """Raises unless every per-layer metric has the same shape in all lines."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    """Raises a NaloraError unless every per-layer metric has the same shape in all lines.
+
+    All metrics must have the same number of layers.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}  # (layers,) or (layers, numbers of each)
     for record in history.steps:
         for name, rows in (record.get("layers") or {}).items():
             if rows is None:
@@ -343,13 +352,11 @@ def _check_layers(history: History, path: Path) -> None:
                 shape = (len(rows), len(rows[0]))
             if shapes.setdefault(name, shape) != shape:
                 place = f"{path}: step {record['step']}: layers: {name}"
-                expected = f"the shape of the lines before it, {shapes[name]}"
-                remedy = "the file was edited, or is of two runs"
                 raise NaloraError(
                     place,
-                    expected=expected,
+                    expected=f"the shape of the lines before it, {shapes[name]}",
                     found=shape,
-                    remedy=remedy,
+                    remedy="the file was edited, or is of two runs",
                 )
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise NaloraError(
@@ -358,7 +365,10 @@ def _check_layers(history: History, path: Path) -> None:
 
 
 def history_of(records: Sequence[Mapping[str, Any]]) -> History:
-    """Returns the records of a log, sorted by kind; unknown kinds are ignored."""
+    """Returns the history of a log's records, sorted by kind; unknown kinds are ignored.
+
+    Of several headers or initial evaluations the first counts, of final ones the last.
+    """
     header: Mapping[str, Any] = {}
     initial: Mapping[str, Any] = {}
     final: Mapping[str, Any] = {}
@@ -399,7 +409,7 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
 
 
 def _columns(rows: Sequence[tuple[float, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns pairs of step and value as two arrays."""
+    """Returns pairs of step and value as arrays: steps ``[T]`` and values ``[T, ...]``."""
     steps = np.array([step for step, _ in rows], float)
     values = np.array([value for _, value in rows], float)
     return steps, values

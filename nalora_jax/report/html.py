@@ -29,6 +29,7 @@ from nalora_jax.weights.origin import Origin
 FILE = "report.html"
 # column heads that differ from metric names
 HEADS = {"favoured": "share with mask ≥ 1"}
+_LARGEST = 1e300  # limit of numbers; JSON's integers may exceed a float
 _NO_ROLLOUTS = sections.Rollouts([], 0)
 
 
@@ -98,8 +99,10 @@ def render(
 
 
 def _draw(history: History) -> list[tuple[str, list[tuple[str, Markup]]]]:
-    """Returns the plots by section; a mechanism's spread over channels is named ``histogram
-    LABEL``."""
+    """Returns the sections of plots: (title, plots), and of each plot (name, SVG).
+
+    A mechanism's spread over channels has the name ``histogram LABEL``.
+    """
     spreads = {
         f"histogram {label}": partial(plots.histogram, mechanism=label)
         for label in history.mechanisms
@@ -153,7 +156,7 @@ def plain_text(value: Any) -> str:
         return "  ".join(map(plain_text, value)) or "none"
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
         alpha = value.get("alpha")
-        if isinstance(alpha, int | float) and abs(alpha) < 1e300:
+        if isinstance(alpha, int | float) and abs(alpha) < _LARGEST:
             alpha = f"{alpha:g}"
         text = f"{value['pattern']}:{value['rank']}"
         if alpha is not None:
@@ -171,7 +174,7 @@ def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     columns = {}
     for name in names:
         values = history.layers(name)[1]
-        if values.ndim == 2:  # one value per layer
+        if values.ndim == 2:  # [T, L], one value per layer
             columns[name] = values[-1]
     if not columns:
         return [], []

@@ -70,14 +70,14 @@ def by_layer(
       summaries: by path of the block, ``layers/ffn`` or ``layers/group0/block1/ffn/shared_ffn``.
       layers: the numbers of the layers of every stack, by prefix.
     """
-    rows = []
+    rows = []  # (number of the layer, name of the block in it, its summary, row of the summary)
     for path, summary in summaries.items():
         prefix = next(prefix for prefix in layers if path.startswith(f"{prefix}/"))
         within = path.removeprefix(f"{prefix}/")
         block = within.removeprefix("ffn").removeprefix("/")
         for index, layer in enumerate(layers[prefix]):
             rows.append((layer, block, summary, index))
-    rows.sort(key=lambda row: row[:2])
+    rows.sort(key=lambda row: row[:2])  # by layer, then block
     names = []
     columns = defaultdict[str, list[np.ndarray]](list)
     for layer, block, summary, index in rows:
@@ -112,20 +112,18 @@ def layer_summary(
     sums = _as_float64(stats)
     layers = sums["slope"].shape[0]
     channels = sums["slope"].shape[-1]
-    counts = sums["tokens"].reshape(layers, -1)
+    counts = sums["tokens"].reshape(layers, -1)  # [L, E], with E = 1 without experts
     if not (counts.sum(1) > 0).all():
-        expected = "real tokens in every layer"
-        remedy = "give more text"
         raise NaloraError(
             "inspect: texts",
-            expected=expected,
+            expected="real tokens in every layer",
             found="none",
-            remedy=remedy,
+            remedy="give more text",
         )
-    total = counts.sum(1) * channels
+    total = counts.sum(1) * channels  # [L], pre-activations
     by_region = np.moveaxis(sums["occupancy"], -2, 1)  # [L, 4, ..., C]
-    occupancy = by_region.reshape(layers, 4, -1).sum(-1)
-    slope = sums["slope"].reshape(layers, -1, channels)
+    occupancy = by_region.reshape(layers, 4, -1).sum(-1)  # [L, 4]
+    slope = sums["slope"].reshape(layers, -1, channels)  # [L, E, C]
     misalignment = _ratio(sums, "selection")
     limit = _ratio(sums, "linear")
     if probe is not None:
@@ -141,6 +139,7 @@ def layer_summary(
 
 
 def _as_float64(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns statistics as float64 arrays, in which their sums are exact enough."""
     return {name: np.asarray(value, np.float64) for name, value in stats.items()}
 
 
@@ -159,9 +158,9 @@ def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
       ``[L]``, each expert weighted by its tokens.
     """
     counts = np.maximum(tokens, 1.0)
-    mean = slope / counts[..., None]
-    threshold = RESPONSIVE * mean.mean(-1, keepdims=True)
-    share = np.mean(mean >= threshold, axis=-1)
+    mean = slope / counts[..., None]  # [L, E, C]
+    threshold = RESPONSIVE * mean.mean(-1, keepdims=True)  # [L, E, 1]
+    share = np.mean(mean >= threshold, axis=-1)  # [L, E]
     weighted = np.sum(share * tokens, axis=1)
     return weighted / np.sum(tokens, axis=1)
 
@@ -185,9 +184,9 @@ def layer_table(summary: LayerSummary, title: str = "") -> str:
 
 
 def cell(value: float, name: str) -> str:
-    """Formats a table value: shares in percent, limit and misalignment with 4 decimals.
+    """Returns a value of the column ``name`` as text; NaN is a dash.
 
-    NaN is a dash.
+    Shares are in percent, limit and misalignment have 4 decimals, and other numbers 3.
     """
     if name in (*REGIONS, "responsive") and not np.isnan(value):
         return f"{value:.1%}"
@@ -234,7 +233,10 @@ def check_picture(path: str | Path) -> Path:
 
 
 def _ratio(sums: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """Returns sum of ``name`` over sum of |F| per layer; NaN for a gate that no adapter changes."""
+    """Returns the sum of a statistic over the sum of the feature movement |F|, per layer ``[L]``.
+
+    It is NaN for a gate that no adapter changes.
+    """
     layers = len(sums[name])
     total = sums[name].reshape(layers, -1).sum(1)
     feature = sums["feature"].reshape(layers, -1).sum(1)
@@ -252,15 +254,21 @@ def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
 
 
 def _draw(summary: LayerSummary, title: str) -> Figure:
-    """Returns a figure of gate statistics by layer: occupancy bars, then one panel of curves for
-    each pair of statistics with a finite value."""
+    """Returns a figure of gate statistics by layer.
+
+    Its first panel has bars of the occupancy, and each further panel the curves of two related
+    statistics, if these have a finite value.
+    """
     curves = [
         {"mean slope E|φ′|": summary.slope, "responsive share": summary.responsive},
         {"misalignment": summary.misalignment, "its linear limit": summary.limit},
     ]
     panels = []
     for panel in curves:
-        measured = {n: v for n, v in panel.items() if np.isfinite(v).any()}
+        measured = {}
+        for label, values in panel.items():
+            if np.isfinite(values).any():
+                measured[label] = values
         if measured:
             panels.append(measured)
     rows = 1 + len(panels)
@@ -339,7 +347,7 @@ def inspect_texts(
 
 
 def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]:
-    """Returns a small random adapter on the gate of every layer."""
+    """Returns the spec and the arrays of a small random adapter on the gate of every layer."""
     config = model.base.config
     gates = set[str]()
     for block in gate_blocks(config):
@@ -353,6 +361,7 @@ def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]
     a_key, b_key = jax.random.split(jax.random.key(seed))
 
     def fill(path: str, leaf: jax.Array) -> jax.Array:
+        """Returns random entries for B, which is otherwise zero."""
         if not path.endswith("/b"):
             return leaf
         return PROBE_SIZE * jax.random.normal(b_key, leaf.shape, leaf.dtype)
@@ -365,7 +374,11 @@ def _gate_sums(
     variables: dict[str, Any],
     batches: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Returns the statistics of every gated block, summed over batches."""
+    """Returns the statistics of every gated block by path, summed over batches.
+
+    The model adds zeros, the taps, at its gates such that the gradient of its output's sum with
+    respect to a tap is the sum of a statistic (`nalora_jax.method.statistics`).
+    """
     observed = replace(module, stats=GateStatsConfig(stride=1, probe_stride=1))
     zeros: dict[str, jax.Array] = {}
     for block, (shape, _) in gate_blocks(module.config).items():
@@ -377,6 +390,8 @@ def _gate_sums(
 
     @jax.jit
     def run(variables: dict[str, Any], tokens: jax.Array, segments: jax.Array) -> Any:
+        """Returns the statistics of one batch, in the structure of the taps."""
+
         def output(taps: Any) -> jax.Array:
             tapped = {**variables, "gate_taps": taps}
             return jnp.sum(observed.apply(tapped, tokens, segment_ids=segments))
@@ -392,8 +407,11 @@ def _gate_sums(
             earlier = sums.get(name, 0.0)
             sums[name] = earlier + np.asarray(value, np.float64)
     if not total:
-        expected = "a model with self-gated feed-forward blocks"
-        raise NaloraError("inspect", expected=expected, found="one without")
+        raise NaloraError(
+            "inspect",
+            expected="a model with self-gated feed-forward blocks",
+            found="one without",
+        )
     return total
 
 
@@ -407,9 +425,10 @@ def _batches(
     encoded = [tokenizer.encode(text)[:max_length] for text in texts]
     rows = [ids for ids in encoded if ids]
     if not rows:
-        expected = "at least one text with a token in it"
         raise NaloraError(
-            "inspect: texts", expected=expected, found=f"{len(texts)} texts"
+            "inspect: texts",
+            expected="at least one text with a token in it",
+            found=f"{len(texts)} texts",
         )
     longest = max(map(len, rows))
     for start in range(0, len(rows), ROWS):

@@ -27,7 +27,7 @@ from nalora_jax.report.history import REGIONS, Histograms, History
 
 Plot = Callable[[History], str | None]
 MAP_COLUMNS = 160  # maximum steps drawn in a heat map
-_LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
+_LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")  # colours of lines, in this order
 _MOST_TICKS = 7
 
 
@@ -46,7 +46,9 @@ def _plot(
       zero: True if the y axis starts at 0.
     """
 
-    def of(draw: Callable[[History, Any], str | None]) -> Plot:
+    def decorate(draw: Callable[[History, Any], str | None]) -> Plot:
+        """Returns the plot of a function that draws on a pair of axes."""
+
         @wraps(draw)
         def plot(history: History) -> str | None:
             """Returns the figure as SVG, or None if ``draw`` added no data to the axes."""
@@ -63,7 +65,7 @@ def _plot(
 
         return plot
 
-    return of
+    return decorate
 
 
 LOSSES = {
@@ -168,8 +170,10 @@ def rewards(history: History, axis: Any) -> None:
 
 @_plot("sampled-rewards", "Rewards of samples over the steps", "reward")
 def sampled_rewards(history: History, axis: Any) -> None:
-    """Plots a run with rewards: mean and standard deviation of the sum, and the means of several
-    rewards."""
+    """Plots a run with rewards: mean and standard deviation of the sum of its rewards.
+
+    If there are several rewards, the mean of each is a line.
+    """
     steps, total = history.column("reward")
     deviation = history.column("reward_std")[1]
     if not np.isfinite(total).any() or len(deviation) != len(total):
@@ -433,6 +437,7 @@ def _line(
 
     @_plot(name.replace("_", "-"), f"{label} over the steps", label, zero=zero)
     def draw(history: History, axis: Any) -> None:
+        """Draws the scalar over the log steps."""
         steps, values = history.column(name)
         if noisy:
             _draw_noisy(axis, steps, values, colour)
@@ -451,7 +456,7 @@ def _draw_noisy(
     """Draws a faint line of the values [T], and a strong one of their running mean."""
     if not np.isfinite(values).any():
         return
-    window = len(values) // 20
+    window = len(values) // 20  # values of a running mean
     if window > 1:
         axis.plot(
             *thin(steps, values),
@@ -481,7 +486,7 @@ def _heat_maps(
         at, values = evenly(steps, values, MAP_COLUMNS)
         first = at[0]
         last = at[-1]
-        half = 0.5
+        half = 0.5  # half the width of a column, in steps
         if last > first:
             half = 0.5 * (last - first) / (len(at) - 1)
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
@@ -511,6 +516,7 @@ def _image(
 
 
 def _colour_bar(figure: Any, image: Any, axes: Any) -> None:
+    """Draws the colour scale of an image below the axes."""
     bar = figure.colorbar(
         image,
         ax=axes,
@@ -533,8 +539,8 @@ def histogram(history: History, mechanism: str) -> str | None:
     histograms = history.histograms(mechanism)
     if histograms is None:
         return None
-    together = _shares(histograms.counts.sum(axis=1))
-    # before it acts, all multipliers are 1
+    together = _shares(histograms.counts.sum(axis=1))  # [T, L, B + 1] -> [T, B + 1]
+    # Before it acts, all multipliers are 1, in a single bin.
     bins_used = (together > 0).sum(axis=1)
     acting = int(np.argmax(bins_used > 1))
     bins = _shown(together[[acting, -1]])
@@ -577,10 +583,15 @@ def histogram(history: History, mechanism: str) -> str | None:
 
 
 def _by_module(history: History, name: str, value: str, title: str) -> str | None:
-    """Plots ``value`` of the adapters by kind of module: over the steps, and by layer at the last
-    step.
+    """Plots a value of the adapters by kind of module: over the steps, and by layer at the last.
 
-    Over the steps it is the sum over layers, or, of norms, the root of the sum of squares.
+    Over the steps it is the sum over layers or, of norms, the root of the sum of squares.
+
+    Args:
+      history: of the run.
+      name: of the figure, and of the values in the log (`History.adapters`).
+      value: label of the values; "norm" for norms.
+      title: text for screen readers.
     """
     curves = history.adapters(name)
     lines = list(itertools.product(("-", "--"), _LINES))
@@ -624,13 +635,16 @@ def _by_module(history: History, name: str, value: str, title: str) -> str | Non
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    """Returns counts [..., B + 1] divided by their row's sum."""
+    """Returns counts [..., B + 1] divided by their row's sum; empty rows stay zero."""
     totals = counts.sum(axis=-1, keepdims=True)
     return counts / np.maximum(totals, 1)
 
 
 def _shown(shares: np.ndarray) -> slice:
-    """Returns the bins from the first to the last non-empty bin, and one on either side."""
+    """Returns the bins that a picture shows, given shares [rows, B + 1].
+
+    They are those from the first to the last non-empty bin, and one more on either side.
+    """
     bins = shares.shape[-1]
     non_empty = np.flatnonzero(shares.sum(axis=0))
     if not non_empty.size:
@@ -642,12 +656,15 @@ def _shown(shares: np.ndarray) -> slice:
 
 
 def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
-    """Labels edges between bins as ticks, and the open bins at both ends if they are shown."""
+    """Sets a tick with its multiplier at some of the edges between the shown bins.
+
+    Bin i lies at the place ``i - bins.start``, and edge i - 1 half a bin before it.
+    """
     first = max(bins.start, 1)
     edges = histograms.edges[first - 1 : bins.stop - 1]
-    every = -(-len(edges) // _MOST_TICKS)
+    every = -(-len(edges) // _MOST_TICKS)  # rounded up
     # A tick of 1, if in range, is always shown: multipliers are read relative to it.
-    middle = 0
+    middle = 0  # index of the edge nearest to 1, on a logarithmic scale
     if len(edges):
         distances = np.abs(np.log(np.maximum(edges, 1e-12)))
         middle = int(np.argmin(distances))

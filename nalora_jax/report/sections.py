@@ -55,7 +55,7 @@ def headline(history: History) -> dict[str, Any] | None:
     edges = [edge for edge in edges if edge is not None]
     low = min(edges)
     high = max(edges)
-    pad = 0.08 * (high - low) or 1.0
+    pad = 0.08 * (high - low) or 1.0  # room at both ends; 1 if all values are equal
     scale = (low - pad, high + pad)
     labels = [f"step {outcome[0].step}"]
     source = ""
@@ -81,7 +81,8 @@ def headline(history: History) -> dict[str, Any] | None:
 
 
 def _source(history: History) -> str:
-    """Returns a description of the evaluations before and after."""
+    """Returns sentences on the evaluations before and after training: of which adapters they are,
+    and on which examples."""
     before, after = history.ends
     first = "the base model, before the first step"
     if history.config.get("adapter"):
@@ -261,7 +262,7 @@ def _size(count: float) -> str:
 def samples(history: History) -> list[dict[str, Any]]:
     """Returns samples of the first evaluation with any, paired with the last one's by prompt.
 
-    Of paired multiple choice there are `SHOWN`, in the proportions of `_changes`.
+    There are up to `SHOWN`; of paired multiple choice in the proportions of `changes`.
     """
     sampled = [record for record in history.measured if record["eval"].get("samples")]
     if not sampled:
@@ -305,8 +306,12 @@ def changes(history: History) -> dict[str, int]:
 def _select_samples(
     pairs: list[list[Any]], changes: Mapping[str, int]
 ) -> list[list[Any]]:
-    """Returns samples such that the shares of ``changes`` among them are about those of all
-    items."""
+    """Returns `SHOWN` samples in which the changes have about the same shares as in all items.
+
+    Args:
+      pairs: of each sample its (label, answer) before and after.
+      changes: numbers of all items by kind of change; without any, the first samples are returned.
+    """
     if not changes:
         return pairs[:SHOWN]
     kinds = defaultdict[str, list[list[Any]]](list)
@@ -320,6 +325,7 @@ def _select_samples(
     for name, count in changes.items():
         counts[name] = SHOWN * count // total
         remainders[name] = SHOWN * count % total
+    # Rounding down leaves some samples, which go to the kinds with the largest remainders.
     left = SHOWN - sum(counts.values())
     for name in sorted(changes, key=remainders.__getitem__, reverse=True)[:left]:
         counts[name] += 1
@@ -398,12 +404,11 @@ def read_rollouts(folder: Path) -> Rollouts:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        remedy = "delete it: the report then has no samples of rollouts"
         raise NaloraError(
             str(path),
             expected="samples by step",
             found=error,
-            remedy=remedy,
+            remedy="delete it: the report then has no samples of rollouts",
         ) from error
     groups: dict[int, list[dict[str, Any]]] = {}
     unreadable = 0
@@ -426,7 +431,10 @@ def read_rollouts(folder: Path) -> Rollouts:
 
 
 def _sample_group(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the texts of a line: a group, or a single sample of an earlier version."""
+    """Returns the texts of a line of rollouts: its prompt and samples.
+
+    A line of an earlier version has a single sample, without a list.
+    """
     samples = []
     for sample in record.get("samples", [record]):
         rewards = []
@@ -542,19 +550,19 @@ def read_needle(folder: Path) -> list[dict[str, Any]]:
         grids = json.loads(path.read_text(encoding="utf-8"))
         return [_needle_table(name, grids[name]) for name in ("before", "after")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        remedy = "delete it, or run nalora eval --needle again"
-        expected = "results of nalora eval --needle"
         raise NaloraError(
             str(path),
-            expected=expected,
+            expected="results of nalora eval --needle",
             found=error,
-            remedy=remedy,
+            remedy="delete it, or run nalora eval --needle again",
         ) from error
 
 
 def _needle_table(name: str, grid: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the table of one needle evaluation: title with overall accuracy and interval, heads
-    and rows."""
+    """Returns the table of one needle evaluation: ``title``, ``heads`` and ``rows``.
+
+    The title has the overall accuracy with its interval.
+    """
     heads, rows = needle_cells(grid)
     accuracy = f"{grid['accuracy']:.3f}"
     interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}"

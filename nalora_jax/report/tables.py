@@ -15,6 +15,7 @@ def number(value: float | None, digits: int = 4, *, missing: str = "–") -> str
     """
     if value is None or not math.isfinite(value):
         return missing
+    # Adding 0.0 turns -0.0 into 0.0.
     return f"{value + 0.0:.{digits}f}"
 
 
@@ -43,7 +44,9 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     for column in zip(*lines, strict=True):
         longest.append(max(map(len, column)))
     first_width = longest[0] + 3
-    widths = [max(width + 2, 7) for width in longest[1:]]
+    widths = [
+        max(width + 2, 7) for width in longest[1:]
+    ]  # with at least two spaces between
     texts = []
     for line in lines:
         cells = map(str.rjust, line[1:], widths)

@@ -38,7 +38,7 @@ class MethodResult:
     metric: str = "loss"  # of the protocol
 
     def finite(self, multiple: float = 1.0) -> dict[int, Record]:
-        """Returns the tests that did not diverge, by seed."""
+        """Returns the tests at a multiple of the chosen rate that did not diverge, by seed."""
         finite = {}
         for (seed, of_record), record in self.tests.items():
             if of_record == multiple and not record["diverged"]:
@@ -62,10 +62,10 @@ class MethodResult:
         ]
 
     def diverged(self, multiple: float = 1.0) -> int:
-        """Returns the number of tests that diverged."""
+        """Returns the number of tests at a multiple of the chosen rate that diverged."""
         return sum(
-            m == multiple and bool(record["diverged"])
-            for (_, m), record in self.tests.items()
+            of_record == multiple and bool(record["diverged"])
+            for (_, of_record), record in self.tests.items()
         )
 
     def at_rate(self, rate: float) -> list[Record]:
@@ -173,6 +173,7 @@ def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[M
 
 
 def _test_cost(metric: str, record: Record) -> float | None:
+    """Returns the cost of a test by a measure; None if it was not measured."""
     if metric not in record["test"]:
         return None
     return cost(metric, record["test"])
@@ -201,7 +202,7 @@ def comparisons(
         pair = (method.placebo_of, name)
         if method.placebo_of and pair not in with_baseline:
             with_placebo.append(pair)
-    by_cell = {r.cell: r for r in cell_results}
+    by_cell = {result.cell: result for result in cell_results}
     all_measures = measures(protocol, cell_results)
     compared = []
     for pairs in (with_baseline, with_placebo):
@@ -228,7 +229,18 @@ def _compare(
     cell: Cell,
     other: str,
 ) -> MethodComparison | None:
-    """Returns the comparison over the seeds that both methods finished; None without any."""
+    """Returns the comparison of a method with another by one measure.
+
+    Args:
+      protocol: the study.
+      by_cell: results of all cells.
+      measure: by which they are compared.
+      cell: of the method.
+      other: name of the other method on the same task and model.
+
+    Returns:
+      The comparison over the seeds that both methods finished; None without any.
+    """
     gain = training_gain(by_cell[cell._replace(method=protocol.baseline)])
     records = by_cell[cell].finite(measure.multiple)
     reference = by_cell[cell._replace(method=other)].finite(measure.multiple)
@@ -260,11 +272,11 @@ def training_gain(baseline: MethodResult) -> float:
         return math.nan
     metric = baseline.metric
     runs = baseline.at_rate(baseline.tuning.chosen)
-    falls = [
-        cost(metric, r["curve"][0]) - cost(metric, r["validation"])
-        for r in runs
-        if r["curve"]
-    ]
+    falls = []
+    for record in runs:
+        if record["curve"]:  # the first point is of the base
+            before = cost(metric, record["curve"][0])
+            falls.append(before - cost(metric, record["validation"]))
     return mean_of(falls)
 
 
@@ -306,8 +318,7 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def last_of(records: Iterable[Record], name: str) -> list[float]:
-    """Returns a number of each record's last log step that has it, without records that have
-    none."""
+    """Returns the last logged value of a number in each record; records without it are left out."""
     values = []
     for record in records:
         for row in reversed(record["training"]):

@@ -33,6 +33,7 @@ _compiled: list[float] = []  # seconds of each program that XLA compiles in this
 
 
 def _listen(event: str, duration_secs: float, **more: Any) -> None:
+    """Notes a program that XLA has compiled; JAX calls it with every event's duration."""
     if event == "/jax/core/compile/backend_compile_duration":
         _compiled.append(duration_secs)
 
@@ -112,17 +113,18 @@ def run_study(
 def _do_some(
     protocol: Protocol, store: Records, resources: Resources, left: list[Run], most: int
 ) -> int:
-    """Performs the first runs of ``left`` without a claim; returns their number.
+    """Performs the first runs of ``left`` that no process has claimed; returns their number.
 
     They are at most ``most`` runs of one cell and stage, which share a program and fit in memory.
     """
-    with ExitStack() as claims:
+    with ExitStack() as claims:  # gives the claims up at the end
         claimed: list[tuple[Run, Path]] = []
         for run in left:
             if claimed:
                 first, _ = claimed[0]
                 if (run.cell, run.stage) != (first.cell, first.stage):
                     continue
+            # None if another process has claimed the run
             snapshot = claims.enter_context(store.claim(run.id))
             if snapshot is not None:
                 # Another process may have finished it meanwhile.
@@ -187,7 +189,7 @@ def perform_all(
     if runs[0].config.compute.compilation_cache:
         use_compilation_cache()
     began = time.perf_counter()
-    compiled = len(_compiled)
+    compiled_before = len(_compiled)
     started = [
         RunInProgress(run, resources, path)
         for run, path in zip(runs, snapshots, strict=True)
@@ -201,7 +203,9 @@ def perform_all(
         states = [started[0].train()]
     else:
         states = _train_together(started, fits.slots(len(runs)))
-    share = (time.perf_counter() - began) / len(runs)
+    share = (time.perf_counter() - began) / len(
+        runs
+    )  # each run's part of the shared time
     performed = []
     for progress, state in zip(started, states, strict=True):
         began = time.perf_counter()
@@ -209,7 +213,7 @@ def perform_all(
         record["seconds"] = (
             progress.seconds_before + share + time.perf_counter() - began
         )
-        record["compilations"] = len(_compiled) - compiled
+        record["compilations"] = len(_compiled) - compiled_before
         performed.append(record)
     return performed
 

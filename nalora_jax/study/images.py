@@ -78,6 +78,7 @@ class DualEncoders(Subject):
         options["image_size"] = vision.image_size
 
         def load() -> LoadedDual:
+            """Reads the weights of the model, or of both towers and joins them."""
             mesh = distributed.smallest_mesh(config.mesh)
             if joined:
                 return join(
@@ -110,13 +111,17 @@ class DualEncoders(Subject):
         return self.once((prefix, name, dtype, config.mesh), load)
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Returns ``config`` without its data, and the shapes of class prompts and captions.
+        """Returns what determines the compiled step: settings, and the shapes of texts.
 
-        Of ``vision``, settings of the task and of image processing remain.
+        The settings are ``config`` without its data; of ``vision``, settings of the task and of
+        image processing remain. The shapes are of the tokens of class prompts and captions.
         """
-        v = config.vision
+        full = config.vision
         vision = VisionConfig(
-            v.task, features=v.features, loss=v.loss, image_size=v.image_size
+            full.task,
+            features=full.features,
+            loss=full.loss,
+            image_size=full.image_size,
         )
         params = self.params(config)
         rows = self.data(config)
@@ -172,6 +177,7 @@ class DualEncoders(Subject):
         """Returns images in the order of the seed; few-shot images are drawn by the seed."""
 
         def draw() -> ImageData:
+            """Opens the training split, and draws its few-shot images."""
             source = self._source(config, config.data, config.data.train_split)
             records = dual.trained_on(
                 config, source, self._classes(config, config.data)
@@ -193,7 +199,10 @@ class DualEncoders(Subject):
         )
 
     def items(self, config: RunConfig, data: DataConfig) -> ImageItems:
-        """Returns images, which are opened when they are measured."""
+        """Returns at most ``data.eval_limit`` held-out images, drawn by a fixed seed.
+
+        They are opened when they are measured.
+        """
         train = self._source(config, data, data.train_split)
         held_out = self._source(config, data, data.eval_split)
         # equal: a probe, whose data is not trained on
@@ -214,7 +223,7 @@ class DualEncoders(Subject):
     probe = items
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
-        """Compares the spans of both splits."""
+        """Raises a NaloraError if the two splits of the run's data share an image."""
         tuning_source = self._source(config, config.data, tuned)
         test_source = self._source(config, config.data, tested)
         check_disjoint(tuning_source, test_source)
@@ -233,6 +242,7 @@ class DualEncoders(Subject):
         loaded = self.model(items.config)
 
         def make() -> ClassEvaluator | RetrievalEvaluator:
+            """Returns the task's evaluator of these images."""
             encoders = Encoders(model, loaded.processor, loaded.tokenizer)
             return dual.image_evaluator(
                 encoders, items.asked, items.classes, items.config.vision
@@ -246,16 +256,18 @@ class DualEncoders(Subject):
         return {name: float(measured[name]) for name in MEASURES if name in measured}
 
     def _classes(self, config: RunConfig, data: DataConfig) -> tuple[str, ...]:
+        """Returns the class names of the training split; none for retrieval."""
         if config.vision.task != "classify":
             return ()
         return self._source(config, data, data.train_split).classes()
 
     def _source(self, config: RunConfig, data: DataConfig, split: str) -> ImageSource:
         """Returns a source, opened once: reading the classes of a large set takes time."""
-        v = config.vision
-        fields = v.image_field, v.label_field, v.caption_field, v.classes, v.max_pixels
-        key = "source", data.dataset, data.data_dir, split, *fields
-        return self.once(key, lambda: open_images(data, v, split))
+        vision = config.vision
+        fields = vision.image_field, vision.label_field, vision.caption_field
+        settings = *fields, vision.classes, vision.max_pixels
+        key = "source", data.dataset, data.data_dir, split, *settings
+        return self.once(key, lambda: open_images(data, vision, split))
 
 
 def _is_joined(model: str) -> bool:

@@ -84,8 +84,10 @@ class Subject:
         return made
 
     def architecture(self, config: RunConfig) -> ModelConfig | None:
-        """Returns the base's architecture without reading weights; None: its memory is not
-        estimated."""
+        """Returns the base's architecture without reading weights.
+
+        It is None for kinds of models whose memory is not estimated.
+        """
         return None
 
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
@@ -115,7 +117,7 @@ class LanguageItems(Items):
         return super().digests | {"choices": json_digest(content)[:16]}
 
     def scoring(self, count: int) -> LanguageItems:
-        """Returns the completions with the choices of ``count`` items, drawn once for all runs."""
+        """Returns these items with the choices of ``count`` of them, drawn by a fixed seed."""
         drawn = np.sort(packing.permutation(len(self.choices), _SEED)[:count])
         return replace(self, choices=[self.choices[index] for index in drawn])
 
@@ -123,7 +125,9 @@ class LanguageItems(Items):
 class Language(Subject):
     """Language models that train on texts."""
 
-    _started: tuple[Assembly, Any, Assembly] | None = None  # the last run with LoRA-GA
+    # Of the last run with LoRA-GA: its compiled assembly, seed and data, and the assembly that
+    # starts at its adapters.
+    _started: tuple[Assembly, Any, Assembly] | None = None
 
     def model(self, config: RunConfig) -> model_files.LoadedModel:
         """Returns the run's base model."""
@@ -131,6 +135,7 @@ class Language(Subject):
         added = tokenizer.AddedTokens.of(config.data)
 
         def load() -> model_files.LoadedModel:
+            """Reads the weights, and adds rows for new tokens."""
             mesh = distributed.smallest_mesh(config.mesh)
             options: dict[str, Any] = {"mesh": mesh, "quantized": compute.quantized}
             return new_tokens.with_added(
@@ -147,8 +152,7 @@ class Language(Subject):
         )
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Returns the settings that determine the compiled step, and hashable facts about the
-        data."""
+        """Returns what determines the compiled step: settings, and hashable facts of the data."""
         facts = config.data.max_length, tokenizer.AddedTokens.of(config.data)
         return replace(config, data=DataConfig()), facts
 
@@ -211,7 +215,10 @@ class Language(Subject):
         )
 
     def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:
-        """Returns the assembly of a run with LoRA-GA; keeps the last one."""
+        """Returns the assembly of a run with LoRA-GA, which starts at adapters of its batches.
+
+        The last one is kept, since a run asks for it several times.
+        """
         rows = (config.seed, config.data)
         if (
             self._started is None
@@ -226,12 +233,14 @@ class Language(Subject):
         return self._started[2]
 
     def items(self, config: RunConfig, data: DataConfig) -> Any:
-        """Returns held-out `Items` of ``data.eval_split``, at most ``data.eval_limit``: tokenized
-        examples."""
+        """Returns the tokenized held-out examples of ``data.eval_split``.
+
+        They are `Items`, at most ``data.eval_limit``.
+        """
         return self.probe(config, data)
 
     def probe(self, config: RunConfig, data: DataConfig) -> Any:
-        """Returns `Items` of other data than the run's, likewise."""
+        """Returns the tokenized examples of ``data``, which may be other data than the run's."""
         completions = []
         choices = []
         for item in questions.eval_examples(data, self.model(config).tokenizer):
@@ -266,11 +275,10 @@ class Language(Subject):
         *,
         whole: bool = False,
     ) -> dict[str, float]:
-        """Returns the measures of an adapter, or of the weights alone: ``loss`` per completion
-        token.
+        """Returns the measures of an adapter, or of the weights alone if ``lora`` is None.
 
-        With ``whole``, they include measures that need separate programs: ``accuracy`` if there are
-        choices.
+        They are the ``loss`` per completion token and, with ``whole``, measures that need separate
+        programs: the ``accuracy`` if there are choices.
         """
         model = assembly.eval_model
         mesh = distributed.unless_single(assembly.mesh)

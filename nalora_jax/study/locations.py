@@ -37,8 +37,8 @@ def located(config: RunConfig, folder: Path) -> RunConfig:
 
 def locate_dataset(dataset: str, folder: Path) -> str:
     """Returns the text of a data set or a mixture with `located_from` applied to each part."""
-    several = components(dataset)
-    if len(several) == 1 and several[0][1] == 1:
+    several = components(dataset)  # (name, weight) of each part
+    if len(several) == 1 and several[0][1] == 1:  # no mixture
         return located_from(dataset, folder)
     return ",".join(
         f"{located_from(name, folder)}*{weight:g}" for name, weight in several
@@ -46,7 +46,9 @@ def locate_dataset(dataset: str, folder: Path) -> str:
 
 
 def located_from(text: str, folder: Path, *, is_model: bool = False) -> str:
-    """Returns a path relative to ``folder`` as seen from the current folder; other names unchanged.
+    """Returns a path relative to ``folder`` as seen from the current folder.
+
+    Other names, such as a hub id, are returned unchanged.
 
     A text is a path if the file exists in ``folder``, or a folder whose name has a slash, or if it
     ends like a data file. A model may be a folder of any name.

@@ -22,6 +22,7 @@ _COLOURS = (*mpl.color_sequences["tab10"], *mpl.color_sequences["Dark2"])
 _MARKERS = "osD^vP*X"
 _COLUMNS = 4  # panels in a row of a picture
 _ROWS = 12  # comparisons in a picture
+_LOSS_RANGE = 0.5  # nats above a method's best loss that a picture of the rates shows
 _VISIBLE = 0.01  # least spread of the methods' lines, as a share of their values
 
 Line = list[tuple[float, float]]  # of a method
@@ -30,9 +31,9 @@ Line = list[tuple[float, float]]  # of a method
 class Panels(NamedTuple):
     """A picture with a panel for each task and model."""
 
-    points: Callable[[analysis.MethodResult], Line]
+    points: Callable[[analysis.MethodResult], Line]  # of a method
     xlabel: str
-    ylabel: str
+    ylabel: str  # "{cost}" stands for the metric's label
     visible: Callable[[list[Line]], bool] = bool  # False: no line could be seen
     style: Mapping[str, Any] = {"linewidth": 1.2}
     scale: Callable[[Any, list[Line]], None] | None = None  # of the axes
@@ -64,9 +65,9 @@ def _primary_by_task(
 ) -> list[analysis.MethodComparison]:
     """Returns the comparisons by the primary metric, in the order of the tasks."""
     compared = analysis.comparisons(protocol, cell_results)
-    primary = [each for each in compared if each.measure.kind == "primary"]
+    primary = [pair for pair in compared if pair.measure.kind == "primary"]
     tasks = list(protocol.tasks)
-    return sorted(primary, key=lambda each: tasks.index(each.cell.task))
+    return sorted(primary, key=lambda pair: tasks.index(pair.cell.task))
 
 
 def _grid(
@@ -75,8 +76,17 @@ def _grid(
     cell_results: Sequence[analysis.MethodResult],
     marks: dict[str, Any],
 ) -> str:
-    """Draws a panel per model and task, up to four in a row, with one legend; "" if no line is
-    visible."""
+    """Returns the SVG text of a picture with a panel per task and model, and one legend.
+
+    Args:
+      name: file name of the picture.
+      panels: what it shows.
+      cell_results: results of all methods.
+      marks: from `_marks`.
+
+    Returns:
+      SVG text, or "" if no line is visible.
+    """
     groups = analysis.by_task(cell_results)
     columns = min(len(groups), _COLUMNS)
     rows = math.ceil(len(groups) / columns)
@@ -120,7 +130,10 @@ def _grid(
 
 
 def _marks(protocol: Protocol) -> dict[str, dict[str, Any]]:
-    """Returns colour and marker of each method: no two methods share both."""
+    """Returns Matplotlib's options for colour and marker of each method.
+
+    No two methods share both. A permutation control has the colour of its method, lighter.
+    """
     methods = [
         name for name, method in protocol.methods.items() if not method.placebo_of
     ]
@@ -148,12 +161,14 @@ def _by_rate(result: analysis.MethodResult) -> Line:
 
 
 def _scale_rates(axis: Any, lines: list[Line]) -> None:
-    """Sets a logarithmic axis with a tick at each rate; cuts off losses 0.5 above a method's best
-    one."""
+    """Sets a logarithmic axis with a tick at each learning rate, and the range of losses.
+
+    The range leaves out losses more than `_LOSS_RANGE` above a method's best one.
+    """
     rates = set()
     shown = []
     for line in lines:
-        limit = min(loss for _, loss in line) + 0.5
+        limit = min(loss for _, loss in line) + _LOSS_RANGE
         for rate, loss in line:
             rates.add(rate)
             shown.append(min(loss, limit))
@@ -163,8 +178,8 @@ def _scale_rates(axis: Any, lines: list[Line]) -> None:
     axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks], rotation=30, fontsize=8)
     low = min(shown)
     high = max(shown)
-    space = 0.05 * (high - low)
-    axis.set_ylim(low - space - 1e-4, high + space + 1e-4)
+    space = 0.05 * (high - low) + 1e-4  # above 0, also for equal losses
+    axis.set_ylim(low - space, high + space)
 
 
 def _mean_curve(curves: Sequence[Mapping[int, float | None]]) -> Line:
@@ -213,8 +228,8 @@ def _importances(result: analysis.MethodResult) -> Line:
 
 
 def _is_spread(lines: list[Line]) -> bool:
-    """Returns True if the lines are not all the same."""
-    widest = 0.0
+    """Returns True if the lines differ visibly at some step."""
+    widest = 0.0  # largest difference between two methods at one step
     for points in zip(*lines, strict=False):
         values = [value for _, value in points]
         widest = max(widest, max(values) - min(values))
@@ -244,13 +259,17 @@ _PANELS = {
 def _differences(
     protocol: Protocol, compared: Sequence[analysis.MethodComparison]
 ) -> str:
-    """Draws paired differences with intervals, a line per comparison, and the margin."""
+    """Returns the SVG text of paired differences, "" without any.
+
+    It has a row per comparison with the mean difference, its interval, and the margin in grey.
+    """
     if not compared:
         return ""
     figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(compared)), layout="constrained")
     axis = figure.subplots()
     axis.axvline(0, color="#888888", linewidth=0.8)
     margins = [max(comparison.paired.margin, 0.0) for comparison in compared]
+    # The grey area has steps: each margin at the upper and the lower edge of its row.
     right = np.repeat(margins, 2)
     borders = np.arange(len(compared) + 1) - 0.5  # between rows
     edges = np.repeat(borders, 2)[1:-1]

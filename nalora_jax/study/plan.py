@@ -41,11 +41,10 @@ COSTS = ("loss", "divergence")  # measures of which less is better
 
 
 def others_of(metric: str) -> list[str]:
-    """Returns the measures other than the metric; the loss of a run with rewards is 1 minus the
-    reward."""
+    """Returns the names of all measures other than the metric."""
     excluded = {metric}
     if metric == "reward":
-        excluded.add("loss")
+        excluded.add("loss")  # 1 minus the reward
     return [name for name in MEASURES if name not in excluded]
 
 
@@ -72,8 +71,10 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Returns the settings of the run, with those of an adapter that it starts from; paths are
-        from here."""
+        """Returns the settings of the run, with paths relative to the current folder.
+
+        If the run starts from an adapter, they include the adapter's settings.
+        """
         settings = located(self._settings, self.protocol.folder)
         if settings.adapter:
             path = settings.adapter
@@ -86,6 +87,7 @@ class Run:
 
     @property
     def _settings(self) -> RunConfig:
+        """Returns the settings of the run as the protocol gives them."""
         return self.protocol.config(*self.cell, self.rate, self.seed)
 
     @cached_property
@@ -113,6 +115,7 @@ class Run:
         return _hash([self.stage, *self.cell, self.multiple, self.config_hash])
 
     def __str__(self) -> str:
+        """Returns the run's stage, cell, rate and seed as text for messages."""
         place = f"{self.stage} {' '.join(self.cell)}"
         rate = f"rate {self.rate:g}"
         if self.multiple != 1:
@@ -149,7 +152,11 @@ class Tuning:
 
 
 def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tuning:
-    """Returns the grid of ``cell``, extended as the records require."""
+    """Returns the grid of ``cell``, extended as the records require.
+
+    While the best rate of a complete grid is at one of its ends, a rate is added there, up to
+    ``protocol.extend`` rates at each end.
+    """
     rates = [rounded_rate(rate) for rate in protocol.rates]
     added = {"low": 0, "high": 0}
     while True:
@@ -168,6 +175,7 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
         if added[end] == protocol.extend:
             return replace(grid, at_edge=True)
         added[end] += 1
+        # continues with the ratio of the two rates at that end
         rates.append(rounded_rate(grid.chosen**2 / neighbour))
         rates.sort()
 
@@ -235,6 +243,7 @@ def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
             tests += test_runs(protocol, cell, grid.chosen)
 
     def by_seed(run: Run) -> tuple[Any, ...]:
+        """Returns the key by which runs are sorted."""
         return (
             order_of_seeds.index(run.seed),
             run.cell.model,
@@ -255,8 +264,10 @@ def pending(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
 def _mean_cost(
     protocol: Protocol, cell: Cell, rate: float, records: Mapping[str, Record]
 ) -> float | None:
-    """Returns the mean over the tuning seeds: infinite if a run diverged, None if one is
-    missing."""
+    """Returns the mean cost of a rate over the tuning seeds.
+
+    It is infinite if a run diverged, and None if a run is missing.
+    """
     runs = tuning_runs(protocol, cell, [rate])
     finished = [records[run.id] for run in runs if run.id in records]
     if len(finished) < len(runs):
@@ -281,4 +292,5 @@ def _changed_settings(settings: Any, defaults: Any) -> Any:
 
 
 def _hash(value: Any) -> str:
+    """Returns 16 digits of the SHA-256 of a value as JSON."""
     return json_digest(value, sort_keys=True, default=asdict)[:16]

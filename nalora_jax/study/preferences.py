@@ -37,6 +37,7 @@ class Preferences(Language):
         shape = inputs.stream_shape(replace(config, seed=0))
 
         def pack() -> Any:
+            """Returns the packed pairs of the training split."""
             source, _ = sources.open_pair(config.data)
             return preference.pair_data(
                 source, config.data, config.preference, tokenizer, **shape
@@ -53,12 +54,13 @@ class Preferences(Language):
         return fingerprint.rsplit(":", 1)[0]  # without the seed
 
     def items(self, config: RunConfig, data: DataConfig) -> Items:
-        """Returns tokenized pairs; their digest is of the ids of both completions with their
-        prompts."""
+        """Returns tokenized held-out pairs, at most ``data.eval_limit``, drawn by a fixed seed.
+
+        Their digest is of the ids of both completions with their prompts.
+        """
         _, records = sources.open_pair(data)
-        indices = np.sort(
-            packing.permutation(len(records), _SEED)[: data.eval_limit or None]
-        ).tolist()
+        drawn = packing.permutation(len(records), _SEED)[: data.eval_limit or None]
+        indices = np.sort(drawn).tolist()
         tokenizer = self.model(config).tokenizer
         pairs = tuple(
             preference.tokenize_pairs(
@@ -76,15 +78,16 @@ class Preferences(Language):
         *,
         whole: bool = False,
     ) -> dict[str, float]:
-        """Returns ``loss`` per pair, and ``accuracy``: the share of pairs whose chosen completion
-        wins.
+        """Returns ``loss`` per pair and ``accuracy``.
 
+        The accuracy is the share of pairs whose chosen completion has the larger reward.
         Completions of a probe have the measures of `Language`.
         """
         if isinstance(items, LanguageItems):
             return super().measure(items, assembly, params, lora, whole=whole)
 
-        def make() -> PreferenceEvaluator:  # it scores the reference once
+        def make() -> PreferenceEvaluator:
+            """Returns the evaluator of these items, which scores the base once."""
             tokenizer = self.model(items.config).tokenizer
             mesh = distributed.unless_single(assembly.mesh)
             settings = items.config.preference

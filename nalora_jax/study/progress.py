@@ -45,9 +45,16 @@ _LOGGED = (
 
 
 class RunInProgress:
-    """A run in progress, and the hooks of its training loop."""
+    """A run in progress, and the hooks of its training loop.
+
+    Args:
+      run: on the mesh of `Resources.placed`.
+      resources: models, data and programs of this process.
+      snapshot: file with the state at its last evaluation.
+    """
 
     def __init__(self, run: Run, resources: Resources, snapshot: Path) -> None:
+        """Loads the run's model, data and items, without training."""
         self.run = run
         self.resources = resources
         self.snapshot = snapshot
@@ -80,8 +87,11 @@ class RunInProgress:
         }
 
     def begin(self) -> Follower:
-        """Returns the actions after each step, from the snapshot's state and step if there is
-        one."""
+        """Returns the actions after each step, with the state to start from.
+
+        It is the snapshot's state and step if there is one, or the initial state, in which case
+        the base is measured.
+        """
         state = self.resources.start(self.run, self.data)
         self.parameters = trees.count_elements(state.lora)
         state, self._start = self._resumed(state)
@@ -102,8 +112,11 @@ class RunInProgress:
         return batches
 
     def train(self) -> TrainState | None:
-        """Trains all steps, resuming from the snapshot if there is one; returns None if the run
-        diverged."""
+        """Trains all steps, resuming from the snapshot if there is one.
+
+        Returns:
+          The final state, or None if the run diverged.
+        """
         assembly = self.assembly
         params = self.assembly.view(self.params)
         step = self.subject.step(self.run.config, assembly, self.data)
@@ -120,22 +133,24 @@ class RunInProgress:
             self.training_seconds += time.perf_counter() - began
 
     def record(self, state: TrainState | None) -> Record:
-        """Measures the trained state (None: the run diverged), and returns the record without
-        times."""
+        """Measures the trained state, and returns the record without times.
+
+        ``state`` is None if the run diverged, which also counts if a final loss is not finite.
+        """
         run = self.run
         measured = {}
-        finite = False
+        diverged = True
         if state is not None:
             measured = self._measure_all(state)
-            finite = math.isfinite(measured["validation"]["loss"])
-            if "test" in measured:
-                finite = finite and math.isfinite(measured["test"]["loss"])
+            sets = measured.keys() & {"validation", "test"}
+            losses = [measured[name]["loss"] for name in sets]
+            diverged = not all(map(math.isfinite, losses))
         peaks = peak_memory()
         return {
             **self.described,
             "rate": run.rate,
             "multiple": run.multiple,
-            "diverged": not finite,
+            "diverged": diverged,
             "validation": {"loss": None},
             **measured,
             "curve": self.curve,
@@ -152,10 +167,14 @@ class RunInProgress:
         }
 
     def _measure_all(self, state: TrainState) -> dict[str, Any]:
-        """Returns the final measures, for a test run including test items and probes."""
+        """Returns the final measures by set of items.
+
+        For a test run they include the test items, and ``probes`` by name with the loss of the base
+        (``before``).
+        """
         final: dict[str, Any] = {}
         for name, items in self.items.items():
-            if name == "validation":
+            if name == "validation":  # measured after the last step
                 values = dict(self.curve[-1])
                 del values["step"]
                 final[name] = values | {"n": items.count}
@@ -239,6 +258,7 @@ class RunInProgress:
         return state, int(notes["step"])
 
     def _measure(self, lora: Any, name: str, *, whole: bool = False) -> Any:
+        """Returns the measures of adapters on the items ``name``; see `Language.measure`."""
         items = self.items[name]
         return self.subject.measure(
             items, self.assembly, self.params, lora, whole=whole

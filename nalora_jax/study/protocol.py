@@ -192,7 +192,11 @@ class Protocol:
         return self.config(self.models[0], task, method, self.rates[0], 0)
 
     def _compose(self, task: str, method: str) -> RunConfig:
-        """Returns the settings of a method on a task, from those of [run], task and method."""
+        """Returns the settings of a method on a task: those of [run], the task and the method.
+
+        Raises:
+          NaloraError: a setting is unknown or out of range, or the task is a chat with images.
+        """
         chosen = self.tasks[task]
         base = RunConfig().without_mechanisms()
         common = structured(RunConfig, self.run, "[run] ", base=base)
@@ -269,7 +273,10 @@ Requirement = tuple[str, bool, str, object]
 
 
 def _requirements(p: Protocol) -> Iterator[Requirement]:
-    """Yields the requirements for consistent values and for settings in range, in order."""
+    """Yields the requirements of the protocol ``p``, in order.
+
+    The caller raises an error for the first that is not met, so that later ones may rely on it.
+    """
     check_ranges(p, "")
     for name in ("models", "tasks", "methods", "rates", "tuning_seeds", "test_seeds"):
         value = getattr(p, name)
@@ -323,6 +330,7 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
 def _method_requirements(
     p: Protocol, name: str, method: Method
 ) -> Iterator[Requirement]:
+    """Yields the requirements of one method of the protocol ``p``."""
     where = f"[methods.{name}]"
     exists = method.placebo_of in ("", *p.methods) and method.placebo_of != name
     yield f"{where} placebo_of", exists, "another method", method.placebo_of
@@ -335,6 +343,7 @@ def _method_requirements(
 
 
 def _task_requirements(p: Protocol, name: str, task: Task) -> Iterator[Requirement]:
+    """Yields the requirements of one task of the protocol ``p``."""
     check_ranges(task, f"[tasks.{name}] ")
     where = f"[tasks.{name}] accuracy_items"
     count = task.accuracy_items

@@ -87,6 +87,7 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
 
 
 def _module_of(definition: Any) -> str:
+    """Returns the name of the module that defines a class or function, also of a partial one."""
     while isinstance(definition, functools.partial):
         definition = definition.func
     # NumPy's ufuncs name no module.
@@ -140,12 +141,13 @@ def _check_agreement(records: Mapping[str, Record], field: str) -> None:
       NaloraError: two records differ.
     """
     meaning, group = _SHARED[field]
+    # By the group's values and the name of the items: the first record that has a digest, and it.
     first: dict[tuple[Any, ...], tuple[str, Any]] = {}
     for name, record in records.items():
         place = {key: record.get(key) for key in group}
         values = record.get(field)
         if field != "items" or not isinstance(values, Mapping):
-            values = {"": values}
+            values = {"": values}  # items have several digests by name
         for item, digest in values.items():
             if digest is None:
                 continue
@@ -154,9 +156,13 @@ def _check_agreement(records: Mapping[str, Record], field: str) -> None:
             if digest != known:
                 where = f"records {other} and {name}: {field} {item}".rstrip()
                 shared = ", ".join(f"{kind} {value}" for kind, value in place.items())
-                expected = f"the same for {shared}: {known}"
                 remedy = f"the {meaning} changed between the runs: restore it, or begin a new study"
-                raise NaloraError(where, expected=expected, found=digest, remedy=remedy)
+                raise NaloraError(
+                    where,
+                    expected=f"the same for {shared}: {known}",
+                    found=digest,
+                    remedy=remedy,
+                )
 
 
 # ---------------------------------------------------------------- a protocol that was fixed before

@@ -37,6 +37,7 @@ from nalora_jax.evaluate.run_log import read_metrics, to_json
 FILE = "records.jsonl"
 TESTS = "tests.jsonl"
 CLAIMS = ".runs"
+_LARGEST = 1e300  # limit of numbers; JSON's integers may exceed a float
 
 Record = dict[str, Any]
 _Row = dict[str, float | None]
@@ -82,8 +83,9 @@ class Records:
         self.tests_path = self.folder / TESTS
 
     def read(self) -> dict[str, Record]:
-        """Returns the records by the id of their run, in the file's order, without an incomplete
-        last line.
+        """Returns the records by the id of their run, in the file's order.
+
+        An incomplete last line is left out.
 
         Raises:
           NaloraError: a line is not a JSON object, or two records have the same id.
@@ -148,7 +150,11 @@ class Records:
         self._append(self.tests_path, entry)
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
-        """Adds a line atomically, under a lock and after removing an incomplete line."""
+        """Adds a line to a file under a lock, after removing an incomplete last line.
+
+        Raises:
+          NaloraError: the line cannot be written.
+        """
         content = (json.dumps(exact_values(line), allow_nan=False) + "\n").encode()
         try:
             with (
@@ -156,7 +162,9 @@ class Records:
                 open_unlinked(path, "ab+") as file,
             ):
                 file.seek(0)
-                file.seek(file.read().rfind(b"\n") + 1)
+                file.seek(
+                    file.read().rfind(b"\n") + 1
+                )  # the end of the last whole line
                 file.truncate()
                 file.write(content)
                 file.flush()
@@ -186,6 +194,7 @@ class Records:
             return free is None
 
     def _claims(self) -> Path:
+        """Returns the folder of claims and snapshots; creates it if missing."""
         return make_unlinked_folder(self.folder / CLAIMS)
 
 
@@ -241,15 +250,14 @@ def _check_fields(record: Mapping[str, Any], where: str) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    """Returns True if parsed JSON has no NaN, no infinity and, in place of a number, no true or
-    false."""
+    """Returns True if all numbers in parsed JSON are finite, and no value is true or false."""
     if isinstance(value, dict):
         return all(map(_is_finite, value.values()))
     if isinstance(value, list):
         return all(map(_is_finite, value))
-    return not isinstance(value, bool) and (
-        not isinstance(value, int | float) or abs(value) < 1e300
-    )
+    if isinstance(value, bool):
+        return False
+    return not isinstance(value, int | float) or abs(value) < _LARGEST
 
 
 # ---------------------------------------------------------------- snapshots
@@ -262,7 +270,11 @@ _DIGEST = 64  # hexadecimal digits of a sha256, at the start of the file
 def write_snapshot(
     path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]
 ) -> None:
-    """Replaces the file atomically; raises as `write_atomically`, and an earlier snapshot stays."""
+    """Replaces the snapshot of a run in one step: its arrays by name, and ``notes`` of JSON types.
+
+    The file starts with the digest of the rest. It raises as `write_atomically`; an earlier
+    snapshot then stays.
+    """
     buffer = io.BytesIO()
     entries: dict[str, Any] = {f"array/{name}": value for name, value in arrays.items()}
     np.savez(buffer, notes=np.array(json.dumps(notes)), **entries)
@@ -271,7 +283,10 @@ def write_snapshot(
 
 
 def read_snapshot(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """Returns arrays and notes; None if there is no file, or with a warning if it is damaged."""
+    """Returns the arrays and notes of `write_snapshot`; None if there is no file.
+
+    It is also None, with a warning, if the file is damaged.
+    """
     if not path.exists():
         return None
     content = path.read_bytes()

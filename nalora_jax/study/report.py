@@ -109,6 +109,7 @@ def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
     """Returns all tables as one Markdown document, by the template ``results.md.j2``."""
     tables = _Tables(protocol, records)
     compared = tables.compared
+    # Number of comparisons with the baseline (True) and with permutation controls (False).
     families = {c.other == protocol.baseline: c.family for c in compared}
     skewed = []
     primary = []
@@ -182,16 +183,21 @@ def _unit(protocol: Protocol) -> str:
 
 
 class _Tables:
-    """The tables of a study's results; of a task and model, heads and rows."""
+    """The tables of a study's results.
+
+    Methods with the argument ``group`` return heads and rows of a task and model, for `by_place`.
+    Other methods return Markdown.
+    """
 
     def __init__(self, protocol: Protocol, records: Mapping[str, Record]) -> None:
+        """Computes the results of all cells and the comparisons of all methods."""
         self._protocol = protocol
         self._records = records
         self._results = analysis.results(protocol, records)
         self.compared = analysis.comparisons(protocol, self._results)
 
     def by_place(self, table: Callable[[Group], Table]) -> str:
-        """Returns the table of each task and model that has rows."""
+        """Returns the table of each task and model, with a heading; without tables of no row."""
         tables = []
         for (task, model), group in analysis.by_task(self._results).items():
             heads, rows = table(group)
@@ -200,7 +206,7 @@ class _Tables:
         return "\n\n".join(tables)
 
     def runs(self) -> str:
-        """Returns the table of runs, files and devices."""
+        """Returns the table of the study's runs, files and devices, without empty rows."""
         protocol = self._protocol
         records = self._records
         spent = f"{hours(records):.1f}"
@@ -233,7 +239,8 @@ class _Tables:
             label = "records without digests of base, data and rules"
             rows[label] = f"{old} (made by an earlier version)"
         rows["devices"] = self._distinct("device")
-        return markdown_table(["", ""], [row for row in rows.items() if row[1]])
+        filled = [(label, value) for label, value in rows.items() if value]
+        return markdown_table(["", ""], filled)
 
     def _tests_not_done(self) -> str:
         """Returns the tests at chosen rates without a record."""
@@ -249,7 +256,7 @@ class _Tables:
         return "; ".join(tests)
 
     def _distinct(self, name: str, length: int = 200) -> str:
-        """Returns the first ``length`` characters of all values of a field."""
+        """Returns the different values of a field of the records, cut to ``length`` characters."""
         values = set()
         for record in self._records.values():
             if record.get(name):
@@ -257,7 +264,7 @@ class _Tables:
         return ", ".join(sorted(values))
 
     def methods(self) -> str:
-        """Returns the methods with their settings."""
+        """Returns the table of methods with their settings."""
         heads = ["method", "description", "settings", "placebo of"]
         rows = []
         for name, method in self._protocol.methods.items():
@@ -279,7 +286,7 @@ class _Tables:
         return markdown_table(heads, rows)
 
     def learning_rates(self, group: Group) -> Table:
-        """Returns the costs by which each method's rate was chosen."""
+        """Returns the costs by which each method's learning rate was chosen, a column per rate."""
         all_rates: set[float] = set()
         for result in group:
             all_rates.update(result.tuning.rates)
@@ -297,8 +304,10 @@ class _Tables:
         return heads, rows
 
     def common_rates(self, group: Group) -> Table:
-        """Returns the differences from the baseline at each learning rate that both were tuned
-        at."""
+        """Returns the differences from the baseline, a column per learning rate.
+
+        The rates are those at which a method and the baseline were tuned.
+        """
         by_method = {result.cell.method: result for result in group}
         baseline = by_method.pop(self._protocol.baseline)
         differences = {}
@@ -323,7 +332,7 @@ class _Tables:
         return heads, rows
 
     def tests(self, group: Group) -> Table:
-        """Returns the measures at the chosen rates."""
+        """Returns each method's measures of the test items at its chosen learning rate."""
         metric = self._protocol.metric
         names = analysis.other_measured(metric, group)
         heads = [
@@ -370,7 +379,10 @@ class _Tables:
         return ["method", *names], rows
 
     def brief(self, kind: str, lead: str) -> str:
-        """Returns the comparisons of one kind of measure with intervals; "" without any."""
+        """Returns the comparisons by one kind of measure (`analysis.Measure`); "" without any.
+
+        ``lead`` is the head of the first column, the measure's label.
+        """
         rows = []
         for comparison in self.compared:
             if comparison.measure.kind == kind:
@@ -378,47 +390,48 @@ class _Tables:
         return _table_of([lead, *_BRIEF], rows)
 
     def _brief_row(self, comparison: analysis.MethodComparison) -> list[str]:
-        p = comparison.paired
+        """Returns the cells of the columns `_BRIEF`."""
+        statistics = comparison.paired
         cell = comparison.cell
         task = cell.task
         if len(self._protocol.models) > 1:
             task += f" ({cell.model})"
         interval = "-"
-        if p.n > 1:
-            interval = f"{signed(p.low)} to {signed(p.high)}"
+        if statistics.n > 1:
+            interval = f"{signed(statistics.low)} to {signed(statistics.high)}"
         return [
             cell.method,
             comparison.other,
             task,
-            str(p.n),
-            signed(p.mean),
+            str(statistics.n),
+            signed(statistics.mean),
             interval,
-            f"{p.better}/{p.n}",
-            p_value(p.t_p, comparison.t_holm),
+            f"{statistics.better}/{statistics.n}",
+            p_value(statistics.t_p, comparison.t_holm),
         ]
 
     def primary_row(self, comparison: analysis.MethodComparison) -> list[str]:
-        """Returns all statistics of a comparison by the primary metric."""
-        p = comparison.paired
+        """Returns the cells of the columns `_PRIMARY`: all statistics of a comparison."""
+        statistics = comparison.paired
         margin = "-"
         needed = "-"
-        if p.margin > 0:
+        if statistics.margin > 0:
             share = "no gain"
             if comparison.gain > 0:
-                share = f"{p.margin / comparison.gain:.1%}"
-            margin = f"{p.margin:.3g} ({share})"
-            if p.n > 1:
-                needed = str(p.seeds_needed or "over 10,000")
+                share = f"{statistics.margin / comparison.gain:.1%}"
+            margin = f"{statistics.margin:.3g} ({share})"
+            if statistics.n > 1:
+                needed = str(statistics.seeds_needed or "over 10,000")
         equivalent = "no"
-        if p.equivalent:
+        if statistics.equivalent:
             equivalent = "yes"
         return [
             *self._brief_row(comparison),
-            p_value(p.wilcoxon_p, comparison.wilcoxon_holm),
-            number(p.sign_p, 3),
-            number(p.effect, 2),
+            p_value(statistics.wilcoxon_p, comparison.wilcoxon_holm),
+            number(statistics.sign_p, 3),
+            number(statistics.effect, 2),
             equivalent,
-            number(p.deviation),
+            number(statistics.deviation),
             needed,
             margin,
         ]
@@ -428,7 +441,7 @@ class _Tables:
 
 
 def _commits(tests: Sequence[Record]) -> str:
-    """Returns the commits of the protocol at its tests."""
+    """Returns the commits of the protocol under which the tests were made, as text for a cell."""
     if not tests:
         return "not yet tested"
     commits = set()
@@ -483,6 +496,7 @@ def _difference(common: tuple[float, float | None] | None) -> str:
 
 
 def _test_row(result: analysis.MethodResult, names: Sequence[str]) -> list[str]:
+    """Returns a method's row of `_Tables.tests`; ``names`` are measures other than the metric."""
     losses = result.losses()
     finite = list(result.finite().values())
     tests = list(result.tests.values())
@@ -528,7 +542,7 @@ def signed(value: float) -> str:
 
 
 def p_value(p: float, corrected: float) -> str:
-    """Returns a p-value, with its corrected value in brackets.
+    """Returns a p-value, with its corrected value in brackets; "-" if it is undefined.
 
     Example:
       >>> p_value(0.0313, 0.5625), p_value(0.00002, 0.0004)
@@ -549,7 +563,10 @@ def p_value(p: float, corrected: float) -> str:
 
 
 def status(protocol: Protocol) -> str:
-    """Returns the numbers of runs, the time spent and estimated, and the chosen learning rates.
+    """Returns the progress of a study as text.
+
+    It has the numbers of runs, the time spent and estimated, and each cell's learning rates with
+    their costs.
 
     Raises:
       NaloraError: records or protocol were changed (`checked_records`).
@@ -563,6 +580,7 @@ def status(protocol: Protocol) -> str:
     left = [run for run in runs if run.id not in records]
     busy = sum(store.claimed(run.id) for run in left)
     untuned = sum(grid.chosen is None for grid in grids.values())
+    # tests that are not in ``runs`` yet
     later = untuned * len(protocol.test_seeds) * len(protocol.test_multiples)
     spent = hours(records)
     done = len(runs) - len(left)

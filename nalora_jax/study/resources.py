@@ -44,10 +44,10 @@ class Resources(language.Subject):
         return self.once(subject, subject)
 
     def fitting(self, run: plan.Run) -> Fitting | None:
-        """Returns the mesh of programs of several runs, and how many fit; None if runs train one at
-        a time.
+        """Returns the mesh of a program of several runs, and how many runs fit in it.
 
-        It is the same for all runs of a model, so that each model is loaded once.
+        It is None if runs train one at a time, and the same for all runs of a model, so that each
+        model is loaded once.
         """
         alone = self._together == 1 or self.protocol.several_meshes
         if alone or not subject_of(run.config).trains_together:
@@ -55,6 +55,7 @@ class Resources(language.Subject):
         return self.once(("fitting", run.cell.model), lambda: self._fitting(run.config))
 
     def _fitting(self, config: RunConfig) -> Fitting:
+        """Returns the fitting of the largest stage of a cell, within the requested size."""
         protocol = self.protocol
         base = self.subject(config).architecture(config)
         tests = len(protocol.test_seeds) * len(protocol.test_multiples)
@@ -108,7 +109,7 @@ class Resources(language.Subject):
         return state._replace(opt_state=opt_state)
 
     def validation_items(self, run: plan.Run) -> Any:
-        """Returns the items that choose the learning rate."""
+        """Returns the held-out items by whose loss the learning rate is chosen."""
         return self._draw(run.config, run.config.data)
 
     def test_items(self, run: plan.Run) -> Any:
@@ -156,6 +157,10 @@ class Resources(language.Subject):
         )
 
     def _draw(self, config: RunConfig, data: DataConfig, kind: str = "items") -> Any:
+        """Returns items of the model's subject, drawn once.
+
+        ``kind`` is the method that draws them: "items" of the task, or "probe" of other data.
+        """
         draw = getattr(self.subject(config), kind)
         key = kind, config.model, config.compute, data, config.vision
         return self.once(key, lambda: draw(config, data))

@@ -59,8 +59,10 @@ class Rewards(Language):
         return fingerprint.split(":", 1)[0]  # without the seed
 
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
-        """Returns the step with rollouts; no group is stored, since a run resumes from its
-        evaluations."""
+        """Returns the step with rollouts.
+
+        It stores no group of samples, since a run resumes from its evaluations.
+        """
         return kind.RolloutStep(config, self.model(config), assembly, data, None)
 
     def items(self, config: RunConfig, data: DataConfig) -> Items:
@@ -104,6 +106,12 @@ class Rewards(Language):
     def _sampled(
         self, items: Items, assembly: Assembly, params: Any, lora: Any
     ) -> dict[str, float]:
+        """Draws 8 samples of each prompt, and returns ``pass_1``, ``pass_8`` and ``divergence``.
+
+        The divergence is the mean over tokens of ``exp(r) - r - 1``, with r the log-ratio of the
+        base to the policy: an estimate of KL(policy, base) that is never negative (Schulman, 2020,
+        "Approximating KL divergence").
+        """
         config = items.config
         loaded = self.model(items.config)
         prompts = items.asked
@@ -113,9 +121,11 @@ class Rewards(Language):
         count = len(prompts)
         parts = assembly.eval_model, assembly.params, loaded.tokenizer
         samples = Sampler(drawn, *parts, mesh, count, _SEED, longest)(lora, 0, prompts)
+        # [prompts * samples] -> [prompts, samples]
         rewards = kind.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
+        # prompt and completion, rounded up to a multiple of 8
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
-        ids: list[Any] = []
+        ids: list[Any] = []  # of each sample's prompt
         for prompt in prompts:
             ids += [prompt.ids] * _DRAWN
         batch = sample_batch(ids, samples, length)
@@ -132,7 +142,7 @@ class Rewards(Language):
             placed = distributed.make_global_batch(rows, assembly.mesh, rows_axis=0)
             policy = scores(of_policy, lora, placed, of_base=False)
             reference = scores(of_base, lora, placed, of_base=True)
-            ratio = np.asarray(processes.fetch(reference - policy))
+            ratio = np.asarray(processes.fetch(reference - policy))  # [rows, tokens]
             by_token = np.expm1(ratio, dtype=np.float64) - ratio
             divergence += (by_token * rows["loss_weights"]).sum()
         tokens = batch["loss_weights"].sum()

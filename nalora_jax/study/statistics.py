@@ -58,7 +58,7 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
     second = np.asarray(other, np.float64)
     assert first.shape == second.shape == (first.size,)
     assert first.size
-    difference = first - second
+    difference = first - second  # [n]
     resolution = _RESOLUTION * float(max(np.abs(first).max(), np.abs(second).max()))
     difference[np.abs(difference) <= resolution] = 0.0
     n = difference.size
@@ -95,10 +95,10 @@ def t_test(difference: np.ndarray) -> float:
     n = difference.size
     if n < 2:
         return math.nan
-    error = float(difference.std(ddof=1)) / math.sqrt(n)
-    if error == 0:
+    standard_error = float(difference.std(ddof=1)) / math.sqrt(n)
+    if standard_error == 0:  # equal values: 1 if they are 0, and else 0
         return float(not difference.any())
-    statistic = abs(float(difference.mean())) / error
+    statistic = abs(float(difference.mean())) / standard_error
     return float(2 * stats.t.sf(statistic, n - 1))
 
 
@@ -119,22 +119,24 @@ def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
     nonzero = difference[np.abs(difference) > resolution]
     if not nonzero.size:
         return 1.0
-    # Mid-ranks are multiples of a half.
+    # Mid-ranks are multiples of a half, so twice the ranks are integers.
     doubled = np.rint(2 * _mid_ranks(np.abs(nonzero), resolution)).astype(int)
-    ways = np.ones(1)
+    # Probability of each sum of the positive ranks. Every rank is added or not, with probability
+    # 1/2 each: a convolution with 1/2 at 0 and 1/2 at the rank.
+    probabilities = np.ones(1)
     for rank in doubled:
-        ways = np.convolve(ways, np.bincount([0, rank]) / 2)
-    sums = np.arange(ways.size)
+        probabilities = np.convolve(probabilities, np.bincount([0, rank]) / 2)
+    sums = np.arange(probabilities.size)
     observed = doubled[nonzero > 0].sum()
     center = doubled.sum() / 2
-    extreme = np.abs(sums - center) >= abs(observed - center)
-    return float(min(1.0, ways[extreme].sum()))
+    is_extreme = np.abs(sums - center) >= abs(observed - center)
+    return float(min(1.0, probabilities[is_extreme].sum()))
 
 
 def _mid_ranks(values: np.ndarray, resolution: float) -> np.ndarray:
     """Returns ranks starting at 1; values within ``resolution`` of the next share a mean rank."""
     order = np.argsort(values)
-    groups = np.zeros(values.size, int)
+    groups = np.zeros(values.size, int)  # ties have the same number
     groups[order[1:]] = np.cumsum(np.diff(values[order]) > resolution)
     return np.asarray(stats.rankdata(groups), np.float64)
 
@@ -164,17 +166,18 @@ def seeds_needed(deviation: float, effect: float) -> int | None:
         return None
     if deviation == 0:
         return 2
-    normal = stats.norm.isf(_LEVEL / 2) + stats.norm.isf(1 - _POWER)
-    fewest = (normal * deviation / effect) ** 2  # with a known deviation
+    # With a known deviation a normal test is enough, which needs fewer pairs than the t test.
+    quantiles = stats.norm.isf(_LEVEL / 2) + stats.norm.isf(1 - _POWER)
+    fewest = (quantiles * deviation / effect) ** 2
     if fewest > _MOST_SEEDS:
         return None
     for n in range(max(2, int(fewest)), _MOST_SEEDS + 1):
+        # The statistic has a noncentral t distribution; the test rejects beyond both limits.
         limit = stats.t.ppf(1 - _LEVEL / 2, n - 1)
         shift = math.sqrt(n) * effect / deviation
-        reached = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(
-            -limit, n - 1, shift
-        )
-        if reached >= _POWER:
+        above = stats.nct.sf(limit, n - 1, shift)
+        below = stats.nct.cdf(-limit, n - 1, shift)
+        if above + below >= _POWER:
             return n
     return None
 
@@ -189,7 +192,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
       [0.03, 0.06, 0.06]
     """
     adjusted = [math.nan] * len(p_values)
-    running = 0.0
+    running = (
+        0.0  # largest adjusted p-value so far; a larger p-value's is at least as large
+    )
     defined = [index for index, p in enumerate(p_values) if math.isfinite(p)]
     ranked = sorted(defined, key=lambda index: p_values[index])
     for rank, index in enumerate(ranked):

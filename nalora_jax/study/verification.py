@@ -71,9 +71,11 @@ def verify_records(
     lines = []
     for run in random.Random(seed).sample(ours, min(count, len(ours))):
         with tempfile.TemporaryDirectory() as folder:
-            (made,) = perform_all([run], resources, [Path(folder) / "snapshot.npz"])
+            (performed,) = perform_all(
+                [run], resources, [Path(folder) / "snapshot.npz"]
+            )
         record = records[run.id]
-        repeated = exact_values(made)
+        repeated = exact_values(performed)
         _compare(run, record, repeated)
         for name in ("validation", "test"):
             if name in record:
@@ -90,7 +92,7 @@ def verify_records(
 
 
 def _compare(run: Run, record: Record, repeated: Record) -> None:
-    """Raises an error with the record's digests and measures that the repeated run differs in."""
+    """Raises a NaloraError if the repeated run has other digests or measures than its record."""
     differences: list[str] = []
     for name in _DIGESTS:
         if name in record:  # records of earlier versions have fewer digests
@@ -112,8 +114,10 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
 
 
 def _explained(record: Record, repeated: Record) -> str:
-    """Returns what else differs between a record and its repeated run, and how to repeat it
-    exactly."""
+    """Returns the remedy for a run that differs from its record.
+
+    It names what else differs (code, versions or device), and how to repeat the run exactly.
+    """
     others = [
         name
         for name in ("code", "versions", "device")
@@ -161,7 +165,11 @@ def _differences(
 
 
 def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
-    """Returns True if two values are equal within the tolerance of their place."""
+    """Returns True if two values are equal within the tolerance of their place.
+
+    Losses may differ by `TOLERANCE`, other numbers of a log step by 2%, and rates of right answers
+    by one of ``size`` items. Values other than numbers must be equal.
+    """
     if not isinstance(record, float) or not isinstance(repeated, int | float):
         return bool(record == repeated)
     if place.startswith("training") and not place.endswith(" loss"):

@@ -56,6 +56,8 @@ class Fitting:
         ):
             layout = layouts.fastest(layouts.fitting_sweep(config, base, where, count))
             return cls(layout, layout.together, base.d_model)
+        # Bytes of a device that may be used, of the base, and of a run. Without an estimate, a
+        # run of 1 byte makes the memory no limit.
         limit = _USABLE * device_memory()
         weights = 0.0
         run = 1.0
@@ -68,6 +70,7 @@ class Fitting:
         groups = max(mesh.run, 1)
         if experts:
             _check_experts(mesh)
+        # The base is split over fsdp and tensor, a run's state and activations over data, too.
         split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
         free = limit - weights / split
         fits = max(1, int(free / (run / max(mesh.data, 1) / split)))
@@ -87,17 +90,23 @@ class Fitting:
         return cls(layout, groups * per_group, width)
 
     def next(self, left: int) -> int:
-        """Returns the number of runs of the next program; programs have equal sizes."""
-        return math.ceil(left / math.ceil(left / self.capacity))
+        """Returns the number of runs of the next program, if ``left`` runs are left.
+
+        The remaining programs get about equally many runs.
+        """
+        programs = math.ceil(left / self.capacity)
+        return math.ceil(left / programs)
 
     def slots(self, count: int) -> int:
-        """Returns the length of the axis ``[runs]`` for ``count`` runs: a multiple of the
-        groups."""
+        """Returns the length of the axis ``[runs]`` for ``count`` runs.
+
+        It is ``count`` rounded up to a multiple of the number of groups of devices.
+        """
         groups = max(self.layout.run, 1)
         return math.ceil(count / groups) * groups
 
     def describe(self, count: int) -> str:
-        """Returns a text for the log."""
+        """Returns a line for the log about a program of ``count`` runs."""
         groups = max(self.layout.run, 1)
         each = self.slots(count) // groups
         return f"{count} runs in one program: {groups} group(s) of devices with {each} each"
@@ -107,9 +116,9 @@ def _check_experts(mesh: MeshConfig) -> None:
     """Raises a NaloraError if several groups of several devices each train a mixture of experts."""
     devices = distributed.platform_of().devices
     axes = (mesh.data, mesh.fsdp, mesh.tensor)
-    if mesh.run in (0, 1) or (
-        mesh.run == devices and max(axes) <= 1 and min(axes) >= 0
-    ):
+    is_one_group = mesh.run in (0, 1)
+    is_one_device_each = mesh.run == devices and max(axes) <= 1 and min(axes) >= 0
+    if is_one_group or is_one_device_each:
         return
     sizes = f"(data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor})"
     raise NaloraError(
@@ -126,7 +135,7 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     if remat == "auto":
         remat = "none"
     whole = estimates.Layout(1, 1, 1, remat, config.compute.experts)
-    # Bytes do not depend on the machine.
+    # Bytes do not depend on the machine, so any topology serves.
     layout = estimates.estimate(
         whole, config, *estimates.decoder_alone(config, base), topology("v5e:1x1")
     )
@@ -134,21 +143,27 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
 
 
 def _mesh(config: RunConfig, count: int, share: float, experts: bool) -> MeshConfig:
-    """Returns the mesh with a concrete axis "run".
+    """Returns the mesh with a concrete axis "run": the number of groups of devices.
 
-    Each run gets as few devices as hold the base, ``share`` of one device's memory, and the open
-    axes get the rest; a run of a mixture of experts gets one device or all. Without a choice every
-    axis stays as it is.
+    Each run gets as few devices as hold the base in half of their memory, and its axis fsdp gets
+    the devices that other axes leave. A run of a mixture of experts gets one device or all. A
+    concrete axis "run" stays, and with one device all axes are 1.
+
+    Args:
+      config: settings of the first run; axes of 0 are open.
+      count: number of runs.
+      share: bytes of the base as a share of one device's memory.
+      experts: the base is a mixture of experts.
     """
     mesh = config.mesh
     devices = distributed.platform_of().devices
-    if mesh.run or devices == 1:
-        if mesh.run:
-            return mesh
+    if mesh.run:
+        return mesh
+    if devices == 1:
         return replace(mesh, data=1, fsdp=1, tensor=1, run=1)
     rows = config.train.batch_size // config.train.accumulate
     fixed = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size > 0)
-    sizes = [
+    sizes = [  # possible numbers of devices of a run, ascending
         size
         for size in range(fixed, devices + 1, fixed)
         if devices % size == 0
@@ -158,7 +173,7 @@ def _mesh(config: RunConfig, count: int, share: float, experts: bool) -> MeshCon
     ]
     if not sizes:
         return replace(mesh, run=1)
-    # Groups without a run would be idle.
+    # The smallest size with at most as many groups as runs: groups without a run would be idle.
     size = next((size for size in sizes if devices // size <= count), sizes[-1])
     fsdp = mesh.fsdp
     if fsdp <= 0:

@@ -123,6 +123,7 @@ def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
 
 
 def _axis(text: str) -> Axis:
+    """Returns the setting and the values of one ``--sweep`` option; raises as `axes_of`."""
     name, equals, listed = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
     if not equals or not listed.strip():
@@ -149,10 +150,13 @@ def _axis(text: str) -> Axis:
 
 
 def _value(name: str, word: str, where: str) -> Any:
-    """Returns the value of a word, of the narrowest type that the setting takes."""
-    *others, last = _readings(
-        word, listed=isinstance(_setting(RunConfig(), name), tuple)
-    )
+    """Returns the value of a word, of the narrowest type that the setting takes.
+
+    Raises:
+      NaloraError: the setting takes none of its readings; ``where`` starts its message.
+    """
+    is_list = isinstance(_setting(RunConfig(), name), tuple)
+    *others, last = _readings(word, listed=is_list)
     for reading in others:
         with contextlib.suppress(NaloraError):
             return _setting(structured(RunConfig, _table({name: reading})), name)
@@ -160,7 +164,10 @@ def _value(name: str, word: str, where: str) -> Any:
 
 
 def _readings(word: str, *, listed: bool) -> list[Any]:
-    """Returns what a word may mean; entries of a list are joined by ``+``, numbers by ``/``."""
+    """Returns the values that a word may mean, of the narrowest type first.
+
+    With ``listed`` they are lists, whose texts are joined by ``+`` and whose numbers by ``/``.
+    """
     if listed:
         words = re.split(r"\+(?=[A-Za-z(^])", word)
         numbers = [_number(entry) for entry in word.split("/")]
@@ -172,6 +179,7 @@ def _readings(word: str, *, listed: bool) -> list[Any]:
 
 
 def _number(word: str) -> int | float | str:
+    """Returns a word as an integer, else as a float, else unchanged."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(word)
@@ -210,7 +218,7 @@ def _part(name: str, value: Any) -> str:
 
 
 def _label(entry: Any) -> str:
-    """Returns an entry of a list as text, of a group its values that are set."""
+    """Returns an entry of a list as text; a group of settings becomes its values that are set."""
     if not is_dataclass(entry):
         return str(entry)
     values = vars(entry).values()

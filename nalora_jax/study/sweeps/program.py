@@ -74,7 +74,7 @@ def batch_of(
 
 
 def _pad(numpy: Any, array: Any, shape: tuple[int, ...]) -> Any:
-    """Returns ``array`` with zeros up to ``shape``, by `numpy` or `jax.numpy`."""
+    """Returns ``array`` padded with zeros to ``shape``; ``numpy`` is `numpy` or `jax.numpy`."""
     if array.shape == shape:
         return array
     widths = []
@@ -84,9 +84,14 @@ def _pad(numpy: Any, array: Any, shape: tuple[int, ...]) -> Any:
 
 
 def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
-    """Returns the frozen weights of all runs and the axis ``[runs]`` of each array, 0 or None.
+    """Returns the frozen weights of all runs, and which of the arrays have an axis ``[runs]``.
 
-    Arrays that all runs share are not copied. Kernels that an initialization lowered differ by run.
+    Arrays that all runs share are not copied. Kernels differ by run if their initialization
+    subtracted the initial adapters. A tree that all runs share is returned with None.
+
+    Returns:
+      The weights, and a tree of the same structure with 0 for arrays ``[runs, ...]`` and None for
+      others.
     """
     if all(run is runs[0] for run in runs):
         return runs[0], None
@@ -98,6 +103,7 @@ def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
             differing.add(path)
 
     def join(path: str, leaf: jax.Array) -> jax.Array:
+        """Returns the array of all runs, padded to one shape and stacked if it differs."""
         if path not in differing:
             return leaf
         arrays = [jnp.asarray(tree[path]) for tree in flat]
@@ -132,6 +138,7 @@ class SweepProgram:
     def __init__(
         self, runs: Sequence[Assembly], width: int = 0, slots: int = 0
     ) -> None:
+        """Places weights and values on the mesh, and prepares the programs without compiling."""
         empty = max(0, slots - len(runs))
         runs = [*runs, *[runs[-1]] * empty]
         first = runs[0]
@@ -139,8 +146,11 @@ class SweepProgram:
         self.mesh = first.mesh
         self._spec = widest([run.spec for run in runs])
         self._shapes = common_shapes([run.state for run in runs])
-        shape_of = lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype)  # noqa: E731
-        padded = trees.map_named(shape_of, first.state)
+        padded = trees.map_named(
+            lambda path, leaf: jax.ShapeDtypeStruct(self._shapes[path], leaf.dtype),
+            first.state,
+        )
+        # Shardings of one run's state, and of the states of all runs.
         self._solo = sharding.shardings(padded, self.mesh, sharding.STATE_RULES)
         self._places = jax.tree.map(
             lambda place: stacked_sharding(self.mesh, place), self._solo
@@ -171,13 +181,16 @@ class SweepProgram:
         )
 
     def begin(self, states: Sequence[TrainState]) -> TrainState:
-        """Returns the states of all runs as one state with an axis ``[runs]``; all processes must
-        call it."""
+        """Returns the states of all runs as one state with an axis ``[runs]``.
+
+        All processes must call it.
+        """
         empty = len(self.runs) - len(states)
         filled = [*states, *[states[-1]] * empty]
         flat = [trees.flatten(jax.tree.map(processes.fetch, state)) for state in filled]
 
         def join(path: str, place: NamedSharding) -> jax.Array:
+            """Returns the array of all runs, padded to one shape and stacked."""
             arrays = [np.asarray(tree[path]) for tree in flat]
             shape = self._shapes[path]
             stacked = np.stack([_pad(np, array, shape) for array in arrays])
@@ -210,10 +223,11 @@ class SweepProgram:
         )
 
     def state_of(self, states: TrainState, index: int) -> TrainState:
-        """Returns the state of one run, with the shapes of its solo run."""
+        """Returns the state of one run, with the shapes that it has when it trains alone."""
         solo = trees.flatten(self.runs[index].state)
 
         def without_padding(path: str, leaf: jax.Array) -> jax.Array:
+            """Returns the first elements of every axis."""
             shape = solo[path].shape
             if leaf.shape == shape:
                 return leaf
@@ -234,6 +248,7 @@ class SweepProgram:
         return metrics
 
     def _metrics_of_one(self, state: TrainState, values: Mapping[str, Any]) -> Any:
+        """Returns the metrics of one run's state, as arrays."""
         mechanisms = mechanisms_with(self.runs[0].mechanisms, values)
         spec = spec_with(self._spec, values["scales"])
         return StateMetrics(mechanisms, spec, self.mesh).compute(state)
@@ -241,10 +256,11 @@ class SweepProgram:
     def _arguments(
         self, states: TrainState, batch: Batch, active: Sequence[bool]
     ) -> tuple[Any, ...]:
+        """Returns the arguments of the compiled step."""
         return self.params, states, batch, self.values, self._trains(tuple(active))
 
     def _active_slots(self, active: tuple[bool, ...]) -> jax.Array:
-        """Returns ``active`` of all slots on the mesh."""
+        """Returns bool ``[runs]`` on the mesh: ``active`` by run, False for filled slots."""
         trains = np.zeros(len(self.runs), bool)
         trains[: len(active)] = active
         return jax.make_array_from_callback(
@@ -254,7 +270,7 @@ class SweepProgram:
     def _step_of_one(
         self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any]
     ) -> Any:
-        """Returns the step of one run."""
+        """Returns the result of a step of one run: its state and metrics."""
         first = self.runs[0]
         mechanisms = mechanisms_with(first.mechanisms, values)
         spec = spec_with(self._spec, values["scales"])
@@ -281,6 +297,7 @@ class RunLoop:
     def __init__(
         self, follower: Follower, batches: Iterator[Mapping[str, np.ndarray]]
     ) -> None:
+        """Starts at the follower's step; a run without remaining steps is not active."""
         self.follower = follower
         self.step = follower.result.step
         self.active = self.step < follower.schedule.steps
@@ -305,8 +322,13 @@ class RunLoop:
         state: Callable[[], TrainState],
         measured: Callable[[], dict[str, Any]],
     ) -> None:
-        """Acts after a step with these metrics; ``state`` and ``measured`` return its state and
-        their metrics."""
+        """Runs the run's hooks after a step, unless the run has ended.
+
+        Args:
+          metrics: of the step.
+          state: returns the run's state.
+          measured: returns the metrics of that state.
+        """
         if not self.active:
             return
         self._measured = measured
@@ -375,8 +397,10 @@ def fit_all(
 
 
 class _OfRun(Mapping[str, Any]):
-    """The metrics of one run, of those of all runs ``[runs, ...]``, which are fetched when they are
-    first read."""
+    """The metrics of one run, a view of the arrays ``[runs, ...]`` of all runs.
+
+    They are fetched from the devices when a metric is first read.
+    """
 
     def __init__(self, fetched: Callable[[], Mapping[str, Any]], index: int) -> None:
         self._fetched = fetched

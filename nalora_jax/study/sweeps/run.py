@@ -188,8 +188,10 @@ def _key(run: _Run) -> str:
 def _train_group(
     runs: Sequence[_Run], fits: fit.Fitting, stop: preemption.StopSignals
 ) -> _Results:
-    """Trains runs that share a program: one base, as many programs after each other as memory
-    requires."""
+    """Trains runs that share a program, with one base.
+
+    If memory is too small for all of them, several programs run after each other.
+    """
     mesh = checked_mesh(fits.layout.into(runs[0].inputs.config))
     results: _Results = {}
     first: Job | None = None
@@ -209,8 +211,18 @@ def _train_together(
     stop: preemption.StopSignals,
     like: Job | None,
 ) -> tuple[Job, _Results]:
-    """Trains runs in one program, with the base of an earlier job; returns a job and the
-    results."""
+    """Trains runs in one program, and finishes each.
+
+    Args:
+      runs: before their weights are read.
+      fits: their layout.
+      mesh: their devices.
+      stop: the signals that stop all runs.
+      like: a job whose base they share; None reads it.
+
+    Returns:
+      A job with the base, and the results by folder.
+    """
     spent = progress.Stages()
     trained: list[Running] = []
     results: _Results = {}
@@ -248,7 +260,7 @@ def _train_together(
 def _fit(
     runs: Sequence[Running], fits: fit.Fitting, signals: preemption.StopSignals
 ) -> list[RunLoop]:
-    """Runs the steps of several runs in one program."""
+    """Runs the steps of several runs in one program; returns their loops, which have ended."""
     stop = StopOfAll(signals)
     loops = []
     assemblies = [run.job.assembly for run in runs]
@@ -311,8 +323,10 @@ class _Named(Console):
 
 
 def _render_page(results: Mapping[str, RunResult]) -> str:
-    """Returns the comparison of runs, by their output; with too many settings for one page, of the
-    best runs."""
+    """Returns the page that compares runs, given their results by folder.
+
+    It has all runs or, if these are too many for one page, the best `_MOST`.
+    """
 
     def score(named: tuple[str, RunResult]) -> float:
         """Returns a score of the exported adapter, higher for better."""

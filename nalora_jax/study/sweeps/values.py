@@ -79,11 +79,10 @@ def program_key(config: RunConfig, spec: AdapterSpec | None) -> str:
 
 def widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:
     """Returns the adapters with the largest rank of every layer; scales come from the first."""
-
     first = specs[0]
     targets = []
     for path, target in first.targets:
-        ranks = [dict(spec.targets)[path].ranks for spec in specs]
+        ranks = [dict(spec.targets)[path].ranks for spec in specs]  # by run, then layer
         largest = tuple(map(max, zip(*ranks, strict=True)))
         scales = target.scales(rslora=first.rslora)
         targets.append((path, TargetSpec(largest, target.alphas, scales)))
@@ -96,7 +95,11 @@ def _is_static(config: RunConfig) -> bool:
 
 
 def _adapters(config: RunConfig, spec: AdapterSpec | None) -> list[Any]:
-    """Returns the adapted projections, with ranks if these cannot be padded."""
+    """Returns the adapted projections with their number of layers, or if ranks cannot be padded
+    with the rank of each layer.
+
+    Without ``spec`` it returns the rules, by which the projections will be adapted.
+    """
     if spec is None:
         return list(config.lora.rules)
     if _is_static(config):
@@ -105,13 +108,16 @@ def _adapters(config: RunConfig, spec: AdapterSpec | None) -> list[Any]:
 
 
 def _rules(config: RunConfig) -> list[Any]:
-    """Returns each mechanism's label, class and settings that its rule cannot take as arrays."""
+    """Returns the label and class of each mechanism, and its settings that runs must share.
+
+    Runs may differ in settings that the mechanism's rule takes as arrays.
+    """
     mechanisms = make_mechanisms(config.mechanisms, activation="silu")
     described = []
     for label, mechanism in mechanisms.entries:
         facts = {"seed": config.seed, "total_steps": config.steps}
         fixed = vars(mechanism) | facts
-        fixed.pop("permute", None)
+        fixed.pop("permute", None)  # see `_orders`
         for name in [*numeric_settings(mechanism), *facts]:
             if accepts_traced(mechanism, name, mechanisms.activation):
                 fixed.pop(name, None)
@@ -184,7 +190,6 @@ def mechanisms_with(
 
 def spec_with(spec: AdapterSpec, scales: Mapping[str, Any]) -> AdapterSpec:
     """Returns adapters with one run's scales by path."""
-
     targets = dict(spec.targets)
     scaled = {
         path: TargetSpec(targets[path].ranks, targets[path].alphas, scales[path])
@@ -206,15 +211,15 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
     sums = memory | {key: jax.ShapeDtypeStruct((2,), "float32") for key in counts}
 
     def rule(value: Any, memory: Any, sums: Any, updates: Any) -> Any:
+        """Applies the rule with ``value`` in place of the setting or fact."""
         traced = mechanism
         traced_context = context
         if name in context._fields:
             traced_context = context._replace(**{name: value})
         else:
             traced = _with_settings("", mechanism, {("", name): value})
-        return traced.factor(memory, traced_context), traced.advance(
-            memory, sums, updates
-        )
+        factor = traced.factor(memory, traced_context)
+        return factor, traced.advance(memory, sums, updates)
 
     try:
         value = jax.tree.map(jnp.asarray, getattr(mechanism, name, 0))
@@ -226,16 +231,13 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
 
 def numeric_settings(mechanism: Mechanism) -> list[str]:
     """Returns the names of the settings that are numbers or tuples of numbers, except `permute`."""
-    names = [field.name for field in fields(mechanism) if field.name != "permute"]
-
-    def is_numeric(value: Any) -> bool:
-        leaves = jax.tree.leaves(value)
-        return all(
-            isinstance(leaf, int | float) and not isinstance(leaf, bool)
-            for leaf in leaves
-        )
-
-    return [name for name in names if is_numeric(getattr(mechanism, name))]
+    names = []
+    for field in fields(mechanism):
+        values = jax.tree.leaves(getattr(mechanism, field.name))
+        types = set(map(type, values))
+        if field.name != "permute" and types <= {int, float}:
+            names.append(field.name)
+    return names
 
 
 def _with_settings(
@@ -260,7 +262,10 @@ def _differing(runs: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
 
 
 def _stack(values: Sequence[Any]) -> Any:
-    """Returns ``[runs, ...]``; of tuples a tuple of arrays."""
+    """Returns the values of all runs as one array ``[runs, ...]``, int32 or float32.
+
+    Tuples give a tuple of arrays.
+    """
     if isinstance(values[0], tuple):
         return tuple(_stack(fields) for fields in zip(*values, strict=True))
     array = np.stack([np.asarray(value) for value in values])
@@ -270,7 +275,10 @@ def _stack(values: Sequence[Any]) -> Any:
 
 
 def _rates(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
-    """Returns the learning rate of every step, ``[runs, steps]``, if the schedules differ."""
+    """Returns ``rate_of_step``, the learning rates ``[runs, steps]``, if the schedules differ.
+
+    It is empty if all runs have the same schedule.
+    """
     steps = jnp.arange(max(config.steps for config in configs))
     schedules = [make_schedule(config.optimizer, config.steps) for config in configs]
     rates = np.stack(
@@ -282,7 +290,11 @@ def _rates(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
 
 
 def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:
-    """Returns the channel orders ``[runs, ..., d_ff]`` of permutation controls that differ."""
+    """Returns the channel orders of permutation controls that differ between runs.
+
+    Returns:
+      int ``[runs, ..., d_ff]`` by (label of the mechanism, path of its factors).
+    """
     orders = {}
     first = runs[0]
     if first.state.gate is None:
@@ -295,6 +307,7 @@ def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:
             (run.mechanisms.entries[index][1], run.mechanisms.seed) for run in runs
         ]
         drawn = {(control.permute, seed) for control, seed in controls}
+        # the same order in all runs, or no permutation (below 0) in any
         if len(drawn) == 1 or all(permute < 0 for permute, _ in drawn):
             continue
         for path, factor in factors[label].items():
