@@ -72,10 +72,11 @@ def chat(args: ChatArgs) -> None:
         args.model, adapter=args.adapter, images=_has_vision(args), **options
     )
     if model.base.tokenizer.chat_template is None:
-        expected = "a model with a chat template"
-        remedy = "use an instruction-tuned model, or nalora generate"
         raise NaloraError(
-            args.model, expected=expected, found="none in its tokenizer", remedy=remedy
+            args.model,
+            expected="a model with a chat template",
+            found="none in its tokenizer",
+            remedy="use an instruction-tuned model, or nalora generate",
         )
     talk = _Talk(args, model, mesh)
     _say(f"{talk.name} · /help lists commands")
@@ -88,9 +89,8 @@ def _has_vision(args: ChatArgs) -> bool:
     """Returns True if the model has an image encoder, unless the adapter's run did not use it."""
     place = located.locate(args.model, args.adapter)
     if place.run:
-        return bool(
-            place.run.get("vision", {}).get("task", VisionConfig().task) == "chat"
-        )
+        task = place.run.get("vision", {}).get("task", VisionConfig().task)
+        return bool(task == "chat")
     # language model, or loading will report the error
     with contextlib.suppress(NaloraError):
         files = model_files.open_files(hub.resolve_source(place.base), images=True)
@@ -99,10 +99,16 @@ def _has_vision(args: ChatArgs) -> bool:
 
 
 class _Talk:
-    """A conversation with a model and its current adapter, and the effects of typed lines on
-    both."""
+    """A conversation with a model and its current adapter, which typed lines change.
+
+    Args:
+      args: of the subcommand.
+      model: the model, with the first adapter.
+      mesh: mesh of the weights; None: one device.
+    """
 
     def __init__(self, args: ChatArgs, model: adapted.AdaptedModel, mesh: Any) -> None:
+        """Starts an empty conversation."""
         self.args = args
         self.model = model
         self.mesh = mesh
@@ -155,6 +161,11 @@ class _Talk:
         return True
 
     def _command(self, name: str, argument: str) -> None:
+        """Executes a command such as ``/adapter PATH``.
+
+        Raises:
+          NaloraError: the command is unknown, or its file cannot be used.
+        """
         match name:
             case "/help":
                 _say(HELP)
@@ -178,17 +189,25 @@ class _Talk:
                 self.pictures = []
                 _say("a new conversation")
             case _:
-                expected = "/help, /adapter, /image, /system, /reset, /exit"
                 raise NaloraError(
-                    name, expected=expected, found="none of them", remedy="see /help"
+                    name,
+                    expected="/help, /adapter, /image, /system, /reset, /exit",
+                    found="none of them",
+                    remedy="see /help",
                 )
 
     def _add_image(self, path: str) -> None:
+        """Prepares an image for the next message.
+
+        Raises:
+          NaloraError: the model does not see images, or the file is no image.
+        """
         processor = self.model.base.processor
         if processor is None:
-            loaded_as = f"{self.name}, which was loaded as a language model"
             raise NaloraError(
-                "/image", expected="a vision-language model", found=loaded_as
+                "/image",
+                expected="a vision-language model",
+                found=f"{self.name}, which was loaded as a language model",
             )
         if not path:
             raise NaloraError("/image", expected="an image file", found="none")
@@ -202,6 +221,7 @@ class _Talk:
             _say(f"with the next message: {count} images")
 
     def _answer(self, text: str) -> None:
+        """Prints the response to a message while it is generated."""
         seed = (self.args.seed + self.answers) % 2**32
         settings = asdict(self.args.sampling)
         pieces = self.conversation.ask(
@@ -236,4 +256,5 @@ def _lines() -> Iterator[str]:
 
 
 def _say(text: str) -> None:
+    """Prints a message to standard error, without control characters."""
     print(visible(text), file=sys.stderr, flush=True)

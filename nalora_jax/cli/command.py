@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,16 @@ def execute(argv: Sequence[str]) -> None:
         error of the subcommand.
       SystemExit: help or the version was requested, and printed.
     """
-    verb, args = parse(argv)
-    if verb == "train" and args.run.adapter and not args.run.adapter_sha256:
+    name, args = parse(argv)
+    # A run that starts from an adapter, unless it is resumed with the recorded digest.
+    if name == "train" and args.run.adapter and not args.run.adapter_sha256:
+        # here, since help needs no JAX
         from nalora_jax.loading.initial_adapter import with_adapter
 
-        args = replace(args, run=with_adapter(args.run, named=_name_settings(argv)))
-    VERBS[verb].handler(args)
+        # The run takes the adapter's settings, unless the command line names others.
+        run = with_adapter(args.run, named=_name_settings(argv))
+        args = replace(args, run=run)
+    VERBS[name].handler(args)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
@@ -108,46 +112,57 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
+    """Returns the arguments of a subcommand; ``words`` follow its name.
+
+    It executes the files of ``--import`` first, because flags may name what they register.
+
+    Raises:
+      NaloraError: an unknown flag, or a value of the wrong type or out of range.
+      SystemExit: help was requested, and printed.
+    """
     words = _spell_out(words)
     swept, others = parser.take_flag(words, "--sweep")
     if swept:  # values of the repeated flag after one
         words = [*others, "--sweep", *swept]
-    imports = _IMPORT in words
+    has_imports = _IMPORT in words
     files, words = parser.take_flag(words, _IMPORT, ".py")
-    if imports and not files:
+    if has_imports and not files:
         raise NaloraError(
             _IMPORT, expected="Python files, with names that end in .py", found="none"
         )
-    asked = next(
-        (word for word in words if word in ("-h", "--help", "--help-all")), None
-    )
-    if asked in ("-h", "--help") and verb.shown:
+    helps = [word for word in words if word in ("-h", "--help", "--help-all")]
+    if helps and helps[0] != "--help-all" and verb.shown:
         print(usage.short_help(name, verb.arguments, verb.shown))
         raise SystemExit(0)
     trains = verb.arguments is parser.TrainArgs
-    if asked is None:
+    if not helps:
         names = import_files(files)
         if names and trains:
             words = [*words, "--imports", *names]
         usage.check_flags(name, verb.arguments, words)
+    options: dict[str, Any] = {}
     if trains:
-        start: dict[str, Any] = {"default": parser.defaults(words)}
-    else:
-        start = {}
-    with contextlib.nullcontext() if asked else usage.one_line_errors(name):
+        options["default"] = parser.defaults(words)
+    errors: AbstractContextManager[None] = usage.one_line_errors(name)
+    if helps:
+        words = ["--help"]
+        errors = nullcontext()
+    with errors:
         args: Any = tyro.cli(
             verb.arguments,
             prog=f"nalora {name}",
             description=(verb.arguments.__doc__ or "").strip(),
-            args=["--help"] if asked else words,
+            args=words,
             registry=parser.registry(),
             config=(PositionalMetavarFromFieldName, DisallowNone),
-            **start,
+            **options,
         )
     if trains and args.run.epochs and parser.take_flag(words, "--steps")[0]:
-        remedy = "leave one of them out"
         raise NaloraError(
-            "--steps", expected="steps or epochs", found="both", remedy=remedy
+            "--steps",
+            expected="steps or epochs",
+            found="both",
+            remedy="leave one of them out",
         )
     check_ranges(args)
     if name in ("generate", "chat"):
@@ -157,41 +172,53 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
 
 
 def _check_paths(name: str, args: Any) -> None:
-    """Raises a NaloraError for a path that cannot exist, or that is in a bucket and must be on this
-    machine."""
+    """Checks the paths among the arguments of the subcommand ``name``.
+
+    Raises:
+      NaloraError: a path cannot exist, or is in a bucket and must be on this machine.
+    """
     flags = {
         flag.field.name: flag.name
         for flag in usage.flags(type(args))
         if flag.owner is type(args)
     }
+    in_buckets = ("adapter", *_IN_BUCKETS.get(name, ()))
     for argument in fields(args):
-        value = getattr(args, argument.name)
+        values = getattr(args, argument.name)
+        if not isinstance(values, tuple):
+            values = (values,)
         # Positional arguments have their name in the help.
         flag = flags.get(argument.name, argument.name.upper())
-        for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, Path):
-                check_path(flag, path)
-                where = buckets.bucket_url(path)
-                if where and argument.name not in (
-                    "adapter",
-                    *_IN_BUCKETS.get(name, ()),
-                ):
-                    expected = "a path on this machine"
-                    remedy = "copy it from or to the bucket"
-                    raise NaloraError(
-                        flag, expected=expected, found=where, remedy=remedy
-                    )
+        for path in values:
+            if not isinstance(path, Path):
+                continue
+            check_path(flag, path)
+            where = buckets.bucket_url(path)
+            if where and argument.name not in in_buckets:
+                raise NaloraError(
+                    flag,
+                    expected="a path on this machine",
+                    found=where,
+                    remedy="copy it from or to the bucket",
+                )
 
 
 def _name_settings(argv: Sequence[str]) -> set[str]:
-    """Returns the settings of a run that a command line names, by dotted name."""
-    flags = {
-        word.partition("=")[0].removeprefix("--")
-        for word in argv
-        if word.startswith("--")
-    }
-    names = {flag.replace("-", "_").replace(".no_", ".") for flag in flags}
-    return {{"model.rope_scaling": "rope_scaling"}.get(name, name) for name in names}
+    """Returns the settings of a run that a command line names, by dotted name.
+
+    Example:
+      >>> sorted(_name_settings(["--lora.no-dora", "--model.rope-scaling=linear:2"]))
+      ['lora.dora', 'rope_scaling']
+    """
+    names = set()
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.partition("=")[0].removeprefix("--")
+            name = flag.replace("-", "_").replace(".no_", ".")
+            if name == "model.rope_scaling":  # the only flag of another name
+                name = "rope_scaling"
+            names.add(name)
+    return names
 
 
 # Accepted spellings, and the flags that replace them.
@@ -208,15 +235,18 @@ _IMPORT = "--import"
 
 
 def _spell_out(words: list[str]) -> list[str]:
-    """Replaces ``auto``, ``--mechanisms none``, ``--resume`` and ``--resume FOLDER`` by flags of
-    the parser."""
+    """Returns the words with short spellings replaced by flags of the parser.
+
+    These are ``auto``, ``--mechanisms none``, ``--resume`` and ``--resume FOLDER``.
+    """
     spelled: list[str] = []
-    remaining: list[str] = []
+    remaining: list[str] = []  # with the flags of short spellings as --flag value
     for word in words:
         if word.startswith(_ASSIGNED):
             remaining += word.split("=", 1)
         else:
             remaining.append(word)
+    whole = {"--resume": ["--resume", "yes"], "--no-resume": ["--resume", "no"]}
     while remaining:
         pair = tuple(remaining[:2])
         if pair in _SHORT:
@@ -228,10 +258,6 @@ def _spell_out(words: list[str]) -> list[str]:
                 spelled += ["--output", pair[1], "--resume", "yes"]
         else:
             pair = pair[:1]
-            whole = {
-                "--resume": ["--resume", "yes"],
-                "--no-resume": ["--resume", "no"],
-            }
             spelled += whole.get(pair[0], pair)
         remaining = remaining[len(pair) :]
     return spelled

@@ -101,12 +101,11 @@ def settings_of(values: Any, path: Path) -> RunConfig:
         values = {}
     config = structured(RunConfig, values, f"--config {path}: ")
     if config.imports:
-        remedy = f"give --import {' '.join(config.imports)}"
         raise NaloraError(
             f"--config {path}",
             expected="no imports, which execute files",
             found="some",
-            remedy=remedy,
+            remedy=f"give --import {' '.join(config.imports)}",
         )
     return config
 
@@ -128,8 +127,10 @@ def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
 
 
 def plain_settings(value: Any, default: Any = None) -> Any:
-    """Returns settings as nested dicts, lists and texts, without those of ``default``; rules as on
-    the command line."""
+    """Returns settings as nested dicts, lists and texts, with adapter rules as on the command line.
+
+    Settings that equal those of ``default`` are left out, unless it is None.
+    """
     if isinstance(value, LoRARule):
         return value.text
     if is_dataclass(value):
@@ -148,7 +149,10 @@ def plain_settings(value: Any, default: Any = None) -> Any:
 
 
 def _bad_config(path: Path, expected: str, actual: str) -> NaloraError:
-    remedy = "see the files in configs/ for examples"
+    """Returns the error about the file of ``--config``."""
     return NaloraError(
-        f"--config {path}", expected=expected, found=actual, remedy=remedy
+        f"--config {path}",
+        expected=expected,
+        found=actual,
+        remedy="see the files in configs/ for examples",
     )

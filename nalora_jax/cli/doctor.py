@@ -82,6 +82,7 @@ def doctor(args: Any) -> None:
 
 
 def _versions(_: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields name and version of Python and of each package; optional ones if installed."""
     yield "python", platform.python_version()
     for name in (*PACKAGES, *OPTIONAL):
         version = imports.installed_version(name)
@@ -90,19 +91,16 @@ def _versions(_: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields (name, value) of the lines on JAX's devices, and adds to the problems."""
     try:
         processes.initialize_distributed(within=_WAIT)
         every = jax.devices()
         local = jax.local_devices()
-    except (
-        NaloraError,
-        RuntimeError,
-        AssertionError,
-    ) as error:  # JAX asserts if a plugin is missing
-        reason = (
-            " ".join(str(error).split())[:300]
-            or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        )
+    # JAX asserts if a plugin is missing
+    except (NaloraError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if not reason:
+            reason = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         problems.append(f"JAX finds no device: {reason}")
         return
     used = devices.platform_name(every[0])
@@ -116,11 +114,9 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
                 problems.append(
                     f"there is a {name} ({path}), and JAX uses the CPU: install the extra [{extra}]"
                 )
+    kinds = ", ".join(sorted(set(map(devices.kind_of, every))))
     yield "platform", used
-    yield (
-        "devices",
-        f"{len(every)} ({', '.join(sorted(set(map(devices.kind_of, every))))})",
-    )
+    yield "devices", f"{len(every)} ({kinds})"
     yield "processes", str(jax.process_count())
     of_process = f"{len(local)} x {devices.kind_of(local[0])}"
     if limit:
@@ -129,6 +125,7 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _kernels(problems: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields (name, value) of the lines on the CPU and its kernels, and adds to the problems."""
     if importlib.util.find_spec("nalora_jax.cpu") is None:
         yield "kernels", "none: nalora_jax.cpu is not installed"
         return
@@ -153,15 +150,13 @@ def _kernels(problems: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _huge_pages() -> str:
-    """Returns whether the C library's heap uses huge pages, with the variable that requests
-    them."""
+    """Returns a text on whether the C library's heap uses huge pages, and how to request them."""
     name, version = platform.libc_ver()
-    supported = name == "glibc" and [*map(int, re.findall(r"\d+", version))] >= [2, 35]
-    # e.g. "always [madvise] never"
+    numbers = list(map(int, re.findall(r"\d+", version)))
+    supported = name == "glibc" and numbers >= [2, 35]
+    kernel = ""  # the kernel's setting, e.g. "always [madvise] never"
     if HUGE_PAGES.exists():
         kernel = HUGE_PAGES.read_text()
-    else:
-        kernel = ""
     if not supported or not kernel or "[never]" in kernel:
         return "not available: they need glibc 2.35 and transparent huge pages of the kernel"
     if f"{_HUGE}=1" in os.environ.get("GLIBC_TUNABLES", ""):
@@ -170,21 +165,14 @@ def _huge_pages() -> str:
 
 
 def _caches(problems: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields (name, value) of the lines on the caches, and adds to the problems."""
     root = downloads.cache_dir()
     yield "folder", str(root)
     for name, what in CACHES.items():
         folder = root / name
         if folder.is_dir():
-            yield (
-                what,
-                _size(
-                    sum(
-                        path.stat().st_size
-                        for path in folder.rglob("*")
-                        if path.is_file()
-                    )
-                ),
-            )
+            cached = filter(Path.is_file, folder.rglob("*"))
+            yield what, _size(sum(path.stat().st_size for path in cached))
             if name in _RUN:
                 try:
                     downloads.private_dir(folder)
@@ -199,6 +187,7 @@ def _caches(problems: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _size(count: int) -> str:
+    """Returns a number of bytes in MB or GB."""
     if count >= 1e9:
         return f"{count / 1e9:.1f} GB"
     return f"{count / 1e6:.1f} MB"

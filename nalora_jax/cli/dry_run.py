@@ -53,12 +53,13 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
         record.check_kind(run)
         for text in run.mechanisms:
             make(text)
-    runs = [
-        initial_adapter.with_adapter(
-            run, recorded_settings(run.output) if run.resume else None
-        )
-        for run in runs
-    ]
+    adapted_runs = []  # with the settings of the adapter that they start from
+    for run in runs:
+        recorded = None
+        if run.resume:
+            recorded = recorded_settings(run.output)
+        adapted_runs.append(initial_adapter.with_adapter(run, recorded))
+    runs = adapted_runs
     kind = record.kind_of(runs[0])
     inputs = kind.open_inputs(runs[0], None)
     if kind.describe is None:
@@ -89,8 +90,10 @@ def _describe_encoders(inputs: record.Inputs, facts: record.Described) -> list[s
 
 
 def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
-    """Returns lines that describe the first of several runs on a decoder, and how the others
-    differ."""
+    """Returns lines that describe a run on a decoder: the first of ``runs``.
+
+    The last lines say how the other runs differ.
+    """
     config = inputs.config
     base = inputs.base
     files = inputs.files
@@ -101,7 +104,7 @@ def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     mesh = distributed.make_mesh(concrete.mesh)
     check_layout(concrete, base, files, mesh)
     spec = adapters.adapter_spec(config, base)
-    settings = []
+    settings = []  # of all runs, with concrete learning rates
     for run in runs:
         if run.model == runs[0].model:
             adapters.adapter_spec(run, base)  # raises for rules that match nothing
@@ -136,8 +139,16 @@ def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
 
 
 def _sizes(inputs: record.Inputs, of_epoch: int, held: str, rows: str) -> list[str]:
-    """Returns lines on the held-out examples and the steps; logs warnings about their number, as
-    the run does."""
+    """Returns lines on the held-out examples and the steps.
+
+    It logs warnings about their number, as the run does.
+
+    Args:
+      inputs: of the run.
+      of_epoch: rows of an epoch.
+      held: the noun of held-out examples.
+      rows: the noun of rows.
+    """
     config = inputs.config
     (reported, selecting) = map(len, inputs.held_out)
     session.say_counts(reported, selecting, chosen=config.train.eval_every > 0)
@@ -150,8 +161,10 @@ def _sizes(inputs: record.Inputs, of_epoch: int, held: str, rows: str) -> list[s
 
 
 def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
-    """Returns a line on the samples of a step and on the cache that draws them; none without
-    rewards."""
+    """Returns a line on the samples of a step and the cache that draws them.
+
+    It is empty without rewards.
+    """
     rl = config.rl
     shards = prompt_shards(mesh)
     if not record.kind_of(config).draws_samples:
@@ -173,18 +186,20 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
 
 
 def _this_machine(config: RunConfig, mesh: Mesh) -> Topology:
-    """Returns a machine with the measured speeds of a matmul and of reading weights on a device of
-    the mesh."""
+    """Returns a machine with two measured speeds of a device of the mesh.
+
+    They are that of a matmul of many rows, and that of reading weights for a single row.
+    """
     numerics = dispatch.numerics_for(
         config.compute.dtype, platform_of(mesh), config.compute.implementation
     )
 
     def seconds(rows: int, columns: int) -> float:
+        """Returns the least time of a product of ``[rows, 2048]`` and ``[2048, columns]``."""
         x = jnp.ones((rows, 2048), numerics.result)
         kernel = jnp.ones((2048, columns), config.compute.dtype)
-        kernel = storage.prepare({"params": {"kernel": kernel}}, numerics)["params"][
-            "kernel"
-        ]
+        prepared = storage.prepare({"params": {"kernel": kernel}}, numerics)
+        kernel = prepared["params"]["kernel"]
         product = jax.jit(partial(storage.matmul, numerics=numerics))
         times = []
         for _ in range(4):  # the first one compiles
@@ -193,6 +208,8 @@ def _this_machine(config: RunConfig, mesh: Mesh) -> Topology:
             times.append(time.perf_counter() - started)
         return min(times)
 
+    # Operations a second of [1024, 2048] x [2048, 2048], each of which is two, and bytes a second
+    # of the kernel [2048, 16384].
     flops = 2.0 * 1024 * 2048**2 / seconds(1024, 2048)
     bandwidth = 2048 * 16384 * config.compute.itemsize / seconds(1, 16384)
     sheet = topology("v5e:1x1")
@@ -202,30 +219,25 @@ def _this_machine(config: RunConfig, mesh: Mesh) -> Topology:
 
 
 def _differences(runs: Sequence[RunConfig]) -> list[str]:
-    """Returns a line on each run of a sweep: its folder, and the settings that differ between
-    runs."""
+    """Returns a line on each run of a sweep; none for a single run.
+
+    It has the run's folder, and the settings that differ between runs.
+    """
     if len(runs) == 1:
         return []
-
-    def text(value: Any) -> str:
-        if isinstance(value, list):
-            return " ".join(map(str, value)) or "none"
-        return str(value)
-
     rows = [dict(dotted(config_files.plain_settings(run))) for run in runs]
-    names = [
-        n
-        for n in rows[0]
-        if n != "output" and any(row[n] != rows[0][n] for row in rows)
-    ]
-    settings = (
-        ", ".join(f"{name} {text(row[name])}" for name in names) for row in rows
-    )
-    lines = [
-        f"  {run.output}: {differing}"
-        for run, differing in zip(runs, settings, strict=True)
-    ]
-    return [f"{len(runs)} runs, the first one as above:", *lines]
+    first = rows[0]
+    lines = [f"{len(runs)} runs, the first one as above:"]
+    for run, row in zip(runs, rows, strict=True):
+        settings = []
+        for name, value in row.items():
+            if name == "output" or all(other[name] == first[name] for other in rows):
+                continue
+            if isinstance(value, list):
+                value = " ".join(map(str, value)) or "none"
+            settings.append(f"{name} {value}")
+        lines.append(f"  {run.output}: {', '.join(settings)}")
+    return lines
 
 
 def _mechanisms(config: RunConfig, activation: str, spec: targets.AdapterSpec) -> str:
@@ -260,13 +272,13 @@ def _memory(
         else:
             where = topology("v5e:1x1")
     layout = estimates.estimate(placed, config, base, spec, where)
-    sizes_of = layout.weights, layout.state, layout.activations, layout.working
-    named = zip(
-        ("weights", "adapters and optimizer", "activations", "working space"),
-        sizes_of,
-        strict=True,
-    )
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in named)
+    parts = {
+        "weights": layout.weights,
+        "adapters and optimizer": layout.state,
+        "activations": layout.activations,
+        "working space": layout.working,
+    }
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     lines = [
         f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
         f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",

@@ -166,9 +166,14 @@ def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
 
 
 def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
-    """Parses ``NAME`` or ``NAME[SPLIT]``, where ``[:100]`` is a part of the default split."""
+    """Returns the data set of one of ``--tasks``, with the other settings of ``like``.
+
+    ``text`` is ``NAME`` or ``NAME[SPLIT]``, where ``[:100]`` is a part of the default split.
+    """
     name, bracket, split = text.partition("[")
-    limit = like.eval_limit if args.limit is None else args.limit
+    limit = args.limit
+    if limit is None:
+        limit = like.eval_limit
     data = replace(like, dataset=name, eval_limit=limit)
     if bracket:
         chosen = split.removesuffix("]")
@@ -180,8 +185,10 @@ def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
 
 
 def _sides(args: EvalArgs, against: str | None) -> list[Side]:
-    """Loads the model, and the one to compare with: on the same base weights if it is an adapter or
-    "base"."""
+    """Returns the loaded model and, if there is one, the model to compare with.
+
+    The second has the same base weights if ``against`` is an adapter of that base, or "base".
+    """
     mesh = mesh_of(args.mesh)
     options: dict[str, Any] = {
         "dtype": args.dtype,
@@ -205,7 +212,10 @@ def _task_results(
     sides: Sequence[Side],
     records: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Prints and returns the metrics on a data set, with the comparison if there are two sides."""
+    """Prints and returns the metrics on a data set, with the comparison if there are two sides.
+
+    It adds a record of each item to ``records``.
+    """
     name = f"{data.dataset}[{data.eval_split}]"
     answers = []
     summaries = []
@@ -232,7 +242,10 @@ def _task_results(
 def _harness(
     args: EvalArgs, sides: Sequence[Side], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Prints and returns the harness's results, with the comparison if there are two sides."""
+    """Prints and returns the harness's results, with the comparison if there are two sides.
+
+    It adds a record of each item to ``records``.
+    """
     tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
     options: dict[str, Any] = {
         "folder": args.harness_tasks,
@@ -248,14 +261,15 @@ def _harness(
             harness.run_harness(wrapped, tasks, chat=bool(args.chat), **options)
         )
         for task, measured in results[-1]["results"].items():
-            numbers = ", ".join(
-                f"{name.partition(',')[0]} {value:.4f}"
-                for name, value in measured.items()
-                if "," in name
-                and "stderr" not in name
-                and isinstance(value, int | float)
-            )
-            print(f"{add_label(task, label)}: {numbers}", flush=True)
+            numbers = []
+            for name, value in measured.items():
+                # the harness's names are "METRIC,FILTER" and "METRIC_stderr,FILTER"
+                metric, comma, _ = name.partition(",")
+                if not comma or "stderr" in name:
+                    continue
+                if isinstance(value, int | float):
+                    numbers.append(f"{metric} {value:.4f}")
+            print(f"{add_label(task, label)}: {', '.join(numbers)}", flush=True)
         for task, rows in results[-1]["samples"].items():
             records += [{"task": task, "model": label, **row} for row in rows]
     summary = {name: results[0][name] for name in ("results", "versions")}
@@ -269,15 +283,11 @@ def _harness(
     }
     for task, measured in compared.items():
         for metric, number in measured.items():
+            test = f"95% interval {number['low']:+.4f} to {number['high']:+.4f}"
             if "p_value" in number:
-                p = f", McNemar p = {number['p_value']:.2g}"
-            else:
-                p = ""
-            interval = f"95% interval {number['low']:+.4f} to {number['high']:+.4f}"
-            print(
-                f"{task}, difference: {metric} {number['difference']:+.4f} ({interval}{p})",
-                flush=True,
-            )
+                test += f", McNemar p = {number['p_value']:.2g}"
+            difference = f"{metric} {number['difference']:+.4f} ({test})"
+            print(f"{task}, difference: {difference}", flush=True)
     return summary | {"against": results[1]["results"], "comparison": compared}
 
 
@@ -333,7 +343,10 @@ def _report(
     data: DataConfig,
     evaluator: Any,
 ) -> None:
-    """Prints the metric of an evaluator, and writes it if requested."""
+    """Prints the metric of a model by an evaluator, and writes it to ``--output`` if requested.
+
+    ``data`` names the evaluated data in the text.
+    """
     values = evaluator.measure(
         model.base.params, model.lora, samples=args.output is not None
     )
@@ -349,14 +362,13 @@ def _report(
 def _write(
     args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Writes the files that the user requested."""
-    for path, content in (
+    """Writes the files of ``--output`` and ``--records``, if the user requested them."""
+    lines = [json.dumps(run_log.to_json(record)) + "\n" for record in records]
+    contents = (
         (args.output, json.dumps(run_log.to_json(results), indent=2) + "\n"),
-        (
-            args.records,
-            "".join(json.dumps(run_log.to_json(record)) + "\n" for record in records),
-        ),
-    ):
+        (args.records, "".join(lines)),
+    )
+    for path, content in contents:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, content)
@@ -374,11 +386,12 @@ def _needle(args: EvalArgs) -> None:
     """
     lengths = _needle_lengths(args)
     place = located.locate(args.model, args.adapter)
-    against = args.against or (None if place.adapter is None else "base")
-    if args.chat is None:
+    against = args.against or None
+    if against is None and place.adapter is not None:
+        against = "base"
+    chat = args.chat
+    if chat is None:
         chat = config_from_dict(place.run).data.chat
-    else:
-        chat = args.chat
     sides = _sides(args, against)
     answers: list[list[dict[str, Any]]] = []
     summaries = []
@@ -401,10 +414,10 @@ def _needle(args: EvalArgs) -> None:
         print(f"{title}: exact match {grid['accuracy']:.3f} ({interval})")
         print(tables.text_table(*sections.needle_cells(grid)), flush=True)
         records += [{"model": label, **record} for record in answers[-1]]
-    grids: dict[str, Any] = {"after" if against else "before": summaries[0]}
+    grids: dict[str, Any] = {"before": summaries[-1]}  # of the side without the adapter
     if against is not None:
         compared = metrics.compare_records(*answers[::-1])["accuracy"]
-        grids |= {"before": summaries[1], "comparison": compared}
+        grids |= {"after": summaries[0], "comparison": compared}
         print(f"difference: {metrics.describe_paired(compared)}", flush=True)
     _write(
         args,
@@ -421,15 +434,24 @@ def _needle(args: EvalArgs) -> None:
 
 
 def _needle_lengths(args: EvalArgs) -> list[int]:
-    for flag, value in (
-        ("--tasks", args.tasks),
-        ("--dataset", args.dataset),
-        ("--harness", args.harness),
-    ):
+    """Returns the different lengths of ``--needle``, ascending.
+
+    Raises:
+      NaloraError: a text is no length, or other data is named too.
+    """
+    others = {
+        "--tasks": args.tasks,
+        "--dataset": args.dataset,
+        "--harness": args.harness,
+    }
+    for flag, value in others.items():
         if value:
             raise NaloraError("--needle", expected=f"--needle or {flag}", found="both")
     texts = [text.strip() for text in args.needle.split(",")]
     if not all(re.fullmatch(r"0*[1-9]\d{0,7}", text) for text in texts):
-        expected = "lengths of 1 to 8 digits in tokens, separated by commas"
-        raise NaloraError("--needle", expected=expected, found=repr(args.needle))
+        raise NaloraError(
+            "--needle",
+            expected="lengths of 1 to 8 digits in tokens, separated by commas",
+            found=repr(args.needle),
+        )
     return sorted(set(map(int, texts)))

@@ -88,12 +88,11 @@ def refuse_existing(folder: Path) -> None:
     check_new_path("--output", folder)
     refuse_claimed(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        remedy = "choose another --output; nothing was changed"
         raise NaloraError(
             "--output",
             expected="a new or empty folder",
             found=f"{folder}",
-            remedy=remedy,
+            remedy="choose another --output; nothing was changed",
         )
 
 
@@ -103,9 +102,8 @@ def check_new_path(flag: str, path: Path) -> None:
     Raises:
       NaloraError: names the flag.
     """
-    above = next(
-        (folder for folder in path.absolute().parents if folder.exists()), None
-    )
+    existing = (folder for folder in path.absolute().parents if folder.exists())
+    above = next(existing, None)  # the nearest folder that exists
     if above is not None and not above.is_dir():
         raise NaloraError(
             flag, expected="a path in a folder", found=f"{path}, and {above} is a file"
@@ -128,9 +126,11 @@ def check_new_file(flag: str, path: Path | None) -> None:
         return
     check_new_path(flag, path)
     if path.exists():
-        remedy = "choose another name"
         raise NaloraError(
-            flag, expected="a new file", found=f"{path}, which exists", remedy=remedy
+            flag,
+            expected="a new file",
+            found=f"{path}, which exists",
+            remedy="choose another name",
         )
 
 

@@ -199,6 +199,7 @@ def registry() -> ConstructorRegistry:
     def adapter_rules(
         info: PrimitiveTypeInfo,
     ) -> PrimitiveConstructorSpec[tuple[LoRARule, ...]] | None:
+        """Returns how rules of adapters are parsed and printed; None for other types."""
         if info.type != tuple[LoRARule, ...]:
             return None
         return PrimitiveConstructorSpec(
@@ -213,6 +214,7 @@ def registry() -> ConstructorRegistry:
     def resume(
         info: PrimitiveTypeInfo,
     ) -> PrimitiveConstructorSpec[bool | Literal["auto"]] | None:
+        """Returns how ``--resume`` is parsed and printed; None for other types."""
         if info.type != bool | Literal["auto"]:
             return None
         return PrimitiveConstructorSpec(

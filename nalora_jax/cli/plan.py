@@ -66,10 +66,10 @@ class PlanArgs:
     run: Annotated[RunConfig, arg(name="")] = _RUN
 
     def config(self, chips: int) -> RunConfig:
-        """Returns the settings of the planned run, by default with a row for each chip and
-        micro-batch.
+        """Returns the settings of the planned run on a number of chips.
 
-        Its ``data.max_length`` is the length of the planned rows.
+        By default it has a row for each chip and micro-batch. Its ``data.max_length`` is the length
+        of the planned rows.
 
         Raises:
           NaloraError: a setting of the run is out of range, or its model is a dual encoder.
@@ -122,10 +122,11 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         messages = file.open("w")
     except OSError as error:
-        expected = "a file that can be written"
-        remedy = "set NALORA_CACHE to another folder"
         raise NaloraError(
-            str(file), expected=expected, found=error, remedy=remedy
+            str(file),
+            expected="a file that can be written",
+            found=error,
+            remedy="set NALORA_CACHE to another folder",
         ) from error
     shown = sys.stderr
     terminal = os.dup(2)
@@ -141,6 +142,11 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
 
 
 def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> None:
+    """Prints the plan of each topology, and appends its record to the file of ``--json``.
+
+    Raises:
+      NaloraError: there is no model, or the rows have no length or exceed the model's positions.
+    """
     run = args.run
     seq = args.seq or args.run.data.max_length
     if not run.model:
@@ -154,11 +160,18 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
         raise NaloraError("--data.max-length", expected=expected, found="auto")
     if seq > base.max_positions:
         expected = f"at most the model's {base.max_positions:,} positions"
-        remedy = "--model.rope-scaling extends them"
-        raise NaloraError("--seq", expected=expected, found=seq, remedy=remedy)
+        raise NaloraError(
+            "--seq",
+            expected=expected,
+            found=seq,
+            remedy="--model.rope-scaling extends them",
+        )
     shown: dict[str, Any] = {"steps": run.steps, "price": args.price}
     for machine in topologies:
-        config = args.config(1 if args.sweep else machine.size)
+        chips = machine.size
+        if args.sweep:  # rows of one run
+            chips = 1
+        config = args.config(chips)
         if args.sweep:
             sweep = report.plan_sweep(
                 config, base, machine, args.sweep, compiles=not args.estimate
@@ -169,11 +182,13 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
             layout = layouts.fastest(layouts.fitting(config, base, machine))
             rate = config.train.batch_size * config.data.max_length / layout.seconds
             record = report.common_fields(config, machine) | {
-                **{
-                    name: getattr(layout, name) for name in ("memory", "seconds", "mfu")
-                },
-                **{"layout": layout.record(), "estimate": True},
-                **{"limit": machine.chip.memory, "tokens_per_second": rate},
+                "memory": layout.memory,
+                "seconds": layout.seconds,
+                "mfu": layout.mfu,
+                "layout": layout.record(),
+                "estimate": True,
+                "limit": machine.chip.memory,
+                "tokens_per_second": rate,
             }
             print(f"{run.model} on {machine.name}: {layout}")
             lines = report.cost_lines(machine, layout.seconds, rate, **shown)
@@ -203,9 +218,7 @@ def _prepare(*, gpus: bool) -> None:
     with suppress(ModuleNotFoundError):
         tools = importlib.util.find_spec("nvidia.cuda_nvcc")
     if tools is not None and tools.submodule_search_locations:
-        flags.append(
-            f"--xla_gpu_cuda_data_dir={next(iter(tools.submodule_search_locations))}"
-        )
-    os.environ["XLA_FLAGS"] = " ".join(
-        [os.environ.get("XLA_FLAGS", ""), *flags]
-    ).strip()
+        folder = next(iter(tools.submodule_search_locations))
+        flags.append(f"--xla_gpu_cuda_data_dir={folder}")
+    requested = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([requested, *flags]).strip()

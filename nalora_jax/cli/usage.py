@@ -42,13 +42,16 @@ def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
     hints = get_type_hints(kind, include_extras=True)
     for entry in fields(kind):
         declared = hints[entry.name]
-        extras = getattr(declared, "__metadata__", ())
-        bare = get_args(declared)[0] if extras else declared
+        extras = getattr(declared, "__metadata__", ())  # of Annotated[type, *extras]
+        bare = declared
+        if extras:
+            bare = get_args(declared)[0]
         if any("Positional" in str(extra) for extra in extras):
             continue
+        names = [getattr(extra, "name", None) for extra in extras]
         named = (
-            extra.name for extra in extras if getattr(extra, "name", None) is not None
-        )
+            name for name in names if name is not None
+        )  # "" for no name of its own
         explicit = next(named, entry.name)
         default = entry.default
         if values is not None:
@@ -56,15 +59,17 @@ def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
         elif entry.default_factory is not MISSING:
             default = entry.default_factory()
         if isinstance(bare, type) and is_dataclass(bare):
-            yield from flags(
-                bare, f"{prefix}{explicit}." if explicit else prefix, default
-            )
+            inner = prefix
+            if explicit:
+                inner = f"{prefix}{explicit}."
+            yield from flags(bare, inner, default)
         else:
             name = f"--{prefix}{explicit}".replace("_", "-")
             yield Flag(name, _without_none(bare), entry, kind, default)
 
 
 def _without_none(hint: Any) -> Any:
+    """Returns the type T of ``T | None``; other types unchanged."""
     inner = [member for member in get_args(hint) if member is not types.NoneType]
     if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1:
         return inner[0]
@@ -83,18 +88,15 @@ def check_flags(subcommand: str, kind: type, argv: Sequence[str]) -> None:
         for name, flag in by_name.items()
         if flag.type is bool or bool in get_args(flag.type)
     }
+    # --lora.no-dora switches --lora.dora off
     off = {re.sub(r"^(--(?:.*\.)?)", r"\1no-", name) for name in switches}
+    known = [*by_name, *off]
     for word in argv:
         name = word.partition("=")[0].replace("_", "-")
-        if (
-            name.startswith("--")
-            and name != "--"
-            and name not in by_name
-            and name not in off
-        ):
+        if name.startswith("--") and name not in ("--", *known):
             expected = f"a flag of nalora {subcommand}"
             remedy = f"see nalora {subcommand} --help-all"
-            raise unknown(name, name, [*by_name, *off], expected, remedy)
+            raise unknown(name, name, known, expected, remedy)
 
 
 @contextlib.contextmanager
@@ -102,7 +104,7 @@ def one_line_errors(subcommand: str) -> Iterator[None]:
     """Turns tyro's output about wrong arguments, boxes of many lines, into a NaloraError."""
     said = io.StringIO()
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100000"
+    os.environ["COLUMNS"] = "100000"  # so that no line of a box is broken
     try:
         with contextlib.redirect_stderr(said):
             yield
@@ -119,15 +121,14 @@ def one_line_errors(subcommand: str) -> Iterator[None]:
 def _as_error(subcommand: str, box: str) -> NaloraError:
     """Returns the error in a box of tyro, whose first paragraph names the flag and the bad
     value."""
-    plain = (
-        line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
-    )
+    without_colours = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    plain = (line.strip("│╭╮╰╯ ") for line in without_colours.splitlines())
     lines = [line for line in plain if line][1:]  # after the title
+    # The first paragraph is between two horizontal rules, of which the first may be missing.
     rules = [index for index, line in enumerate(lines) if set(line) <= {"─", "-"}]
     start = int(rules[:1] == [0])
-    text = " ".join(
-        lines[start : next((index for index in rules if index > 0), len(lines))]
-    )
+    end = next((index for index in rules if index > 0), len(lines))
+    text = " ".join(lines[start:end])
     where = f"nalora {subcommand}"
     remedy = f"see nalora {subcommand} --help-all"
     if match := re.match(
@@ -139,9 +140,10 @@ def _as_error(subcommand: str, box: str) -> NaloraError:
             (line for line in lines if line.startswith(f"{match[1]} ")),
             "a value of its type",
         )
-        value = re.search(r"'.*'", match[2])
+        found = match[2]
+        if value := re.search(r"'.*'", found):
+            found = value[0]
         expected = form.removeprefix(f"{match[1]} ")
-        found = value[0] if value else match[2]
         return NaloraError(match[1], expected=expected, found=found)
     if match := re.match(
         r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", text
@@ -166,6 +168,7 @@ def check_text(argv: Sequence[str]) -> None:
         try:
             word.encode()
         except UnicodeEncodeError:
+            # the flag of --flag=value, or else the word before the value
             near = [*re.findall(r"^(--[^=]*)=", word), *argv[max(index - 1, 0) : index]]
             flag = next((name for name in near if name.startswith("--")), "argument")
             shown = repr(word.encode(errors="surrogateescape"))
@@ -225,9 +228,10 @@ def short_help(subcommand: str, kind: type, common: Mapping[str, str]) -> str:
     for heading, names in common.items():
         lines += ["", f"{heading}:"]
         for flag in map(by_name.__getitem__, names.split()):
-            default = _type_out(flag.default)
-            note = f" (default: {default})" if default else ""
-            lines += [f"  {flag.name}", _entry("", f"{flag.text}{note}", indent=6)]
+            text = flag.text
+            if default := _type_out(flag.default):
+                text += f" (default: {default})"
+            lines += [f"  {flag.name}", _entry("", text, indent=6)]
     lines += ["", f"All {len(every)} flags: nalora {subcommand} --help-all"]
     groups: dict[type, list[Flag]] = {}
     for flag in every:

@@ -67,13 +67,14 @@ def train(args: cli.TrainArgs) -> None:
 def generate(args: cli.GenerateArgs) -> None:
     """Prints the response while it is generated."""
     if (args.prompt is None) == (args.messages is None):
-        prompts = "neither" if args.prompt is None else "both"
+        given = "both"
+        if args.prompt is None:
+            given = "neither"
         raise NaloraError(
-            "nalora generate", expected="--prompt or --messages", found=prompts
+            "nalora generate", expected="--prompt or --messages", found=given
         )
-    if args.messages is None:
-        messages = None
-    else:
+    messages = None
+    if args.messages is not None:
         messages = conversation.read_messages(args.messages)
     prompt = args.prompt or ""
     if prompt == "-":
@@ -94,25 +95,23 @@ def generate(args: cli.GenerateArgs) -> None:
     processor = model.base.processor
     adapter = model.located.adapter
     tokens: str | list[int] = prompt
+    pixels = []
     if pictures:
         in_turns = tokenizer.chat_template is not None and args.chat is not False
         tokens = image_chat.asked(prompt, len(pictures), tokenizer, chat=in_turns)
+        assert processor is not None
+        pixels = [processor(picture)["pixels"] for picture in pictures]
     else:
-        if args.chat or (
-            args.chat is None
-            and adapter is not None
-            and located.trained_in_turns(adapter)
-        ):
+        in_turns = bool(args.chat)
+        if args.chat is None and adapter is not None:
+            in_turns = bool(located.trained_in_turns(adapter))
+        if in_turns:
             messages = messages or asked
         if messages is not None:
             tokens = conversation.chat_tokens(tokenizer, messages)
     generator = generation.Generator(
         model.module, model.variables, tokenizer, mesh=mesh, processor=processor
     )
-    if processor is None:
-        pixels = []
-    else:
-        pixels = [processor(picture)["pixels"] for picture in pictures]
     for piece in generator.stream(
         tokens, images=pixels, seed=args.seed, **asdict(args.sampling)
     ):
@@ -126,14 +125,16 @@ def export(args: cli.ExportArgs) -> None:
     if args.target != "gguf":
         outputs.refuse_existing(args.output)
     else:
-        if (where := buckets.bucket_url(args.output)) is not None:
+        where = buckets.bucket_url(args.output)
+        if where is not None:
             uploads.require_free(where)
         else:
             outputs.check_new_file("--output", args.output)
             folders.refuse_claimed(args.output)
         if args.output.suffix != ".gguf":
-            expected = "a name that ends in .gguf"
-            raise NaloraError("--output", expected=expected, found=str(args.output))
+            raise NaloraError(
+                "--output", expected="a name that ends in .gguf", found=str(args.output)
+            )
     if args.model:
         name, adapter = (args.model, args.run)
     else:
@@ -241,9 +242,10 @@ def inspect(args: cli.InspectArgs) -> None:
         inspection.check_picture(args.picture)  # before minutes of computation
         outputs.check_new_path("--picture", args.picture)
     if args.texts and not any(text.strip() for text in args.texts):
-        expected = "at least one text with a token in it"
         raise NaloraError(
-            "--texts", expected=expected, found=f"{len(args.texts)} texts"
+            "--texts",
+            expected="at least one text with a token in it",
+            found=f"{len(args.texts)} texts",
         )
     source = None
     if args.dataset is not None:
@@ -320,12 +322,16 @@ def from_peft(args: cli.FromPeftArgs) -> None:
     elif path.is_dir():
         path /= "adapter_config.json"
     values = config_files.read_values(path)
-    fields = values if isinstance(values, Mapping) else {}
+    fields: Mapping[Any, Any] = {}
+    if isinstance(values, Mapping):
+        fields = values
     if not set(fields) & set(peft_settings.PEFT):
         found = ", ".join(map(str, fields)) or "none"
-        remedy = "settings of TRL have a table in docs/from_peft.md"
         raise NaloraError(
-            str(path), expected="settings of PEFT", found=found, remedy=remedy
+            str(path),
+            expected="settings of PEFT",
+            found=found,
+            remedy="settings of TRL have a table in docs/from_peft.md",
         )
     settings, notes = peft_settings.from_peft(values)
     config = check(config_files.settings_of(settings, path))
@@ -352,11 +358,14 @@ def card(
     if model.located.run and model.located.adapter is not None:
         log = history.read_history(model.located.adapter.parent)
         measured = [record["eval"] for record in log.measured]
+        after = None
+        if len(measured) > 1:
+            after = measured[-1]
         written = replace(
             written,
             run=config_from_dict(model.located.run),
             before=next(iter(measured), None),
-            after=measured[-1] if len(measured) > 1 else None,
+            after=after,
             versions=log.header.get("versions", {}),
             device=log.header.get("device", ""),
             acting=log.acting_steps,
@@ -382,12 +391,20 @@ def _require_template(
 def _require_adapter(place: located.Located) -> None:
     """Refuses a base without adapter before its weights are read."""
     if place.adapter is None:
-        found = "a base model"
-        remedy = "give a run's folder"
-        raise NaloraError(place.base, expected="an adapter", found=found, remedy=remedy)
+        raise NaloraError(
+            place.base,
+            expected="an adapter",
+            found="a base model",
+            remedy="give a run's folder",
+        )
 
 
 def _standard_input() -> str:
+    """Returns all text of standard input.
+
+    Raises:
+      NaloraError: it is not UTF-8.
+    """
     try:
         # strict, independent of the locale
         return sys.stdin.buffer.read().decode("utf-8")

@@ -81,8 +81,9 @@ def verify(args: VerifyArgs) -> None:
     encoded = [tokenizer.encode(text) for text in args.texts or inspect.TEXTS]
     length = min(_TOKENS, *map(len, encoded))
     if length == 0:
-        expected = "texts of at least one token"
-        raise NaloraError("--texts", expected=expected, found="an empty text")
+        raise NaloraError(
+            "--texts", expected="texts of at least one token", found="an empty text"
+        )
     prompts = np.array([ids[:length] for ids in encoded])  # [prompts, tokens]
     base = None
     if server.base is not None:
@@ -103,6 +104,11 @@ class Server:
     """
 
     def __init__(self, url: str, name: str | None) -> None:
+        """Asks the server for its models; ``name`` is the adapter's, or None for the only one.
+
+        Raises:
+          NaloraError: the server cannot be reached, or has no adapter of that name.
+        """
         self.url = url.rstrip("/").removesuffix("/v1")
         listed = self._call("/v1/models")["data"]
         # llama.cpp has no names of adapters, but a list of files, which a request scales.
@@ -114,6 +120,7 @@ class Server:
         adapters = adapters or bases[1:]
         self.base: str | None = next(iter(bases), None)
         self.name = self.base
+        # A request to llama.cpp scales the files, so that an adapter needs no name.
         if self.files or (self.files is not None and name is None):
             return
         if name is None and len(adapters) == 1:
@@ -121,19 +128,30 @@ class Server:
         if name is not None and name == self.base and not adapters:
             self.base = None  # the only model: a merged one
         elif name not in adapters:
-            expected = "the name of an adapter that the server lists"
-            found = f"{name or 'none'}; it lists {', '.join(adapters) or 'no adapter'}"
             remedy = (
                 "start it with the adapter (vLLM: --enable-lora --lora-modules NAME=FOLDER); "
                 "of a server of a merged model give the model's name"
             )
-            raise NaloraError("--name", expected=expected, found=found, remedy=remedy)
+            raise NaloraError(
+                "--name",
+                expected="the name of an adapter that the server lists",
+                found=f"{name or 'none'}; it lists {', '.join(adapters) or 'no adapter'}",
+                remedy=remedy,
+            )
         self.name = name
 
     def log_probs(self, prompts: np.ndarray, *, adapted: bool) -> LogProbs:
-        """Returns the log probabilities of the likeliest tokens after each prompt."""
-        body = {
-            "model": self.name if adapted else self.base,
+        """Returns the log probabilities of the likeliest tokens after each prompt.
+
+        Args:
+          prompts: token ids ``[prompts, tokens]``.
+          adapted: of the model with the adapter; otherwise of the base.
+        """
+        model = self.base
+        if adapted:
+            model = self.name
+        body: dict[str, Any] = {
+            "model": model,
             "max_tokens": 1,
             "temperature": 1.0,
             "logprobs": _TOP,
@@ -163,25 +181,39 @@ class Server:
                 for name, value in likeliest.items()
                 if name.startswith(prefix)
             }
-        expected = "log probabilities by token id"
-        raise NaloraError(self.url, expected=expected, found=sorted(found) or "none")
+        raise NaloraError(
+            self.url,
+            expected="log probabilities by token id",
+            found=sorted(found) or "none",
+        )
 
     def _call(self, path: str, body: Any = None) -> Any:
+        """Returns the JSON answer to a request: GET without a body, otherwise POST of JSON.
+
+        Raises:
+          NaloraError: the server cannot be reached, or answers with an error or no JSON.
+        """
         url = self.url + path
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
+        data = None
+        if body is not None:
+            data = json.dumps(body).encode()
         try:
             request = urllib.request.Request(url, data, headers)
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            found = f"status {error.code}: {error.read(300).decode(errors='replace')}"
-            raise NaloraError(url, expected="an answer", found=found) from error
+            raise NaloraError(
+                url,
+                expected="an answer",
+                found=f"status {error.code}: {error.read(300).decode(errors='replace')}",
+            ) from error
         except (OSError, ValueError) as error:
-            expected = "an OpenAI-compatible server"
-            raise NaloraError(url, expected=expected, found=error) from error
+            raise NaloraError(
+                url, expected="an OpenAI-compatible server", found=error
+            ) from error
 
 
 def judge(
@@ -196,7 +228,7 @@ def judge(
     difference between the server's base and ours on the same tokens bounds the distance of a served
     adapter; without a server's base (None) it is assumed.
     """
-    places = []
+    places = []  # (row, token) whose log probabilities are all known
     for row, top in enumerate(adapted):
         for token in top:
             if base is None or token in base[row]:
@@ -205,6 +237,7 @@ def judge(
         verdict = "another adapter: with it none of the base's likely tokens is likely"
         return verdict, False
     rows, tokens = np.array(places).T
+    # [places] by candidate
     ours = {name: values[rows, tokens] for name, values in _candidates(model, prompts)}
     base_of_ours = ours.pop("base")
     if base is None:
@@ -215,6 +248,7 @@ def judge(
     if off > _SAME_BASE:
         return f"other base: its log probabilities are {off:.2f} nats off ours", False
     effect = _size(ours["adapter"] - base_of_ours)
+    # An effect that the difference of the bases could hide, or of rounding, tells nothing.
     if effect < max(3 * off, 1e-4):
         expected = (
             f"a change of {3 * off:.2g} nats by the adapter, "
@@ -258,8 +292,10 @@ def judge(
 def _candidates(
     model: adapted.AdaptedModel, prompts: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields our log probabilities ``[prompts, vocab]`` of base, adapter, other scales and parts of
-    the modules."""
+    """Yields the name and our log probabilities ``[prompts, vocab]`` of models that may be served.
+
+    They are the base, the adapter, the adapter with other scales, and parts of its modules.
+    """
     assert model.lora is not None
     params = {"params": model.base.params}
     leaves = trees.flatten(model.lora)
@@ -270,6 +306,7 @@ def _candidates(
         lambda lora: _log_probs(model.module, params | {"lora": lora}, prompts)
     )
     modules = set(module_of.values())
+    # scale of B, and the modules with an adapter
     candidates = {"adapter": (1.0, modules)}
     for scale in _SCALES:
         candidates[f"with about {scale:.2g} times its scale"] = (scale, modules)
@@ -292,6 +329,7 @@ def _candidates(
 
 
 def _log_probs(module: Any, variables: Mapping[str, Any], prompts: np.ndarray) -> Any:
+    """Returns the log probabilities ``[prompts, vocab]`` of the token after each prompt."""
     hidden = module.apply(variables, prompts)  # [prompts, tokens, d_model]
     # [prompts, 1, vocab]
     logits = module.apply(variables, hidden[:, -1:], method="unembed")
@@ -299,5 +337,5 @@ def _log_probs(module: Any, variables: Mapping[str, Any], prompts: np.ndarray) -
 
 
 def _size(difference: np.ndarray) -> float:
-    """Returns the root mean square."""
+    """Returns the root mean square of differences of log probabilities, in nats."""
     return float((difference**2).mean() ** 0.5)

@@ -56,6 +56,7 @@ def accept_layout(
     jobs: list[Job] = []  # the last one that was built
 
     def attempt(layout: Layout) -> Compiled:
+        """Builds and compiles the run in a layout, and runs a step if it fits."""
         jobs.clear()
         gc.collect()  # frees the last layout's arrays on the devices
         placed = layout.into(config)
@@ -66,7 +67,7 @@ def accept_layout(
         batches.close()
         params = assembly.view(assembly.params)
         program = compile_ahead(assembly.step, params, assembly.state, batch)
-        result = Compiled(0.0, True, 0.0)
+        result = Compiled(0.0, True, 0.0)  # a step without figures counts as fitting
         if program is not None:
             figures = of_compiled(program)
             seconds = roofline(figures, placed, base, where).seconds + layout.rollout

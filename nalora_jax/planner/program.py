@@ -61,7 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def architecture(
     name: str, *, images: bool = False, rope_scaling: str = ""
 ) -> ModelConfig:
-    """Returns the architecture called ``name``.
+    """Returns the architecture of a model, without its weights.
 
     A name is a key of `CONFIGS`, a ``config.json``, a Hugging Face folder, or a hub id: its last
     part is a key of `CONFIGS`, or its ``config.json`` is read from the hub's cache or downloaded.
@@ -78,7 +78,9 @@ def architecture(
     if file.is_dir():
         file /= "config.json"
     on_hub = _HUB_ID.fullmatch(name) is not None
-    known = (name.rpartition("/")[2] if on_hub else name).lower()
+    known = name.lower()
+    if on_hub:
+        known = known.rpartition("/")[2]
     raw = None
     where = name
     if file.suffix == ".json" and file.exists():
@@ -94,10 +96,12 @@ def architecture(
             remedy = error.remedy or remedy
     if raw is None:
         names = ", ".join(CONFIGS)
-        expected = (
-            f"a config.json, a folder that contains one, a hub id, or one of {names}"
+        raise NaloraError(
+            "--model",
+            expected=f"a config.json, a folder that contains one, a hub id, or one of {names}",
+            found=found,
+            remedy=remedy,
         )
-        raise NaloraError("--model", expected=expected, found=found, remedy=remedy)
     return ModelConfig.from_hf(
         with_rope_scaling(raw, rope_scaling, where), where, images=images
     )
@@ -119,9 +123,13 @@ def devices(where: machines.Topology) -> Sequence[jax.Device]:
         missing = importlib.util.find_spec(module) is None
     if missing:
         expected = f"the compiler for {where.chip.name}, which needs no such chip"
-        remedy = f"pip install 'nalora_jax[{extra}]', best in an environment of its own"
         found = "that it is not installed"
-        raise NaloraError("nalora plan", expected=expected, found=found, remedy=remedy)
+        raise NaloraError(
+            "nalora plan",
+            expected=expected,
+            found=found,
+            remedy=f"pip install 'nalora_jax[{extra}]', best in an environment of its own",
+        )
     # The TPU compiler must not search for a TPU or require exclusive access.
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         os.environ.setdefault(name, "1")
@@ -156,11 +164,13 @@ def step_and_arguments(
         return program.compiled_step(places), (params, state, batch)
 
     def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
-        return program.pure(program.spec, program.mechanisms, {"rate_of_step": rates})(
-            params, state, batch
-        )
+        """Returns the result of a step of one run with the learning rates ``[steps]``."""
+        numbers = {"rate_of_step": rates}
+        step = program.pure(program.spec, program.mechanisms, numbers)
+        return step(params, state, batch)
 
     def of_runs(leaf: Any) -> Any:
+        """Returns the shape ``[runs, ...]`` of a run's array."""
         place = stacked_sharding(mesh, leaf.sharding)
         return jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype, sharding=place)
 
@@ -177,8 +187,11 @@ def step_and_arguments(
 def _program_and_state(
     config: RunConfig, base: ModelConfig, mesh: Mesh
 ) -> tuple[RunProgram, Any, Any, Any]:
-    """Returns the program of a run, the shapes of its weights and state, and the state's
-    shardings."""
+    """Returns the program of a run and the shapes of its arrays.
+
+    Returns:
+      The program, the shapes of its weights and of its state, and the state's shardings.
+    """
     spec = adapters.adapter_spec(config, base)
     parts = kind_of(config).parts(config, ImageProcessor())
     program = decoder_program(config, base, spec, mesh, **parts)
@@ -200,11 +213,11 @@ def _program_and_state(
 def rollout_and_arguments(
     config: RunConfig, base: ModelConfig, mesh: Mesh
 ) -> tuple[Any, tuple[Any, ...], float]:
-    """Returns the jitted program that draws samples in a run with rewards, and the shapes of its
-    arguments.
+    """Returns the program that draws samples in a run with rewards.
 
-    Prompts fill the rows that samples leave. The last result are the bytes of a device for the
-    optimizer, which stay in its memory.
+    Returns:
+      The jitted program, the shapes of its arguments, and the bytes of a device for the
+      optimizer, which stay in its memory during the program.
     """
     rl = config.rl
     program, params, state, _ = _program_and_state(config, base, mesh)
@@ -217,6 +230,7 @@ def rollout_and_arguments(
     )
 
     def of(shape: tuple[int, ...], dtype: Any, spec: P = P(BATCH_AXES)) -> Any:  # noqa: B008
+        """Returns the shape of an array, by default sharded by rows."""
         return jax.ShapeDtypeStruct(
             shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec)
         )
@@ -271,11 +285,12 @@ def moved_weights(
 def _batch(
     config: RunConfig, base: ModelConfig, mesh: Mesh, images: int
 ) -> dict[str, Any]:
-    """Returns the shapes of a step's batch."""
+    """Returns the shapes of a step's batch, ``[accumulate, rows, ...]`` by name."""
     by_rows = NamedSharding(mesh, P(None, BATCH_AXES))
     lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
 
     def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """Returns the shape of an array, given the part of it for one row."""
         return jax.ShapeDtypeStruct((*lead, *shape), jnp.dtype(dtype), sharding=by_rows)
 
     batch = {
@@ -289,7 +304,7 @@ def _batch(
 
 
 def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
-    """Returns the shape of a frozen array in its storage form."""
+    """Returns the shape of a frozen array as it is stored: as codes and scales if quantized."""
     if compute.quantize == "none" or not re.search(kernels(compute.quantize), path):
         return jax.ShapeDtypeStruct(shape, targets.leaf_dtype(path, compute.dtype))
     return jax.eval_shape(
@@ -298,7 +313,9 @@ def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
 
 
 def placed(tree: Any, mesh: Mesh, rules: sharding.Rules) -> tuple[Any, Any]:
-    """Returns shapes of arrays with the shardings of the rules, and the shardings."""
+    """Returns the shapes of a tree with shardings by the rules, and the shardings alone."""
     places = sharding.shardings(tree, mesh, rules)
-    shape = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
-    return jax.tree.map(shape, tree, places), places
+    shapes = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
+    )
+    return shapes, places

@@ -92,7 +92,7 @@ class Plan:
         return self.config.train.batch_size * self.config.data.max_length / self.seconds
 
     def ratios(self) -> dict[str, float]:
-        """Returns the ratios of NA-LoRA to LoRA."""
+        """Returns the ratios of NA-LoRA's step to LoRA's: of work, traffic and memory."""
         ours = self.nalora
         other = self.lora
         pairs = {
@@ -101,43 +101,45 @@ class Plan:
             "collective bytes": (ours.moved(), other.moved()),
             "memory": (ours.memory, other.memory),
         }
-        return {
-            name: first / second if second else 1.0
-            for name, (first, second) in pairs.items()
-        }
+        ratios = {}
+        for name, (first, second) in pairs.items():
+            ratios[name] = 1.0  # neither has any
+            if second:
+                ratios[name] = first / second
+        return ratios
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
-        found = self.nalora
-        rollout = {}
+        """Returns the record of the plan as JSON values.
+
+        Sizes are in bytes of a chip, times in seconds.
+        """
+        nalora = self.nalora
+        record = common_fields(self.config, self.where)
         if self.rollout is not None:
-            values = {
-                n: getattr(self.rollout, n)
-                for n in ("programs", "memory", "seconds", "moved")
+            record["rollout"] = {
+                "programs": self.rollout.programs,
+                "memory": self.rollout.memory,
+                "seconds": self.rollout.seconds,
+                "moved": self.rollout.moved,
+                "bound": asdict(self.rollout.bound),
             }
-            rollout = {"rollout": values | {"bound": asdict(self.rollout.bound)}}
-        return (
-            common_fields(self.config, self.where)
-            | rollout
-            | {
-                "layout": self.layout.record(),
-                "fits": self.fits,
-                **{
-                    name: getattr(found, name)
-                    for name in ("memory", "arguments", "host")
-                },
-                "limit": self.where.chip.memory,
-                "moved": found.moved(),
-                "hidden": found.moved(overlapped=True),
-                "seconds": self.bound.seconds,
-                "mfu": self.bound.mfu,
-                "tokens_per_second": self.tokens_per_second,
-                "bound": asdict(self.bound),
-                "kernels": dict(found.custom_calls),
-                "scopes": {name: asdict(work) for name, work in found.scopes.items()},
-                "over_lora": self.ratios(),
-            }
-        )
+        return record | {
+            "layout": self.layout.record(),
+            "fits": self.fits,
+            "memory": nalora.memory,
+            "arguments": nalora.arguments,
+            "host": nalora.host,
+            "limit": self.where.chip.memory,
+            "moved": nalora.moved(),
+            "hidden": nalora.moved(overlapped=True),
+            "seconds": self.bound.seconds,
+            "mfu": self.bound.mfu,
+            "tokens_per_second": self.tokens_per_second,
+            "bound": asdict(self.bound),
+            "kernels": dict(nalora.custom_calls),
+            "scopes": {name: asdict(work) for name, work in nalora.scopes.items()},
+            "over_lora": self.ratios(),
+        }
 
 
 @dataclass(frozen=True)
@@ -160,18 +162,26 @@ class SweepPlan:
         return math.ceil(self.runs / self.layout.together)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
+        """Returns the record of the plan as JSON values.
+
+        ``collectives`` is their number in a step, null for an estimate.
+        """
+        collectives = None
+        if self.collectives is not None:
+            collectives = len(self.collectives)
         return common_fields(self.config, self.where) | {
-            **{
-                name: getattr(self, name)
-                for name in ("runs", "programs", "memory", "seconds", "mfu")
-            },
+            "runs": self.runs,
+            "programs": self.programs,
+            "memory": self.memory,
+            "seconds": self.seconds,
+            "mfu": self.mfu,
             "mesh": {
-                name: getattr(self.layout, name)
-                for name in ("run", "runs_per_device", "fsdp")
+                "run": self.layout.run,
+                "runs_per_device": self.layout.runs_per_device,
+                "fsdp": self.layout.fsdp,
             },
             "remat": self.layout.remat,
-            "collectives": None if self.collectives is None else len(self.collectives),
+            "collectives": collectives,
         }
 
 
@@ -206,10 +216,9 @@ def make_plan(
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
     other = figures(without_statistics(step, mesh), arguments)
+    rollout = None
     if kind_of(config).draws_samples:
         rollout = _plan_rollout(placed, base, where, other, arguments)
-    else:
-        rollout = None
     ours, bound = result.program
     return Plan(config, where, layout, ours, other, bound, rollout)
 
@@ -221,9 +230,14 @@ def _plan_rollout(
     update: Figures,
     arguments: Any,
 ) -> RolloutPlan:
-    """Compiles the program of the samples in the layout of the update and bounds its time.
+    """Compiles the program of the samples in the layout of the update, and bounds its time.
 
-    ``update`` are figures of a step with ``arguments``.
+    Args:
+      config: of the run, in the layout of the update.
+      base: the model.
+      where: the machine.
+      update: figures of the step of the update.
+      arguments: the step's arguments.
     """
     mesh = distributed.make_mesh(config.mesh, devices(where))
     rl = config.rl
@@ -291,11 +305,14 @@ def _compiler(
     images: int = 0,
     runs: int = 0,
 ) -> Callable[[estimates.Layout], Compiled]:
-    """Returns the function that compiles a layout's step, with figures and roofline as its
-    program."""
+    """Returns a function that compiles the step of a layout.
+
+    Its result has the pair (figures, roofline) as its program.
+    """
     chips = devices(where)
 
     def compiled(layout: estimates.Layout) -> Compiled:
+        """Returns the memory and the time of the compiled step of a layout."""
         concrete = layout.into(config)
         mesh = distributed.make_mesh(concrete.mesh, chips)
         together = 0
@@ -323,6 +340,7 @@ def without_statistics(step: Any, mesh: Any) -> Any:
     inner = step.__wrapped__  # compiler options cannot be nested
 
     def plain(params: Any, state: Any, batch: Any) -> Any:
+        """Returns the step's result with the old statistics and the loss alone."""
         new, metrics = inner(params, state, batch)
         opt_state = with_gate_state(new.opt_state, state.gate)
         return new._replace(opt_state=opt_state), {"loss": metrics["loss"]}
@@ -385,11 +403,9 @@ def plan_lines(
     speed = f"{chip.interconnect / 1e9:.0f} GB/s inbound"
     yield f"  interconn.  {overlapped} overlapped with matmuls, {exposed} not, at {speed}"
     if nalora.host:
-        there, back = (
-            sum(t.total for t in nalora.transfers if t.to_host == out)
-            for out in (True, False)
-        )
-        moved = f"({there / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
+        out = sum(t.total for t in nalora.transfers if t.to_host)
+        back = sum(t.total for t in nalora.transfers if not t.to_host)
+        moved = f"({out / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
         available = f"{chip.host_memory / 1e9:.0f}"
         yield f"  host        {nalora.host / 1e9:.2f} GB a chip of {available} {moved}"
         overlapped = _milliseconds(bound.host)
@@ -409,10 +425,12 @@ def plan_lines(
 
 
 def _milliseconds(seconds: float) -> str:
+    """Returns a time in milliseconds as text."""
     return f"{seconds * 1e3:.0f} ms"
 
 
 def _describe_rollout(plan: Plan, rollout: RolloutPlan) -> Iterator[str]:
+    """Yields the lines of a plan on the update and the rollout of a step with rewards."""
     rl = plan.config.rl
     bound = rollout.bound
     chip = plan.where.chip
@@ -485,6 +503,7 @@ def cost_lines(
 def _time_line(
     where: machines.Topology, hours: float, work: str, price: float | None
 ) -> str:
+    """Returns the line with the hours of some work and, with ``price``, their cost."""
     cost = ""
     if price is not None:
         cost = f", {hours * where.size * price:,.2f} at {price:g} a chip and hour"
