@@ -84,8 +84,12 @@ def missing_package(flag: str, where: str) -> NaloraError:
     remedy = "use gs:// or s3://, or a folder"
     if package:
         remedy = f"pip install {package} (or nalora_jax with its extra `{extra}`)"
-    expected = "a folder, or a URL of a store that this Python can reach"
-    return NaloraError(flag, expected=expected, found=where, remedy=remedy)
+    return NaloraError(
+        flag,
+        expected="a folder, or a URL of a store that this Python can reach",
+        found=where,
+        remedy=remedy,
+    )
 
 
 def version(name: str) -> str:

@@ -55,7 +55,7 @@ class Fields:
     def error(
         self, name: str, expected: object, found: object, remedy: str = ""
     ) -> NaloraError:
-        """Returns an error that names the field."""
+        """Returns an error about the field ``name``, whose value should be ``expected``."""
         return NaloraError(
             f"{self.where}: {name}", expected=expected, found=found, remedy=remedy
         )
@@ -98,9 +98,9 @@ class Fields:
             expected = "a finite number of 0 or more"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         in_range = is_number and 0 <= value <= _LARGEST  # false for NaN, too
-        if not in_range or (value == 0 and not zero):
-            raise self.error(name, expected, shown(value))
-        return float(value)
+        if in_range and (zero or value != 0):
+            return float(value)
+        raise self.error(name, expected, shown(value))
 
     def flag(self, name: str) -> bool:
         """Returns true or false; false if absent."""
@@ -134,9 +134,9 @@ class Fields:
         value = self.get(name)
         if value is None:
             return None
-        fits = isinstance(value, list)
-        if fits:
-            fits = len(value) == length or (longer and len(value) > length)
+        fits = isinstance(value, list) and len(value) >= length
+        if fits and not longer:
+            fits = len(value) == length
         if not fits or not all(isinstance(item, kinds) for item in value):
             found = f"{type(value).__name__} {str(value)[:60]}"
             raise self.error(name, f"a list of {length} entries", found)

@@ -177,7 +177,8 @@ def _is_touched(path: Path, holder: dict[str, Any], held: bool | None) -> bool:
       holder: the process that it names.
       held: what `_acquire` returned.
     """
-    if not holder or (held and holder.get("host") == socket.gethostname()):
+    is_here = holder.get("host") == socket.gethostname()
+    if not holder or (held and is_here):
         return False
     until = time.monotonic() + _STALE
     with suppress(FileNotFoundError):  # the other host has released its lock

@@ -240,18 +240,19 @@ def _read_mark(where: str) -> dict[str, Any]:
 
 def _taken(where: str, found: str) -> NaloraError:
     """Returns the error for an output in a bucket that exists."""
-    remedy = "choose another name, or empty it yourself"
     return NaloraError(
-        where, expected="a new name in the bucket", found=found, remedy=remedy
+        where,
+        expected="a new name in the bucket",
+        found=found,
+        remedy="choose another name, or empty it yourself",
     )
 
 
 def _busy(where: str, who: str) -> NaloraError:
     """Returns the error for a folder in a bucket to which the process ``who`` writes."""
-    remedy = f"wait for it; if it has ended, start again in {_STALE:.0f} seconds"
     return NaloraError(
         where,
         expected="a folder that no other process writes to",
         found=who,
-        remedy=remedy,
+        remedy=f"wait for it; if it has ended, start again in {_STALE:.0f} seconds",
     )

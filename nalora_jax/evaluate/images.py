@@ -18,7 +18,7 @@ from nalora_jax.common.digests import digest_of
 from nalora_jax.data.images.files import ImageProcessor, TextTokenizer, resized_to
 from nalora_jax.data.images.opened import ImageSource
 from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
-from nalora_jax.evaluate.statistics import bootstrap, wilson
+from nalora_jax.evaluate.statistics import accuracy_of, bootstrap
 from nalora_jax.mesh import processes
 from nalora_jax.models.vision.dual import DualEncoder, normalised
 
@@ -229,14 +229,15 @@ class ClassEvaluator(Evaluator):
         )
         records = []
         for place, label, answer, loss in columns:
-            record = {
-                "prompt": place,
-                "label": label,
-                "answer": answer,
-                "correct": label == answer,
-                "loss": loss,
-            }
-            records.append(record)
+            records.append(
+                {
+                    "prompt": place,
+                    "label": label,
+                    "answer": answer,
+                    "correct": label == answer,
+                    "loss": loss,
+                }
+            )
         return records
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
@@ -245,16 +246,11 @@ class ClassEvaluator(Evaluator):
         They are ``accuracy`` with its 95% interval ``low`` and ``high``, the mean ``loss``, ``n``,
         and ``chance``, the accuracy of guessing.
         """
-        right = sum(record["correct"] for record in records)
-        count = len(records)
-        low, high = wilson(right, count)
         losses = [record["loss"] for record in records]
         return {
-            "accuracy": right / count,
-            "low": low,
-            "high": high,
+            **accuracy_of(records),
             "loss": float(np.mean(losses)),
-            "n": count,
+            "n": len(records),
             "chance": 1 / len(self._classes),
         }
 
@@ -342,16 +338,17 @@ class RetrievalEvaluator(Evaluator):
         )
         records = []
         for place, caption, best, of_image, of_text, loss in columns:
-            record = {
-                "prompt": place,
-                "expected": caption,
-                "answer": self._captions[best],
-                "correct": of_image == 0,
-                "image_to_text": of_image,
-                "text_to_image": of_text,
-                "loss": loss,
-            }
-            records.append(record)
+            records.append(
+                {
+                    "prompt": place,
+                    "expected": caption,
+                    "answer": self._captions[best],
+                    "correct": of_image == 0,
+                    "image_to_text": of_image,
+                    "text_to_image": of_text,
+                    "loss": loss,
+                }
+            )
         return records
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:

@@ -94,12 +94,11 @@ def score_groups(
     context = model.config.max_positions
     splits = [split_group(index, pairs, switch) for index, pairs in enumerate(groups)]
     for split in splits:
-        length = len(split.stem) + max(map(len, split.tails))
-        if length > context:
+        if split.length > context:
             raise NaloraError(
                 f"evaluation item {split.index}",
                 expected=f"at most {context} tokens before the last (the model's context)",
-                found=length,
+                found=split.length,
                 remedy="drop or shorten long items",
             )
     sized = splits
@@ -162,7 +161,7 @@ def _stems_and_tails(
       The result of `target_log_probs`, ``[rows, lanes, tail]``.
     """
     lanes, tail = targets.shape[1:]
-    # [rows, lanes, tail] -> [rows * lanes, tail]
+    # All tails as rows: [rows, lanes, tail] -> [rows * lanes, tail]
     call = partial(
         model.apply,
         variables,
@@ -265,6 +264,11 @@ class Split:
     targets: list[list[int]]  # the next token of each input
     scored: list[int]  # number of continuation tokens at the end of each tail's targets
 
+    @property
+    def length(self) -> int:
+        """Returns the number of inputs of the group's longest text."""
+        return len(self.stem) + max(map(len, self.tails))
+
 
 @dataclass(frozen=True)
 class ScoringLayout:
@@ -361,7 +365,8 @@ def split_group(
     # The last shared token stays in the tails; `shared` is 0 if the first tokens differ.
     cut = max(shared - 1, 0)
     longest = max(map(len, texts)) - 1
-    if len(texts) == 1 or (switch is not None and longest > switch):
+    is_too_long = switch is not None and longest > switch
+    if len(texts) == 1 or is_too_long:
         cut = 0
     return Split(
         index,
@@ -422,7 +427,7 @@ def choose_layout(
 
 
 def _round_up(size: float) -> int:
-    """Rounds up to a multiple of 8, or of 32 above 128, for few distinct shapes."""
+    """Returns a size rounded up to a multiple of 8, or of 32 above 128, for few distinct shapes."""
     step = 8
     if size > 128:
         step = 32
@@ -443,7 +448,7 @@ def make_batches(
     for split in splits:
         numbered.append((split, number))
         number += len(split.tails)
-    numbered.sort(key=lambda pair: -_longest_text(pair[0]))
+    numbered.sort(key=lambda pair: -pair[0].length)
     for split, number in numbered:
         if not any(row.add(split, number) for row in open_rows):
             rows.append(ScoringRow(layout))
@@ -456,11 +461,6 @@ def make_batches(
         arrays = (row.arrays for row in rows[start : start + layout.rows])
         # [...] of each row -> [rows, ...]
         yield jax.tree.map(lambda *of_rows: np.stack(of_rows), *arrays)
-
-
-def _longest_text(split: Split) -> int:
-    """Returns the number of tokens of a group's longest text."""
-    return len(split.stem) + max(map(len, split.tails))
 
 
 def _empty(*shape: int) -> dict[str, np.ndarray]:

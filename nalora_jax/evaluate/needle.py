@@ -23,7 +23,7 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.answers import Normalise, matches
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.statistics import wilson
+from nalora_jax.evaluate.statistics import accuracy_of
 
 
 def exact_match(
@@ -58,13 +58,14 @@ def exact_match(
     answers = generator.generate(prompts, batch_size=batch_size, **settings)
     records = []
     for item, answer in zip(items, answers, strict=True):
-        record = {
-            "prompt": item.prompt,
-            "expected": item.completion,
-            "answer": answer,
-            "correct": matches(answer, item.completion, normalise),
-        }
-        records.append(record)
+        records.append(
+            {
+                "prompt": item.prompt,
+                "expected": item.completion,
+                "answer": answer,
+                "correct": matches(answer, item.completion, normalise),
+            }
+        )
     return records
 
 
@@ -125,8 +126,11 @@ def needle_items(
     for length, depth, number in itertools.product(lengths, DEPTHS, range(per_cell)):
         _, shortest = sized(length, depth, number, 0)
         if shortest > length:
-            expected = f"lengths of at least {shortest} tokens"
-            raise NaloraError("--needle", expected=expected, found=length)
+            raise NaloraError(
+                "--needle",
+                expected=f"lengths of at least {shortest} tokens",
+                found=length,
+            )
         room = length - shortest
         item, tokens = sized(length, depth, number, room)
         while tokens > length:  # sentences may have more tokens when they are joined
@@ -195,23 +199,12 @@ def needle_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for depth in DEPTHS:
             correct = [r["correct"] for r in of_length if r["depth"] == depth]
             cells.append(float(np.mean(correct)))
-        rows.append({"length": length, "cells": cells} | _accuracy(of_length))
+        rows.append({"length": length, "cells": cells} | accuracy_of(of_length))
     return {
         "depths": list(DEPTHS),
         "rows": rows,
-        **_accuracy(records),
+        **accuracy_of(records),
         "n": len(records),
-    }
-
-
-def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the share of correct answers with its 95% interval ``low`` and ``high``."""
-    right = sum(record["correct"] for record in records)
-    low, high = wilson(right, len(records))
-    return {
-        "accuracy": right / len(records),
-        "low": low,
-        "high": high,
     }
 
 

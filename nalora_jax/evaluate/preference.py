@@ -99,13 +99,14 @@ class PreferenceEvaluator(Evaluator):
         records = []
         for row, pair in enumerate(self._pairs):
             chosen, rejected = rewards[row].tolist()
-            record = {
-                "prompt": pair.prompt,
-                "loss": losses[row].item(),
-                "rewards_chosen": chosen,
-                "rewards_rejected": rejected,
-            }
-            records.append(record)
+            records.append(
+                {
+                    "prompt": pair.prompt,
+                    "loss": losses[row].item(),
+                    "rewards_chosen": chosen,
+                    "rewards_rejected": rejected,
+                }
+            )
         return records
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
@@ -146,12 +147,13 @@ class PreferenceEvaluator(Evaluator):
         answers = generator.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
         samples = []
         for pair, answer in zip(sampled, answers, strict=True):
-            sample = {
-                "prompt": pair.prompt,
-                "answer": answer.strip(),
-                "expected": pair.texts[0].strip(),
-            }
-            samples.append(sample)
+            samples.append(
+                {
+                    "prompt": pair.prompt,
+                    "answer": answer.strip(),
+                    "expected": pair.texts[0].strip(),
+                }
+            )
         return {"samples": samples}
 
     def _scores(self, model: Decoder, variables: Mapping[str, Any]) -> np.ndarray:

@@ -231,12 +231,11 @@ def _error(
     value: object,
 ) -> NaloraError:
     """Returns the error about a malformed value of a log, which it quotes."""
-    remedy = "the file was edited or damaged: restore that line, or delete it"
     return NaloraError(
         where,
         expected=expected,
         found=repr(value)[:100],
-        remedy=remedy,
+        remedy="the file was edited or damaged: restore that line, or delete it",
     )
 
 

@@ -7,7 +7,7 @@ computed here, because every run with choices reports it before its first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -28,7 +28,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     """
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.975)
+    z = NormalDist().inv_cdf(0.975)  # leaves 2.5% at either end
     share = successes / n
     center = (2 * n * share + z**2) / (2 * (n + z**2))
     spread = math.sqrt(4 * n * share * (1 - share) + z**2)
@@ -42,8 +42,18 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, high
 
 
+def accuracy_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the ``accuracy`` of records with ``correct``, and its 95% interval.
+
+    The interval ``low`` and ``high`` is Wilson's.
+    """
+    right = sum(record["correct"] for record in records)
+    low, high = wilson(right, len(records))
+    return {"accuracy": right / len(records), "low": low, "high": high}
+
+
 def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Returns Student's interval of the mean of ``[n]`` values; infinite for a single value.
+    """Returns Student's t interval of the mean of ``[n]`` values; infinite for a single value.
 
     A percentile bootstrap covers about 75 to 87% instead of 95% for 3 to 6 normal values.
     """

@@ -20,7 +20,7 @@ from nalora_jax.evaluate.evaluator import (
     variables_of,
 )
 from nalora_jax.evaluate.likelihood import Pair, Score, score_groups
-from nalora_jax.evaluate.statistics import bootstrap, wilson
+from nalora_jax.evaluate.statistics import accuracy_of, bootstrap
 from nalora_jax.models.decoder import Decoder
 
 _LARGEST_EXPONENT = 700.0  # exp of more than 709 is no float
@@ -151,16 +151,12 @@ class TextEvaluator(Evaluator):
                 "perplexity": math.exp(min(loss, _LARGEST_EXPONENT)),
                 "n": count,
             }
-        right = sum(record["correct"] for record in records)
-        low, high = wilson(right, count)
         likeliest = [int(np.argmax(record["log_probs"])) for record in records]
         golds = [record["gold"] for record in records]
         right_by_sum = int(np.sum(np.equal(likeliest, golds)))
         chances = [1 / len(record["choices"]) for record in records]
         return {
-            "accuracy": right / count,
-            "low": low,
-            "high": high,
+            **accuracy_of(records),
             "accuracy_per_choice": right_by_sum / count,
             "loss": loss,
             "n": count,
@@ -193,14 +189,17 @@ class TextEvaluator(Evaluator):
             prompt = item.prompt
             if self._image:
                 prompt = prompt.replace(self._image, "[image]")
-            sample = {
-                "prompt": prompt,
-                "turns": [{"role": role, "text": text} for role, text in item.turns],
-                "answer": answer.text.strip(),
-                "cut": answer.reason == "length",
-                "expected": item.completion.strip(),
-            }
-            samples.append(sample)
+            samples.append(
+                {
+                    "prompt": prompt,
+                    "turns": [
+                        {"role": role, "text": text} for role, text in item.turns
+                    ],
+                    "answer": answer.text.strip(),
+                    "cut": answer.reason == "length",
+                    "expected": item.completion.strip(),
+                }
+            )
         return {"samples": samples}
 
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
@@ -221,13 +220,14 @@ def _choice_samples(records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
     samples = []
     for record in records:
         choices = record["choices"]
-        sample = {
-            "prompt": record["prompt"],
-            "answer": choices[record["answer"]].strip(),
-            "expected": choices[record["gold"]].strip(),
-            "correct": record["correct"],
-        }
-        samples.append(sample)
+        samples.append(
+            {
+                "prompt": record["prompt"],
+                "answer": choices[record["answer"]].strip(),
+                "expected": choices[record["gold"]].strip(),
+                "correct": record["correct"],
+            }
+        )
     return samples
 
 

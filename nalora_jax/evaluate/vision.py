@@ -103,7 +103,13 @@ class VisionEvaluator(TextEvaluator):
         seq: int,
         images: int,
     ) -> dict[str, np.ndarray]:
-        """Returns one batch for `_log_probs`, padded to ``rows`` rows.
+        """Returns one batch for `_log_probs`.
+
+        Args:
+          items: of the batch.
+          rows: number of rows, of which the last ones may be padding.
+          seq: length of a row.
+          images: places for images of a row.
 
         Returns:
           ``tokens`` (the model's input), ``targets`` (the next tokens) and ``segments`` (1, or 0
@@ -141,7 +147,14 @@ def evaluator_of(
     items: Sequence[Item],
     mesh: Mesh | None = None,
 ) -> TextEvaluator:
-    """Returns the evaluator of a loaded model: with images if it has an image processor."""
+    """Returns the evaluator of a loaded model, for items with images if it has a processor.
+
+    Args:
+      loaded: the model's files.
+      model: the decoder, with the adapters' spec.
+      items: to evaluate.
+      mesh: mesh of the weights, if they are sharded.
+    """
     tokenizer = loaded.tokenizer
     if loaded.processor is None:
         return TextEvaluator(model, answering(model, tokenizer, mesh), items, mesh=mesh)

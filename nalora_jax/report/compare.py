@@ -203,20 +203,15 @@ def _method(config: Mapping[str, Any]) -> str:
 def _plain_exports(groups: Sequence[Group]) -> Iterator[str]:
     """Yields a sentence for each exported adapter in whose steps no mechanism acted."""
     for group in groups:
-        for step, first in _unreached_steps(group).items():
+        first_steps = {}  # in which mechanisms act, by exported step
+        for run in group.runs:
+            if run.unreached_step:
+                first_steps[run.exported_step] = run.unreached_step
+        for step, first in first_steps.items():
             yield (
                 f"{group.label}: the adapter of step {step} was exported, and mechanisms act "
                 f"from step {first}: it is plain LoRA."
             )
-
-
-def _unreached_steps(group: Group) -> dict[int | None, int]:
-    """Returns the first step in which mechanisms act by exported step, if it is a later one."""
-    steps = {}
-    for run in group.runs:
-        if run.unreached_step:
-            steps[run.exported_step] = run.unreached_step
-    return steps
 
 
 def _row(group: Group) -> dict[str, str]:

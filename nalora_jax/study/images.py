@@ -237,7 +237,11 @@ class DualEncoders(Subject):
         *,
         whole: bool = False,
     ) -> dict[str, float]:
-        """Returns ``loss`` and ``accuracy`` or recall; one pass computes all of them."""
+        """Returns the measures of an adapter, or of the weights alone if ``lora`` is None.
+
+        They are ``loss``, and ``accuracy`` or the recalls. One pass computes all of them, so
+        ``whole`` changes nothing.
+        """
         model = assembly.eval_model.clone(stats=None)
         loaded = self.model(items.config)
 

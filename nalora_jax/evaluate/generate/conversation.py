@@ -135,11 +135,10 @@ def read_messages(path: Path) -> list[Message]:
         check_role(text_field(message, "role", where), where)
         text_field(message, "content", where)
     if parsed[-1]["role"] == "assistant":
-        remedy = "leave out the last message: the model generates it"
         raise NaloraError(
             f"--messages {path}",
             expected="a user's message last",
             found="an assistant's",
-            remedy=remedy,
+            remedy="leave out the last message: the model generates it",
         )
     return parsed

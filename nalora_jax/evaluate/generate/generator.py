@@ -263,7 +263,8 @@ def answering(
 ) -> Answers:
     """Returns a function that completes prompts for the samples of an evaluator.
 
-    `Generator` describes the arguments.
+    Args:
+      model, tokenizer, mesh, processor: as for `Generator`.
     """
 
     def answers(
@@ -450,10 +451,11 @@ class Generator:
             return
         places = ids.count(tokens.token_id)
         if places != count * tokens.count:
-            expected = (
-                f"{tokens.count} tokens {tokens.token!r} for each of {count} images"
+            raise NaloraError(
+                where,
+                expected=f"{tokens.count} tokens {tokens.token!r} for each of {count} images",
+                found=places,
             )
-            raise NaloraError(where, expected=expected, found=places)
 
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
         """Returns the token ids of a prompt.
@@ -640,7 +642,7 @@ class _Batch:
             rows = self._padded(ids, prompts.tokens.shape[0])
             prompts = replace(prompts, **place_batch(rows, generator.mesh))
         length = prompts.tokens.shape[1] + int(self._limits.max()) - count
-        slots = padded_length(length, minimum=32, chunk=chunk)
+        slots = padded_length(length, minimum=32, chunk=chunk)  # places of the cache
         return prefill(
             generator.model,
             generator._weights,

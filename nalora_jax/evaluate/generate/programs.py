@@ -188,9 +188,10 @@ def _in_chunks(
     slots: int,
     chunk: int,
 ) -> tuple[jax.Array, Cache]:
-    """Returns the result of `_at_once`, processing ``chunk`` tokens of every prompt at a time.
+    """Returns the result of `_at_once`, computed for a part of every prompt at a time.
 
-    The cache has ``slots`` places from the start.
+    Args:
+      model, weights, prompts, slots, chunk: as for `prefill`.
     """
     tokens = jnp.asarray(prompts.tokens)
     lengths = jnp.asarray(prompts.lengths)
@@ -237,9 +238,16 @@ def _features_from(
     start: jax.Array,
     chunk: int,
 ) -> jax.Array | None:
-    """Returns the features of the image tokens of every row starting at the token ``start``.
+    """Returns the features of the image tokens of a chunk: of each row, those from ``start`` on.
 
-    They are ``[batch, places, d_model]`` with at most ``chunk`` places; None without images.
+    Args:
+      model: the decoder.
+      prompts: with the features of all their image tokens.
+      start: first token of the chunk.
+      chunk: number of tokens.
+
+    Returns:
+      ``[batch, places, d_model]`` with at most ``chunk`` places; None without images.
     """
     if prompts.features is None:
         return None
@@ -491,10 +499,9 @@ def _with_uncut_runs(
         run = list(values)
         left = -len(row) % chunk  # places up to the chunk's end
         if is_run and len(run) > chunk:
-            expected = f"at least {len(run)}, the image tokens that see each other"
             raise NaloraError(
                 "prefill_chunk",
-                expected=expected,
+                expected=f"at least {len(run)}, the image tokens that see each other",
                 found=chunk,
                 remedy="use larger chunks",
             )

@@ -47,7 +47,14 @@ def make_sampling(
     repetition_penalty: float = 1.0,
     seeds: Sequence[int] = (0,),
 ) -> Sampling:
-    """Returns equal settings for all rows, with ``seeds`` by row; the last seed is repeated."""
+    """Returns the settings of a batch, equal for all rows except the seed.
+
+    Args:
+      batch: number of rows.
+      temperature, top_k, top_p, min_p: as in `Sampling`.
+      repetition_penalty: of tokens in the text; 1: none.
+      seeds: of the first rows; the last seed is repeated.
+    """
     words = np.array(
         [seed & 0xFFFFFFFF for seed in seeds], np.uint32
     )  # the low 32 bits

@@ -161,7 +161,7 @@ def _mesh(config: RunConfig, count: int, share: float, experts: bool) -> MeshCon
         return mesh
     if devices == 1:
         return replace(mesh, data=1, fsdp=1, tensor=1, run=1)
-    rows = config.train.batch_size // config.train.accumulate
+    rows = config.train.batch_size // config.train.accumulate  # of a micro-batch
     fixed = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size > 0)
     sizes = [  # possible numbers of devices of a run, ascending
         size

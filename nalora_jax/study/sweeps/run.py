@@ -163,7 +163,14 @@ def _open_run(
     stop: preemption.StopSignals,
     stack: ExitStack,
 ) -> _Run:
-    """Locks the folder of a run and reads its settings, files and data."""
+    """Locks the folder of a run and reads its settings, files and data, but no weights.
+
+    Args:
+      config: of the run.
+      data, format: as for `sweep`.
+      stop: the signals that stop all runs.
+      stack: closes the run's session at its end.
+    """
     around = [CardWriter(), ReportWriter()]
     settled = settle(config, around, data=data, format=format)
     resume: bool | Literal["auto"] = False
@@ -260,7 +267,13 @@ def _train_together(
 def _fit(
     runs: Sequence[Running], fits: fit.Fitting, signals: preemption.StopSignals
 ) -> list[RunLoop]:
-    """Runs the steps of several runs in one program; returns their loops, which have ended."""
+    """Runs the steps of several runs in one program; returns their loops, which have ended.
+
+    Args:
+      runs: before their next step.
+      fits: their layout.
+      signals: stop all runs.
+    """
     stop = StopOfAll(signals)
     loops = []
     assemblies = [run.job.assembly for run in runs]

@@ -206,7 +206,7 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
     context = Mechanisms((("", mechanism),), activation).context(
         jnp.zeros((), jnp.int32), "layers/ffn"
     )
-    memory = jax.eval_shape(partial(mechanism.init, (2, 8)))
+    memory = jax.eval_shape(partial(mechanism.init, (2, 8)))  # 2 layers of 8 channels
     counts = {statistics.get(key).count for key in mechanism.statistics}
     sums = memory | {key: jax.ShapeDtypeStruct((2,), "float32") for key in counts}
 
