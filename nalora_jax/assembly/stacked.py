@@ -27,8 +27,9 @@ def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
 def step_of_runs(
     step: Callable[..., Any], mesh: Mesh, places: Any, params_axes: Any = None
 ) -> Any:
-    """Returns the jitted step ``(params, states, batch, values, active) -> (states, metrics)`` of
-    all runs.
+    """Returns the jitted step of all runs.
+
+    It is a function ``(params, states, batch, values, active) -> (states, metrics)``.
 
     Args:
       step: of one run, ``(params, state, batch, values) -> (state, metrics)``.

@@ -48,11 +48,9 @@ def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
             bare = get_args(declared)[0]
         if any("Positional" in str(extra) for extra in extras):
             continue
+        # An extra may name the flag; "" leaves the name of a group out of its flags.
         names = [getattr(extra, "name", None) for extra in extras]
-        named = (
-            name for name in names if name is not None
-        )  # "" for no name of its own
-        explicit = next(named, entry.name)
+        explicit = next((name for name in names if name is not None), entry.name)
         default = entry.default
         if values is not None:
             default = getattr(values, entry.name)
@@ -119,8 +117,10 @@ def one_line_errors(subcommand: str) -> Iterator[None]:
 
 
 def _as_error(subcommand: str, box: str) -> NaloraError:
-    """Returns the error in a box of tyro, whose first paragraph names the flag and the bad
-    value."""
+    """Returns the error that a box of tyro describes.
+
+    The first paragraph of the box names the flag and the bad value.
+    """
     without_colours = re.sub(r"\x1b\[[0-9;]*m", "", box)
     plain = (line.strip("│╭╮╰╯ ") for line in without_colours.splitlines())
     lines = [line for line in plain if line][1:]  # after the title

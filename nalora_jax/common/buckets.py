@@ -165,8 +165,9 @@ def open_ranges(name: str) -> Any:
 
 
 def local_file(name: str) -> Path | None:
-    """Returns the path of a file, or of its cached copy if ``name`` is a URL; None if there is no
-    such file.
+    """Returns the path of a file, or of its cached copy if ``name`` is a URL.
+
+    It is None if there is no such file.
 
     Raises:
       NaloraError: the bucket refuses or cannot be reached, or the disk is full.
@@ -188,8 +189,9 @@ def local_copy(name: str) -> Path:
 
 
 def local_path(folder: str | Path) -> Path:
-    """Returns a folder's path, or of a folder in a bucket a cached copy of its files (not of its
-    subfolders).
+    """Returns a folder's path; of a folder in a bucket, the path of a cached copy.
+
+    The copy has its files, but not its subfolders.
 
     Raises as `bucket_url`, `names` and `local_folder` do.
     """

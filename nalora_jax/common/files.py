@@ -63,8 +63,7 @@ def refuse_link(path: Path, expected: str) -> None:
 
 
 def refuse_linked_folders(folder: Path) -> None:
-    """Raises an error if an entry of an output folder is a symbolic link, unless it leads to a
-    file.
+    """Raises an error if a symbolic link in an output folder leads to anything but a file.
 
     Example: through a planted link ``checkpoints``, we would delete old checkpoints of another run.
 
@@ -86,12 +85,11 @@ def make_unlinked_folder(folder: Path) -> Path:
 
 
 def refuse_link_out(folder: Path, name: str | Path) -> None:
-    """Raises an error if a file of a model's folder, which may be a stranger's, is a link that
-    leaves the folder.
+    """Raises an error if a file of a model's folder is a link that leaves the folder.
 
-    Example: through a link ``merges.txt -> ../id_rsa``, the key would become a file of the merged
-    model. In the hub's cache, files of ``snapshots/REVISION`` are links to ``blobs`` of the same
-    repository.
+    The folder may come from a stranger. Example: through a link ``merges.txt -> ../id_rsa``, the
+    key would become a file of the merged model. In the hub's cache, files of
+    ``snapshots/REVISION`` are links to ``blobs`` of the same repository.
 
     Args:
       folder: of the model.
@@ -116,8 +114,7 @@ def refuse_link_out(folder: Path, name: str | Path) -> None:
 
 
 def expand_user(path: str | Path) -> Path:
-    """Returns ``path`` with a leading ``~`` expanded, and ``~name`` of an unknown user
-    unchanged."""
+    """Returns ``path`` with a leading ``~`` expanded; unchanged if ``~name`` is an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -126,8 +123,10 @@ def expand_user(path: str | Path) -> Path:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Adds ``path`` to an `OSError` of the block that names no file, such as a write's on a full
-    disk."""
+    """Adds ``path`` to an `OSError` of the block that names no file.
+
+    An example is the error of a write on a full disk.
+    """
     try:
         yield
     except OSError as error:
@@ -168,10 +167,10 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces ``path`` by ``content`` (text in UTF-8) in one step: readers see the old file or the
-    new one.
+    """Replaces the file ``path`` by ``content`` in one step; text is written in UTF-8.
 
-    A symbolic link at ``path`` is itself replaced.
+    Other processes read the old file or the new one. A symbolic link at ``path`` is itself
+    replaced.
 
     Raises:
       NaloraError: the system refused (a full disk, no permission); ``path`` is unchanged.
@@ -193,8 +192,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def scratch_file(target: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary file that becomes ``target`` at the end of the block, or is removed after
-    an error."""
+    """Opens a temporary file that becomes ``target`` at the end of the block.
+
+    After an error it is removed.
+    """
     with (
         naming(target),
         tempfile.NamedTemporaryFile(

@@ -104,8 +104,11 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
 
 
 def import_files(names: Sequence[str], folder: str | Path = ".") -> tuple[str, ...]:
-    """Executes Python files in their order; returns them as they are recorded (see
-    `import_file`)."""
+    """Executes Python files in their order, as `import_file` does.
+
+    Returns:
+      Each file's path with the digest of its content, as runs record it.
+    """
     return tuple(str(import_file(name, folder)) for name in names)
 
 

@@ -42,8 +42,10 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 def _acquire(path: Path, lock: FileLock) -> bool | None:
-    """Returns True with the lock, False if another process holds it, None on a file system without
-    locks.
+    """Tries to take the lock of a file.
+
+    Returns:
+      True with the lock, False if another process holds it, None on a file system without locks.
 
     Raises:
       NaloraError: ``path`` is a symbolic link.
@@ -84,8 +86,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
 
 
 class RunLock:
-    """The lock of a folder, held by this process; its file names the process and is touched while
-    it lives.
+    """The lock of a folder, held by this process.
+
+    Its file names the process, and is touched while the process lives.
 
     Args:
       path: the file, in the folder.

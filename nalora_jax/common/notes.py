@@ -33,8 +33,10 @@ def as_json() -> bool:
 
 
 class _Bounded(logging.Formatter):
-    """Limits messages to 2 kB, like errors, since they quote files, without secrets; tracebacks are
-    not cut."""
+    """Limits messages, which quote files, to 2 kB like errors, and removes secrets.
+
+    Tracebacks are not cut.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return bounded_text(redacted(super().formatMessage(record)))

@@ -129,8 +129,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def markdown(text: object) -> str:
-    """Returns a text for a line of Markdown in which every character with a meaning in Markdown or
-    HTML is escaped."""
+    """Returns a text for a line of Markdown, with Markdown's and HTML's characters escaped."""
     return _SPECIAL.sub(r"\\\1", _line(text))
 
 

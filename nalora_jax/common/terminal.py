@@ -52,8 +52,10 @@ def silence(stream: TextIO) -> None:
 
 
 class LastingStream:
-    """A text stream whose writes cannot fail: once the other end is gone, they go to the null
-    device."""
+    """A text stream whose writes cannot fail.
+
+    Once the other end is gone, they go to the null device.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -68,8 +68,10 @@ T = TypeVar("T")
 
 
 def first_match(rules: Iterable[tuple[str, T]], path: str) -> tuple[int, T] | None:
-    """Returns index and value of the first (regex, value) rule found in ``path`` by `re.search`, or
-    None."""
+    """Returns index and value of the first rule (regex, value) that matches ``path``, or None.
+
+    A rule matches if `re.search` finds it in the path.
+    """
     for index, (pattern, value) in enumerate(rules):
         if re.search(pattern, path):
             return index, value

@@ -86,8 +86,10 @@ class Evaluator:
         lora: Any | None,
         records: Sequence[ItemRecord],
     ) -> dict[str, Any]:
-        """Returns ``samples``, a few examples with the model's answers, and other values for the
-        report."""
+        """Returns values for the report: ``samples``, a few examples with the model's answers.
+
+        A subclass may add other values.
+        """
         raise NotImplementedError
 
     def measure(

@@ -95,11 +95,10 @@ def difference_of_means(
     other_values: np.ndarray,
     other_weights: np.ndarray,
 ) -> dict[str, float]:
-    """Returns the ``difference`` of two weighted means, with ``low`` and ``high`` of its 95%
-    interval.
+    """Returns the ``difference`` of two weighted means, and its 95% interval ``low``, ``high``.
 
-    It is ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``. Both models'
-    results of a unit are resampled together, for a percentile interval.
+    The difference is ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``. Both
+    models' results of a unit are resampled together, for a percentile interval.
 
     Args:
       values, weights: ``[n]``, of the first model's units, as for `bootstrap`.

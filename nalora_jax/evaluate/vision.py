@@ -67,7 +67,7 @@ class VisionEvaluator(TextEvaluator):
             self._pixels[id(item)] = pixels
 
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
-        """Returns the score of every item's completion, in a list of its own.
+        """Returns one list for every item, with the score of its completion.
 
         Every batch has the same shapes: ``rows`` items (the last batch is padded), ``seq`` tokens
         of each and ``images`` images of each, rounded up for few distinct programs.

@@ -267,8 +267,7 @@ def plan_sweep(
     *,
     compiles: bool = True,
 ) -> SweepPlan:
-    """Compiles the step of a sweep in the fastest layout that fits, as `nalora_jax.planner.decide`
-    does.
+    """Compiles the step of a sweep in the fastest layout that fits (`nalora_jax.planner.decide`).
 
     Args:
       config: settings of a run, whose rows belong to one run; ``mesh.run`` and

@@ -81,8 +81,10 @@ def headline(history: History) -> dict[str, Any] | None:
 
 
 def _source(history: History) -> str:
-    """Returns sentences on the evaluations before and after training: of which adapters they are,
-    and on which examples."""
+    """Returns sentences on the evaluations before and after training.
+
+    They say which adapters were evaluated, and on which examples.
+    """
     before, after = history.ends
     first = "the base model, before the first step"
     if history.config.get("adapter"):

@@ -37,8 +37,10 @@ from nalora_jax.weights.dual import (
 
 @dataclass(frozen=True, eq=False)
 class ImageItems(Items):
-    """Held-out images with their classes or captions; their digest is also of templates and image
-    size."""
+    """Held-out images with their classes or captions.
+
+    Their digest is also of the prompts' templates and the size of images.
+    """
 
     classes: tuple[str, ...] = ()
 
@@ -69,8 +71,10 @@ class DualEncoders(Subject):
         return "recall"
 
     def model(self, config: RunConfig) -> LoadedDual:
-        """Returns the run's base model; projections that join separate towers are drawn by its
-        seed."""
+        """Returns the run's base model.
+
+        The run's seed draws the projections that join separate towers.
+        """
         vision = config.vision
         dtype = config.compute.dtype
         joined = _is_joined(config.model)

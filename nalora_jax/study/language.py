@@ -186,8 +186,10 @@ class Language(Subject):
         return self.model(config).fingerprint
 
     def data(self, config: RunConfig) -> Any:
-        """Returns the training rows in the order of the seed, with a ``fingerprint``: packed
-        sequences."""
+        """Returns the training rows, packed sequences, in the order of the seed.
+
+        They have a ``fingerprint``, which changes if the rows or their order change.
+        """
         return pipeline.train_data(
             config.data, self.model(config).tokenizer, **inputs.stream_shape(config)
         )

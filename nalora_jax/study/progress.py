@@ -265,10 +265,10 @@ class RunInProgress:
         )
 
     def _identity(self) -> dict[str, Any]:
-        """Returns the digests of code, rule files, adapter, base, data and items; see
-        `study.provenance`.
+        """Returns the digests of code, rule files, adapter, base, data and items.
 
-        The items have names such as "test" and "test choices".
+        Records must agree in them (`nalora_jax.study.provenance`). The items have names such as
+        "test" and "test choices".
         """
         config = self.run.config
         mechanisms = self.assembly.mechanisms

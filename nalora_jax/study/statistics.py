@@ -148,8 +148,10 @@ def is_equivalent(difference: np.ndarray, margin: float) -> bool:
 
 
 def skewness(difference: np.ndarray) -> float:
-    """Returns the sample skewness of ``[n]`` values (g1, without a correction for n); 0 for equal
-    values."""
+    """Returns the sample skewness of ``[n]`` values: g1, without a correction for n.
+
+    It is 0 for equal values.
+    """
     if np.ptp(difference) <= _RESOLUTION * np.abs(difference).max():
         return 0.0
     return float(stats.skew(difference))

@@ -484,8 +484,9 @@ def _with_uncut_runs(
     token: int,
     chunk: int,
 ) -> list[int]:
-    """Returns ``ids`` with gaps (`GAP`), so that no run of ``token`` crosses a multiple of
-    ``chunk``.
+    """Returns ``ids`` with gaps (`GAP`) before some of the runs of ``token``.
+
+    No run then crosses a multiple of ``chunk``.
 
     Raises:
       NaloraError: a run is longer than a chunk.

@@ -91,8 +91,9 @@ def check_names(configs: Sequence[RunConfig]) -> None:
 
 
 def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
-    """Returns the ``--sweep`` options and settings of a folder, a path or a URL; None without a
-    sweep.
+    """Returns the ``--sweep`` options and the settings of the sweep in a folder, or None.
+
+    The folder is a path or a URL.
 
     Raises:
       NaloraError: its file is damaged or differs from its digest, or the bucket cannot be read.

@@ -61,7 +61,7 @@ class SweepResult:
 
     Attributes:
       runs: results by the ``output`` of their configs.
-      diverged: errors of the runs that diverged, likewise.
+      diverged: errors of the runs that diverged, by the ``output`` of their configs.
       page: path or URL of the comparison.
     """
 

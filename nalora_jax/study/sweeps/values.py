@@ -95,10 +95,10 @@ def _is_static(config: RunConfig) -> bool:
 
 
 def _adapters(config: RunConfig, spec: AdapterSpec | None) -> list[Any]:
-    """Returns the adapted projections with their number of layers, or if ranks cannot be padded
-    with the rank of each layer.
+    """Returns the adapted projections of a run, in which runs of one program agree.
 
-    Without ``spec`` it returns the rules, by which the projections will be adapted.
+    Each has its number of layers or, if ranks cannot be padded, the rank of each layer. Without
+    ``spec`` it returns the rules, by which the projections will be adapted.
     """
     if spec is None:
         return list(config.lora.rules)
