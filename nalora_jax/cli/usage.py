@@ -75,7 +75,7 @@ def _without_none(hint: Any) -> Any:
 
 
 def check_flags(subcommand: str, kind: type, argv: Sequence[str]) -> None:
-    """Refuses unknown flags of the subcommand.
+    """Refuses words of ``argv`` that are no flags of the subcommand, whose arguments are ``kind``.
 
     Raises:
       NaloraError: names the flag as it was typed, and a similar flag if there is one.

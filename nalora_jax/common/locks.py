@@ -76,7 +76,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
     """
     timeout = 0
     if wait:
-        timeout = -1
+        timeout = -1  # without a limit
     lock = FileLock(path, timeout=timeout)
     held = _acquire(path, lock)
     try:

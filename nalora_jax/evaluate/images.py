@@ -362,8 +362,8 @@ class RetrievalEvaluator(Evaluator):
         first = []  # of each way, True for the items whose match is ranked first
         for way in _WAYS:
             ranks = np.array([record[way] for record in records])
-            for k in (1, 5):
-                recalls[f"{way}_recall_{k}"] = float((ranks < k).mean())
+            for most in (1, 5):  # recall at 1: the match is ranked first
+                recalls[f"{way}_recall_{most}"] = float((ranks < most).mean())
             first.append(ranks < 1)
         hits = np.mean(first, axis=0)  # [ways, items] -> [items]
         low, high = bootstrap(hits)

@@ -56,7 +56,10 @@ def accept_layout(
     jobs: list[Job] = []  # the last one that was built
 
     def attempt(layout: Layout) -> Compiled:
-        """Builds and compiles the run in a layout, and runs a step if it fits."""
+        """Builds and compiles the run in a layout, and runs a step if it fits.
+
+        The job goes to ``jobs``, with the state from before that step.
+        """
         jobs.clear()
         gc.collect()  # frees the last layout's arrays on the devices
         placed = layout.into(config)

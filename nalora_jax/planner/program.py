@@ -313,7 +313,10 @@ def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
 
 
 def placed(tree: Any, mesh: Mesh, rules: sharding.Rules) -> tuple[Any, Any]:
-    """Returns the shapes of a tree with shardings by the rules, and the shardings alone."""
+    """Returns a tree of shapes with their shardings on ``mesh``, and the tree of shardings.
+
+    ``tree`` has arrays or shapes, and ``rules`` give the sharding of a path.
+    """
     places = sharding.shardings(tree, mesh, rules)
     shapes = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places

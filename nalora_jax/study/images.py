@@ -139,7 +139,7 @@ class DualEncoders(Subject):
     def assemble(
         self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
     ) -> Assembly:
-        """Returns adapters, optimizer and step."""
+        """Returns adapters, optimizer and step for the result of `program` for ``config``."""
         loaded = self.model(config)
         params = self.params(config)
         mesh = distributed.smallest_mesh(config.mesh)
@@ -148,7 +148,7 @@ class DualEncoders(Subject):
         )
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
-        """Returns both towers and the prompts of the task's classes."""
+        """Returns the frozen weights: both towers, and the prompts of the task's classes."""
         loaded = self.model(config)
         classes = self._classes(config, config.data)
         mesh = distributed.smallest_mesh(config.mesh)
@@ -213,7 +213,9 @@ class DualEncoders(Subject):
         if data.train_split != data.eval_split:
             check_disjoint(train, held_out)
         indices = dual.drawn_images(held_out, data.eval_limit)
-        images = Images(held_out, indices[indices.argsort()])
+        images = Images(
+            held_out, indices[indices.argsort()]
+        )  # in the order of the source
         classes = self._classes(config, data)
         loaded = self.model(config)
         asked = [

@@ -59,7 +59,8 @@ class Preferences(Language):
         Their digest is of the ids of both completions with their prompts.
         """
         _, records = sources.open_pair(data)
-        drawn = packing.permutation(len(records), _SEED)[: data.eval_limit or None]
+        order = packing.permutation(len(records), _SEED)
+        drawn = order[: data.eval_limit or None]  # 0: all
         indices = np.sort(drawn).tolist()
         tokenizer = self.model(config).tokenizer
         pairs = tuple(

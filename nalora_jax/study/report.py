@@ -106,13 +106,18 @@ _PRIMARY = [
 
 
 def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
-    """Returns all tables as one Markdown document, by the template ``results.md.j2``."""
+    """Returns all tables as one Markdown document, by the template ``results.md.j2``.
+
+    Args:
+      protocol: the study.
+      records: its finished runs.
+    """
     tables = _Tables(protocol, records)
     compared = tables.compared
     # Number of comparisons with the baseline (True) and with permutation controls (False).
     families = {c.other == protocol.baseline: c.family for c in compared}
-    skewed = []
-    primary = []
+    skewed = []  # comparisons whose differences are too skewed for a t test
+    primary = []  # rows of the table of the primary metric
     for comparison in compared:
         if comparison.measure.kind == "primary":
             primary.append(tables.primary_row(comparison))
@@ -163,6 +168,7 @@ def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
         probes=probes,
         probe=tables.brief("probe", "data"),
     )
+    # without several blank lines, which empty tables leave
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -148,7 +148,10 @@ class Resources(language.Subject):
         return items
 
     def measure_base(self, run: plan.Run, items: language.Items) -> dict[str, float]:
-        """Returns the measures of the base without an adapter, computed once."""
+        """Returns the measures of the base without an adapter on some items.
+
+        They are computed once for each base, precision and set of items.
+        """
         subject = self.subject(run.config)
         name, params = subject.base(run.config)
         key = "base", name, run.config.compute, items.digest

@@ -77,11 +77,14 @@ class State:
 
 
 def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
-    """Converts ``{"params": ...}``, optionally with ``"lora"``, to the programs' layout."""
+    """Returns a model's variables in the programs' layout.
+
+    ``variables`` are ``{"params": ...}``, and ``"lora"`` if there are adapters.
+    """
     head = {"params": _of_head(variables["params"])}
-    trained = _of_head(variables.get("lora", {}))
-    if trained:
-        head["lora"] = trained
+    adapters = _of_head(variables.get("lora", {}))
+    if adapters:
+        head["lora"] = adapters
     return Weights(prepare(variables, model.numerics), head)
 
 

@@ -170,10 +170,11 @@ def _readings(word: str, *, listed: bool) -> list[Any]:
     With ``listed`` they are lists, whose texts are joined by ``+`` and whose numbers by ``/``.
     """
     if listed:
-        words = re.split(r"\+(?=[A-Za-z(^])", word)
+        words = re.split(r"\+(?=[A-Za-z(^])", word)  # not the + of 1e+3
         numbers = [_number(entry) for entry in word.split("/")]
         if word == "none":
             return [[], numbers, words]
+        # the words again, last, since the error is about the last reading
         return [words, numbers, words]
     flags = {"true": True, "yes": True, "false": False, "no": False}
     return [_number(word), flags.get(word.lower(), word), word]

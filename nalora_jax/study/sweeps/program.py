@@ -112,6 +112,7 @@ def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
         return jax.device_put(stacked, stacked_sharding(mesh, sharding))
 
     def axis_of(path: str, leaf: jax.Array) -> int | None:
+        """Returns the place of the axis ``[runs]`` in an array, or None without it."""
         if path in differing:
             return 0
         return None

@@ -179,7 +179,10 @@ def _settings(mechanisms: Mechanisms) -> dict[tuple[str, str], Any]:
 def mechanisms_with(
     mechanisms: Mechanisms, values: Mapping[str, Mapping[Any, Any]]
 ) -> Mechanisms:
-    """Returns mechanisms with one run's values in place of their settings."""
+    """Returns mechanisms with one run's values in place of their settings.
+
+    ``values`` are of `values_of`, without the axis ``[runs]``.
+    """
     settings = values["settings"]
     entries = tuple(
         (label, _with_settings(label, m, settings)) for label, m in mechanisms.entries
