@@ -40,6 +40,8 @@ from nalora_jax.ops.storage import (
 # Queries whose scores are computed together: longer blocks are split, so that memory grows with the
 # number of keys only.
 PIECE = 256
+# Blocks of queries in a row, each compiled separately.
+_MOST_BLOCKS = 8
 # Score of unseen keys: far below any score, but finite, so that a row that sees no key (padding)
 # has no NaN.
 UNSEEN = -1e30
@@ -66,10 +68,9 @@ class AttentionConfig:
     @property
     def rows(self) -> P:
         """The spec of arrays ``[batch, ...]`` on the mesh."""
-        if self.sharding is None:
+        if self.sharding is None or not self.sharding.spec:
             return P(None)
-        first, *_ = (*self.sharding.spec, None)
-        return P(first)
+        return P(self.sharding.spec[0])
 
     @property
     def head_axis(self) -> str | None:
@@ -157,9 +158,10 @@ def is_mapped(config: AttentionConfig, numerics: Numerics) -> bool:
 def over_devices(
     attend: Callable[..., Array], config: AttentionConfig, *more: Any
 ) -> Any:
-    """Returns ``attend((q, k, v), *others)``, mapped over the mesh if there is one.
+    """Returns ``attend((q, k, v), *others)``, mapped over the mesh of ``config`` if there is one.
 
-    Each device has its rows and heads of q, k and v. ``more`` are the specs of the other arguments.
+    On a mesh, ``attend`` gets each device's rows and heads of q, k and v and returns its rows and
+    heads of the result. ``more`` are the partition specs of ``others``.
     """
     if config.sharding is None:
         return attend
@@ -187,13 +189,13 @@ def visibility(
 
     A key is seen by queries at its own position and later, or starting at ``key_starts``.
     """
-    ahead = positions[:, :, None] - key_positions[:, None, :]
-    if key_starts is None:
-        since = ahead
-    else:
-        since = positions[:, :, None] - key_starts[:, None, :]
-    same = segments[:, :, None] == key_segments[:, None, :]
-    return same & (since >= 0) & (ahead < window)
+    # [batch or 1, queries, keys]: tokens from a key to a query, and from a key's start to it
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    since_start = distance
+    if key_starts is not None:
+        since_start = positions[:, :, None] - key_starts[:, None, :]
+    same_segment = segments[:, :, None] == key_segments[:, None, :]
+    return same_segment & (since_start >= 0) & (distance < window)
 
 
 def with_sinks(out: Array, logsumexp: Array, sinks: Array) -> tuple[Array, Array]:
@@ -203,7 +205,8 @@ def with_sinks(out: Array, logsumexp: Array, sinks: Array) -> tuple[Array, Array
     from the probabilities ``exp(score - logsumexp)``. All arrays have the rank of ``out``.
     """
     total = jnp.logaddexp(logsumexp, lax.stop_gradient(sinks))
-    return (out * jnp.exp(logsumexp - total)).astype(out.dtype), total
+    share_of_keys = jnp.exp(logsumexp - total)  # the sink has the other part
+    return (out * share_of_keys).astype(out.dtype), total
 
 
 def capped(scores: Array, config: AttentionConfig) -> Array:
@@ -226,14 +229,18 @@ def by_token(x: Array) -> Array:
 
 
 def product(equation: str, x: Array, y: Array, numerics: Numerics) -> Array:
-    """Computes `jnp.einsum` with operands rounded to ``numerics.operand`` and a float32 result."""
+    """Returns `jnp.einsum` of both arrays in float32; the operands are rounded to
+    ``numerics.operand`` first."""
     operands = (rounded(side, numerics.operand, numerics) for side in (x, y))
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
 def saved_heads(heads: QKV, config: AttentionConfig, numerics: Numerics) -> list[Array]:
-    """Returns the arrays of a kernel, saved for the backward pass unless ``config`` recomputes
-    them."""
+    """Returns q, k and v, rounded and saved for the backward pass.
+
+    Arrays that ``config.recomputed`` names are returned as they are, because the backward pass
+    recomputes them.
+    """
     named = zip("qkv", heads, strict=True)
     return [
         x if name in config.recomputed else round_and_save(x, numerics)
@@ -244,12 +251,13 @@ def saved_heads(heads: QKV, config: AttentionConfig, numerics: Numerics) -> list
 def blocks(seq: int) -> Iterator[tuple[int, int]]:
     """Yields first and last position (exclusive) of every block of queries.
 
-    Blocks are small enough to skip most of the upper triangle; at most 8 are compiled. The length
-    of a long block is a multiple of `PIECE`.
+    Blocks are small enough to skip most of the upper triangle of the causal mask, whose scores no
+    query sees. The length of a long block is a multiple of `PIECE`.
     """
     # Measured on a CPU: 32 makes a step with rows of 128 tokens 3% to 5% faster, and steps with
     # rows of 48 or 256 up to 3% slower.
-    size = max(32 if 128 <= seq < 256 else 64, -(-seq // 8))
+    smallest = 32 if 128 <= seq < 256 else 64
+    size = max(smallest, -(-seq // _MOST_BLOCKS))
     start = 0
     if size > PIECE:
         size = -(-size // PIECE) * PIECE
@@ -288,17 +296,19 @@ def _fwd(
     `_bwd`."""
     kv_heads = keys.k.shape[2]
     save = partial(save_residual, dtype=numerics.residual, numerics=numerics)
+    # [batch, kv_heads, groups, seq, head_dim]; keys and values have one group
     heads = tuple(
         save(by_key_head(x, kv_heads)) for x in (q * config.scale, keys.k, keys.v)
     )
     places = keys.positions, keys.segments
 
     def attended(start: int, end: int) -> Any:
+        """Returns the results and log-sum-exps of the queries from ``start`` to ``end``."""
         seen = _Seen.of(heads, places, window, end, config, numerics)
         return _by_pieces(seen.attended, None, (heads[0], *places), start, end)[1]
 
     outs, totals = zip(*(attended(*block) for block in blocks(q.shape[1])), strict=True)
-    # [batch, kv_heads, groups, seq, head_dim or 1]
+    # Results [batch, kv_heads, groups, seq, head_dim], log-sum-exps [..., seq, 1].
     out = jnp.concatenate(outs, -2)
     logsumexp = jnp.concatenate(totals, -2)
     if keys.sinks is not None:
@@ -309,14 +319,8 @@ def _fwd(
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, keys.k, keys.v))
     saved = save(out)
     total = save_residual(logsumexp, "float32", numerics)
-    return by_token(read_residual(saved, numerics.result)), (
-        heads,
-        saved,
-        total,
-        places,
-        window,
-        like,
-    )
+    residuals = heads, saved, total, places, window, like
+    return by_token(read_residual(saved, numerics.result)), residuals
 
 
 def _bwd(
@@ -328,7 +332,8 @@ def _bwd(
     kv_heads = heads[1].shape[1]
     seq = g.shape[1]
     g = by_key_head(g.astype(jnp.float32), kv_heads)
-    # [batch, kv_heads, groups, seq, 1]: the mean of dL/dweights, which softmax's gradient subtracts
+    # [batch, kv_heads, groups, seq, 1]: the mean of the loss's gradient by the probabilities, which
+    # the gradient of the softmax subtracts.
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[Array] = []
     # transposed: [batch, kv_heads, head_dim, seq]
@@ -363,10 +368,12 @@ self_attention = operation(_self_attention)
 def _by_pieces(
     step: Any, carry: Any, by_query: tuple[Any, ...], start: int, end: int
 ) -> Any:
-    """Runs ``step(carry, rows)`` on pieces of a block of queries and joins the results, on axis -2.
+    """Runs ``step(carry, rows)`` on the queries from ``start`` to ``end`` of a row, `PIECE` at a
+    time.
 
-    ``by_query`` are arrays in any storage form, of which the second and third are integers ``[batch
-    or 1, seq]``.
+    ``by_query`` are arrays ``[..., seq, n]`` in any storage form, of which the second and third are
+    integers ``[batch or 1, seq]``. Returns the last carry and the outputs ``[..., end - start, n]``
+    of all pieces.
     """
     query, positions, segments, *others = by_query
     arrays = query, positions[..., None], segments[..., None], *others
@@ -376,20 +383,22 @@ def _by_pieces(
         return step(carry, rows)
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(
-            x.reshape(*x.shape[:-2], length // PIECE, -1, x.shape[-1]), -3, 0
-        )
+        """Returns ``[pieces, ..., PIECE, n]`` of ``[..., length, n]``."""
+        pieces = x.reshape(*x.shape[:-2], length // PIECE, -1, x.shape[-1])
+        return jnp.moveaxis(pieces, -3, 0)
 
     def joined(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, -3).reshape(*x.shape[1:-2], length, x.shape[-1])
+        """Computes the inverse of `split`."""
+        pieces = jnp.moveaxis(x, 0, -3)
+        return pieces.reshape(*x.shape[1:-2], length, x.shape[-1])
 
     carry, outputs = lax.scan(step, carry, jax.tree.map(split, rows))
     return carry, jax.tree.map(joined, outputs)
 
 
 class _Seen(NamedTuple):
-    """The keys up to a block's end, which the block's queries may see, and the arithmetic of some
-    of these."""
+    """The keys that a block of queries may see, up to the block's end, and the attention of its
+    queries."""
 
     key: Array  # [batch, kv_heads, keys, head_dim]
     value: Array  # the same
@@ -403,7 +412,12 @@ class _Seen(NamedTuple):
     def of(
         cls, heads: Any, places: tuple[Array, ...], window: Any, end: int, *static: Any
     ) -> _Seen:
-        """Returns the first ``end`` of the saved ``[batch, kv_heads, 1, seq, head_dim]``."""
+        """Returns the first ``end`` keys of a row.
+
+        ``heads`` are the saved queries, keys and values, keys and values as ``[batch, kv_heads, 1,
+        seq, head_dim]``; ``places`` are positions and segments ``[batch or 1, seq]``; ``static``
+        are config and numerics.
+        """
         saved = jax.tree.map(lambda leaf: leaf[:, :, 0, :end], heads[1:])
         key, value = (read_residual(x, jnp.float32) for x in saved)
         positions, segments = (x[:, :end] for x in places)
@@ -412,7 +426,11 @@ class _Seen(NamedTuple):
     def attended(
         self, carry: None, rows: tuple[Any, ...]
     ) -> tuple[None, tuple[Array, Array]]:
-        """Returns the results and log-sum-exps of queries."""
+        """Returns the results ``[..., rows, head_dim]`` and log-sum-exps ``[..., rows, 1]`` of
+        queries.
+
+        ``rows`` are queries, positions and segments; the carry of the scan is not used.
+        """
         scores, unseen = self._scores(*rows)
         scores = scores + unseen
         top = jnp.max(scores, axis=-1, keepdims=True)
@@ -426,8 +444,12 @@ class _Seen(NamedTuple):
     def gradients(
         self, sums: tuple[Array, Array], rows: tuple[Any, ...]
     ) -> tuple[tuple[Array, Array], Array]:
-        """Adds contributions of queries to dk and dv ``[..., head_dim, keys]``, and returns their
-        dq, too."""
+        """Adds contributions of queries to dk and dv ``[..., head_dim, keys]``; also returns the
+        gradient of these queries.
+
+        ``rows`` are queries, positions, segments, log-sum-exps, the gradient of the results and its
+        products with the results (``inner``).
+        """
         query, positions, segments, logsumexp, g, inner = rows
         scores, unseen = self._scores(query, positions, segments)
         weights = jnp.exp(scores + (unseen - logsumexp))
@@ -448,16 +470,15 @@ class _Seen(NamedTuple):
     def _scores(
         self, query: Kernel, positions: Array, segments: Array
     ) -> tuple[Array, Array]:
-        """Returns capped scores ``[batch, kv_heads, groups, rows, keys]``, and 0 for seen keys,
-        `UNSEEN` for others."""
+        """Returns capped scores ``[batch, kv_heads, groups, rows, keys]`` and what to add to them:
+        0 for seen keys and `UNSEEN` for others, ``[batch or 1, 1, 1, rows, keys]``."""
         # The barrier ties the mask to the queries. Without it XLA computes the masks of all layers
         # first: [batch, seq, seq] each.
         floats, positions = lax.optimization_barrier(
             (read_residual(query, jnp.float32), positions)
         )
-        scores = capped(
-            product("bkgqd,bktd->bkgqt", floats, self.key, self.numerics), self.config
-        )
+        products = product("bkgqd,bktd->bkgqt", floats, self.key, self.numerics)
+        scores = capped(products, self.config)
         visible = visibility(
             positions[..., 0],
             segments[..., 0],
@@ -504,9 +525,8 @@ def attend_in_tiles(
             rng = jax.random.fold_in(dropout_rng, number)
         return None, attend(query, (positions, segments), rng=rng)
 
-    out = lax.scan(
-        tile, None, (jnp.arange(tiles), *(in_tiles(x, tiles) for x in (q, *here)))
-    )[1]
+    tiled = [in_tiles(x, tiles) for x in (q, *here)]
+    _, out = lax.scan(tile, None, (jnp.arange(tiles), *tiled))
     return of_tiles(out, seq)
 
 
@@ -519,7 +539,11 @@ def _attend(
     numerics: Numerics,
     rng: Array | None,
 ) -> Array:
-    """Computes one block of queries against given keys; its scores are not stored outside of it."""
+    """Returns the attention of one block of queries to given keys, float32 ``[batch, seq, heads,
+    head_dim]``.
+
+    ``here`` are the queries' positions and segments; ``rng`` is None for no dropout.
+    """
     batch, seq, heads, dim = q.shape
     groups = heads // keys.k.shape[2]
     # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head
@@ -527,18 +551,21 @@ def _attend(
     sources = [source for source in (keys.cached, keys) if source is not None]
 
     def masked_scores(source: Keys | CachedKeys) -> Array:
-        """Returns masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
+        """Returns the queries' scores of the keys of one source, `UNSEEN` for keys that they do not
+        see: float32 ``[batch, kv_heads, groups, seq, keys]``."""
         if isinstance(source, CachedKeys):
-            scores = product("bkqd,bkdt->bkqt", q, expand(source.k), numerics)
+            products = product("bkqd,bkdt->bkqt", q, expand(source.k), numerics)
             starts = None
         else:
-            scores = product(
-                "bkqd,bktd->bkqt", q, source.k.transpose(0, 2, 1, 3), numerics
-            )
+            by_head = source.k.transpose(
+                0, 2, 1, 3
+            )  # [batch, kv_heads, keys, head_dim]
+            products = product("bkqd,bktd->bkqt", q, by_head, numerics)
             starts = source.starts
-        scores = capped(scores * config.scale, config)
+        scores = capped(products * config.scale, config)
+        # [batch, kv_heads, groups * seq, keys] -> [batch, kv_heads, groups, seq, keys]
+        scores = scores.reshape(batch, -1, groups, seq, scores.shape[-1])
         visible = visibility(*here, source.positions, source.segments, window, starts)
-        scores = scores.reshape(*scores.shape[:2], groups, -1, scores.shape[-1])
         return jnp.where(visible[:, None, None], scores, UNSEEN)
 
     # [batch, kv_heads, groups, seq, all keys]
@@ -572,7 +599,9 @@ def _attend(
     return by_token(out.reshape(batch, -1, groups, seq, dim) / total)
 
 
-Sums = tuple[Array, Array, Array]  # largest score, sum of weights, weighted values
+# Running sums of a softmax: the largest score, the sum of weights ``exp(score - largest)`` and the
+# weighted sum of values.
+Sums = tuple[Array, Array, Array]
 
 
 def attention_over_cache(
@@ -622,22 +651,17 @@ def attention_over_cache(
                 product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale,
                 config,
             )
-            visible = (
-                visibility(*here, positions, segments, window, starts)
-                & (segments > 0)[:, None, :]
-            )
-            visible = visible[:, None, None]
+            visible = visibility(*here, positions, segments, window, starts)
+            visible &= (segments > 0)[:, None, :]
+            visible = visible[:, None, None]  # [batch, 1, 1, block, keys]
             scores = jnp.where(visible, scores, UNSEEN)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
             weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
             # Earlier sums are relative to the earlier maximum.
             faded = jnp.exp(top - higher)
             values = product("bkgqt,bktd->bkgqd", weights, v, numerics)
-            return (
-                higher,
-                total * faded + jnp.sum(weights, axis=-1, keepdims=True),
-                out * faded + values,
-            )
+            total = total * faded + jnp.sum(weights, axis=-1, keepdims=True)
+            return higher, total, out * faded + values
 
         def step(i: Array, sums: Sums) -> Sums:
             """Adds block ``i`` of the cached keys to the sums."""

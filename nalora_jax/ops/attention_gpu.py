@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 CUDNN = "cudnn"
 TRITON = "triton"
-# bytes of a mask; for longer rows a kernel that compares segments is faster
+# Bytes of a mask. With a larger mask a kernel that compares segments is faster.
 _LARGEST_BIAS = 256 << 20
 # Positions and columns that hold a sink. cuDNN takes even lengths and widths that 8 divides.
 _SINK_POSITIONS = 2
@@ -67,7 +67,7 @@ KEYS = "split_attention_keys"
 PRODUCTS = {FORWARD: 2, QUERIES: 3, KEYS: 4}
 SPLIT_TRITON = "split_triton"  # the three kernels in estimates
 HEAD_DIMS = (32, 64, 128)
-# tokens of a tile
+# Most and fewest tokens of a tile.
 _LARGEST = 64
 _LEAST = 16
 
@@ -81,23 +81,23 @@ def cudnn_attention(
     numerics: Numerics,
 ) -> Array:
     """Computes `self_attention` if cuDNN supports the arguments."""
-    rows, seq = q.shape[:2]
-    if config.sharding is not None:  # on each device
-        rows = config.sharding.shard_shape((rows, 1, 1))[0]
-    fits = numerics.operand == "bfloat16" and cudnn_takes(
-        seq, q.shape[-1], config.softcap
-    )
-    if not fits or (numerics.implementation == AUTO and not fits_as_bias(rows, seq)):
+    rows, seq, heads, head_dim = q.shape
+    device_rows = rows
+    if config.sharding is not None:
+        device_rows, *_ = config.sharding.shard_shape((rows, 1, 1))
+    if numerics.operand != "bfloat16" or not cudnn_takes(seq, head_dim, config.softcap):
         return NotImplemented
-    if keys.sinks is None:
-        more = (0, 0, 0, 0)
-    else:
+    if numerics.implementation == AUTO and not fits_as_bias(device_rows, seq):
+        return NotImplemented
+    called_seq = seq
+    called_dim = head_dim
+    if keys.sinks is not None:
         # The operands grow by the sink's key and its columns, see `with_sink_key`.
-        more = (0, _SINK_POSITIONS, 0, _SINK_COLUMNS)
-    shapes = (
-        tuple(n + m for n, m in zip(x.shape, more, strict=True)) for x in (q, keys.k)
-    )
-    if not compiles(*shapes, config.scale, numerics.platform.kind):
+        called_seq += _SINK_POSITIONS
+        called_dim += _SINK_COLUMNS
+    q_shape = (rows, called_seq, heads, called_dim)
+    k_shape = (rows, called_seq, keys.k.shape[2], called_dim)
+    if not compiles(q_shape, k_shape, config.scale, numerics.platform.kind):
         return NotImplemented
     visible = visibility(
         keys.positions, keys.segments, keys.positions, keys.segments, window
@@ -106,7 +106,7 @@ def cudnn_attention(
     if keys.sinks is None:
         return dot_product(q, k, v, visible, config.scale).astype(numerics.result)
     operands = with_sink_key(q, k, v, visible, keys.sinks, config.scale)
-    out = dot_product(*operands, config.scale)[:, _SINK_POSITIONS:, :, : q.shape[-1]]
+    out = dot_product(*operands, config.scale)[:, _SINK_POSITIONS:, :, :head_dim]
     return out.astype(numerics.result)
 
 
@@ -117,13 +117,15 @@ def with_sink_key(
     value is 0.
 
     The key is the first position, which all queries see. The second position is hidden and makes
-    the length even. Sinks differ between the query heads that share a key head. Queries therefore
-    hold the sink, as the sum of two bf16 numbers, in columns in which only the new key is not 0.
-    The arrays have ``seq + 2`` and ``head_dim + 8``; the results of `dot_product` start at position
-    2.
+    the length even. Sinks differ between the query heads that share a key head. Therefore each
+    query has the sink in two of the added columns, as the sum of two bf16 numbers, and only the new
+    key is not 0 there.
+
+    The arrays have ``seq + 2`` positions and ``head_dim + 8`` columns; the results of `dot_product`
+    for the tokens start at position 2.
     """
     scores = lax.stop_gradient(sinks) / scale
-    high = lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
+    high = lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)  # as bf16
     columns = slice(q.shape[-1], q.shape[-1] + 2)
     before = (_SINK_POSITIONS, 0)
     q, k, v = (
@@ -150,7 +152,7 @@ def fits_as_bias(rows: float, seq: int) -> bool:
 def compiles(
     q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, kind: str
 ) -> bool:
-    """Returns True if cuDNN, of its version, accepts these shapes on GPUs of a kind.
+    """Returns True if this version of cuDNN accepts these shapes on GPUs of a kind.
 
     The program is always lowered for a GPU, and compiled if this process has a GPU of the kind.
     """
@@ -166,9 +168,8 @@ def compiles(
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
         for shape in (q_shape, k_shape)
     )
-    visible = jax.ShapeDtypeStruct(
-        (q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place
-    )
+    rows, seq, *_ = q_shape
+    visible = jax.ShapeDtypeStruct((rows, seq, seq), jnp.bool_, sharding=place)
 
     def loss(q: Array, k: Array, v: Array, visible: Array) -> Array:
         return jnp.sum(dot_product(q, k, v, visible, scale))
@@ -203,13 +204,13 @@ def triton_attention(
     config: AttentionConfig,
     numerics: Numerics,
 ) -> Array:
-    """Computes `self_attention` if positions grow by one along each segment and no window is
-    shorter than the row."""
-    fits = (
-        triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap)
-        and keys.sinks is None
-    )
-    if not fits or not is_mapped(config, numerics):
+    """Computes `self_attention` without sinks, if no window is shorter than the row.
+
+    Positions must grow by one along each segment.
+    """
+    if not triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap):
+        return NotImplemented
+    if keys.sinks is not None or not is_mapped(config, numerics):
         return NotImplemented
     del window
     heads = saved_heads((q, keys.k, keys.v), config, numerics)
@@ -224,8 +225,8 @@ def triton_takes(
 ) -> bool:
     """Returns True if the kernel supports rows of ``seq`` tokens: whole blocks, and no shorter
     window."""
-    far = bool(windows) and min(windows) >= seq
-    return far and seq % _BLOCK == 0 and head_dim in (32, 64, 128) and not softcap
+    covers_row = bool(windows) and min(windows) >= seq
+    return covers_row and seq % _BLOCK == 0 and head_dim in HEAD_DIMS and not softcap
 
 
 def triton_pairs(seq: int) -> float:
@@ -244,7 +245,10 @@ def _one_device(heads: QKV, segments: Array, *, config: AttentionConfig) -> Arra
     half = _BLOCK // 2
     sizes = BlockSizes(_BLOCK, _BLOCK, half, half, half, half)
     # The kernel does not group heads: a key head is repeated for every query head that reads it.
-    q, k, v = (jnp.repeat(x, heads[0].shape[2] // x.shape[2], axis=2) for x in heads)
+    q, k, v = heads
+    groups = q.shape[2] // k.shape[2]
+    k = jnp.repeat(k, groups, axis=2)
+    v = jnp.repeat(v, groups, axis=2)
     out: Array = mha(
         q,
         k,
@@ -270,15 +274,16 @@ def triton_split_attention(
     numerics: Numerics,
     sinks: Array | None = None,
 ) -> Array:
-    """Computes `split_attention` if tiles divide the blocks and images have no tokens in the
-    row."""
-    block = heads[0].shape[1] // 2
-    # the largest power of two that divides a block
-    tile = min(block & -block, _LARGEST)
-    if tile < _LEAST or heads[0].shape[-1] not in HEAD_DIMS or row.starts is not None:
+    """Computes `split_attention` if tiles divide the blocks and the row has no image tokens."""
+    _, length, _, head_dim = heads[0].shape
+    block = length // 2
+    power_of_two = block & -block  # the largest one that divides a block
+    tile = min(power_of_two, _LARGEST)
+    if tile < _LEAST or head_dim not in HEAD_DIMS or row.starts is not None:
         return NotImplemented
 
     def attend(heads: QKV, of: Integers, spread: Spread, sinks: Array | None) -> Array:
+        """Returns the attention of a shard's queries, see `on_shard`."""
         return _attention(heads, of, sinks, _Options(spread, tile, config, numerics))
 
     local = partial(on_shard, config=config, attend=attend, tile=tile)
@@ -311,12 +316,16 @@ def _fwd(
         save_residual, dtype=options.numerics.residual, numerics=options.numerics
     )
     arrays = tuple(save(x) for x in (q * options.config.scale, k, v))
-    shapes = q.shape, (q.shape[0], q.shape[2], q.shape[1])
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    operands = _operands(arrays, options)
+    batch, queries, n, _ = q.shape
+    results = [
+        jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        jax.ShapeDtypeStruct((batch, n, queries), jnp.float32),
+    ]
     out, logsumexp = _call(
-        _forward_kernel, FORWARD, _operands(arrays, options), results, integers, options
+        _forward_kernel, FORWARD, operands, results, integers, options
     )
-    logsumexp = logsumexp.swapaxes(1, 2)
+    logsumexp = logsumexp.swapaxes(1, 2)  # [batch, queries, heads]
     if sinks is not None:
         out, logsumexp = with_sinks(
             out, logsumexp[..., None], sinks[None, None, :, None]
@@ -326,13 +335,8 @@ def _fwd(
     total = save_residual(logsumexp, "float32", options.numerics)
     # Empty arrays carry the dtypes of the inputs: residuals have to be arrays.
     like = tuple(jnp.zeros((0,), x.dtype) for x in heads)
-    return read_residual(saved, options.numerics.result), (
-        arrays,
-        saved,
-        total,
-        integers,
-        like,
-    )
+    residuals = arrays, saved, total, integers, like
+    return read_residual(saved, options.numerics.result), residuals
 
 
 def _bwd(options: _Options, residuals: Any, g: Array) -> tuple[Any, ...]:
@@ -341,7 +345,8 @@ def _bwd(options: _Options, residuals: Any, g: Array) -> tuple[Any, ...]:
     heads, out, logsumexp, integers, like = residuals
     query, key, value = _operands(heads, options)
     g = g.astype(jnp.float32)
-    # [batch, queries, heads]: the mean of dL/dweights, which softmax's gradient subtracts
+    # [batch, queries, heads]: the mean of the loss's gradient by the probabilities, which the
+    # gradient of the softmax subtracts.
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1)
     by_head = [x.swapaxes(1, 2) for x in (read_residual(logsumexp, jnp.float32), inner)]
     arrays = [query, key, value, g.astype(query.dtype), *by_head]
@@ -351,11 +356,8 @@ def _bwd(options: _Options, residuals: Any, g: Array) -> tuple[Any, ...]:
     part = jax.ShapeDtypeStruct(jax.tree.leaves(heads[1])[0].shape, dk.dtype)
     back = jax.linear_transpose(options.spread, part)
     grads = dq * options.config.scale, *back(dk), *back(dv)
-    return (
-        tuple(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)),
-        None,
-        None,
-    )
+    of_heads = tuple(x.astype(y.dtype) for x, y in zip(grads, like, strict=True))
+    return of_heads, None, None
 
 
 _attention.defvjp(_fwd, _bwd)
@@ -369,18 +371,21 @@ def _operands(heads: Any, options: _Options) -> list[Array]:
 
 
 def _visits(integers: Integers, size: int) -> tuple[Array, Array, Array]:
-    """Returns the pairs of tiles of ``size`` tokens that have visible keys.
+    """Returns the pairs of tiles of ``size`` tokens that have visible keys, as three int arrays.
 
-    Int ``[tiles]``, the index of a tile's first query among the keys; ``[batch, 2, tiles]``, its
-    first tile of keys and the end of the last one; ``[batch, 2, runs, tiles of keys]``, the same of
-    queries, by run.
+    Of the tiles of queries: ``[tiles]``, the index of a tile's first query among the keys;
+    ``[batch, 2, tiles]``, the first tile of keys that it sees and the end of the last one. Of the
+    tiles of keys: ``[batch, 2, runs, tiles of keys]``, the first tile of queries that sees it in
+    each run (see `Queries`) and the end of the last one.
     """
     queries = integers.queries
     window = integers.window
     batch, of_keys = integers.keys.segments.shape
     runs = queries.first.shape[0]
-    tiles = queries.positions.shape[1] // size // runs
-    first = (queries.first[:, None] + size * jnp.arange(tiles)[None]).reshape(1, -1)
+    tiles_of_run = queries.positions.shape[1] // size // runs
+    offsets = size * jnp.arange(tiles_of_run)
+    # [runs, tiles of a run] -> [1, tiles]
+    first = (queries.first[:, None] + offsets[None]).reshape(1, -1)
     tile = jnp.arange(of_keys // size)[None, None]
     # Of a tile, the first query sees the earliest key: positions grow by one along a segment.
     earliest = jnp.maximum(first - queries.positions[:, ::size], first - window + 1)
@@ -388,12 +393,10 @@ def _visits(integers: Integers, size: int) -> tuple[Array, Array, Array]:
     end = jnp.broadcast_to((first + size - 1) // size + 1, low.shape)
     # [batch, tiles, tiles of keys]
     visited = (low[..., None] <= tile) & (tile < end[..., None])
-    visited = visited.reshape(batch, runs, -1, of_keys // size)
-    # The queries that see a tile of keys are neighbours.
-    begin = (
-        jnp.argmax(visited, axis=2)
-        + (visited.shape[2] * jnp.arange(runs))[None, :, None]
-    )
+    visited = visited.reshape(batch, runs, tiles_of_run, of_keys // size)
+    # The queries of a run that see a tile of keys are neighbours.
+    first_of_run = tiles_of_run * jnp.arange(runs)
+    begin = jnp.argmax(visited, axis=2) + first_of_run[None, :, None]
     visitors = jnp.stack([begin, begin + jnp.sum(visited, axis=2)], axis=1)
     return first[0], jnp.stack([low, end], axis=1), visitors
 
@@ -411,13 +414,17 @@ def _call(
 ) -> Any:
     """Runs a kernel for each tile of queries, or of keys for `KEYS`, and each example and head.
 
-    A gradient's ``arrays`` also have the cotangent and two numbers of each query ``[batch, heads,
-    queries]``.
+    Args: kernel: one of the functions below. name: its name, by which the grid is chosen. arrays:
+    q, k and v ``[batch, tokens, heads, head_dim]``; for a gradient also the gradient of the
+    results, like q, and two numbers of each query ``[batch, heads, queries]``. results: arrays or
+    descriptions with the shapes and dtypes of the results. integers: positions, segments and
+    window. options: static options.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    (batch, queries, heads, dim), (_, keys, kv_heads, _) = (x.shape for x in arrays[:2])
+    batch, queries, heads, dim = arrays[0].shape
+    _, keys, kv_heads, _ = arrays[1].shape
     size = options.size
     config = options.config
     groups = heads // kv_heads
@@ -444,9 +451,9 @@ def _call(
 
     def of_example(x: Array) -> Any:
         """Returns the spec of one example's ``x``, entire."""
-        return pl.BlockSpec(
-            (None, *x.shape[1:]), lambda i, b, h: (b, *(0,) * (x.ndim - 1))
-        )
+        _, *shape = x.shape
+        start = (0,) * len(shape)
+        return pl.BlockSpec((None, *shape), lambda i, b, h: (b, *start))
 
     segments = [integers.queries.segments, integers.keys.segments]
     segment_specs = [of_example(x) for x in segments]
@@ -480,12 +487,11 @@ def _seen(
     key_segments: Array,
     window: Array,
 ) -> Array:
-    """Returns whether each query sees each key, bool ``[size, size]``; places are in the order of
-    the keys."""
-    ahead = places[:, None] - key_places[None, :]
-    return (
-        (segments[:, None] == key_segments[None, :]) & (ahead >= 0) & (ahead < window)
-    )
+    """Returns whether each query of a tile sees each key of a tile, bool ``[size, size]``;
+    ``places`` are indices in the row of keys."""
+    distance = places[:, None] - key_places[None, :]
+    same_segment = segments[:, None] == key_segments[None, :]
+    return same_segment & (distance >= 0) & (distance < window)
 
 
 def _product(x: Array, y: Array) -> Array:
@@ -493,6 +499,7 @@ def _product(x: Array, y: Array) -> Array:
 
 
 def _scores(q: Array, k: Array, softcap: float) -> Array:
+    """Returns the scores of a tile of queries and a tile of keys, float32 ``[size, size]``."""
     scores = _product(q, k.T)
     if not softcap:
         return scores
@@ -510,7 +517,8 @@ def _gradients(
     slope = weights * (_product(g, v.T) - inner[:, None])
     if softcap:
         # The derivative of the cap, 1 - tanh^2.
-        slope = slope * (1 - (scores / softcap) * (scores / softcap))
+        tanh = scores / softcap
+        slope = slope * (1 - tanh * tanh)
     return weights, slope
 
 

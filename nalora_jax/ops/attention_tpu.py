@@ -86,7 +86,8 @@ def splash_attention(
 
 
 def _index(window: Array | int, windows: tuple[int, ...]) -> Array:
-    """Returns the index of a window; 0 if there is one."""
+    """Returns the index of a window among the ascending ``windows``, int32 ``[]``; 0 if there are
+    none."""
     return jnp.sum(jnp.asarray(window) > np.asarray(windows[:-1], np.int32))
 
 
@@ -103,7 +104,8 @@ def _one_device(
     *,
     config: AttentionConfig,
 ) -> Array:
-    """Computes one device's part: ``[batch, seq, heads, head_dim]``."""
+    """Computes one device's part ``[batch, seq, heads, head_dim]``; ``choice`` is the index of the
+    window in ``config.windows``."""
     _, seq, n, head_dim = heads[0].shape
 
     def of_window(window: int) -> Any:
@@ -120,9 +122,8 @@ def _one_device(
             _called, kernel, of_queries=segments, of_keys=segments, sinks=sinks
         )
 
-    out: Array = lax.switch(
-        choice, [of_window(size) for size in config.windows or (seq,)], heads
-    )
+    branches = [of_window(size) for size in config.windows or (seq,)]
+    out: Array = lax.switch(choice, branches, heads)
     return out
 
 
@@ -151,9 +152,8 @@ def block_sizes(seq: int, window: int, head_dim: int) -> dict[str, Any]:
 def largest_block(length: int, most: int) -> int:
     """Returns the largest block size that divides ``length`` and is at most ``most``; at least
     128."""
-    return max(
-        (size for size in BLOCKS if length % size == 0 and size <= most), default=LANES
-    )
+    sizes = [size for size in BLOCKS if length % size == 0 and size <= most]
+    return max(sizes, default=LANES)
 
 
 def computed_pairs(seq: int, window: int, head_dim: int) -> float:
@@ -162,7 +162,8 @@ def computed_pairs(seq: int, window: int, head_dim: int) -> float:
     block = block_sizes(seq, window, head_dim)["block_q"]
     # Blocks of keys before the diagonal block that a block of queries sees.
     before = -(-(min(window, seq) - 1) // block)
-    return float(sum(min(i, before) + 1 for i in range(seq // block)) * block * block)
+    computed = sum(min(i, before) + 1 for i in range(seq // block))
+    return float(computed * block * block)
 
 
 # ---------------------------------------------------------------- rows split over devices
@@ -192,17 +193,18 @@ def split_splash_attention(
     scaled = saved_heads((q * config.scale, k, v), config, numerics)
     q, k, v = (x.astype(numerics.operand) for x in scaled)
     shards = shards_of(sharding)
-    of_device = q.shape[2] // sharding.mesh.shape.get("tensor", 1)
+    device_heads = q.shape[2] // sharding.mesh.shape.get("tensor", 1)
     seq = 2 * shards * block
     windows = config.windows or (seq,)
+    # Windows that need the keys of the entire row.
     far = [size for size in windows if not reach((size,), block, row)]
 
     def of_row(window: int) -> Any:
         """Returns the kernel of all shards' queries."""
-        mask = _parts_mask()(block, shards, window if window < seq else None)
-        return _kernel(
-            mask, of_device, shards, _sizes(block, block, window, q.shape[3]), config
-        )
+        limit = window if window < seq else None
+        mask = _parts_mask()(block, shards, limit)
+        sizes = _sizes(block, block, window, q.shape[3])
+        return _kernel(mask, device_heads, shards, sizes, config)
 
     def on_shard(
         heads: QKV, row: Row, window: Array, sinks: Any, *kernels: Any
@@ -215,13 +217,8 @@ def split_splash_attention(
             if size not in by_size:
                 return _attend_near(size, config, row, sinks, (q, k, v))
             of_queries = by_part(row.slices(0).segments)
-            return _called(
-                by_size[size],
-                (q, spread(k), spread(v)),
-                of_queries,
-                row.segments,
-                sinks,
-            )
+            of_row = (q, spread(k), spread(v))
+            return _called(by_size[size], of_row, of_queries, row.segments, sinks)
 
         branches = [partial(attend, size) for size in windows]
         out: Array = lax.switch(_index(window, windows), branches, *heads)
@@ -242,21 +239,21 @@ def split_splash_attention(
 def _attend_near(
     window: int, config: AttentionConfig, row: Row, sinks: Array | None, heads: QKV
 ) -> Array:
-    """Computes attention to the keys that a window within a block reaches."""
+    """Computes a shard's part with a window that fits in a block, ``[batch, 2 * block, heads,
+    head_dim]``; neighbouring shards exchange the tokens before a block."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask as masks,
     )
 
     q, k, v = heads
     block = q.shape[1] // 2
-    ahead = -(-(window - 1) // LANES) * LANES
+    ahead = -(-(window - 1) // LANES) * LANES  # rounded up to a multiple of `LANES`
     segments = row.slices(ahead).segments
     mask = masks.LocalMask(
         (block, ahead + block), window_size=(window - 1, 0), offset=ahead
     )
-    kernel = _kernel(
-        mask, q.shape[2], 1, _sizes(block, ahead + block, window, q.shape[3]), config
-    )
+    sizes = _sizes(block, ahead + block, window, q.shape[3])
+    kernel = _kernel(mask, q.shape[2], 1, sizes, config)
     near = by_block(q), with_preceding(k, ahead), with_preceding(v, ahead)
     return by_part(_called(kernel, near, segments[:, ahead:], segments, sinks))
 
@@ -288,35 +285,38 @@ def _parts_mask() -> Any:
         row.
 
         The kernel computes the mask of a block from the queries' indices. On the host only two
-        facts of
-        a block are used: whether it has a seen pair, and whether it has an unseen pair. They follow
-        from the ends of the block, so that its pairs need not be enumerated.
+        facts of a block are used: whether it has a seen pair, and whether it has an unseen pair.
+        They follow from the ends of the block, so that its pairs need not be enumerated.
         """
 
         def __init__(self, block: int, shards: int, window: int | None) -> None:
             """Creates the mask of rows of ``2 * shards`` blocks; ``window`` is None without a
             limit."""
             seq = 2 * shards * block
-            super().__init__((seq, seq), (None if window is None else window - 1, 0), 0)
-            shard = np.arange(shards)
-            blocks = np.stack([shard, 2 * shards - 1 - shard], axis=1).reshape(-1, 1)
-            self.q_sequence = (
-                (blocks * block + np.arange(block)).reshape(-1).astype(np.int32)
-            )
+            left = None if window is None else window - 1
+            super().__init__((seq, seq), (left, 0), 0)
+            early = np.arange(shards)
+            late = 2 * shards - 1 - early
+            # [2 * shards, 1], in the order of the shards
+            blocks = np.stack([early, late], axis=1).reshape(-1, 1)
+            queries = blocks * block + np.arange(block)
+            self.q_sequence = queries.reshape(-1).astype(np.int32)
 
         def __getitem__(self, index: Any) -> np.ndarray:
-            """Returns an array whose ``any()`` and ``all()`` are those of the mask of neighbouring
-            tokens."""
+            """Returns ``[[some, all]]``: whether any and whether every pair of the indexed queries
+            and keys is seen.
+
+            Its ``any()`` and ``all()`` are those of the mask, for queries and keys that are
+            neighbours.
+            """
             queries = self.q_sequence[index[0]]
             keys = range(self.shape[1])[index[1]]
-            if self.window_size[0] is None:
+            left = self.window_size[0]
+            if left is None:
                 left = self.shape[1]
-            else:
-                left = self.window_size[0]
             some = keys[0] <= queries[-1] and keys[-1] >= queries[0] - left
-            return np.array(
-                [[some, keys[-1] <= queries[0] and keys[0] >= queries[-1] - left]]
-            )
+            every = keys[-1] <= queries[0] and keys[0] >= queries[-1] - left
+            return np.array([[some, every]])
 
     return PartsMask
 
@@ -346,7 +346,10 @@ def _kernel(
 
 
 def _sizes(queries: int, keys: int, window: int, head_dim: int) -> dict[str, Any]:
-    """Returns the kernels' block sizes, which divide the lengths; at most half of the window."""
+    """Returns the kernels' block sizes for two blocks of queries and keys of these lengths.
+
+    They divide the lengths and are at most half of the window.
+    """
     most = min(LARGEST // head_dim, max(window // 2, LANES))
     of_queries = ("block_q", "block_q_dkv", "block_q_dq")
     of_keys = (

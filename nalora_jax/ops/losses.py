@@ -30,7 +30,8 @@ from nalora_jax.ops.storage import Kernel, dot
 # accelerator needs some thousand rows per chunk to be limited by its matrix unit.
 _CHUNK_FLOATS = 1 << 27
 _LEAST_ROWS = 1024
-# The same without a backward pass, and with a trained head, whose gradient each chunk adds to.
+# Floats of a chunk and its least number of rows without a backward pass, and with a trained head,
+# whose gradient each chunk adds to.
 _SMALL = 1 << 25, 128
 
 
@@ -94,18 +95,24 @@ def cross_entropy(
     rows = chunk or rows_of_chunk(kernel.shape[head.axis])
 
     def sums(hidden: Array, constants: Any, grad: bool) -> tuple[Array, Array | None]:
+        """Returns the loss, and its gradient by ``hidden`` if ``grad``, otherwise None."""
         kernel, targets, weights = constants
 
         def summed(
             total: Callable[[Array], Array], h: Array, t: Array, w: Array
         ) -> Any:
+            """Returns ``total`` of the losses of some rows ``h [rows, d_model]``, and their
+            gradient, None unless ``grad``."""
             losses, back = chunk_of_rows(
                 h, kernel, t, w, grad, head=head, numerics=numerics
             )
-            return total(losses), back.astype(h.dtype) if grad else None
+            if not grad:
+                return total(losses), None
+            return total(losses), back.astype(h.dtype)
 
         if compact:
-            start = jnp.zeros((), jnp.float32), jnp.zeros_like(hidden) if grad else None
+            gradient = jnp.zeros_like(hidden) if grad else None
+            start = jnp.zeros((), jnp.float32), gradient
             return _of_targets(
                 partial(summed, jnp.sum), hidden, targets, weights, rows, start
             )
@@ -126,15 +133,17 @@ def cross_entropy(
 def loss_of_sums(
     sums: Callable[..., tuple[Array, Any]], inputs: Any, constants: Any
 ) -> Array:
-    """Returns a loss whose gradient is computed in the same pass.
+    """Returns a loss whose gradient is computed in the forward pass.
 
-    ``sums(inputs, constants, grad)`` returns the loss and the gradient of ``inputs``, unused
-    without ``grad``; ``constants`` have no gradient.
+    ``sums(inputs, constants, grad)`` returns the loss and the gradient of ``inputs``. It is called
+    with ``grad`` False, and its gradient is not used, if the loss is not differentiated.
+    ``constants`` have no gradient.
     """
     return sums(inputs, constants, False)[0]
 
 
 def _loss_of_sums_bwd(_: Any, gradients: Any, g: Array) -> tuple[Any, None]:
+    """Returns the gradients of the inputs times the loss's gradient ``g``; constants have none."""
     return jax.tree.map(lambda x: x * g.astype(x.dtype), gradients), None
 
 
@@ -146,7 +155,8 @@ loss_of_sums.defvjp(
 def rows_of_chunk(
     vocab: int, floats: int = _CHUNK_FLOATS, least: int = _LEAST_ROWS
 ) -> int:
-    """Returns the default number of rows in a chunk of logits on each device."""
+    """Returns how many rows of logits fit into ``floats`` numbers, but at least ``least``, in
+    multiples of 128."""
     # A multiple of 128, the rows that a TPU's matrix unit processes at once.
     return max(floats // vocab // 128 * 128, least)
 
@@ -165,9 +175,9 @@ def chunk_of_rows(
     """Returns each row's loss ``[rows]`` and the gradient of hidden, ``[rows, 0]`` unless
     ``grad``."""
     logits, slope = head.logits(dot(hidden, kernel, numerics, dims=(1, 1 - head.axis)))
-    # The comparison is fused into existing passes. A gather would cross devices that split the
-    # vocabulary, and taking columns of an untied head would create a transposed copy of it: 1 GB
-    # for 128k entries of 4,096 values.
+    # True at each row's target, [rows, vocab]. The comparison is fused into existing passes. A
+    # gather would cross devices that split the vocabulary, and taking columns of an untied head
+    # would create a transposed copy of it: 1 GB for 128k entries of 4,096 values.
     hit = jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     exps = jnp.exp(shifted)
@@ -195,12 +205,14 @@ def _of_targets(
     rows: int,
     start: Any,
 ) -> Any:
-    """Runs chunks of some ``rows`` that have a target, in as many iterations as those need.
+    """Runs ``chunk`` on ``rows`` positions at a time, until all positions that have a target are
+    done.
 
-    ``start`` are sums and arrays ``[batch, seq, ...]`` that the chunks add to and write into.
+    ``start`` are sums, which every chunk adds to, and arrays ``[batch, seq, ...]``, into which it
+    writes the results of its positions. Returns both.
     """
     n = weights.size
-    flat = hidden.reshape(n, -1)
+    flat = hidden.reshape(n, -1)  # [batch * seq, d_model]
     weights = weights.reshape(n)
     targets = targets.reshape(n)
     rows = min(rows, n)
@@ -210,7 +222,9 @@ def _of_targets(
     )
 
     def body(i: Array, carry: Any) -> Any:
+        """Adds the sums of chunk ``i``, and writes its results into the outputs."""
         sums, outputs = carry
+        # Positions of the chunk in the flat batch; n for padding.
         index = lax.dynamic_slice(order, (i * rows,), (rows,))
         take = partial(jnp.take, indices=index, axis=0, mode="clip")
         h = take(flat)
@@ -220,9 +234,12 @@ def _of_targets(
         write = lambda whole, part: whole.at[index].set(part, mode="drop")  # noqa: E731
         return jax.tree.map(jnp.add, sums, more), jax.tree.map(write, outputs, parts)
 
+    # [batch, seq, ...] -> [batch * seq, ...]
     outputs = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), start[1])
-    count = -(-jnp.sum(weights != 0, dtype=jnp.int32) // rows)
-    sums, outputs = _loop(count, -(-n // rows), body, (start[0], outputs))
+    with_target = jnp.sum(weights != 0, dtype=jnp.int32)
+    chunks = -(-with_target // rows)
+    most_chunks = -(-n // rows)
+    sums, outputs = _loop(chunks, most_chunks, body, (start[0], outputs))
     return sums, jax.tree.map(
         lambda x: x.reshape(*hidden.shape[:2], *x.shape[1:]), outputs
     )
@@ -244,22 +261,23 @@ def _loop(
 def _along_sequence(
     chunk: RowsChunk, hidden: Array, targets: Any, weights: Array, rows: int, start: Any
 ) -> Any:
-    """Runs chunks of columns of the batch, at most ``rows`` rows or one column: every shard has
-    rows of each.
+    """Runs ``chunk`` on some positions of every row at a time, so that every shard of the batch has
+    its part of each chunk.
 
-    Sums are added to ``start``.
+    A chunk has at most ``rows`` positions in total, or one position of every row. Returns ``start``
+    plus the chunks' sums, and their results as ``[batch, seq, ...]``.
     """
     batch, seq = weights.shape
-    chunks = -(-seq // max(1, rows // max(batch, 1)))
+    columns = max(1, rows // max(batch, 1))  # positions of every row in a chunk
+    chunks = -(-seq // columns)
 
     def body(sums: Any, columns_of: Any) -> tuple[Any, Any]:
         """Adds a chunk's sums, and returns its results by row as ``[batch, positions, ...]``."""
         # [batch, positions, ...] -> [batch * positions, ...]
-        h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
+        h, w, t = flat
         more, parts = chunk(h, t, w)
-        of_columns = columns_of[
-            1
-        ].shape  # [batch, positions of each example in a chunk]
+        of_columns = columns_of[1].shape  # [batch, positions]
         parts = jax.tree.map(lambda x: x.reshape(*of_columns, *x.shape[1:]), parts)
         return jax.tree.map(jnp.add, sums, more), parts
 
@@ -291,9 +309,8 @@ def target_losses(
     rows = chunk or rows_of_chunk(kernel.shape[head.axis], *_SMALL)
 
     def losses(h: Array, t: Array, w: Array) -> tuple[None, Array]:
-        return None, chunk_of_rows(
-            h, kernel, t, w, False, head=head, numerics=numerics
-        )[0]
+        by_row, _ = chunk_of_rows(h, kernel, t, w, False, head=head, numerics=numerics)
+        return None, by_row
 
     if compact and shards == 1:
         start = None, jnp.zeros(weights.shape, jnp.float32)
@@ -375,8 +392,8 @@ class HeadRows:
         `products`."""
         assert self.kernel is not None
         columns = np.array(self.ids)
-        of_rows = delta[:, columns]
-        # the kernel's rows of these tokens are not used
+        of_rows = delta[:, columns]  # [rows, ids]
+        # The kernel's own rows of these tokens are replaced, so that they give no gradient.
         of_others = delta.at[:, columns].set(0.0)
         back = dot(of_others, self.kernel, numerics, dims=(1, self.axis))
         back = back + dot(of_rows, self.rows, numerics)
@@ -404,8 +421,8 @@ def trained_cross_entropy(
     def sums(inputs: Any, constants: Any, grad: bool) -> Any:
         """Returns the loss, and the gradients of hidden states and head; chunks are whole columns
         of the batch."""
-        (hidden, trained) = inputs
-        (targets, weights) = constants
+        hidden, trained = inputs
+        targets, weights = constants
 
         def chunk(h: Array, t: Array, w: Array) -> tuple[tuple[Array, Any], Array]:
             """Returns the loss and head gradient of ``h [rows, d_model]``, and the gradient of
@@ -413,9 +430,11 @@ def trained_cross_entropy(
             logits, slope = head.logits(trained.products(h, numerics))
             log_total = jax.nn.logsumexp(logits, axis=-1)
             hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]
-            losses = w * (log_total - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
-            # The gradient of the logits, through the cap's slope.
-            delta = w[:, None] * (jnp.exp(logits - log_total[:, None]) - hit) * slope
+            of_target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+            losses = w * (log_total - of_target)
+            # The gradient by the products [rows, vocab]: that of the logits, times their slope.
+            probabilities = jnp.exp(logits - log_total[:, None])
+            delta = w[:, None] * (probabilities - hit) * slope
             back, of_head = trained.pull(h, delta, numerics)
             return (jnp.sum(losses), of_head), back.astype(h.dtype)
 

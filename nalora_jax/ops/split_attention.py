@@ -39,7 +39,8 @@ from nalora_jax.ops.split_rows import (
     with_preceding,
 )
 
-Spread = Callable[[Array], Array]  # a shard's keys -> all keys that its queries may see
+# A shard's keys, or values, [batch, 2 * block, ...] -> those of all tokens that its queries see.
+Spread = Callable[[Array], Array]
 
 
 @operation
@@ -60,16 +61,16 @@ def split_attention(
     """
 
     def attend(heads: QKV, of: Integers, spread: Spread, sinks: Array | None) -> Array:
-        keys = Keys(spread(heads[1]), spread(heads[2]), *of.keys, sinks)
-        return attend_in_tiles(
-            heads[0], of.queries[:2], keys, of.window, config, numerics
-        )
+        """Returns the attention of a shard's queries, see `on_shard`."""
+        q, k, v = heads
+        keys = Keys(spread(k), spread(v), *of.keys, sinks)
+        here = of.queries.positions, of.queries.segments
+        return attend_in_tiles(q, here, keys, of.window, config, numerics)
 
     q, k, v = saved_heads(heads, config, numerics)
     local = partial(on_shard, config=config, attend=attend)
-    return on_shards(local, (q, k, v), row, window, config, sinks).astype(
-        numerics.result
-    )
+    out = on_shards(local, (q, k, v), row, window, config, sinks)
+    return out.astype(numerics.result)
 
 
 def on_shards(
@@ -82,20 +83,36 @@ def on_shards(
     *more: Any,
     more_specs: tuple[Any, ...] = (),
 ) -> Array:
-    """Returns ``attend(heads, row, window, sinks, *more)``, mapped over all axes of the mesh."""
+    """Runs attention on every shard of the mesh and returns the parts ``[shards * batch, 2 * block,
+    heads, head_dim]``.
+
+    Args: attend: called on each device as ``attend(heads, row, window, sinks, *more)``, with its
+    part of the queries, keys and values, the integers of its whole rows, and its heads' sinks.
+    heads: q, k and v of all parts. row: integers of whole rows. window: scalar, the same on every
+    device. config: has the mesh, and the sharding of the parts. sinks: float32 ``[heads]``, or
+    None. more: further arguments, with the partition specs ``more_specs``. more_specs: one for each
+    of ``more``.
+    """
+    row_spec = P(BATCH_AXES)
+    window_spec = P()
+    sinks_spec = P(config.head_axis)
     mapped = over_devices(
-        attend, config, P(BATCH_AXES), P(), P(config.head_axis), *more_specs
+        attend, config, row_spec, window_spec, sinks_spec, *more_specs
     )
     out: Array = mapped(heads, row, jnp.asarray(window, jnp.int32), sinks, *more)
     return out
 
 
 def reach(windows: tuple[int, ...], block: int, row: Row) -> int:
-    """Returns the most tokens before a block that a window within a block reaches; 0: keys are
-    gathered."""
+    """Returns how many tokens before a block its queries see, with the largest window that fits in
+    a block.
+
+    0 if no window fits or ``row.starts`` are given; then all keys of the row are gathered.
+    """
     if row.starts is not None:
         return 0
-    return max((window - 1 for window in windows if window - 1 <= block), default=0)
+    near = [window - 1 for window in windows if window - 1 <= block]
+    return max(near, default=0)
 
 
 def on_shard(
@@ -108,10 +125,10 @@ def on_shard(
     attend: Callable[..., Array],
     tile: int = 1,
 ) -> Array:
-    """Computes a shard's part ``[batch, 2 * block, heads, head_dim]``.
+    """Returns the attention of a shard's part, ``[batch, 2 * block, heads, head_dim]``.
 
-    ``attend(heads, integers, spread, sinks)`` computes attention of the shard's queries to
-    ``spread`` of its keys, whose number before a block is a multiple of ``tile``.
+    ``attend(heads, integers, spread, sinks)`` computes it for some queries and for ``spread`` of
+    the shard's keys and values. Blocks are preceded by a multiple of ``tile`` keys.
     """
     block = heads[0].shape[1] // 2
     ahead = reach(config.windows, block, row)
@@ -127,11 +144,8 @@ def on_shard(
             jnp.full((1,), ahead),
         )
         spread = partial(with_preceding, ahead=ahead)
-        return by_part(
-            attend(
-                (by_block(q), k, v), Integers(queries, of_keys, window), spread, sinks
-            )
-        )
+        integers = Integers(queries, of_keys, window)
+        return by_part(attend((by_block(q), k, v), integers, spread, sinks))
 
     def far(*heads: Array) -> Array:
         """Attends to the gathered keys of the entire row."""

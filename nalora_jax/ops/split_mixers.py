@@ -35,7 +35,8 @@ from nalora_jax.ops.split_rows import (
 def split_conv(x: Array, kernel: Array, row: Row, sharding: NamedSharding) -> Array:
     """Computes `nalora_jax.ops.causal_conv.causal_conv` of rows from their parts.
 
-    These are ``[shards * batch, 2 * block, channels]``; ``sharding`` is that of the first axis.
+    ``x`` and the result are parts ``[shards * batch, 2 * block, channels]``, and ``sharding`` is
+    that of their first axis.
 
     Raises:
       NaloraError: a block has fewer tokens than the convolution reads before it.
@@ -51,27 +52,20 @@ def split_conv(x: Array, kernel: Array, row: Row, sharding: NamedSharding) -> Ar
         )
 
     def local(x: Array, kernel: Array, row: Row) -> Array:
+        """Returns the convolution of a shard's part, ``[batch, 2 * block, channels]``."""
         segments = row.slices(ahead).segments
-        return by_part(
-            causal_conv(with_preceding(x, ahead), kernel, segments)[:, ahead:]
-        )
+        out = causal_conv(with_preceding(x, ahead), kernel, segments)
+        return by_part(out[:, ahead:])
 
     channels = _over_tensor(sharding, x.shape[-1])
     by_channel = P(sharding.spec[0], None, channels)
-    return _mapped(
-        local,
-        sharding,
-        (by_channel, P(None, channels), P(BATCH_AXES)),
-        by_channel,
-        x,
-        kernel,
-        row,
-    )
+    specs = (by_channel, P(None, channels), P(BATCH_AXES))
+    return _mapped(local, sharding, specs, by_channel, x, kernel, row)
 
 
 def split_delta_rule(inputs: DeltaInputs, row: Row, sharding: NamedSharding) -> Array:
-    """Computes the outputs of `nalora_jax.ops.delta_rule.gated_delta_rule` for rows from their
-    parts, as above."""
+    """Computes the outputs of `nalora_jax.ops.delta_rule.gated_delta_rule` of rows from their parts
+    ``[shards * batch, 2 * block, ...]``."""
     by_head = P(sharding.spec[0], None, _over_tensor(sharding, inputs.k.shape[2]))
     return _mapped(
         _delta_rule, sharding, (by_head, P(BATCH_AXES)), by_head, inputs, row
@@ -80,15 +74,18 @@ def split_delta_rule(inputs: DeltaInputs, row: Row, sharding: NamedSharding) -> 
 
 def _delta_rule(inputs: DeltaInputs, row: Row) -> Array:
     """Computes a shard's outputs ``[batch, 2 * block, groups, n, d_v]``."""
-    inputs = jax.tree.map(by_block, inputs)
+    inputs = jax.tree.map(by_block, inputs)  # [2 * batch, block, ...]
     segments = row.slices(0).segments
     with_runs = row._replace(segments=segment_runs(row.segments))
-    before = with_runs.slices(1).segments[:, 0]
+    before = with_runs.slices(1).segments[
+        :, 0
+    ]  # segment of the token before each block
     d_k = inputs.k.shape[-1]
     d_v = inputs.v.shape[-1]
     v = with_zeros(inputs.v, d_k, -1)
     heads = (v.shape[0], *v.shape[2:4])
-    # Zeros for the values' columns, then an identity.
+    # The rule is run on two states side by side: zeros [d_k, d_v] with the values, and an identity
+    # [d_k, d_k] with values of zero.
     identity = jnp.eye(d_k, d_v + d_k, d_v)
     state = jnp.broadcast_to(identity, (*heads, d_k, d_v + d_k))
     out, summary = gated_delta_rule(inputs._replace(v=v), segments, state, before)
@@ -106,11 +103,11 @@ def _states_before(summary: Array, d_v: int) -> Array:
     """
     _, *matrix = summary.shape
     of_row = gathered(summary.reshape(-1, 2, *matrix))
-    summaries = jnp.moveaxis(
-        of_row, 1, 0
-    )  # [blocks, batch, ...] in the order of the row
+    # [blocks, batch, ...] in the order of the row
+    summaries = jnp.moveaxis(of_row, 1, 0)
 
     def after(state: Array, block: Array) -> tuple[Array, Array]:
+        """Returns the states after and before a block with the matrices ``block``."""
         carried = jnp.matmul(block[..., d_v:], state, precision=lax.Precision.HIGHEST)
         return block[..., :d_v] + carried, state
 

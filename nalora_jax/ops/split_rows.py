@@ -55,7 +55,8 @@ class Row(NamedTuple):
                 lax.dynamic_slice_in_dim(padded, i * block, size, 1)
                 for i in block_numbers()
             ]
-            return jnp.stack(slices, axis=1).reshape(-1, ahead + block)
+            # [batch, 2, size] -> [2 * batch, size]
+            return jnp.stack(slices, axis=1).reshape(-1, size)
 
         starts = self.starts
         if starts is not None:
@@ -117,9 +118,9 @@ def split(x: Array, sharding: NamedSharding | None) -> Array:
         return x
     batch = x.shape[0]
     x = padded(x, sharding)
-    first = np.arange(shards)
-    last = 2 * shards - 1 - first
-    order = np.stack([first, last], axis=1)
+    early = np.arange(shards)
+    late = 2 * shards - 1 - early
+    order = np.stack([early, late], axis=1)  # [shards, 2], each shard's blocks
     _, _, *rest = x.shape
     # [batch, blocks, block] -> [batch, shards, 2, block] -> [shards, batch, 2 * block]
     x = x.reshape(batch, 2 * shards, -1, *rest)
@@ -132,18 +133,25 @@ def split(x: Array, sharding: NamedSharding | None) -> Array:
 
 
 def joined(x: Array, sharding: NamedSharding | None, seq: int) -> Array:
-    """Returns rows ``[batch, seq, ...]`` of their parts, without padding: inverts `split`."""
+    """Returns rows ``[batch, seq, ...]`` of their parts ``[shards * batch, 2 * block, ...]``: the
+    inverse of `split` and `padded`.
+
+    Whole rows (one shard) are returned as they are.
+    """
     shards = shards_of(sharding)
     if sharding is None or shards == 1:
         return x
     _, length, *rest = x.shape
-    x = _natural(x.reshape(shards, -1, 2, length // 2, *rest))
+    block = length // 2
+    # [shards * batch, 2 * block, ...] -> [shards, batch, 2, block, ...] -> [batch, seq, ...]
+    x = _natural(x.reshape(shards, -1, 2, block, *rest))
     whole = NamedSharding(sharding.mesh, P(BATCH_AXES))
     return lax.with_sharding_constraint(x[:, :seq], whole)
 
 
 def repeated(x: Array, sharding: NamedSharding | None) -> Array:
-    """Returns ``[shards * batch, ...]``: the array ``[batch, ...]`` of rows for each part."""
+    """Returns an array of rows, ``[batch, ...]``, once for each part of a row: ``[shards * batch,
+    ...]``."""
     shards = shards_of(sharding)
     if sharding is None or shards == 1:
         return x
@@ -155,9 +163,12 @@ def repeated(x: Array, sharding: NamedSharding | None) -> Array:
 
 
 def _natural(x: Array) -> Array:
-    """Returns rows ``[batch, seq, ...]`` of all blocks ``[shards, batch, 2, block, ...]``."""
-    blocks = jnp.concatenate([x[:, :, 0], x[::-1, :, 1]])
-    blocks = jnp.moveaxis(blocks, 0, 1)
+    """Returns rows ``[batch, seq, ...]``, in the order of their tokens, of all shards' blocks
+    ``[shards, batch, 2, block, ...]``."""
+    early = x[:, :, 0]  # [shards, batch, block, ...]
+    late = x[::-1, :, 1]  # the last shard has the first of the late blocks
+    blocks = jnp.moveaxis(jnp.concatenate([early, late]), 0, 1)
+    # [batch, 2 * shards, block, ...] -> [batch, seq, ...]
     return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
 
 
@@ -165,7 +176,7 @@ def _natural(x: Array) -> Array:
 
 
 def block_numbers() -> tuple[Any, Any]:
-    """Returns the numbers of this shard's blocks in their row."""
+    """Returns the numbers of this shard's early and late block, counted along the row."""
     shard = lax.axis_index(CONTEXT)
     return shard, 2 * lax.axis_size(CONTEXT) - 1 - shard
 
@@ -189,10 +200,10 @@ def gathered(x: Array) -> Array:
 
 @jax.custom_vjp
 def gathered_exactly(x: Array) -> Array:
-    """Computes `gathered`; the backward pass exchanges the gradients and sums them in float32.
+    """Computes `gathered`; its backward pass exchanges the gradients and sums them in float32.
 
-    For as many bytes as the sum of `gathered`, which v5e's compiler makes of the entire array on
-    every shard.
+    It sends as many bytes as the gradient of `gathered`, which v5e's compiler makes of the entire
+    array on every shard.
     """
     return gathered(x)
 
@@ -203,9 +214,11 @@ def _exchanged(_: None, g: Array) -> tuple[Array]:
     batch, seq, *rest = g.shape
     shards = lax.axis_size(CONTEXT)
     shape = (shards, batch, 2, seq // (2 * shards), *rest)
-    # [shards, batch, 2, block, ...]: the gradient of each shard's part
+    # `_natural` only reorders, so its transpose returns the gradient of each shard's part,
+    # [shards, batch, 2, block, ...].
     blocks = jax.ShapeDtypeStruct(shape, g.dtype)
     (parts,) = jax.linear_transpose(_natural, blocks)(g)
+    # Each shard receives the gradients of its part from all shards.
     parts = lax.all_to_all(parts, CONTEXT, 0, 0, tiled=True)
     total = jnp.sum(parts.astype(jnp.float32), axis=0).astype(g.dtype)
     return (total.reshape(batch, -1, *rest),)
@@ -215,27 +228,31 @@ gathered_exactly.defvjp(lambda x: (gathered(x), None), _exchanged)
 
 
 def with_preceding(x: Array, ahead: int) -> Array:
-    """Returns ``[2 * batch, ahead + block, ...]``: this shard's blocks, each after the last tokens
-    before it.
+    """Returns this shard's blocks, each after the ``ahead`` tokens before it in the row: ``[2 *
+    batch, ahead + block, ...]``.
 
-    ``x`` is ``[batch, 2 * block, ...]``; ``ahead`` is at most a block. Only these tokens are
-    exchanged, between neighbours. There are zeros before the start of a row.
+    ``x`` is the shard's part ``[batch, 2 * block, ...]``; ``ahead`` is at most a block. Only the
+    tokens before a block are exchanged, between neighbouring shards. The first block of a row
+    follows zeros.
     """
     shards = lax.axis_size(CONTEXT)
-    batch, _, *rest = x.shape
-    early, late = jnp.unstack(x.reshape(batch, 2, -1, *rest), axis=1)
-    tail = early[:, early.shape[1] - ahead :]
-    late_tail = late[:, late.shape[1] - ahead :]
-    # Block i follows i - 1 of the shard before; block 2 n - 1 - i follows 2 n - 2 - i of the shard
-    # after. The last shard has the two blocks in the middle of the row.
-    before = lax.ppermute(tail, CONTEXT, [(i, i + 1) for i in range(shards - 1)])
-    before_late = lax.ppermute(
-        late_tail, CONTEXT, [(i + 1, i) for i in range(shards - 1)]
-    )
-    before_late = jnp.where(lax.axis_index(CONTEXT) == shards - 1, tail, before_late)
-    blocks = [
-        jnp.concatenate(pair, axis=1) for pair in ((before, early), (before_late, late))
-    ]
-    return jnp.stack(blocks, axis=1).reshape(
-        2 * x.shape[0], ahead + early.shape[1], *x.shape[2:]
-    )
+    batch, length, *rest = x.shape
+    block = length // 2
+    early = x[:, :block]
+    late = x[:, block:]
+    early_tail = early[:, block - ahead :]
+    late_tail = late[:, block - ahead :]
+    # Shard i of n has the blocks i and 2 n - 1 - i. The early block follows the early block of
+    # shard i - 1, and the late one follows the late block of shard i + 1.
+    to_next = [(i, i + 1) for i in range(shards - 1)]
+    to_previous = [(i + 1, i) for i in range(shards - 1)]
+    before_early = lax.ppermute(early_tail, CONTEXT, to_next)
+    before_late = lax.ppermute(late_tail, CONTEXT, to_previous)
+    # The late block of the last shard follows its own early block, in the middle of the row.
+    is_last = lax.axis_index(CONTEXT) == shards - 1
+    before_late = jnp.where(is_last, early_tail, before_late)
+    early = jnp.concatenate([before_early, early], axis=1)
+    late = jnp.concatenate([before_late, late], axis=1)
+    # [batch, 2, ahead + block, ...] -> [2 * batch, ahead + block, ...]
+    both = jnp.stack([early, late], axis=1)
+    return both.reshape(2 * batch, ahead + block, *rest)
