@@ -55,10 +55,12 @@ def activation_of(name: str, gate: Selection, **options: Any) -> Activation:
     """
 
     def gate_in_float32(z: Array) -> tuple[Array, Array]:
-        rho, slope = gate(_at_least_float32(z))
-        return rho.astype(jnp.result_type(z)), slope.astype(jnp.result_type(z))
+        rho, drho = gate(_at_least_float32(z))
+        dtype = jnp.result_type(z)
+        return rho.astype(dtype), drho.astype(dtype)
 
     def derivative(z: Array) -> Array:
+        """Returns ``phi'(z)``."""
         rho, drho = gate(z)
         return rho + z * drho
 
@@ -70,17 +72,20 @@ def activation_of(name: str, gate: Selection, **options: Any) -> Activation:
 
 
 def _at_least_float32(z: Array) -> Array:
+    """Returns ``z`` in float32, or in float64 if it is float64."""
     z = jnp.asarray(z)
-    # float64 stays float64
     return z.astype(jnp.promote_types(z.dtype, jnp.float32))
 
 
 def _with_derivative(f: Elementwise, derivative: Elementwise) -> Elementwise:
-    """Returns ``f``, evaluated with its derivative in float32 or wider; results have the input's
-    dtype."""
+    """Returns the function ``f``, differentiated by the formula ``derivative``.
 
-    def in_float32(f: Elementwise) -> Elementwise:
-        return lambda z: f(_at_least_float32(z)).astype(jnp.result_type(z))
+    Both are evaluated in float32, or in float64 if the input is; results have the input's dtype.
+    """
+
+    def in_float32(function: Elementwise) -> Elementwise:
+        """Returns a function that widens its input and returns its dtype."""
+        return lambda z: function(_at_least_float32(z)).astype(jnp.result_type(z))
 
     slope = in_float32(derivative)
     differentiable = jax.custom_jvp(in_float32(f))
@@ -91,6 +96,9 @@ def _with_derivative(f: Elementwise, derivative: Elementwise) -> Elementwise:
 # ---------------------------------------------------------------- homogeneity
 
 _LINEAR = 1.05  # h at which the linear region starts
+_FARTHEST = 700.0  # z1 is searched up to here
+_TAIL = 8  # length of the part of an unbounded region that its mean is taken over
+_POINTS = 1001  # of every grid, so that one program evaluates all of them
 
 
 class Partition(NamedTuple):
@@ -125,14 +133,14 @@ class Regions(NamedTuple):
 def regions(z: Array, partition: Partition) -> Regions:
     """Returns the region of each element of z; NaN counts as linear."""
     z = _at_least_float32(z)
-    below0 = z < partition.z0
-    below = z < 0
-    below1 = z < partition.z1
+    inverted = z < partition.z0
+    negative = z < 0
+    below_z1 = z < partition.z1
     flat = z > partition.flat_above
-    contracting = (below & ~below0) | flat
-    expanding = below1 & ~below & ~flat
-    linear = ~below1 & ~flat
-    return Regions(below0, contracting, expanding, linear)
+    contracting = (negative & ~inverted) | flat
+    expanding = below_z1 & ~negative & ~flat
+    linear = ~below_z1 & ~flat
+    return Regions(inverted, contracting, expanding, linear)
 
 
 def homogeneity(z: Array, activation: Activation) -> Array:
@@ -155,19 +163,19 @@ def partition(name: str) -> Partition:
     """
     activation = get(name)
     if not activation.self_gated:
-        return Partition(
-            activation.name, -math.inf, 0.0, (activation.degree,) * 4, meaningful=False
-        )
+        degrees = (activation.degree,) * 4
+        return Partition(activation.name, -math.inf, 0.0, degrees, meaningful=False)
 
     compiled = jax.jit(functools.partial(homogeneity, activation=activation))
 
     def degree(z: np.ndarray) -> np.ndarray:
+        """Returns h(z) in float64."""
         with jax.ensure_compile_time_eval():
             return np.asarray(compiled(z.astype(np.float32)), np.float64)
 
     below = _grid(-20.0, 0.0)
-    z1 = 0.0
-    if not (falling := below[degree(below) < 0]).size:
+    falling = below[degree(below) < 0]  # where phi falls
+    if not falling.size:
         actual = "no such place above -20"
         remedy = "register it with self_gated=False"
         expected = (
@@ -177,15 +185,16 @@ def partition(name: str) -> Partition:
             f"activation {name!r}", expected=expected, found=actual, remedy=remedy
         )
     z0 = _crossing(degree, falling[-1], 0.0)
+    z1 = 0.0
     above = _grid(0.0, 10.0)
     if degree(above).max() > _LINEAR:
         peak = above[np.argmax(degree(above))]
-        z1 = _crossing(lambda z: _LINEAR - degree(z), peak, 700.0)
+        z1 = _crossing(lambda z: _LINEAR - degree(z), peak, _FARTHEST)
     degrees = (
-        _normal_mean(degree, z0 - 8, z0),
+        _normal_mean(degree, z0 - _TAIL, z0),
         _normal_mean(degree, z0, 0.0),
         _normal_mean(degree, 0.0, z1),
-        _normal_mean(degree, z1, z1 + 8),
+        _normal_mean(degree, z1, z1 + _TAIL),
     )
     return Partition(
         activation.name,
@@ -198,38 +207,45 @@ def partition(name: str) -> Partition:
 
 
 def _grid(low: float, high: float) -> np.ndarray:
-    # always so many points, so that one program evaluates them
-    return np.linspace(low, high, 1001)
+    """Returns `_POINTS` equidistant numbers from ``low`` to ``high``."""
+    return np.linspace(low, high, _POINTS)
 
 
 def _crossing(f: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:
     """Returns the root, to float32's precision, of an f that rises from ``low`` to ``high``."""
-    for _ in range(4):  # each takes a thousandth of the interval
+    for _ in range(4):  # each shortens the interval to a thousandth
         grid = _grid(low, high)
-        above = max(1, int(np.argmax(f(grid) > 0)))
-        low = grid[above - 1]
-        high = grid[above]
+        first_positive = max(1, int(np.argmax(f(grid) > 0)))
+        low = grid[first_positive - 1]
+        high = grid[first_positive]
     return float(high)
 
 
 def _normal_mean(
     f: Callable[[np.ndarray], np.ndarray], low: float, high: float
 ) -> float:
-    """Returns the mean of f over [low, high] under N(0, 1) by the midpoint rule; 1 if empty."""
+    """Returns the mean of f under N(0, 1), given that its argument is in [low, high]; 1 if the
+    interval is empty.
+
+    The midpoint rule: f is evaluated in the middle of equal parts, and weighed with the density
+    there.
+    """
     if high <= low:
         return 1.0
-    half = (high - low) / 2002
+    half = (high - low) / (2 * _POINTS)  # half of a part
     z = _grid(low + half, high - half)
+    # The density over that at ``low``, which does not underflow far from 0.
     density = np.exp(-0.5 * (z * z - low * low))
     return float(np.average(f(z), weights=density))
 
 
 # ---------------------------------------------------------------- formulas of released models
 
+# GELU's tanh form is z sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3)).
 _TANH_SLOPE = 2 * math.sqrt(2 / math.pi)
 _TANH_CUBIC = _TANH_SLOPE * 0.044715
-_QUICK_SLOPE = 1.702
-_DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)
+_QUICK_SLOPE = 1.702  # QuickGELU is z sigmoid(1.702 z)
+_DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)  # of N(0, 1)
 # Phi(-x) = exp(-x^2 / 2) P(x) / Q(x) for x >= 0, relative error below 6e-8: a rational minimax fit,
 # computed for this module by reweighted least squares on [0, inf) against scipy.special.erfcx.
 # Coefficients start at the constant term. All are positive, so float32 evaluation loses no digits
@@ -263,6 +279,7 @@ def clamped_swish(slope: float, limit: float) -> Activation:
         """Returns (rho, rho') of the clamped activation."""
         s = lax.logistic(slope * z)
         flat = z > limit
+        # z above the limit; the other values are not used, and are not 0 as divisors
         high = jnp.maximum(z, limit)
         rho = jnp.where(flat, top / high, s)
         drho = jnp.where(flat, -top / (high * high), slope * (s * (1 - s)))
@@ -294,6 +311,8 @@ def _tail_ratio(z: Array) -> Array:
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+    """Returns the polynomial with these ``coefficients``, starting at the constant term, by
+    Horner's scheme."""
     total = jnp.full_like(x, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         total = total * x + coefficient
@@ -352,6 +371,7 @@ _BUILT_IN = (
 ACTIVATIONS: Registry[Activation] = Registry("activation", "nalora_jax.activations")
 for _activation in _BUILT_IN:
     ACTIVATIONS.add(_activation.name, _activation)
+_CLAMP_LIMIT = 7.0
 _NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 _CLAMPED = re.compile(rf"clamped_swish(?:\({_NUMBER},{_NUMBER}\))?")
 
@@ -364,17 +384,16 @@ def get(name: str) -> Activation:
     """
     clamped = _CLAMPED.fullmatch(str(name))
     if clamped is not None:
-        # without numbers: gpt-oss's
+        # A name without numbers has those of gpt-oss.
         slope = clamped[1] or _QUICK_SLOPE
-        limit = clamped[2] or 7.0
+        limit = clamped[2] or _CLAMP_LIMIT
         return clamped_swish(float(slope), float(limit))
     canonical = ALIASES.get(str(name), str(name))
     if canonical in ACTIVATIONS:
         return ACTIVATIONS.get(canonical)
-    names = ", ".join(
-        sorted({*ALIASES, *ACTIVATIONS.names(), "clamped_swish(slope,limit)"})
-    )
-    raise NaloraError("activation", expected=f"one of {names}", found=repr(name))
+    known = {*ALIASES, *ACTIVATIONS.names(), "clamped_swish(slope,limit)"}
+    expected = f"one of {', '.join(sorted(known))}"
+    raise NaloraError("activation", expected=expected, found=repr(name))
 
 
 def register_activation(
@@ -395,11 +414,13 @@ def register_activation(
     """
 
     def register(gate: Selection) -> Selection:
+        """Registers the decorated function and returns it."""
         built_in = [activation.name for activation in _BUILT_IN]
         if name in (*ALIASES, *built_in) or _CLAMPED.fullmatch(name):
-            actual = "a built-in activation"
             raise NaloraError(
-                f"activation {name!r}", expected="a name that is free", found=actual
+                f"activation {name!r}",
+                expected="a name that is free",
+                found="a built-in activation",
             )
         if self_gated:
             _require_derivative(name, gate)
@@ -412,7 +433,8 @@ def register_activation(
 
 
 def _require_derivative(name: str, gate: Selection) -> None:
-    """Raises a NaloraError unless ``gate`` returns rho and its derivative between -6 and 6."""
+    """Raises a NaloraError if the second value of ``gate`` differs from the finite difference of
+    the first between -6 and 6."""
     with jax.ensure_compile_time_eval():
         z = jnp.linspace(-6.0, 6.0, 97)
         step = 1e-2
@@ -421,7 +443,7 @@ def _require_derivative(name: str, gate: Selection) -> None:
         difference = (above - below) / (2 * step)
         _, derivative = gate(z)
         worst = float(jnp.max(jnp.abs(derivative - difference)))
-    if not worst < 1e-2:
+    if not worst < 1e-2:  # or NaN
         expected = "a function that returns rho(z) and its derivative"
         actual = f"a derivative that is off by {worst:.2g}"
         raise NaloraError(f"activation {name!r}", expected=expected, found=actual)

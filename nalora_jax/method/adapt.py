@@ -77,8 +77,8 @@ class Contraction(NamedTuple):
         x = kernel = out = ""
         if match is not None:
             x, kernel, out = match.groups()
-        of_all_three = set(x) & set(kernel) & set(out)
-        if match is None or of_all_three:
+        in_all_three = set(x) & set(kernel) & set(out)
+        if match is None or in_all_three:
             expected = (
                 "an einsum of the input and the kernel "
                 "without a label that all three have"
@@ -110,10 +110,10 @@ class Projection:
         return self.shape[: len(self.shape) - len(self.contraction.kernel)]
 
     def sizes(self, labels: str) -> tuple[int, ...]:
-        """Returns the sizes of some of the kernel's labels."""
-        own = self.shape[len(self.lead) :]
-        of_label = dict(zip(self.contraction.kernel, own, strict=True))
-        return tuple(of_label[label] for label in labels)
+        """Returns the sizes of the kernel's axes with these ``labels``, in their order."""
+        shape = self.shape[len(self.lead) :]
+        size_of = dict(zip(self.contraction.kernel, shape, strict=True))
+        return tuple(size_of[label] for label in labels)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -137,10 +137,10 @@ class Projection:
     ) -> jax.Array:
         """Returns the layer's output ``y`` for ``x``, with the adapter's output added."""
         x_labels, _, out, inner, outer, batch = self.contraction
-        # contracted axes last: [batch axes, inner axes]
+        # Contracted axes last: [batch axes, inner axes] -> [batch axes, d_in].
         rows = jnp.einsum(f"{x_labels}->{batch}{inner}", x)
         lead = rows.shape[: rows.ndim - len(inner)]
-        rows = rows.reshape(*lead, -1)  # [..., d_in]
+        rows = rows.reshape(*lead, -1)
         mask = leaves.get(MASK)
         dz = low_rank(rows, leaves["a"], leaves["b"], self.scale, mask)
         dz = dz.astype(y.dtype)
@@ -148,6 +148,7 @@ class Projection:
         z = base.reshape(dz.shape) + dz  # [..., d_out]
         if leaves.get(TAPS):
             z = observe(z, dz, leaves[TAPS], self.activation)
+        # [batch axes, d_out] -> [batch axes, outer axes]
         lead = z.shape[:-1]
         z = z.reshape(*lead, *self.sizes(outer))
         return jnp.einsum(f"{batch}{outer}->{out}", z)
@@ -170,9 +171,10 @@ class Projection:
 
 
 def _require_zero_taps(path: str, leaves: Mapping[str, Any]) -> None:
-    """Raises an error if an optimizer has changed the taps; their values are known outside of jit.
+    """Raises a NaloraError if an optimizer has changed the taps of the layer at ``path``.
 
-    Such an optimizer also took the statistics for gradients, and decayed the mask.
+    Such an optimizer also took the statistics for gradients, and decayed the mask. Within jit the
+    values of the taps are unknown and not checked.
     """
     for name, tap in leaves.get(TAPS, {}).items():
         if isinstance(tap, jax.core.Tracer) or not np.any(tap):
@@ -262,7 +264,7 @@ def _mechanisms(
     gates: Mapping[str, str],
     settings: Mapping[str, int],
 ) -> Mechanisms:
-    """Returns the rules for gates with these activations."""
+    """Returns the rules of a run; ``gates`` are the activations by path of the gates."""
     activation = next(iter(gates.values()))
     others = tuple((path, name) for path, name in gates.items() if name != activation)
     mechanisms = make_mechanisms(rules, activation=activation, **settings)
@@ -289,7 +291,7 @@ def _chosen(
             continue
         rank = layers[pattern]
         most = min(layer.widths)
-        scaled = alpha
+        scaled = alpha  # the adapter's scale times its rank
         if scaled is None:
             scaled = 2.0 * rank
         if not 0 < rank <= most:
@@ -314,8 +316,8 @@ def _chosen(
 def _require_matches(
     where: str, patterns: Mapping[str, Any], found: Mapping[str, Projection]
 ) -> None:
-    """Raises an error if a pattern matches none of the paths ``found``; ``where`` names its
-    argument of `adapt`."""
+    """Raises a NaloraError if a pattern matches none of the paths ``found``; ``where`` names the
+    patterns' argument of `adapt`."""
     expected = f"a part of one of the paths {', '.join(sorted(found)) or '(none)'}"
     remedy = (
         "a layer of another class needs its einsum: classes={MyDense: '...i,io->...o'}"
@@ -331,20 +333,21 @@ def _require_matches(
 
 
 def _require_whole_gate(gate: Projection, layers: Iterable[Projection]) -> None:
-    """Raises an error if a gate's output has two halves, gate and up: only one half is a gate.
+    """Raises a NaloraError if a gate's output has two halves, gate and up: only one half is a gate.
 
-    It is recognized by its neighbor that leads back to the gate's input, which has half as many
-    inputs.
+    Such a layer is recognized by the layer next to it that leads back to the gate's input, and has
+    half as many inputs as the gate has outputs.
     """
     parent = gate.path.rpartition("/")[0]
-    (d_model, width) = gate.widths
-    near = [
-        layer
-        for layer in layers
-        if layer.path != gate.path and layer.path.rpartition("/")[0] == parent
-    ]
-    back = [layer.widths[0] for layer in near if layer.widths[1] == d_model]
-    if width not in back and width in [2 * d_in for d_in in back]:
+    d_model, width = gate.widths
+    inputs = []  # widths of the layers that lead back to d_model
+    for layer in layers:
+        if layer.path == gate.path or layer.path.rpartition("/")[0] != parent:
+            continue
+        d_in, d_out = layer.widths
+        if d_out == d_model:
+            inputs.append(d_in)
+    if width not in inputs and width / 2 in inputs:
         expected = f"a layer with {width // 2} outputs, the inputs of the layer after the product"
         actual = f"{width} outputs: gate and up projection in one layer"
         remedy = "split the layer in two, or leave it out of the gates"
@@ -356,16 +359,21 @@ def _require_whole_gate(gate: Projection, layers: Iterable[Projection]) -> None:
 def _contraction(layer: Any, path: str, classes: Classes) -> Contraction | None:
     """Returns the einsum of a layer by its class; None for other classes."""
     for kind, form in (*classes.items(), *_CLASSES.items()):
-        if isinstance(layer, kind):
-            if callable(form):
-                form = form(layer)
-            text = getattr(layer, form, form)  # an attribute's, or the einsum itself
-            return Contraction.parse(text, path)
+        if not isinstance(layer, kind):
+            continue
+        if callable(form):
+            form = form(layer)
+        # The value of the attribute with this name, or the einsum itself.
+        text = getattr(layer, form, form)
+        return Contraction.parse(text, path)
     return None
 
 
 def _general(outputs: Any, axis: Any, batch: Any) -> str:
-    """Returns the einsum of a dense layer with several axes, which must be the last ones."""
+    """Returns the einsum of a dense layer with several contracted axes, the last ones of its input.
+
+    For other axes it returns a description, which `Contraction.parse` refuses.
+    """
     axis = _as_tuple(axis)
     outputs = _as_tuple(outputs)
     if axis != tuple(range(-len(axis), 0)) or batch:
@@ -376,6 +384,7 @@ def _general(outputs: Any, axis: Any, batch: Any) -> str:
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Returns a sequence as a tuple, and another value as a tuple of one."""
     if isinstance(value, Sequence):
         return tuple(value)
     return (value,)
@@ -392,7 +401,8 @@ _CLASSES: Classes = {
 
 
 def _kernel(params: Mapping[str, Any], contraction: Contraction, path: str) -> str:
-    """Returns the name of a layer's kernel: ``kernel``, or its only parameter with enough axes."""
+    """Returns the name of a layer's kernel: ``kernel``, or its only parameter with as many axes as
+    the einsum has labels."""
     axes = len(contraction.kernel)
     names = [
         name for name, leaf in params.items() if len(getattr(leaf, "shape", ())) >= axes
@@ -445,6 +455,7 @@ class LinenAdapters:
             params = _with(params, f"{path}/{_NODE}", _node(lora, path))
 
         def add(module: nn.Module, path: str, x: Any, y: jax.Array) -> jax.Array:
+            """Returns the layer's output with that of its adapter, if it has one."""
             if path not in by_path:
                 return y
             reached.add(path)
@@ -454,21 +465,21 @@ class LinenAdapters:
             result = self.module.apply(
                 {**variables, "params": params}, *args, **options
             )
-        if missed := sorted(by_path.keys() - reached):
-            raise NaloraError(
-                missed[0], expected="a call, as with the example", found="none"
-            )
+        missed = sorted(by_path.keys() - reached)
+        if missed:
+            expected = "a call, as with the example"
+            raise NaloraError(missed[0], expected=expected, found="none")
         return result
 
     def merge(self, variables: Any, lora: Any) -> Any:
         """Returns the variables with every adapter folded into its kernel, for serving."""
         params = unfreeze(variables["params"])
         for p in self.projections:
+            # A parameter may be in a box with its sharding.
             boxed = _node(params, p.path)[p.parameter]
             kernel = p.merged(nn.meta.unbox(boxed), _node(lora, p.path))
-            params = _with(
-                params, f"{p.path}/{p.parameter}", nn.meta.replace_boxed(boxed, kernel)
-            )
+            merged = nn.meta.replace_boxed(boxed, kernel)
+            params = _with(params, f"{p.path}/{p.parameter}", merged)
         return {**variables, "params": params}
 
 
@@ -507,9 +518,11 @@ def _linen_layers(
 
 def _on_calls(function: Callable[..., Any]) -> Any:
     """Returns an interceptor that passes ``(module, path, x, y)`` of every call to a function."""
-    inside: list[str] = []
+    inside: list[str] = []  # paths of the calls that have not returned
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
+        """Calls the method, and ``function`` with its input and output if it is the call of a
+        layer."""
         path = "/".join(context.module.path)
         # A transformed class (nn.remat(nn.Dense)) calls itself again under the same path.
         if context.method_name != "__call__" or path in inside or not args:
@@ -525,6 +538,7 @@ def _on_calls(function: Callable[..., Any]) -> Any:
 
 
 def _node(tree: Mapping[str, Any], path: str) -> Any:
+    """Returns the node at a path such as "layers/ffn"."""
     return functools.reduce(lambda node, name: node[name], path.split("/"), tree)
 
 
@@ -553,12 +567,13 @@ class LoRA(nnx.Module):
     """The adapter of an NNX layer: ``a``, ``b``, and of a gate ``taps`` and maybe ``mask``."""
 
     def __init__(self, projection: Projection, leaves: Mapping[str, Any]) -> None:
+        """Makes variables of the ``leaves`` of a fresh adapter, from `Projection.init`."""
         self.projection = projection
-        self.a, self.b = LoRAFactor(leaves["a"]), LoRAFactor(leaves["b"])
+        self.a = LoRAFactor(leaves["a"])
+        self.b = LoRAFactor(leaves["b"])
         if TAPS in leaves:
-            self.taps = nnx.data(
-                {name: GateLeaf(tap) for name, tap in leaves[TAPS].items()}
-            )
+            taps = {name: GateLeaf(tap) for name, tap in leaves[TAPS].items()}
+            self.taps = nnx.data(taps)
         if MASK in leaves:
             self.mask = GateLeaf(leaves[MASK])
 
@@ -577,12 +592,14 @@ def merge_nnx(model: Any) -> Any:
     """Returns a copy of an adapted NNX model with its adapters merged into the kernels."""
     model = nnx.merge(*nnx.split(model), copy=True)
     for _, layer in list(nnx.iter_modules(model)):
-        if isinstance(adapter := vars(layer).get(_LORA), LoRA):
-            kernel = getattr(layer, adapter.projection.parameter)
-            kernel[...] = adapter.projection.merged(kernel[...], adapter.leaves)
-            del layer.lora
-            # the class that `_adapted_class` derived from
-            layer.__class__ = type(layer).__bases__[0]
+        adapter = vars(layer).get(_LORA)
+        if not isinstance(adapter, LoRA):
+            continue
+        kernel = getattr(layer, adapter.projection.parameter)
+        kernel[...] = adapter.projection.merged(kernel[...], adapter.leaves)
+        del layer.lora
+        # the class that `_adapted_class` derived from
+        layer.__class__ = type(layer).__bases__[0]
     return model
 
 
@@ -622,6 +639,7 @@ def _child(model: Any, path: str) -> Any:
     """Returns the module at a path such as "layers/0/mlp" (attributes, indices or keys)."""
 
     def step(node: Any, name: str) -> Any:
+        """Returns the attribute ``name`` of a node, or its item with that index or key."""
         if hasattr(node, name):
             return getattr(node, name)
         if name.isdigit():
@@ -633,7 +651,8 @@ def _child(model: Any, path: str) -> Any:
 
 @functools.cache
 def _adapted_class(kind: Any) -> Any:
-    """Returns a class of layers that add the output of their adapter ``lora``."""
+    """Returns a subclass of a layer's class, which adds the output of its adapter ``lora`` to the
+    layer's."""
 
     def call(self: Any, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
         y = kind.__call__(self, x, *args, **options)

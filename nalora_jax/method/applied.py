@@ -68,13 +68,18 @@ def require_activation(program: ClosedJaxpr, path: str, name: str) -> None:
 
 
 def _distance(functions: Sequence[Array], name: str, z: Array) -> float:
-    """Returns the largest difference at ``z`` of the activation and the nearest function."""
+    """Returns how far the activation ``name`` is from the nearest of ``functions``, given by their
+    values at ``z``: the largest difference over z."""
     phi = activations.get(name).phi(z)
     return min(float(jnp.max(jnp.abs(function - phi))) for function in functions)
 
 
 def _functions(jaxpr: Jaxpr, tagged: str, z: Array) -> Iterator[Array]:
-    """Yields the values at ``z`` of the functions of a tagged output that meet other values."""
+    """Yields functions of a tagged output alone, as their values at ``z``.
+
+    ``tagged`` is the name of the tag. A function ends where the program combines it with other
+    values, or returns it.
+    """
     for equation in jaxpr.eqns:
         if equation.primitive.name == "name" and equation.params["name"] == tagged:
             yield from _ends(jaxpr, {equation.outvars[0]: z})
@@ -83,7 +88,8 @@ def _functions(jaxpr: Jaxpr, tagged: str, z: Array) -> Iterator[Array]:
 
 
 def _ends(jaxpr: Jaxpr, values: Values) -> Iterator[Array]:
-    """Yields the values that the program combines with others, or returns."""
+    """Yields the values, computed from the given ``values`` alone, that the program combines with
+    others or returns."""
     for equation in jaxpr.eqns:
         inputs = [values[v] for v in equation.invars if _is_known(v, values)]
         if not inputs:
@@ -97,11 +103,16 @@ def _ends(jaxpr: Jaxpr, values: Values) -> Iterator[Array]:
 
 
 def _is_known(variable: Any, values: Values) -> bool:
+    """Returns True if a variable has one of the ``values``; literals cannot be looked up."""
     return not isinstance(variable, Literal) and variable in values
 
 
 def _evaluate(equation: Any, values: Values) -> list[Array] | None:
-    """Returns the results of an elementwise operation; None for others and unknown inputs."""
+    """Returns the results of an operation for known ``values``, all of one shape.
+
+    None if an input is not known, or if the operation is neither elementwise, nor a copy, nor a
+    call of such operations.
+    """
     shape = next(iter(values.values())).shape
     inputs = []
     for variable in equation.invars:
@@ -138,6 +149,7 @@ def _evaluate(equation: Any, values: Values) -> list[Array] | None:
 
 
 def _in_float32(value: Any) -> Array:
+    """Returns a value as an array, floats in float32 and other dtypes unchanged."""
     array = jnp.asarray(value)
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array.astype(jnp.float32)
@@ -145,7 +157,7 @@ def _in_float32(value: Any) -> Array:
 
 
 def _programs(values: Sequence[Any] | Any) -> Iterator[Jaxpr]:
-    """Yields the programs among the parameters of an operation."""
+    """Yields the programs among the parameters of an operation, also those in tuples and lists."""
     for value in values:
         if isinstance(value, ClosedJaxpr):
             yield value.jaxpr

@@ -140,6 +140,7 @@ def _gated_product(
     numerics: Numerics,
     up_limit: float,
 ) -> Any:
+    """Computes `gated_product`; its gradient is `_gated_product_bwd`."""
     outputs, _ = _gated_product_fwd(z, u, activation, numerics, up_limit)
     return outputs
 
@@ -164,16 +165,14 @@ def _gated_product_fwd(
     saved_z = save(z)
     if u is not None:
         saved_u = save(u)
-    saved = (saved_z, saved_u)
     # Computed from the saved arrays, so that a rematerialized layer needs no matmul for the value.
     a = activation.phi(read(saved_z))
     product = a
     if saved_u is not None:
         product = a * up_factor(read(saved_u), up_limit)
-    return (storage.rounded(product, z.dtype, numerics), a), (
-        *saved,
-        jnp.zeros((0,), z.dtype),
-    )
+    outputs = (storage.rounded(product, z.dtype, numerics), a)
+    like_z = jnp.zeros((0,), z.dtype)
+    return outputs, (saved_z, saved_u, like_z)
 
 
 def _gated_product_bwd(
@@ -200,9 +199,9 @@ def _gated_product_bwd(
     if up_limit:
         # the derivative of the clip in `up_factor`
         du = jnp.where(jnp.abs(u) <= up_limit, du, 0.0)
-    return storage.rounded(dz, like_z.dtype, numerics), storage.rounded(
-        du, like_z.dtype, numerics
-    )
+    dz = storage.rounded(dz, like_z.dtype, numerics)
+    du = storage.rounded(du, like_z.dtype, numerics)
+    return dz, du
 
 
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
@@ -248,7 +247,8 @@ class LoRADense(nn.Module):
           deterministic: True to switch dropout off.
         """
         lead = (self.experts,) if self.experts else ()
-        init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(lead))))
+        batch_axes = tuple(range(len(lead)))
+        init = nn.initializers.lecun_normal(batch_axis=batch_axes)
         kernel = frozen_kernel(self, (*lead, d_in, self.features), init)
         bias = None
         if self.use_bias:
@@ -256,35 +256,31 @@ class LoRADense(nn.Module):
                 "bias", nn.initializers.zeros_init(), (*lead, self.features)
             )
         name = self.name or "dense"
-        if not self.rank or not (
-            self.is_initializing() or self.has_variable("lora", "a")
-        ):
+        has_adapter = self.is_initializing() or self.has_variable("lora", "a")
+        if not self.rank or not has_adapter:
             return Dense(kernel, None, bias, name=name)
         random = lambda: init_a(self.make_rng("params"), (*lead, d_in, self.rank))  # noqa: E731
         a = self.variable("lora", "a", random).value
-        b = self.variable(
-            "lora", "b", jnp.zeros, (*lead, self.rank, self.features), jnp.float32
-        ).value
+        shape = (*lead, self.rank, self.features)
+        b = self.variable("lora", "b", jnp.zeros, shape, jnp.float32).value
         if self.has_variable("lora", "singular"):  # AdaLoRA, in training
             a = a * self.get_variable("lora", "singular")[..., None, :]
         start = magnitude = dropout = None
-        if self.has_variable("params", "start_a"):
-            start = (
-                self.get_variable("params", "start_a"),
-                self.get_variable("params", "start_b"),
-            )
+        if self.has_variable("params", "start_a"):  # PiSSA, LoRA-GA
+            start_a = self.get_variable("params", "start_a")
+            start = (start_a, self.get_variable("params", "start_b"))
         if self.dora:
-            # DoRA starts with the norms of the kernel's columns: [d_out]
+
             def norms() -> jax.Array:
+                """Returns the norms of the kernel's columns ``[d_out]``, with which DoRA starts."""
                 expanded = storage.expand(kernel).astype(jnp.float32)
                 return jnp.linalg.norm(expanded, axis=-2)
 
             magnitude = self.variable("lora", "magnitude", norms).value
         if self.dropout > 0 and not deterministic:
             dropout = nn.Dropout(self.dropout, deterministic=False)
-        return Dense(
-            kernel, Adapter(a, b, scale, mask, magnitude, start), bias, dropout, name
-        )
+        adapter = Adapter(a, b, scale, mask, magnitude, start)
+        return Dense(kernel, adapter, bias, dropout, name)
 
 
 def frozen_kernel(
@@ -400,6 +396,7 @@ class AdaptedBlock(nn.Module):
         def dense(
             name: str, d_in: int, d_out: int, mask: jax.Array | None = None
         ) -> Dense:
+            """Returns the arrays of a projection with the options of this call."""
             options: dict[str, Any] = {
                 "bias": self.use_bias,
                 "mask": mask,
@@ -410,7 +407,9 @@ class AdaptedBlock(nn.Module):
         d_model = x.shape[-1]
         mask = self.get_variable("gate_mask", "mask")
         gate = dense(gate_name, d_model, self.d_ff, mask)
-        factor = dense(up_name[0], d_model, self.d_ff) if up_name else up
+        factor: Dense | jax.Array | None = up
+        if up_name:
+            factor = dense(up_name[0], d_model, self.d_ff)
         down = dense(down_name, self.d_ff, self.d_model)
         measurement = None
         taps = self.variables.get("gate_taps", {})

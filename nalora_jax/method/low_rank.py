@@ -145,6 +145,8 @@ def gated(
 def _gated_fwd(
     products: Products, x: jax.Array, layers: tuple[Factors, ...]
 ) -> tuple[Any, tuple[Any, ...]]:
+    """Returns the value of `gated` and the residuals of `_gated_bwd`; x is not saved if no layer
+    has an adapter."""
     ys, hidden = products.forward(x, layers)
     saved = x
     if not any(layer.a is not None for layer in layers):
@@ -155,11 +157,14 @@ def _gated_fwd(
 def _gated_bwd(
     saved: tuple[Any, ...], cotangents: tuple[Any, Any]
 ) -> tuple[None, jax.Array, tuple[Factors, ...]]:
+    """Returns the gradients of x and of the layers' A and B; ``products`` and frozen arrays have
+    none."""
     products, x, layers, hidden = saved
     gs, _ = cotangents
     dx, das, dbs = products.backward(x, gs, layers, hidden)
     of_layers = []
     for layer, da, db in zip(layers, das, dbs, strict=True):
+        # Zeros for arrays, None for None.
         scale, mask = jax.tree.map(jnp.zeros_like, (layer.scale, layer.mask))
         of_layers.append(Factors(da, db, scale, mask))
     return None, dx, tuple(of_layers)
@@ -180,9 +185,11 @@ def with_masked(layer: Factors) -> jax.Array:
 
 
 def rank_cotangents(layer: Factors, back: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns ``exact = s g B^T`` and ``masked = s g (B * m)^T``, ``[rows, r]``.
+    """Returns ``exact = s g B^T``, for dx, and ``masked = s g (B * m)^T``, for dA, both ``[rows,
+    r]``.
 
-    ``back`` is ``g with_masked(layer)^T``. The scale multiplies it, not ``[rows, d_out]``.
+    ``back`` is ``g with_masked(layer)^T``, ``[rows, r or 2 r]``; without a mask both are equal. The
+    scale multiplies it, because the cotangent g ``[rows, d_out]`` is wider.
     """
     scaled = layer.scale * back
     rank = layer.b.shape[-2]
@@ -199,6 +206,8 @@ class AdapterProducts(Products):
     def _dot(
         self, x: jax.Array, y: jax.Array, dims: tuple[int, int] = (1, 0)
     ) -> jax.Array:
+        """Multiplies two matrices over dimensions ``dims`` in the adapters' operand dtype; float32
+        result."""
         return dot(x, y, self.numerics, dims, operand=self.numerics.adapter)
 
     def forward(
@@ -265,7 +274,8 @@ def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _residual(
     x: jax.Array, adapter: Adapter, numerics: Numerics
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ``s (x A) B`` float32 ``[..., d_out]`` and ``s x A``."""
+    """Returns the adapter's output ``s (x A) B``, float32 ``[..., d_out]``, and ``s x A``, float32
+    ``[..., r]``."""
     factors = Factors.of(adapter)
     chex.assert_axis_dimension(factors.a, 0, x.shape[-1])
     *lead, d_in = x.shape
@@ -329,6 +339,7 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
 def moved_from(delta: jax.Array, start: jax.Array) -> jax.Array:
     """Returns ``delta - start``, and 0 if the difference is within the rounding of both."""
     difference = delta - start
+    # Four units in the last place.
     rounding = 4 * jnp.finfo(delta.dtype).eps * jnp.abs(start)
     return jnp.where(jnp.abs(difference) <= rounding, 0, difference)
 
@@ -347,22 +358,28 @@ def column_norm(
     s = jnp.asarray(scale, jnp.float32)
     exact = Numerics()
     a_w = dot(a, w, exact, (0, 0))  # [r, d_out]
-    cross = jnp.sum(a_w * b, axis=0)
+    cross = jnp.sum(a_w * b, axis=0)  # w.(A b)
     a_a = dot(a, a, exact, (0, 0))  # [r, r]
-    gram = jnp.sum(dot(a_a, b, exact) * b, axis=0)
-    square = jnp.sum(w * w, axis=0) + 2 * s * cross + s * s * gram
+    of_adapter = jnp.sum(dot(a_a, b, exact) * b, axis=0)  # |A b|^2
+    of_kernel = jnp.sum(w * w, axis=0)
+    square = of_kernel + 2 * s * cross + s * s * of_adapter
     return jnp.sqrt(jnp.maximum(square, 0.0))
 
 
 def _dora(
     base: jax.Array, delta: jax.Array, kernel: Kernel, adapter: Adapter
 ) -> jax.Array:
-    """Returns the residual for which ``base + residual`` is ``m (x W + s x A B) / |W + s A B|``."""
+    """Returns DoRA's part of the output, float32 ``[..., d_out]``: ``base`` plus it is ``m (x W + s
+    x A B) / |W + s A B|``.
+
+    ``base`` is ``x W``, ``delta`` is ``s x A B``, and m is the adapter's magnitude.
+    """
+    assert adapter.magnitude is not None
     frozen = lax.stop_gradient(expand(kernel))
     # The norm is a constant of the backward pass, as in the paper (section 4.3) and in PEFT.
-    assert adapter.magnitude is not None
-    ratio = adapter.magnitude / lax.stop_gradient(column_norm(frozen, *adapter[:3]))
-    # rank 0: the magnitude is unused
+    norm = column_norm(frozen, adapter.a, adapter.b, adapter.scale)
+    ratio = adapter.magnitude / lax.stop_gradient(norm)
+    # A scale of 0 marks a layer of rank 0, whose magnitude is not used.
     ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
     ratio = jnp.broadcast_to(ratio, base.shape)
     return (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta

@@ -93,13 +93,9 @@ class Measurement(NamedTuple):
     ) -> Measurement:
         """Returns the request for rows with these weights ``[batch, seq]``."""
         if isinstance(weights, SampledWeights):
-            gate, probe = weights.strides
-            return cls(
-                weights.gate,
-                replace(config, stride=gate, probe_stride=probe),
-                taps,
-                weights.probe,
-            )
+            stride, probe_stride = weights.strides
+            config = replace(config, stride=stride, probe_stride=probe_stride)
+            return cls(weights.gate, config, taps, weights.probe)
         return cls(weights, config.of_rows(weights.shape[-1]), taps)
 
 
@@ -150,38 +146,33 @@ def block_statistics(
     def sums(
         z: Array, base: Array, moved: Array, weights: Array, of_probe: Array
     ) -> dict[str, Array]:
+        """Returns the sums of some rows: z for gate statistics ``[rows, seq, d_ff]``, and the parts
+        of z on the probe's positions, ``base`` and ``moved``."""
         z = sampled(z, weights, config.stride)
         of_gate = _taken(weights, config.stride)
-        probed = _taken(of_probe, config.probe_stride)
         of_channels = statistics.channel_statistics(
             z, of_gate, activation, partition, names
         )
-        return of_channels | statistics.probe_statistics(
-            base, moved, probed, activation, names
-        )
+        probed = _taken(of_probe, config.probe_stride)
+        of_moves = statistics.probe_statistics(base, moved, probed, activation, names)
+        return of_channels | of_moves
 
     with jax.named_scope("statistics"):
         weights = measurement.weights
-        if measurement.probe_weights is None:
+        of_probe = measurement.probe_weights
+        if of_probe is None:
             of_probe = weights
-        else:
-            of_probe = measurement.probe_weights
-        given = (
-            x,
-            gate,
-            z.astype(numerics.result),
-            delta,
-            of_probe,
-            config.probe_stride,
-            numerics,
+        stored = z.astype(numerics.result)
+        stride = config.probe_stride
+        base, moved = _parts(
+            x, gate, stored, delta, of_probe, stride, numerics, since_start=True
         )
-        parts = _parts(*given, since_start=True)
         chex.assert_shape(weights, z.shape[:-1])
-        z, weights, of_probe = lax.stop_gradient(
-            (z, *(w.astype(jnp.float32) for w in (weights, of_probe)))
-        )
+        z = lax.stop_gradient(z)
+        weights = lax.stop_gradient(weights.astype(jnp.float32))
+        of_probe = lax.stop_gradient(of_probe.astype(jnp.float32))
         measured: dict[str, Array] = by_shard(
-            sums, config.sharding, z, *parts, weights, of_probe
+            sums, config.sharding, z, base, moved, weights, of_probe
         )
         return measured
 
@@ -192,24 +183,29 @@ def _taken(weights: Array, stride: int) -> Array:
 
 
 def tapped(z: Array, measurement: Measurement | None) -> Array:
-    """Returns ``z`` whose cotangent's statistics are the gradients of the measurement's taps for
-    them."""
-    if measurement is None or not (
-        of_cotangent := statistics.cotangent(measurement.taps)
-    ):
+    """Returns ``z`` unchanged. The gradients of the measurement's cotangent taps are the statistics
+    of the cotangent of z."""
+    if measurement is None:
         return z
-    taps = {name: measurement.taps[name] for name in of_cotangent}
+    taps = {
+        name: measurement.taps[name] for name in statistics.cotangent(measurement.taps)
+    }
+    if not taps:
+        return z
     stride = measurement.config.stride
     sharding = measurement.config.sharding
 
     def sums(delta: Array, weights: Array, names: Iterable[str]) -> dict[str, Array]:
+        """Returns the statistics of the cotangent ``delta [batch, seq, d_ff]``, by shard."""
+
         def of_rows(delta: Array, weights: Array) -> dict[str, Array]:
+            """Returns the statistics of some rows."""
             delta = sampled(delta, weights, stride)
             weights = _taken(weights, stride)
             return statistics.cotangent_statistics(delta, weights, names)
 
-        by: dict[str, Array] = by_shard(of_rows, sharding, delta, weights)
-        return by
+        measured: dict[str, Array] = by_shard(of_rows, sharding, delta, weights)
+        return measured
 
     return statistics.emit(z, taps, {}, measurement.weights.astype(jnp.float32), sums)
 
@@ -244,28 +240,27 @@ def _parts(
     project = partial(dot, numerics=numerics, operand=numerics.adapter)
     if delta is None:
         return z, jnp.zeros_like(z)
-    started = since_start and adapter.start is not None
-    if started:
-        (a, b, scale) = adapter[:3]
-        (a0, b0) = adapter.start
+    from_start = since_start and adapter.start is not None
+    if from_start:
+        a, b, scale, *_ = adapter
+        a0, b0 = adapter.start
         rows = sampled(x, weights, stride).reshape(-1, x.shape[-1])
-        start = scale * project(rows, a0)
+        start = scale * project(rows, a0)  # [rows, r]
     if isinstance(delta, LowRankHidden):
-        # Sampled after A: the layer has multiplied all of x by A, so x is not read again.
-        factors = (
-            sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0]),
-            delta.b,
-        )
-        if started:
+        # [rows, r] and [r, d_ff]. Sampled after A: the layer has multiplied all of x by A, so x is
+        # not read again.
+        rank = delta.b.shape[0]
+        left = sampled(delta.value, weights, stride).reshape(-1, rank)
+        right = delta.b
+        if from_start:
             left = jnp.concatenate([scale * project(rows, a - a0), start], 1)
-            factors = left, jnp.concatenate([b, b - b0])
-        moved = project(*factors).astype(z.dtype).reshape(z.shape)
+            right = jnp.concatenate([b, b - b0])
+        moved = project(left, right).astype(z.dtype).reshape(z.shape)
     else:
         moved = sampled(delta, weights, stride)
-        if started:
-            moved = moved_from(
-                moved, project(start, b0).astype(moved.dtype).reshape(moved.shape)
-            )
+        if from_start:
+            initial = project(start, b0).astype(moved.dtype).reshape(moved.shape)
+            moved = moved_from(moved, initial)
     return z - moved, moved
 
 
@@ -276,6 +271,7 @@ _STEP = 1e-2  # of the finite difference that rho' is compared with
 # Largest relative error of A's gradient: bfloat16 rounds it by 0.006, a mask of another layer
 # changes it by 0.5.
 _GRADIENT = 0.1
+_COUNTING = 1e-4  # largest relative error of a count, from the rounding of sums
 # Start of the message of a failed check.
 CHECK_FAILED = "gate check failed"
 CHECKS = {
@@ -323,16 +319,9 @@ class GateChecks:
         # Both parts are computed apart from z: in one matmul the same fault would cancel.
         base = adapted_dense(x, gate._replace(adapter=None), numerics.within()).y
         ones = jnp.ones(z.shape[:-1], bool)
-        _, dz = _parts(
-            x,
-            gate,
-            z.astype(numerics.result),
-            delta,
-            ones,
-            1,
-            numerics,
-            since_start=False,
-        )
+        stored = z.astype(numerics.result)
+        every = 1  # position
+        _, dz = _parts(x, gate, stored, delta, ones, every, numerics, since_start=False)
         check = partial(self.arrays, activation=activation, residual=numerics.residual)
         ratios: dict[str, Array] = by_shard(
             check, sharding, Live(z, base, dz, u, product)
@@ -362,6 +351,7 @@ class GateChecks:
         want = activation.phi(z)
         if live.u is not None:
             want = want * live.u.astype(residual).astype(jnp.float32)
+        # Relative error of z and of the product that is allowed besides that of dz.
         slack = max(rounding, 0.1 * tolerance)
         size = jnp.abs(base) + jnp.abs(dz) + jnp.abs(z)
         allowed = tolerance * jnp.abs(dz) + slack * size
@@ -375,9 +365,12 @@ class GateChecks:
 
 
 def _identity(z: Array, dz: Array, activation: Activation, tolerance: float) -> Array:
+    """Returns the check that ``phi(z) - phi(z - dz) = F + S`` and that ``phi(z) = rho(z) z``,
+    float32 ``[]``."""
     start = z - dz
     feature, selection = statistics.gate_decomposition(start, dz, activation)
     error = activation.phi(z) - activation.phi(start) - feature - selection
+    # Sixteen units in the last place of both values, and one of 1.
     rounding = 16 * _EPS * (jnp.abs(z) + jnp.abs(start)) + _EPS
     allowed = tolerance * (jnp.abs(feature) + jnp.abs(selection)) + rounding
     self_gated = _worst(activation.phi(z) - activation.rho(z) * z, rounding)
@@ -385,17 +378,22 @@ def _identity(z: Array, dz: Array, activation: Activation, tolerance: float) -> 
 
 
 def _gate(z: Array, activation: Activation, tolerance: float) -> Array:
+    """Returns the check that `Activation.gate` returns rho and its derivative, float32 ``[]``.
+
+    The derivative is compared with a finite difference, at z where rho is smooth.
+    """
     rho, drho = activation.gate(z)
     exact = activation.rho(z)
     smooth = jnp.ones_like(z)
-    # an activation with a jump at 0 has no derivative there
+    # rho of an activation that is not self-gated may jump at 0, and has no derivative there.
     if not activation.self_gated:
         smooth = (jnp.abs(z) > 2 * _STEP).astype(jnp.float32)
-    # rho has a kink there
+    # rho has a kink at `flat_above`.
     smooth = smooth * (jnp.abs(z - activation.flat_above) > 2 * _STEP)
     above = activation.rho(z + _STEP)
     below = activation.rho(z - _STEP)
     difference = (above - below) / (2 * _STEP)
+    # The error of the finite difference.
     allowed = 0.01 * jnp.abs(difference) + 2e-4
     slopes = _worst(smooth * (drho - difference), allowed)
     values = _worst(rho - exact, tolerance * jnp.abs(exact) + 16 * _EPS)
@@ -403,11 +401,13 @@ def _gate(z: Array, activation: Activation, tolerance: float) -> Array:
 
 
 def _worst(error: Array, allowed: Array) -> Array:
-    """Returns the largest ratio over channels of errors and allowances, summed over tokens."""
+    """Returns the largest ratio, over channels, of the error to the allowed error, both summed over
+    tokens as absolute values; float32 ``[]``."""
     return jnp.max(_over_tokens(error) / (_over_tokens(allowed) + 1e-30))
 
 
 def _over_tokens(x: Array) -> Array:
+    """Returns the sum over tokens of absolute values, ``[d_ff]`` of ``[..., d_ff]``."""
     rows = jnp.abs(x).reshape(-1, x.shape[-1])
     return jnp.sum(rows, axis=0)
 
@@ -438,28 +438,31 @@ def require_sound(
         for name, meaning in CHECKS.items():
             _require(measured[name] - 1.0, path, meaning)
     if readers:
-        require_real_tokens(
-            batch["segment_ids"] > 0, {path: stats[path] for path in readers}, config
-        )
+        of_readers = {path: stats[path] for path in readers}
+        require_real_tokens(batch["segment_ids"] > 0, of_readers, config)
     require_gated_gradients(lora, sums["grads"], masks)
 
 
 def require_real_tokens(
     real: Array, stats: Mapping[str, Mapping[str, Array]], config: GateStatsConfig
 ) -> None:
-    """Asserts that counts and occupancy are sums over real tokens, ``real [..., rows, seq]``."""
+    """Asserts that counts and occupancy are sums over the sampled real tokens, in every layer.
+
+    Args: real: bool ``[..., rows, seq]``, False for padding. stats: sums by block and statistic,
+    ``[layers, ...]``. config: of the blocks.
+    """
     config = config.of_rows(real.shape[-1])
     of_gate = jnp.sum(sampled_weights(real, config.stride))
     of_probe = jnp.sum(sampled_weights(real, config.probe_stride))
     for path, sums in stats.items():
         layers, *_, d_ff = sums["occupancy"].shape
+        # Over shards, and of the occupancy over regions: [layers, d_ff] and [layers].
         occupied = jnp.sum(sums["occupancy"].reshape(layers, -1, d_ff), axis=1)
-        gate, probe = (
-            jnp.sum(sums[name].reshape(layers, -1), axis=1)
-            for name in statistics.COUNTS
-        )
+        gate = jnp.sum(sums["tokens"].reshape(layers, -1), axis=1)
+        probe = jnp.sum(sums["probe_tokens"].reshape(layers, -1), axis=1)
         for counted, total in ((gate, of_gate), (probe, of_probe), (occupied, of_gate)):
-            _require(jnp.abs(counted - total) - 1e-4 * total, path, _PADDING)
+            excess = jnp.abs(counted - total) - _COUNTING * total
+            _require(excess, path, _PADDING)
 
 
 def require_gated_gradients(lora: Any, grads: Any, masks: Mapping[str, Array]) -> None:
@@ -485,6 +488,7 @@ def require_gated_gradients(lora: Any, grads: Any, masks: Mapping[str, Array]) -
         masked = b
         if path in masks:
             masked = b * masks[path][..., None, :]
+        # Both sides of the equation, [..., r, r].
         of_a = sigma[..., :, None] * exact(jnp.swapaxes(a, -1, -2), da)
         of_b = exact(db, jnp.swapaxes(masked, -1, -2)) * sigma[..., None, :]
         error = jnp.linalg.norm(of_a - of_b, axis=(-2, -1))
@@ -493,7 +497,8 @@ def require_gated_gradients(lora: Any, grads: Any, masks: Mapping[str, Array]) -
 
 
 def _require(excess: Array, path: str, meaning: str) -> None:
-    """Asserts that no ``excess`` is above 0."""
+    """Asserts that no element of ``excess`` is above 0; ``meaning`` is the text of the failure in
+    the block at ``path``."""
     message = f"{CHECK_FAILED} in {path}: {meaning}"
     excess = jnp.maximum(excess, 0.0)
     zeros = jnp.zeros_like(excess)

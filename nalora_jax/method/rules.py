@@ -91,6 +91,7 @@ class Mechanism:
     reallocates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        """Raises a NaloraError if a setting is out of range."""
         self._require("decay", 0 <= self.decay < 1, "a number in [0, 1)")
         self._require(
             "warmup", 0 <= self.warmup < 2**31, "a whole number in [0, 2147483647]"
@@ -117,10 +118,11 @@ class Mechanism:
 
     def init(self, channels: tuple[int, ...]) -> Memory:
         """Returns the memory of a block of ``channels`` (..., d_ff) before the first step."""
-        shapes = {
-            name: statistics.get(name).shape(channels) for name in self.statistics
-        }
-        return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+        memory = {}
+        for name in self.statistics:
+            shape = statistics.get(name).shape(channels)
+            memory[name] = jnp.zeros(shape, jnp.float32)
+        return memory
 
     def advance(
         self, memory: Mapping[str, Array], sums: Mapping[str, Array], updates: Array
@@ -147,16 +149,22 @@ class Mechanism:
     def permuted(
         self, factor: Array, context: Context, order: Array | None = None
     ) -> Array:
-        """Returns ``factor`` with channels in ``order``, by default the permutation control's."""
+        """Returns ``factor [..., d_ff]`` with channels in ``order``, int ``[..., d_ff]``.
+
+        By default the order is `permutation`; without a permutation control the factors are
+        unchanged.
+        """
         if order is None:
             if self.permute < 0:
                 return factor
-            own = self.permutation(factor.shape, context.block, context.seed)
-            order = jnp.asarray(own)
+            order = jnp.asarray(
+                self.permutation(factor.shape, context.block, context.seed)
+            )
         return jnp.take_along_axis(factor, order, axis=-1)
 
     def permutation(self, shape: tuple[int, ...], block: str, seed: int) -> np.ndarray:
-        """Returns the order of the channels in a run of ``seed``, int32 ``[..., d_ff]``."""
+        """Returns the order of the channels in a run of ``seed``, int32 ``[..., d_ff]``: a random
+        one for each layer, or the natural one without a permutation control."""
         channels = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
         if self.permute < 0:
             return channels
@@ -166,23 +174,23 @@ class Mechanism:
     def _average(
         self, name: str, average: Array, sums: Mapping[str, Array], updates: Array
     ) -> Array:
-        """Returns the next average of a statistic; unchanged without a token.
+        """Returns the next average of a statistic; a layer without a token keeps its average.
 
-        With n updates the corrected average moves by (1 - decay) / (1 - decay^n) of the difference.
+        With n updates the bias-corrected average moves by (1 - decay) / (1 - decay^n) of the
+        difference to the mean of this step.
         """
         count = sums[statistics.get(name).count]
         value = sums[name]
         n = jnp.maximum(updates, 1).astype(jnp.float32)
-        # an array in a sweep
-        if isinstance(self.decay, Array):
-            library: Any = jnp
-        else:
-            library = math
+        library: Any = math
+        if isinstance(self.decay, Array):  # in a sweep
+            library = jnp
         if library is jnp or self.decay > 0:
             log_decay = library.log(self.decay)
         else:
             log_decay = -math.inf
         rate = library.expm1(log_decay) / jnp.expm1(log_decay * n)
+        # [layers] -> [layers, 1, ...], with the rank of the average
         pad = lambda x: x.reshape(x.shape + (1,) * (average.ndim - x.ndim))  # noqa: E731
         rate = pad(rate)
         count = pad(count)
@@ -191,6 +199,7 @@ class Mechanism:
         return jnp.where(count > 0, moved, average)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
+        """Raises a NaloraError about the setting ``name`` unless its condition ``holds``."""
         if not holds:
             where = f"mechanism {self.name}: {name}"
             raise NaloraError(where, expected=expected, found=getattr(self, name))
@@ -230,6 +239,7 @@ def register_mechanism(
         raise NaloraError("register_mechanism", expected=expected, found=repr(name))
 
     def register(rule: Registered) -> Registered:
+        """Registers a class, or the class of a function, and returns its argument."""
         kind: Any = rule
         if not isinstance(rule, type):
             kind = _from_function(name, rule, statistics, places, reallocates)
@@ -247,6 +257,8 @@ def _from_function(
     places: tuple[str, ...],
     reallocates: bool,
 ) -> type[Mechanism]:
+    """Returns a class derived from `Mechanism` whose factor is the function ``rule``, with the
+    arguments of `register_mechanism`."""
     members = {
         "__module__": rule.__module__,
         "__qualname__": rule.__qualname__,
@@ -338,6 +350,7 @@ class HardMask(_Mask):
     keep: float = 0.5
 
     def __post_init__(self) -> None:
+        """Raises a NaloraError if a setting is out of range."""
         super().__post_init__()
         self._require("keep", 0 < self.keep <= 1, "a share in (0, 1]")
 
@@ -359,6 +372,7 @@ class SoftMask(_Mask):
     high: float = 4.0
 
     def __post_init__(self) -> None:
+        """Raises a NaloraError if a setting is out of range."""
         super().__post_init__()
         self._require("power", 0 < self.power <= 100, "a number in (0, 100]")
         self._require("low", 0 <= self.low < 1, "a number in [0, 1)")
@@ -409,9 +423,8 @@ def degrees_vary(occupancy: Array, partition: Partition, min_occupancy: float) -
     chex.assert_axis_dimension(occupancy, -2, 4)
     share = jnp.mean(occupancy, axis=-1)
     occupied = (share >= min_occupancy) & (share > 0)
-    degrees = jnp.broadcast_to(
-        jnp.asarray(partition.degrees, jnp.float32), occupied.shape
-    )
+    degrees = jnp.asarray(partition.degrees, jnp.float32)
+    degrees = jnp.broadcast_to(degrees, occupied.shape)  # [..., 4]
     highest = jnp.max(jnp.where(occupied, degrees, -jnp.inf), axis=-1)
     lowest = jnp.min(jnp.where(occupied, degrees, jnp.inf), axis=-1)
     return highest > lowest
@@ -434,12 +447,10 @@ class HomogeneityStep(Mechanism):
     bins: ClassVar[tuple[float, ...]] = tuple(2.0 ** (k / 8) for k in range(-8, 9))
 
     def __post_init__(self) -> None:
+        """Raises a NaloraError if a setting is out of range."""
         super().__post_init__()
-        valid = (
-            len(self.gains) == 4
-            and all(0 <= gain <= 1e6 for gain in self.gains)
-            and any(self.gains)
-        )
+        in_range = all(0 <= gain <= 1e6 for gain in self.gains)
+        valid = len(self.gains) == 4 and in_range and any(self.gains)
         self._require("gains", valid, "four numbers in [0, 1e6], not all 0")
         self._require(
             "min_occupancy", 0 <= self.min_occupancy < 0.5, "a share in [0, 0.5)"
@@ -461,6 +472,7 @@ class HomogeneityStep(Mechanism):
 
 @functools.cache
 def _log_constant_scale(activation: str) -> None:
+    """Logs, once for each activation, that its step scale is 1."""
     message = "step scale: %s has no meaningful effective-homogeneity partition, so the scale is 1"
     _log.info(message, activation)
 
@@ -499,6 +511,7 @@ class CurvatureCap(Mechanism):
     reallocates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        """Raises a NaloraError if a setting is out of range."""
         super().__post_init__()
         self._require("tau", 0 < self.tau <= 1e6, "a number in (0, 1e6]")
 
@@ -523,7 +536,7 @@ def delta_importance(delta_squared: Array, q: float, limit: float) -> Array:
     """
     if q == 0:
         return jnp.ones_like(delta_squared)
-    # clipped before the power, so 0 is never raised to a power
+    # Clipped before the power, so that 0 is never raised to a negative power.
     widest = limit ** (2 / abs(q))
     return jnp.clip(relative(delta_squared), 1 / widest, widest) ** (q / 2)
 
@@ -541,6 +554,7 @@ class DeltaImportance(Mechanism):
     statistics: ClassVar[tuple[str, ...]] = ("delta_squared",)
 
     def __post_init__(self) -> None:
+        """Raises a NaloraError if a setting is out of range."""
         super().__post_init__()
         self._require("limit", self.limit >= 1, "1 or more")
         self._require("q", -8 <= self.q <= 8, "a number from -8 to 8")

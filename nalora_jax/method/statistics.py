@@ -136,9 +136,9 @@ def get(name: str) -> Statistic:
 
 
 def _occupied(gate: Gate) -> tuple[Array, ...]:
-    return tuple(
-        region.astype(jnp.float32) for region in regions(gate.z, gate.partition)
-    )
+    """Returns 1 for tokens in a region and 0 for others, for each of the four regions."""
+    masks = regions(gate.z, gate.partition)
+    return tuple(mask.astype(jnp.float32) for mask in masks)
 
 
 for _entry in (
@@ -181,10 +181,14 @@ def cotangent(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _of_sources(names: Iterable[str], *sources: str) -> tuple[str, ...]:
-    entries = (
-        name for name in names if name not in COUNTS and not name.startswith(CHECK)
-    )
-    return tuple(name for name in entries if get(name).source in sources)
+    """Returns the statistics among ``names`` with one of these sources, no counts and no checks."""
+    selected = []
+    for name in names:
+        if name in COUNTS or name.startswith(CHECK):
+            continue
+        if get(name).source in sources:
+            selected.append(name)
+    return tuple(selected)
 
 
 # ---------------------------------------------------------------- sums over tokens
@@ -246,7 +250,14 @@ def cotangent_statistics(delta: Array, weights: Array, names: Iterable[str]) -> 
 
 
 def _sums(source: str, values: Any, weights: Array, names: Iterable[str]) -> Sums:
+    """Returns the sums over tokens of the statistics in ``names`` that have this ``source``.
+
+    ``values`` is the argument of their functions, ``weights`` is ``[..., tokens]``; a sum is
+    ``[d_ff]`` or ``[parts, d_ff]``.
+    """
+
     def summed(values: Array | tuple[Array, ...]) -> Array:
+        """Returns the sum of values per token and channel, or of each part of them."""
         if isinstance(values, tuple):
             return jnp.stack([total(value, weights) for value in values])
         return total(values, weights)
@@ -276,7 +287,7 @@ def total(values: Array, weights: Array) -> Array:
     # and a mask broadcast over channels would be materialized once for all layers.
     weights = lax.stop_gradient(weights).astype(jnp.float32).reshape(1, -1)
     values = values.reshape(weights.shape[1], -1)
-    contract = (((1,), (0,)), ((), ()))
+    contract = (((1,), (0,)), ((), ()))  # [1, tokens] @ [tokens, d_ff]
     exact = lax.Precision.HIGHEST
     sums = lax.dot_general(weights, values, contract, precision=exact)
     return sums[0]
@@ -371,6 +382,7 @@ def _rows_of(z: Array) -> Array:
 
 
 def _of_tokens(delta: Array, weights: Array, names: Iterable[str]) -> Sums:
+    """Returns the statistics of a cotangent ``[..., d_ff]`` with weights ``[...]``."""
     rows = delta.reshape(-1, delta.shape[-1])
     return cotangent_statistics(rows, weights.reshape(-1), names)
 
@@ -402,12 +414,15 @@ def _emit_fwd(
     weights: Any,
     of_cotangent: Any,
 ) -> tuple[Array, Any]:
+    """Returns z and the residuals of `_emit_bwd`: names of the taps, sums and weights."""
     # Saved by a rematerialized layer, which would compute the sums again otherwise.
     sums = {name: checkpoint_name(value, SUMS) for name, value in sums.items()}
     return z, (dict.fromkeys(taps), sums, weights)
 
 
 def _emit_bwd(of_cotangent: Any, saved: Any, g: Array) -> tuple[Any, ...]:
+    """Returns the cotangent of z unchanged, the statistics as gradients of the taps, and zeros for
+    the sums."""
     names, sums, weights = saved
     others = tuple(name for name in names if name not in sums)
     measured = dict(sums)
@@ -433,7 +448,8 @@ def emit_measured(
 
 
 def merged(path: str, first: Array, second: Array) -> Array:
-    """Returns the union of two micro-batches: sums are added, of checks the maximum is taken."""
+    """Returns the union of the leaf at ``path`` of two micro-batches: the larger value of a check,
+    the sum of others."""
     if path.rpartition("/")[2].startswith(CHECK):
         return jnp.maximum(first, second)
     return first + second
@@ -456,7 +472,7 @@ def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
         if not entry.complete:
             totals[name] = jnp.sum(value, axis=1)
             continue
-        first = jnp.sum(value[..., :-1, :], axis=1)
+        first = jnp.sum(value[..., :-1, :], axis=1)  # all parts but the last
         tokens = totals[entry.count][..., None]
         last = jnp.maximum(tokens - jnp.sum(first, axis=-2), 0.0)
         totals[name] = jnp.concatenate([first, last[..., None, :]], axis=-2)

@@ -146,6 +146,7 @@ def make_train_step(
     def step(
         params: Any, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the state after a step and the step's metrics, see `make_train_step`."""
         factors_of_rules = {}
         factors = {}
         if state.gate is not None:
@@ -166,9 +167,9 @@ def make_train_step(
             config.verify(batch, lora, masks_of_blocks, sums)
         targets = jnp.maximum(sums["target_tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / targets, sums["grads"])
-        stats = {
-            path: statistics.per_target(s, targets) for path, s in sums["stats"].items()
-        }
+        stats = {}
+        for path, block in sums["stats"].items():
+            stats[path] = statistics.per_target(block, targets)
         reduced = over_shards(stats, mechanisms.statistics, config.stats_sharding)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.lora, gate_stats=reduced
@@ -200,7 +201,9 @@ def micro_gradients(
     def loss_sum(
         lora: Any, taps: Any, params: Any, masks: Any, batch: Batch, key: Array
     ) -> tuple[Array, dict[str, Array]]:
-        frozen = params
+        """Returns the loss of one micro-batch, whose gradients by the adapters and taps are taken,
+        and the objective's metrics."""
+        frozen = params  # collections; or the collection ``params`` alone
         if "params" not in params:
             frozen = {"params": params}
         variables = {**frozen, "lora": lora, "gate_taps": taps}
@@ -212,6 +215,7 @@ def micro_gradients(
     def sums(
         params: Any, lora: Any, masks: Any, batch: Batch, key: Array
     ) -> dict[str, Any]:
+        """Returns the sums of one micro-batch by name."""
         differentiate = jax.value_and_grad(loss_sum, argnums=(0, 1), has_aux=True)
         (loss, measured), (grads, of_taps) = differentiate(
             lora, _taps(config), params, masks, batch, key
@@ -266,6 +270,7 @@ def accumulate(
     def body(
         total: dict[str, Any], item: tuple[Batch, Array]
     ) -> tuple[dict[str, Any], None]:
+        """Adds the sums of one micro-batch to the total."""
         micro, index = item
         addend = sums(micro, jax.random.fold_in(key, index))
         return trees.map_named(statistics.merged, total, addend), None
@@ -273,7 +278,8 @@ def accumulate(
     # Zeros are neutral for sums and for maxima of non-negative numbers.
     shapes = jax.eval_shape(sums, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return lax.scan(body, zeros, (dict(batch), jnp.arange(micro_batches)))[0]
+    total, _ = lax.scan(body, zeros, (dict(batch), jnp.arange(micro_batches)))
+    return total
 
 
 def _by_block(collection: Any) -> BlockStats:
@@ -297,14 +303,15 @@ def _nested(blocks: BlockStats) -> Any:
 def idle(
     state: GateState | None, mechanisms: Mechanisms, patience: int = 10
 ) -> dict[str, Array]:
-    """Returns by label True for a mechanism without a token ``patience`` steps after warm-up."""
+    """Returns, by label, True for a mechanism that should have acted for ``patience`` steps while
+    no token was measured in any block."""
     if state is None:
         return {}
     measured = [jnp.max(updates) > 0 for updates in state.updates.values()]
-    none = jnp.asarray(True)
+    none_measured = jnp.asarray(True)
     if measured:
-        none = ~jnp.any(jnp.stack(measured))
+        none_measured = ~jnp.any(jnp.stack(measured))
     flags = {}
     for label, mechanism in mechanisms.entries:
-        flags[label] = none & (state.count >= mechanism.warmup + patience)
+        flags[label] = none_measured & (state.count >= mechanism.warmup + patience)
     return flags

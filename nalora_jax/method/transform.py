@@ -53,6 +53,7 @@ class Mechanisms:
     orders: Mapping[tuple[str, str], Array] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        """Raises a NaloraError if a rule has an unknown statistic or place."""
         for _, mechanism in self.entries:
             for name in mechanism.statistics:
                 statistics.get(name)
@@ -193,6 +194,7 @@ def update_gate_state(
 
 
 def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
+    """Returns the sum ``name`` of the block at ``path``; raises a NaloraError if it is missing."""
     key = f"{path}/{name}".removeprefix("/")
     if key not in flat:
         paths = ", ".join(sorted(flat)) or "nothing"
@@ -255,10 +257,11 @@ def channel_factors(
         factors = own_factors(state, mechanisms)
 
     def joint(place: str, path: str) -> Array:
+        """Returns the product of the factors that act at a place, for the block at ``path``."""
         acting = [
-            (m, factors[label][path])
-            for label, m in mechanisms.entries
-            if place in m.places
+            (mechanism, factors[label][path])
+            for label, mechanism in mechanisms.entries
+            if place in mechanism.places
         ]
         _, first = acting[0]
         product = jnp.ones_like(first)
@@ -331,6 +334,7 @@ def scale_by_gates(
     """
 
     def init_fn(params: Any) -> GateState:
+        """Returns the averages before the first step, for the gates among ``params``."""
         flat = _named(params)
         chosen = gates
         if chosen is None:
@@ -354,6 +358,7 @@ def scale_by_gates(
         gate_stats: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, GateState]:
+        """Returns the updates with the gates' B scaled, and the averages after the step."""
         if gate_stats is None:
             expected = f"the statistics of {', '.join(state.updates)}"
             raise NaloraError(
@@ -429,6 +434,7 @@ def nalora(
     adapters = optax.with_extra_args_support(optax.masked(inner, seen))
 
     def init_fn(params: Any) -> tuple[Any, GateState]:
+        """Returns the state of ``inner`` and the averages before the first step."""
         if mechanisms.entries and not _gates_of(params):
             expected = (
                 "adapters with taps below the name of a gate, from adapt or gate_leaves"
@@ -440,12 +446,14 @@ def nalora(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
+        """Returns the updates, those of taps and masks included, and the next state."""
         if params is None:
             raise NaloraError(
                 "optimizer.update(..., params)", expected="the adapters", found=None
             )
         inner_state, averages = state
         flat = _named(updates)
+        # The gradient of the tap "<gate>/taps/slope" is the statistic "<gate>/slope".
         stats = {
             path.replace(f"/{TAPS}/", "/"): x
             for path, x in flat.items()
@@ -458,6 +466,8 @@ def nalora(
         weights = channel_factors(averages, mechanisms).get("gradient_a", {})
 
         def set_leaf(path: str, update: Array, param: Array) -> Array:
+            """Returns the update of a leaf: for a mask the one that sets the next step's mask, for
+            taps zeros."""
             gate, _, name = path.rpartition("/")
             if not _is_gate_leaf(path):
                 return update
@@ -507,6 +517,7 @@ def _gates_of(tree: Any) -> dict[str, str]:
 
 
 def _is_gate_leaf(path: str) -> bool:
+    """Returns True if the leaf at ``path`` is a tap or a mask of a gate."""
     return f"/{TAPS}/" in path or path.endswith(f"/{MASK}")
 
 
@@ -515,12 +526,14 @@ _VALUE = "/value"
 
 
 def _named(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by path."""
     return {
         path.removesuffix(_VALUE): leaf for path, leaf in trees.flatten(tree).items()
     }
 
 
 def _map_named(function: Callable[..., Any], *given: Any) -> Any:
+    """Returns a tree of ``function(path, *leaves)`` for the leaves of the given trees."""
     return trees.map_named(
         lambda path, *leaves: function(path.removesuffix(_VALUE), *leaves), *given
     )

@@ -22,14 +22,13 @@ def causal_conv(x: Array, kernel: Array, segments: Array) -> Array:
 
 
 def _causal_conv_fwd(x: Array, kernel: Array, segments: Array) -> tuple[Array, Any]:
-    return causal_conv(x, kernel, segments), (
-        kernel,
-        segments,
-        jnp.zeros((0,), x.dtype),
-    )
+    """Returns the result and the residuals of `_causal_conv_bwd`."""
+    like_x = jnp.zeros((0,), x.dtype)  # an empty array that carries the dtype of x
+    return causal_conv(x, kernel, segments), (kernel, segments, like_x)
 
 
 def _causal_conv_bwd(saved: Any, g: Array) -> tuple[Array, None, None]:
+    """Returns the gradient of x in its dtype: the same sums, with the taps reversed in time."""
     kernel, segments, like_x = saved
     return _weighed(g, kernel, segments, ahead=True).astype(like_x.dtype), None, None
 
@@ -38,8 +37,9 @@ causal_conv.defvjp(_causal_conv_fwd, _causal_conv_bwd)
 
 
 def _weighed(x: Array, kernel: Array, segments: Array, *, ahead: bool) -> Array:
-    """Returns float32 sums over each token and the ``width - 1`` tokens before it, or ahead of it.
+    """Returns each token's sum over its segment, float32 ``[batch, seq, channels]``.
 
+    The sum is over the token and the ``width - 1`` tokens before it, or after it with ``ahead``.
     All terms are slices of one padded array, so that XLA adds them in one pass over memory.
     """
     width = kernel.shape[0]
@@ -48,14 +48,14 @@ def _weighed(x: Array, kernel: Array, segments: Array, *, ahead: bool) -> Array:
     if ahead:
         sides = (0, width - 1)
     padded = jnp.pad(x, ((0, 0), sides, (0, 0)))
-    ids = jnp.pad(segments, ((0, 0), sides), constant_values=-1)  # of no segment
+    # Segments of the padded tokens; -1 is the id of no segment.
+    ids = jnp.pad(segments, ((0, 0), sides), constant_values=-1)
     terms = [x.astype(jnp.float32) * kernel[-1][None, None]]
     for distance in range(1, width):
         first = distance if ahead else width - 1 - distance
         same = (ids[:, first : first + seq] == segments)[..., None]
-        shifted = jnp.where(
-            same, padded[:, first : first + seq].astype(jnp.float32), 0.0
-        )
+        neighbor = padded[:, first : first + seq].astype(jnp.float32)
+        shifted = jnp.where(same, neighbor, 0.0)
         terms.append(shifted * kernel[width - 1 - distance][None, None])
     return functools.reduce(jnp.add, terms)
 
@@ -70,14 +70,13 @@ def causal_conv_after(
     """
     held = before.shape[1]
     real = jnp.broadcast_to(segments > 0, x.shape[:2])
-    # Padding first, then the earlier inputs and the tokens: `order` is stable.
-    order = jnp.argsort(
-        jnp.pad(real, ((0, 0), (held, 0)), constant_values=True), axis=1, stable=True
-    )
-    inputs = jnp.concatenate(
-        [before.astype(x.dtype), jnp.where(real[..., None], x, 0)], axis=1
-    )
+    # Padding first, then the earlier inputs and the tokens in their order.
+    is_input = jnp.pad(real, ((0, 0), (held, 0)), constant_values=True)
+    order = jnp.argsort(is_input, axis=1, stable=True)
+    tokens = jnp.where(real[..., None], x, 0)
+    # [batch, width - 1 + seq, channels]
+    inputs = jnp.concatenate([before.astype(x.dtype), tokens], axis=1)
     inputs = jnp.take_along_axis(inputs, order[..., None], axis=1)
     out = causal_conv(inputs, kernel, jnp.ones((1, inputs.shape[1]), jnp.int32))
-    back = jnp.argsort(order, axis=1)[:, held:, None]
+    back = jnp.argsort(order, axis=1)[:, held:, None]  # place of each token in `out`
     return jnp.take_along_axis(out, back, axis=1), inputs[:, inputs.shape[1] - held :]

@@ -53,8 +53,9 @@ def gated_delta_rule(
     token, zero by default, and ``before`` its segment, int ``[batch]``, 1 by default.
     """
     batch, seq, groups, n, d_v = inputs.v.shape
-    # the smallest power of two that holds a short sequence
-    size = min(CHUNK, 1 << (seq - 1).bit_length())
+    # A short row takes the smallest power of two that holds it.
+    power_of_two = 1 << (seq - 1).bit_length()
+    size = min(CHUNK, power_of_two)
     segments = jnp.broadcast_to(segments, (batch, seq))
     real = (segments > 0)[..., None, None]
     inputs = inputs._replace(
@@ -116,16 +117,16 @@ def _chunk(
     q and k ``[batch, groups, size, d_k]``, v ``[batch, groups, n, size, d_v]``, decays and betas
     ``[batch, groups, n, size]``, and segments ``[batch, size]``.
     """
-    (state, before) = carry
-    (q, k, v, decay, beta, runs) = chunk
+    state, before = carry
+    q, k, v, decay, beta, runs = chunk
     q = _unit(q) * q.shape[-1] ** -0.5
     k = _unit(k)
     total = jnp.cumsum(decay, axis=-1)
     last = total[..., -1:]
     same_run = runs[:, :, None] == runs[:, None, :]
     causal = jnp.tril(same_run)[:, None, None]
-    # Decay between two tokens of a segment, from the state before, and to the state after:
-    # [..., size].
+    # Decay between two tokens of a segment [..., size, size], from the state before the chunk to
+    # each token, and from each token to the state after [..., size, 1].
     between = total[..., :, None] - total[..., None, :]
     pairs = jnp.exp(jnp.where(causal, between, -jnp.inf))
     last_run = runs[:, -1:]
@@ -150,7 +151,7 @@ def _chunk(
     return (state, runs[:, -1]), out
 
 
-_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)  # a float32 result
 
 
 def _unit(x: Array) -> Array:
@@ -194,6 +195,7 @@ def _solve_unit_fwd(lower: Array, target: Array) -> tuple[Array, tuple[Array, Ar
 
 
 def _solve_unit_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    """Returns the gradients of both arguments."""
     inverse, solution = saved
     # With A x = t: dt = A^-T g and dA = -dt x^T.
     back = jnp.swapaxes(inverse, -1, -2) @ g
@@ -215,14 +217,18 @@ def _unit_inverse(lower: Array) -> Array:
     highest = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     identity = jnp.broadcast_to(jnp.eye(size), lower.shape)
     inverse = identity - _corners(lower, index)
-    for level in range(1, size.bit_length() - 1):
+    for level in range(1, size.bit_length() - 1):  # blocks of 2^level rows
         corners = _corners(lower, index >> level)
         inverse = inverse - highest(highest(inverse, corners), inverse)
     return inverse
 
 
 def _corners(lower: Array, block: Array) -> Array:
-    """Returns the entries of ``lower`` in odd rows of blocks, next to the diagonal."""
+    """Returns the entries of ``lower`` in the blocks C of the pairs ``[[A, 0], [C, B]]``, and 0
+    elsewhere.
+
+    ``block`` int ``[size]`` is the number of the block of each row and column.
+    """
     row = block[:, None]
     column = block[None, :]
     is_corner = (row == column + 1) & (row % 2 == 1)

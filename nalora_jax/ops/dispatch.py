@@ -75,8 +75,8 @@ class Numerics:
     implementation: str = AUTO  # "auto", "xla" or one of `IMPLEMENTATIONS`
 
     def within(self) -> Self:
-        """Returns the numerics of matmuls whose results are operands again after elementwise
-        functions."""
+        """Returns the numerics inside a block, where a matmul's result is the operand of the next
+        one after elementwise functions: ``result`` is ``inner``, if that is set."""
         if self.inner is None:
             return self
         return replace(self, result=self.inner)
@@ -93,6 +93,7 @@ class Operation(Generic[P, R]):
     """A plain function that implementations may replace."""
 
     def __init__(self, plain: Callable[P, R]) -> None:
+        """Wraps the function that defines the operation's result."""
         functools.update_wrapper(self, plain)
         self.plain = plain  # defines the result
         self.implementations: dict[str, Callable[P, R]] = {}
@@ -100,11 +101,13 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Returns the result of the first implementation that supports the arguments."""
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, Numerics))
-        for name in _candidates(next(given, Numerics())):
-            if name in self.implementations:
-                result = self.implementations[name](*args, **kwargs)
-                if result is not NotImplemented:
-                    return result
+        numerics = next(given, Numerics())
+        for name in _candidates(numerics):
+            if name not in self.implementations:
+                continue
+            result = self.implementations[name](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return self.plain(*args, **kwargs)
 
     def implements(self, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -124,6 +127,7 @@ class Implementation:
     """An implementation of your own, the last choice on its platform: "cpu", "gpu" or "tpu"."""
 
     def __init__(self, name: str, platform: str) -> None:
+        """Adds ``name`` to the implementations of ``platform``, after the library's."""
         register_all()
         self.name = name
         if name not in IMPLEMENTATIONS[platform]:

@@ -26,10 +26,11 @@ LANES = 128  # columns of a TPU's matrix unit: fewer columns take the same time
 NAME = (
     "grouped_matmul"  # the Triton kernel's name, by which `nalora plan` recognises it
 )
-# tile sizes
+# A tile of the Triton kernel: rows and columns of the result, and inputs that are loaded together.
 _ROWS = 128
 _COLUMNS = 128
 _INNER = 64
+# Triton's warps of a tile, and loads that it overlaps with matmuls.
 _WARPS = 8
 _STAGES = 3
 
@@ -149,7 +150,8 @@ def _ragged_outer_of_runs(
 
 
 def _with_runs(array: Array, is_batched: bool, runs: int) -> Array:
-    """Returns ``[runs, ...]``."""
+    """Returns ``array`` with a leading axis ``[runs]``, repeated unless ``is_batched``, when it
+    already has the axis."""
     if is_batched:
         return array
     return jnp.broadcast_to(array, (runs, *array.shape))
@@ -164,7 +166,7 @@ def own_of_all(x: Array, factors: Array, group: Array, operand: str) -> Array:
     groups, d, rank = factors.shape
     joined = factors.swapaxes(0, 1).reshape(d, groups * rank)
     products = _dot(x, joined, operand).reshape(-1, groups, rank)
-    own = jax.nn.one_hot(group, groups, dtype=bool)
+    own = jax.nn.one_hot(group, groups, dtype=bool)  # [rows, groups]
     return jnp.sum(jnp.where(own[..., None], products, 0.0), axis=1)
 
 
@@ -172,9 +174,8 @@ def from_all(hidden: Array, factors: Array, group: Array, operand: str) -> Array
     """Multiplies rows ``[rows, rank]`` by their group's factor, of ``[groups, rank, d]``: float32
     ``[rows, d]``."""
     groups, rank, d = factors.shape
-    return _dot(
-        _in_all(hidden, group, groups), factors.reshape(groups * rank, d), operand
-    )
+    joined = factors.reshape(groups * rank, d)
+    return _dot(_in_all(hidden, group, groups), joined, operand)
 
 
 def outer_of_all(x: Array, y: Array, group: Array, groups: int, operand: str) -> Array:
@@ -186,31 +187,34 @@ def outer_of_all(x: Array, y: Array, group: Array, groups: int, operand: str) ->
     d = x.shape[1]
     n = y.shape[1]
     if n < d:
-        return (
-            _dot(x.T, _in_all(y, group, groups), operand)
-            .reshape(d, groups, n)
-            .swapaxes(0, 1)
-        )
-    return _dot(_in_all(x, group, groups).T, y, operand).reshape(groups, d, n)
+        products = _dot(x.T, _in_all(y, group, groups), operand)  # [d, groups * n]
+        return products.reshape(d, groups, n).swapaxes(0, 1)
+    products = _dot(_in_all(x, group, groups).T, y, operand)  # [groups * d, n]
+    return products.reshape(groups, d, n)
 
 
 def _in_all(hidden: Array, group: Array, groups: int) -> Array:
-    """Places each row ``[rank]`` in its group's columns of ``[groups * rank]``, 0 in the others."""
+    """Returns ``[rows, groups * rank]`` of ``[rows, rank]``: each row in its group's columns, 0 in
+    the others."""
     own = jax.nn.one_hot(group, groups, dtype=bool)
-    return jnp.where(own[..., None], hidden[:, None, :], 0.0).reshape(
-        hidden.shape[0], -1
-    )
+    # [rows, groups, rank]
+    by_group = jnp.where(own[..., None], hidden[:, None, :], 0.0)
+    return by_group.reshape(hidden.shape[0], -1)
 
 
 def _dot(x: Array, y: Array, operand: str) -> Array:
+    """Multiplies two matrices, rounded to ``operand``, into a float32 result."""
     return jnp.dot(
         x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32
     )
 
 
 def grouped_result(numerics: Numerics, result: str) -> str:
-    """Returns the dtype of a stored `lax.ragged_dot`: on a TPU XLA accumulates in float32 and
-    rounds once."""
+    """Returns the dtype in which a result of `lax.ragged_dot` is stored.
+
+    On a TPU XLA accumulates in float32 and rounds once, so that it is ``result``; elsewhere
+    float32.
+    """
     if numerics.facts_of == "tpu":
         return result
     return "float32"
@@ -255,8 +259,9 @@ def triton_grouped_matmul(
     from jax.experimental.pallas import triton
 
     rows = x.shape[0]
-    groups = kernels.shape[0]
-    d_out = kernels.shape[1 if transposed else 2]
+    groups, _, d_out = kernels.shape
+    if transposed:
+        _, d_out, _ = kernels.shape
     # Padding rows belong to no group, so no visit stores them.
     x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
     tiles = x.shape[0] // _ROWS
@@ -284,22 +289,20 @@ def _visits(sizes: Array, tiles: int) -> tuple[Array, Array, Array, Array]:
     ends = jnp.cumsum(sizes.astype(jnp.int32))
     starts = ends - sizes
     first = starts // _ROWS
+    # Tiles with rows of a group.
     touched = jnp.where(sizes > 0, (ends - 1) // _ROWS - first + 1, 0)
-    until = jnp.cumsum(touched)
-    visit = jnp.arange(tiles + sizes.shape[0] - 1, dtype=jnp.int32)
-    group = jnp.minimum(
-        jnp.searchsorted(until, visit, side="right"), sizes.shape[0] - 1
-    ).astype(jnp.int32)
-    # until - touched: the first visit of the group
-    tile = first[group] + visit - (until - touched)[group]
-    left_over = visit >= until[-1]
-    tile = jnp.where(left_over, 0, tile).astype(jnp.int32)
-    return (
-        group,
-        tile,
-        jnp.where(left_over, 0, starts[group]),
-        jnp.where(left_over, 0, ends[group]),
-    )
+    visits_end = jnp.cumsum(touched)
+    first_visit = visits_end - touched
+    groups = sizes.shape[0]
+    visit = jnp.arange(tiles + groups - 1, dtype=jnp.int32)
+    group = jnp.searchsorted(visits_end, visit, side="right")
+    group = jnp.minimum(group, groups - 1).astype(jnp.int32)
+    tile = first[group] + visit - first_visit[group]
+    surplus = visit >= visits_end[-1]
+    tile = jnp.where(surplus, 0, tile).astype(jnp.int32)
+    first_row = jnp.where(surplus, 0, starts[group])
+    end_row = jnp.where(surplus, 0, ends[group])
+    return group, tile, first_row, end_row
 
 
 def _kernel(
@@ -357,7 +360,7 @@ def _kernel(
     triton.store(out.at[rows, columns], total.astype(out.dtype), mask=mine)
 
 
-# by dimension: a tile's slice and the array's size
+# By dimension, a tile's slice and the array's size; None for a dimension that tiles divide.
 Ranges = Sequence[tuple[Any, int] | None]
 
 
@@ -372,7 +375,8 @@ def _loaded(tile: Any, ranges: Ranges) -> Array:
 
 
 def _inside(ranges: Ranges, shape: tuple[int, ...]) -> Array | None:
-    """Returns True for elements of a tile within the array; None if tiles divide the array."""
+    """Returns which elements of a tile are within the array, bool of ``shape``; None if tiles
+    divide the array, so that all are."""
     mask = None
     for dimension, limits in enumerate(ranges):
         if limits is None or limits[1] % limits[0].size == 0:

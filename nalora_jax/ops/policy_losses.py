@@ -67,20 +67,22 @@ def advantages(rewards: np.ndarray, name: Name) -> np.ndarray:
     values = np.where(known, rewards, 0.0)
     mean = values.sum(1, keepdims=True) / np.maximum(count, 1)
     centered = np.where(known & (count > 1), values - mean, 0.0)
+    others = np.maximum(count - 1, 1)  # the other samples of a group
     if name == "rloo":  # r - (sum - r) / (n - 1)
-        return centered * count / np.maximum(count - 1, 1)
+        return centered * count / others
     if name == "dr_grpo":
         return centered
     squares = (centered**2).sum(1, keepdims=True)
-    deviation = np.sqrt(squares / np.maximum(count - 1, 1))
+    deviation = np.sqrt(squares / others)
     return centered / (deviation + _SMALLEST)
 
 
 def denominator(mask: Array, real: Array, settings: PolicyLoss) -> Array:
-    """Returns what a batch's sum of losses is divided by: tokens with "dapo", otherwise samples;
-    float32.
+    """Returns the number that a batch's sum of losses is divided by, float32 ``[]``: its tokens
+    with "dapo", otherwise its samples.
 
-    ``mask [samples, tokens]`` is 1 for tokens in the loss, ``real [samples]`` 0 for padding only.
+    ``mask [samples, tokens]`` is 1 for tokens in the loss, ``real [samples]`` is 0 for samples of
+    padding only.
     """
     if settings.name == "dapo":
         return jnp.sum(mask, dtype=jnp.float32)
@@ -101,8 +103,8 @@ def policy_loss(
     negative (http://joschu.net/blog/kl-approx.html); times beta it is added to each token's loss.
     With "rloo" it has its place in the rewards, see `divergence_penalty`.
 
-    Log-probabilities are ``[samples, tokens]``: by the policy, by which the loss is differentiable,
-    by the ``old`` policy that sampled, and by the ``base`` without adapters (None, with a beta of
+    Log-probabilities are ``[samples, tokens]``: of the policy, by which the loss is differentiable,
+    of the ``old`` policy that sampled, and of the ``base`` without adapters (None, with a beta of
     0, leaves out the divergence). The mask is 0 for padding; the advantage is ``[samples]``.
     """
     tokens = jnp.sum(mask, axis=1, keepdims=True)
@@ -124,7 +126,8 @@ def policy_loss(
     clipped = mask * (below | above)
     divergence = jnp.zeros_like(mask)
     if base is not None:
-        divergence = mask * (jnp.exp(base - log_probs) - (base - log_probs) - 1)
+        base_ratio = base - log_probs  # log(p_base / p)
+        divergence = mask * (jnp.exp(base_ratio) - base_ratio - 1)
     if settings.beta and settings.name != "rloo":
         loss = loss + settings.beta * divergence
     if settings.name == "rloo":
@@ -141,6 +144,6 @@ def policy_loss(
 def divergence_penalty(
     old: np.ndarray, base: np.ndarray, mask: np.ndarray, beta: float
 ) -> np.ndarray:
-    """Returns what "rloo" subtracts from rewards: beta times the log-ratio of each sample,
-    ``[samples]``."""
+    """Returns the part that "rloo" subtracts from the rewards, ``[samples]``: beta times each
+    sample's log-ratio."""
     return beta * ((old - base) * mask).sum(1)

@@ -37,6 +37,7 @@ from nalora_jax.ops.storage import Stored
 Kind = Literal["int8", "nf4", "mxfp4"]
 _BLOCKS = {"nf4": 64, "mxfp4": 32}  # inputs that share a scale
 MXFP4_BLOCK = _BLOCKS["mxfp4"]
+# Patterns of the leaves of ``params`` that are quantized.
 _KERNELS = r"layers/.*_proj(_[a-z]+)?/kernel$"
 _FFN_KERNELS = r"layers/(.*/)?ffn/.*_proj/kernel$"
 # Quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
@@ -51,9 +52,8 @@ NF4_LEVELS: tuple[float, ...] = (
 # Sign, two bits of exponent, one bit of mantissa.
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4_LEVELS: tuple[float, ...] = (*_POSITIVE, *(-level for level in _POSITIVE))
-_BIAS = 127
-# Exponent of 4.0, the largest power of two among the levels.
-_LARGEST = 2
+_BIAS = 127  # a scale is stored as its exponent plus this number
+_LARGEST = 2  # exponent of 4.0, the largest power of two among the levels
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +74,9 @@ class Quantized(Stored):
     def shape(self) -> tuple[int, ...]:
         """Shape of the float kernel."""
         *lead, rows, d_out = self.codes.shape
-        return (*lead, rows * (1 if self.kind == "int8" else 2), d_out)
+        if self.kind == "int8":
+            return self.codes.shape
+        return (*lead, 2 * rows, d_out)
 
     def expand(self, dtype: Any = None) -> Array:
         """Returns the kernel in ``dtype``, by default float32; codes are gathered before they are
@@ -120,52 +122,57 @@ def quantize(kernel: Array, kind: Kind) -> Quantized:
     largest = jnp.max(jnp.abs(w), axis=-2)
     if kind == "mxfp4":
         _, exponent = jnp.frexp(largest)  # largest = m 2^exponent with 1/2 <= m < 1
+        # 0 is a subnormal number and 255 is NaN.
         scales = jnp.clip(exponent - 1 - _LARGEST + _BIAS, 1, 254).astype(jnp.uint8)
-        return Quantized(
-            _packed(_mxfp4_codes(w / _powers(scales)[..., None, :])), scales, kind
-        )
+        codes = _mxfp4_codes(w / _powers(scales)[..., None, :])
+        return Quantized(_packed(codes), scales, kind)
+    # Weights over the largest of their block: [..., blocks, block, d_out].
     unit = w / jnp.where(largest > 0, largest, 1.0)[..., None, :]
     if kind == "int8":
         codes = jnp.round(unit * 127).astype(jnp.int8).reshape(kernel.shape)
         return Quantized(codes, largest / 127, kind)
-    return Quantized(_packed(_nearest(unit, _midpoints(NF4_LEVELS))), largest, kind)
+    codes = _nearest(unit, _midpoints(NF4_LEVELS))
+    return Quantized(_packed(codes), largest, kind)
 
 
 def _midpoints(levels: Sequence[float]) -> np.ndarray:
+    """Returns the numbers halfway between neighbouring ``levels``, which are ascending."""
     ascending = np.asarray(levels, np.float32)
     return (ascending[1:] + ascending[:-1]) / 2
 
 
 def _nearest(unit: Array, thresholds: np.ndarray) -> Array:
-    """Returns the number of thresholds below each number, uint8.
+    """Returns the number of thresholds below each number, uint8: the index of its nearest level.
 
-    Compared with all at once, which XLA fuses; a search would store several integer copies of the
-    kernel.
+    Each number is compared with all thresholds, which XLA fuses; a search would store several
+    integer copies of the kernel.
     """
-    return jnp.searchsorted(jnp.asarray(thresholds), unit, method="compare_all").astype(
-        jnp.uint8
-    )
+    index = jnp.searchsorted(jnp.asarray(thresholds), unit, method="compare_all")
+    return index.astype(jnp.uint8)
 
 
 def _mxfp4_codes(unit: Array) -> Array:
     """Returns the code uint8 of the nearest level of every number; beyond 6 it is 6."""
-    # A tie goes to the level with an even code: where this is the upper one, the threshold is the
-    # number below.
+    # A number halfway between two levels takes the one with an even code. If this is the upper
+    # one, the threshold is the next smaller float.
     thresholds = _midpoints(_POSITIVE)
     thresholds[1::2] = np.nextafter(thresholds[1::2], np.float32(0))
-    sign = jnp.signbit(unit).astype(jnp.uint8) << 3
+    sign = jnp.signbit(unit).astype(jnp.uint8) << 3  # the highest of the four bits
     return _nearest(jnp.abs(unit), thresholds) | sign
 
 
 def _powers(scales: Array) -> Array:
-    """Returns ``2 ** (scale - 127)`` in float32; 0 for a scale of 0, a subnormal number."""
+    """Returns ``2 ** (scale - 127)`` in float32, from its bits: a scale is the exponent of a
+    float32. A scale of 0 becomes 0."""
     return lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
 
 
 def _packed(codes: Array) -> Array:
-    """Packs 4-bit codes ``[..., blocks, block, d_out]``: ``[..., blocks * block / 2, d_out]``."""
+    """Packs two 4-bit codes into a byte: returns ``[..., blocks * block / 2, d_out]`` of ``[...,
+    blocks, block, d_out]``."""
     *lead, blocks, block, d_out = codes.shape
     halves = codes.reshape(*lead, blocks, 2, block // 2, d_out)
+    # [..., blocks, block / 2, d_out]
     low = halves[..., 0, :, :]
     high = halves[..., 1, :, :]
     pairs = low | (high << 4)
@@ -184,8 +191,9 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
         scales = _powers(kernel.scales)
     block = _BLOCKS[kernel.kind]
     pairs = kernel.codes.reshape(*lead, d_in // block, 1, block // 2, d_out)
+    # The low and the high four bits of a byte: [..., blocks, 2, block / 2, d_out].
     shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
-    codes = (pairs >> shifts) & 15  # [..., blocks, 2, block / 2, d_out]
+    codes = (pairs >> shifts) & 15
     blocks = (_of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
     # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and
     # stores the repeated codes and scales, three times the traffic.
@@ -193,7 +201,11 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
 
 
 def _of_levels(codes: Array, levels: Sequence[float]) -> Array:
-    """Returns float32 ``levels[codes]``, selected bit by bit: a TPU gathers slowly from a table."""
+    """Returns float32 ``levels[codes]``.
+
+    The levels are selected bit by bit, the highest bit first, because a TPU gathers slowly from a
+    table.
+    """
     if len(levels) == 1:
         return jnp.float32(levels[0])
     half = len(levels) // 2
@@ -207,13 +219,14 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
 
     Without the mark the compiler expands each device's part and gathers float32: four times the
     bytes of int8 and seven times the bytes of nf4. Leaves may be descriptions of arrays, with
-    shardings.
-    Experts are not marked: `nalora_jax.models.moe` gathers the arrays that it maps over the mesh.
+    shardings. Experts are not marked: `nalora_jax.models.moe` gathers the arrays that it maps over
+    the mesh.
     """
 
-    def told(leaf: Any) -> Any:
-        """Returns the leaf with the shardings that it has after the gather; others are
-        unchanged."""
+    def marked(leaf: Any) -> Any:
+        """Returns a quantized leaf with the shardings that it has after the gather; other leaves
+        are unchanged."""
+        # Kernels of experts have four axes, [layers, experts, ...].
         if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
             return leaf
         codes = _without(leaf.codes.sharding, leaf.codes.ndim, axes)
@@ -222,7 +235,9 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
             return leaf
         return replace(leaf, places=(codes, scales))
 
-    return jax.tree.map(told, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return jax.tree.map(
+        marked, params, is_leaf=lambda leaf: isinstance(leaf, Quantized)
+    )
 
 
 def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding | None:

@@ -37,10 +37,10 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def with_zeros(x: Array, count: int, axis: int) -> Array:
     """Returns ``x`` with ``count`` zeros at the end of an axis."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, count)
     if not count:
         return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count)
     return jnp.pad(x, widths)
 
 
@@ -74,6 +74,7 @@ def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any)
         return sums(*arrays)
 
     def parted(x: Array) -> Any:
+        """Returns ``[shards, rows of a shard, ...]`` of ``[batch, ...]``."""
         x = with_zeros(x, -x.shape[0] % shards, 0)
         return pinned(x.reshape(shards, -1, *x.shape[1:]), rows)
 
@@ -88,6 +89,7 @@ def pinned(tree: Any, rows: NamedSharding | None, axis: int = 0) -> Any:
         return tree
 
     def pin(x: Array) -> Array:
+        """Returns an array with the axis ``[shards]`` split over the mesh."""
         spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
         spec[axis] = rows.spec[0]
         return lax.with_sharding_constraint(x, NamedSharding(rows.mesh, P(*spec)))
@@ -96,8 +98,11 @@ def pinned(tree: Any, rows: NamedSharding | None, axis: int = 0) -> Any:
 
 
 def first_alone(value: Array, rows: NamedSharding | None) -> Array:
-    """Returns the sums of a batch ``[...]`` as ``[shards, ...]`` with zeros after the first
-    shard."""
+    """Returns sums of a whole batch, ``[...]``, as sums by shard, ``[shards, ...]``: all in the
+    first shard, zeros in the others.
+
+    They are unchanged if there is one shard.
+    """
     shards = count(rows)
     if shards == 1:
         return value
@@ -136,9 +141,8 @@ def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
     x = with_zeros(x, missing, -2)
     # [..., groups, stride, run, n], of which one of every stride
     x = x.reshape(*x.shape[:-2], groups, stride, run, x.shape[-1])
-    runs = jnp.take_along_axis(
-        x, chosen[..., None, None, None], axis=-3, mode="promise_in_bounds"
-    )
+    index = chosen[..., None, None, None]  # [..., groups, 1, 1, 1]
+    runs = jnp.take_along_axis(x, index, axis=-3, mode="promise_in_bounds")
     return runs.reshape(*weights.shape[:-1], groups * run, x.shape[-1])
 
 
@@ -155,8 +159,10 @@ def sampled_weights(weights: Array, stride: int) -> Array:
 
 
 def _grouping(length: int, stride: int, run: int) -> tuple[int, int]:
-    """Returns the positions in a run (1 if groups of ``stride`` runs do not divide the length) and
-    groups."""
+    """Returns how many positions are taken together, and the number of groups in a row.
+
+    Positions are taken one by one if groups of ``stride`` runs do not divide the length.
+    """
     if length % (run * stride):
         run = 1
     return run, -(-length // (stride * run))
@@ -167,9 +173,10 @@ def _chosen(weights: Array, stride: int, run: int) -> Array:
     groups = -(-weights.shape[-1] // (stride * run))
     real = lax.stop_gradient(weights) > 0
     real = with_zeros(real, groups * stride * run - weights.shape[-1], -1)
-    counts = jnp.sum(
-        real.reshape(*weights.shape[:-1], groups, stride, run), axis=-1, dtype=jnp.int32
-    )
-    preferred = jnp.arange(stride, dtype=jnp.int32) == (stride // 2 if run > 1 else 0)
+    by_run = real.reshape(*weights.shape[:-1], groups, stride, run)
+    counts = jnp.sum(by_run, axis=-1, dtype=jnp.int32)  # [..., groups, stride]
+    # Among runs with as many real tokens, the middle one is taken; of single positions the first.
+    middle = stride // 2 if run > 1 else 0
+    preferred = jnp.arange(stride, dtype=jnp.int32) == middle
     ranks = 2 * counts + jnp.broadcast_to(preferred, counts.shape).astype(jnp.int32)
     return jnp.argmax(ranks, axis=-1).astype(jnp.int32)

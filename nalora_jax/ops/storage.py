@@ -119,7 +119,8 @@ def expand(array: Kernel, dtype: Any = None) -> Array:
 
 
 def take_rows(table: Kernel, rows: Array, numerics: Numerics, axis: int = 0) -> Array:
-    """Returns ``jnp.take`` of a frozen table, as floats."""
+    """Returns the rows of a frozen table that have the indices ``rows``, along ``axis``, as
+    floats."""
     if numerics.facts_of == "cpu" and isinstance(table, Bits | Array):
         return from_bits(jnp.take(bits_of(table), rows, axis=axis))
     return jnp.take(expand(table), rows, axis=axis)
@@ -143,16 +144,13 @@ def prepare(
     def view(path: str, leaf: Any) -> Any:
         """Returns the leaf, its bits, or the layer numbers that replace a stack moved to
         ``stacks``."""
-        layers = path.endswith("_proj/kernel") and leaf.ndim >= 3
-        if not layers and not (tables and path in _TABLES):
+        of_layers = path.endswith("_proj/kernel") and leaf.ndim >= 3
+        is_table = tables and path in _TABLES
+        if not of_layers and not is_table:
             return leaf
         bits = view_bits(leaf)
-        if not (
-            layers
-            and isinstance(bits, Bits)
-            and bits.ndim == 3
-            and native_kind(numerics)
-        ):
+        is_stack = of_layers and isinstance(bits, Bits) and bits.ndim == 3
+        if not is_stack or not native_kind(numerics):
             return bits
         stacks[path] = bits
         return jnp.arange(bits.shape[0], dtype=jnp.int32)
@@ -175,12 +173,10 @@ def view_bits(leaf: Any) -> Any:
         return Bits(bits)  # type: ignore[arg-type]
     if isinstance(leaf, jax.core.Tracer):
         return Bits(bf16_bits(leaf))
-    shards = [
-        jax.device_put(
-            np.asarray(shard.data).view(np.uint16), shard.device, may_alias=True
-        )
-        for shard in leaf.addressable_shards
-    ]
+    shards = []
+    for shard in leaf.addressable_shards:
+        view = np.asarray(shard.data).view(np.uint16)
+        shards.append(jax.device_put(view, shard.device, may_alias=True))
     return Bits(
         jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
     )
@@ -202,18 +198,17 @@ def in_stored_layout(x: Any, numerics: Numerics) -> Any:
     inputs. Qwen3-30B-A3B on 2 x v6e:4x4 (fsdp 8, one row a chip), compiled: 21.1 instead of 33.4 GB
     a chip.
     """
-    on_tpu = numerics.facts_of == "tpu"
-    if on_tpu:
-        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    return x
+    if numerics.facts_of != "tpu":
+        return x
+    row_major = Layout(tuple(range(x.ndim)))
+    return with_layout_constraint(x, row_major)
 
 
 def rounded(x: Array, dtype: Any, numerics: Numerics) -> Array:
-    """Returns ``x.astype(dtype)``."""
-    if numerics.facts_of == "cpu" and (jnp.dtype(dtype), x.dtype) == (
-        jnp.bfloat16,
-        jnp.float32,
-    ):
+    """Returns ``x.astype(dtype)``; on a CPU, float32 is rounded to bf16 with integers, which is
+    faster."""
+    narrows = x.dtype == jnp.float32 and jnp.dtype(dtype) == jnp.bfloat16
+    if narrows and numerics.facts_of == "cpu":
         return _rounded(x)
     return x.astype(dtype)
 
@@ -223,8 +218,11 @@ def _rounded(x: Array) -> Array:
     """Returns float32 ``x`` in bf16, rounded to nearest even by integers; infinities and NaN are
     kept."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
+    # bf16 is the upper half of a float32. Adding half of its last place rounds to the nearest; a
+    # number halfway is rounded up only if its last bit is odd.
     odd = (bits >> 16) & jnp.uint32(1)
-    return from_bits(((bits + jnp.uint32(0x7FFF) + odd) >> 16).astype(jnp.uint16))
+    high = (bits + jnp.uint32(0x7FFF) + odd) >> 16
+    return from_bits(high.astype(jnp.uint16))
 
 
 _rounded.defvjp(lambda x: (_rounded(x), None), lambda _, g: (g.astype(jnp.float32),))
@@ -276,18 +274,17 @@ def dot(
     operand: str = "",
     result: Any = "float32",
 ) -> Array:
-    """Multiplies two matrices over one dimension of each, with sums in float32; y has any storage
-    form.
+    """Multiplies two matrices over dimension ``dims[0]`` of x and ``dims[1]`` of y, with sums in
+    float32.
 
-    Both are rounded to ``operand``, by default ``numerics.operand``.
+    y has any storage form. Both are rounded to ``operand``, by default ``numerics.operand``, and
+    the product to ``result``.
     """
     operand = operand or numerics.operand
-    operands = (
-        rounded(x, operand, numerics),
-        rounded(expand(y, operand), operand, numerics),
-    )
-    contract = (((dims[0],), (dims[1],)), ((), ()))
-    product = lax.dot_general(*operands, contract, preferred_element_type=jnp.float32)
+    left = rounded(x, operand, numerics)
+    right = rounded(expand(y, operand), operand, numerics)
+    contract = (((dims[0],), (dims[1],)), ((), ()))  # no batch dimensions
+    product = lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
     return rounded(product, result, numerics)
 
 
@@ -310,7 +307,9 @@ def _matmul(x: Array, kernel: Any, numerics: Numerics) -> Array:
 def _matmul_fwd(
     x: Array, kernel: Any, numerics: Numerics
 ) -> tuple[Array, tuple[Any, ...]]:
-    # x is not saved, because a frozen kernel has no gradient. The kernel is saved as it is stored.
+    """Returns the product and the residuals of `_matmul_bwd`: the kernel as it is stored, and x's
+    dtype."""
+    # x is not saved, because a frozen kernel has no gradient.
     return _matmul(x, kernel, numerics), (kernel, jnp.zeros((0,), x.dtype))
 
 
@@ -318,8 +317,8 @@ def _matmul_bwd(
     numerics: Numerics, residuals: tuple[Any, ...], g: Array
 ) -> tuple[Array, None]:
     """Returns the gradient of x, in its dtype; the kernel receives none."""
-    # Autodiff would mix a float32 cotangent with a bf16 kernel; here both are rounded to
-    # the operands' dtype.
+    # Autodiff would mix a float32 cotangent with a bf16 kernel; here both are rounded to the
+    # operands' dtype.
     kernel, like_x = residuals
     return dot(g, kernel, numerics, dims=(1, 1), result=like_x.dtype), None
 
