@@ -59,10 +59,9 @@ def full_attention(
     if mask is not None or q.shape != k.shape or not _is_native(numerics):
         return NotImplemented
     seq = q.shape[1]
+    positions = np.zeros(seq, np.int32)
     if causal:
         positions = np.arange(seq, dtype=np.int32)
-    else:
-        positions = np.zeros(seq, np.int32)
     segments = jnp.ones((1, seq), jnp.int32)
     places = (jnp.asarray(positions[None]), segments, seq)
     config = AttentionConfig(scale)
@@ -71,6 +70,7 @@ def full_attention(
 
 
 def _is_native(numerics: Numerics) -> bool:
+    """Returns True if native kernels compute attention: they save bf16 arrays."""
     return numerics.residual == "bfloat16" and bool(native_kind(numerics))
 
 
@@ -83,6 +83,8 @@ def _attention(
     numerics: Numerics,
     ordered: bool = True,
 ) -> Array:
+    """Computes attention natively, ``[batch, seq, heads, head_dim]``; without ``ordered`` any key
+    may be seen."""
     return _fwd(heads, places, sinks, config, numerics, ordered)[0]
 
 
@@ -94,6 +96,7 @@ def _fwd(
     numerics: Numerics,
     ordered: bool,
 ) -> tuple[Array, Any]:
+    """Returns the result ``[batch, seq, heads, head_dim]`` and the residuals of `_bwd`."""
     q, k, v = heads
     save = partial(save_residual, dtype="bfloat16", numerics=numerics)
     arrays = [save(x) for x in (q * config.scale, k, v)]
@@ -105,6 +108,7 @@ def _fwd(
         logsumexp = total[..., 0].swapaxes(1, 2)
     saved = save(out)
     saved_sums = save_residual(logsumexp, "float32", numerics)
+    # Empty arrays carry the dtypes of the inputs: residuals have to be arrays.
     like = tuple(jnp.zeros((0,), x.dtype) for x in heads)
     needed = None
     if needs_result(q.shape[1], config.softcap):
@@ -116,6 +120,8 @@ def _fwd(
 def _bwd(
     config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: Any, g: Array
 ) -> tuple[Any, ...]:
+    """Returns the gradients of q, k and v, in the dtypes of the inputs; places and sinks have
+    none."""
     arrays, places, saved, logsumexp, like = residuals
     out = None
     if saved is not None:
@@ -146,15 +152,14 @@ class Heads(NamedTuple):
         chex.assert_rank(self[:3], 4)
         chex.assert_equal_shape([self.k, self.v])
         chex.assert_equal_shape_prefix([self.q, self.k], 2)
+        heads = map(bf16_bits, self[:3])
         positions, segments, window = (jnp.asarray(x, jnp.int32) for x in self[3:6])
-        return (
-            *map(bf16_bits, self[:3]),
-            *jnp.broadcast_arrays(positions, segments),
-            window,
-        )
+        positions, segments = jnp.broadcast_arrays(positions, segments)
+        return (*heads, positions, segments, window)
 
 
 def _heads(arrays: Any, places: tuple[Any, ...], ordered: bool) -> Heads:
+    """Returns the arguments of the native kernels, from saved queries, keys and values."""
     q, k, v = (read_residual(x, "bfloat16") for x in arrays)
     positions, segments, window = places
     return Heads(q, k, v, positions, segments, window, ordered)

@@ -87,6 +87,8 @@ def blocks(
     table = bits_of(kernel)
 
     def add(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Adds block ``i`` of the vocabulary to the running maximum, sum of exponentials and
+        gradient."""
         top, total, attended = carry
         # The last block ends at the end of the vocabulary; it overlaps the block before, whose
         # entries are masked.
@@ -109,8 +111,8 @@ def blocks(
     lowest = jnp.full((n,), jnp.finfo(jnp.float32).min)
     zeros = jnp.zeros((n,), jnp.float32)
     attended = jnp.zeros((n, _gradient_width(hidden, grad)), jnp.float32)
-    blocks = -(-vocab // BLOCK)
-    sums = lax.fori_loop(0, blocks, add, (lowest, zeros, attended))
+    count = -(-vocab // BLOCK)
+    sums = lax.fori_loop(0, count, add, (lowest, zeros, attended))
     target_rows = _target_rows(kernel, targets, head.transposed)
     return _losses(sums, hidden, target_rows, weights, head, grad)
 
@@ -140,7 +142,7 @@ def _losses(
     losses = weights * (jnp.log(total) + top - picked)
     if not grad:
         return losses, attended
-    expected = attended / total[:, None]
+    expected = attended / total[:, None]  # the gradient by the log of the sum
     return losses, weights[:, None] * (expected - slope[:, None] * columns)
 
 
@@ -164,10 +166,11 @@ def _native_sums(
     ``constants`` are the head's kernel, its row for every target, and the weights.
     """
     kernel, target_rows, weights = constants
-    flat = hidden.reshape(weights.size, -1)
     n = weights.size
+    flat = hidden.reshape(n, -1)
     # Rows with a target first: the kernel stops after the last of them.
     order = jnp.argsort(weights.reshape(n) == 0, stable=True)
+    # [batch, seq, ...] -> [batch * seq, ...], in this order
     h, rows, w = (
         jnp.take(x.reshape(n, *x.shape[2:]), order, axis=0)
         for x in (hidden, target_rows, weights)

@@ -101,6 +101,7 @@ def products(*sums: Sum) -> list[Array]:
 
 @custom_vmap
 def _products(sums: Sequence[Sum]) -> list[Array]:
+    """Computes `products` of operands that are uint16."""
     return _call_native(sums)
 
 
@@ -112,6 +113,7 @@ def _products_of_runs(
     product."""
 
     def with_runs(term: Term, is_batched: Term) -> Term:
+        """Returns a term whose x has the axis of runs; a kernel in a stack has none."""
         if isinstance(term.y, Bits):
             assert not any(jax.tree.leaves(is_batched.y)), "kernels are shared"
         x = term.x
@@ -129,7 +131,7 @@ def _products_of_runs(
 def _call_native(sums: Sequence[Sum], *runs: int) -> list[Array]:
     """Returns the results of one call, with an axis of ``runs`` first if they are given; operands
     are uint16."""
-    stored = {"float32": jnp.float32, "bfloat16": jnp.uint16}
+    stored = {"float32": jnp.float32, "bfloat16": jnp.uint16}  # dtypes of the results
     terms: list[Term] = []
     shapes = []
     for each in sums:
@@ -156,17 +158,21 @@ def _call_native(sums: Sequence[Sum], *runs: int) -> list[Array]:
 
 def is_native(rows: int, operand: str, numerics: Numerics) -> bool:
     """Returns True if matmuls with this number of rows are native."""
+    kind = ""
     if operand == numerics.operand == "bfloat16":
         kind = native_kind(numerics)
-    else:
-        kind = ""
-    return bool(kind) and (rows >= _FEWEST_ROWS or kind != "floats")
+    if (
+        kind == "floats"
+    ):  # float32 instructions (AVX2): XLA's matmuls of few rows are faster
+        return rows >= _FEWEST_ROWS
+    return bool(kind)
 
 
 def native_sums(numerics: Numerics, *sums: Sum) -> list[Array]:
     """Computes `products` of unrounded operands in any storage form."""
 
     def operand(y: Any) -> Any:
+        """Returns an operand in bf16; an array in a stack stays in place."""
         if not isinstance(y, Bits):
             return rounded(expand(y), "bfloat16", numerics)
         if y.at is None:
@@ -209,12 +215,12 @@ def adapted_dense(x: Array, dense: Dense, numerics: Numerics) -> Adapted:
     rows. In text generation it costs more: each token would need a copy.
     """
     products = _native_products(x, [dense], numerics)
-    rows = math.prod(x.shape[:-1])
-    worthwhile = 2 * rows >= dense.kernel.shape[-2]
-    if products is None and dense.adapter is not None and dense.is_plain and worthwhile:
-        products = FusedProducts(numerics)
     if products is None:
-        return NotImplemented
+        rows = math.prod(x.shape[:-1])
+        worthwhile = 2 * rows >= dense.kernel.shape[-2]
+        if dense.adapter is None or not dense.is_plain or not worthwhile:
+            return NotImplemented
+        products = FusedProducts(numerics)
     return _apply(products, x, [dense])[0]
 
 
@@ -236,6 +242,7 @@ def parallel_dense(
 def _native_products(
     x: Array, layers: Sequence[Dense], numerics: Numerics
 ) -> Products | None:
+    """Returns the native matmuls of these layers, or None if they do not apply to them."""
     rows = math.prod(x.shape[:-1])
     plain = all(layer.is_plain for layer in layers)
     if plain and is_native(rows, numerics.operand, numerics):
@@ -248,6 +255,7 @@ def _apply(products: Products, x: Array, layers: Sequence[Dense]) -> list[Adapte
     *leading, d_in = x.shape
 
     def unflatten(y: Array) -> Array:
+        """Returns ``[..., n]`` of ``[rows, n]``."""
         return y.reshape(*leading, -1)
 
     factors = tuple(Factors.of(layer.adapter, layer.kernel) for layer in layers)
@@ -285,10 +293,10 @@ class FusedProducts(Products):
         """See `Products`."""
         ((a, b, scale, _, kernel),) = layers
         n = self.numerics
-        d_out = kernel.shape[1]
+        d_in, d_out = kernel.shape
         # A rematerialized layer saves the r columns s x A; recomputing them would take another
         # matmul over x.
-        if d_out > kernel.shape[0]:
+        if d_out > d_in:
             hidden: Any = save_residual(scale * dot(x, a, n), "float32", n)
             rows = self._join(x, hidden, 1)
             y = dot(rows, self._join(kernel, b, 0), n)
@@ -309,7 +317,7 @@ class FusedProducts(Products):
         (layer,) = layers
         (g,) = gs
         n = self.numerics
-        wide = with_masked(layer)
+        wide = with_masked(layer)  # [r or 2 r, d_out]
         d_in, d_out = layer.kernel.shape
         if d_out > d_in:
             joined = self._join(layer.kernel, wide, 0)
@@ -327,12 +335,13 @@ class FusedProducts(Products):
         return rounded(dx, x.dtype, n), [da], [db]
 
     def _join(self, first: Kernel, second: Array, axis: int) -> Array:
-        """Returns both arrays rounded and concatenated."""
+        """Returns both arrays, rounded to the operands' dtype and concatenated along ``axis``."""
         # As integers: XLA:CPU would concatenate bf16 in float32 and convert both ways.
         bits = [self._bits(expand(first)), self._bits(second)]
         return from_bits(jnp.concatenate(bits, axis=axis))
 
     def _bits(self, x: Array) -> Array:
+        """Returns ``x`` rounded to the operands' dtype, bf16 as uint16."""
         return bf16_bits(rounded(x, self.numerics.operand, self.numerics))
 
     def _narrow_dot(self, x: Array, y: Array) -> Array:
@@ -360,7 +369,7 @@ class NativeProducts(Products):
         n = self.numerics
         factors = [layer.a for layer in layers if layer.a is not None]
         narrow_sums = [Sum([Term(x, a)]) for a in factors]
-        narrow = iter(native_sums(n, *narrow_sums))
+        narrow = iter(native_sums(n, *narrow_sums))  # x A of each layer with an adapter
         sums = []
         hidden: list[Any] = []
         for layer in layers:
@@ -384,8 +393,8 @@ class NativeProducts(Products):
     ) -> tuple[Array, list[Any], list[Any]]:
         """See `Products`."""
         n = self.numerics
-        terms = []
-        adapted = []
+        terms = []  # of dx
+        adapted = []  # indices of the layers with an adapter
         back_sums = []
         for i, (layer, g) in enumerate(zip(layers, gs, strict=True)):
             terms.append(Term(g, layer.kernel, True))

@@ -26,6 +26,7 @@ _ANSWERS = {"mc": "letters", "rc": "full texts"}  # of each completion form
 
 
 def _description(name: str) -> str:
+    """Returns the description of a config such as "boolq_mc"."""
     task, form = tasks.task_of(name)
     return f"{task}, answered by {_ANSWERS[form]}"
 
@@ -42,6 +43,7 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
+        """Returns the fields of a record and the license of the task."""
         text = tfds.features.Text
         config = self.builder_config
         features = {
@@ -62,21 +64,25 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
         return _info(self, features, about, tasks.task_of(config.name)[0])
 
     def _split_generators(self, dl_manager: Any) -> Splits:
+        """Returns the records of every split of the task, by number."""
         # Not dl_manager: downloads.fetch_file downloads, with its checksum.
         name = self.builder_config.name
+        task, _ = tasks.task_of(name)
         return {
-            split: self._generate_examples(name, split)
-            for split in tasks.SIZES[tasks.task_of(name)[0]]
+            split: self._generate_examples(name, split) for split in tasks.SIZES[task]
         }
 
     def _generate_examples(
         self, name: str, split: str
     ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields the number and the record of every question of a split."""
         path = fetch_file(tasks.package_file(name, split))
         count = 0
         for count, row in enumerate(tasks.questions(path), start=1):
             yield count - 1, _record(row)
-        if count != (size := tasks.SIZES[tasks.task_of(name)[0]][split]):
+        task, _ = tasks.task_of(name)
+        size = tasks.SIZES[task][split]
+        if count != size:
             remedy = "delete it and run again"
             raise NaloraError(
                 str(path), expected=f"{size} questions", found=count, remedy=remedy
@@ -101,8 +107,8 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the record of a question, built from its first request.
 
     In a sentence with a blank, each option completes the prompt, and the text after the blank is
-    scored: "Ian met Bob because _ was home." has the prompts "Ian met Bob because Ian" and "...
-      because Bob".
+    scored: "Ian met Bob because _ was home." has the prompts "Ian met Bob because Ian" and "Ian met
+    Bob because Bob".
     """
     doc = row["doc"]
     gold = int(row["label"])
@@ -117,8 +123,11 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
         prompts = [before + option for option in choices]
         prompt = prompts[gold]
         completion = completion.strip()
+    identifier = row["native_id"]
+    if identifier is None:
+        identifier = row["doc_id"]
     return {
-        "id": str(row["doc_id"] if row["native_id"] is None else row["native_id"]),
+        "id": str(identifier),
         "prompt": prompt,
         "completion": f" {completion}",
         "choices": choices,
@@ -141,6 +150,7 @@ class Needle(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
+        """Returns the fields of a record and the license of the text."""
         text = tfds.features.Text
         number = tfds.features.Scalar
         features = {

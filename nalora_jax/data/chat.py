@@ -21,7 +21,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from nalora_jax.config import DataConfig
@@ -102,11 +102,10 @@ def render_completion(
             as_messages(prompt, completion), config.loss_on, tokenizer, where
         )
     text = prompt + completion
-    return Rendered(
-        text,
-        ((0 if config.loss_on == "all" else len(prompt), len(text)),),
-        special=True,
-    )
+    start = len(prompt)
+    if config.loss_on == "all":
+        start = 0
+    return Rendered(text, ((start, len(text)),), special=True)
 
 
 def render_chat(
@@ -149,10 +148,10 @@ def render_chat(
             where, expected="a user's or system's message first", found="an assistant's"
         )
     for turn in turns:
-        texts = [messages[turn].get(name) for name in ("content", *REASONING)]
-        if not messages[turn].get("tool_calls") and not any(
-            isinstance(t, str) and t.strip() for t in texts
-        ):
+        message = messages[turn]
+        texts = [message.get(name) for name in ("content", *REASONING)]
+        has_words = any(isinstance(text, str) and text.strip() for text in texts)
+        if not has_words and not message.get("tool_calls"):
             place = f"{where}: message {turn + 1} of {len(messages)}"
             expected = "an assistant's answer"
             remedy = "the model would learn to end at once: write the answer, or remove the record"
@@ -179,23 +178,24 @@ def _completions(
     where: str,
     tools: Sequence[Message] | None,
 ) -> tuple[str, Ranges]:
-    """Returns the text and the completions; of long chats from short contents, if their text is the
-    same."""
-    contents = {i: message.get("content") for i, message in enumerate(messages)}
-    long = {
-        i: text
-        for i, text in contents.items()
-        if isinstance(text, str) and len(text.strip()) > _LONG
-    }
+    """Returns the text of a conversation and the character ranges of the completions in ``turns``.
+
+    For long chats both are derived from a chat with short contents, if this gives the same text.
+    """
+    long = {}  # contents to shorten, by the index of their message
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, str) and len(content.strip()) > _LONG:
+            long[index] = content
     if len(turns) * sum(map(len, long.values())) > _MOST:
         short = _marked(messages, long)
         text, answers = completions(short.messages, turns, tokenizer, where, tools)
-        expanded = short.expanded(text, list(chain.from_iterable(answers)))
-        if expanded is not None and expanded[0] == tokenizer.render_chat(
-            messages, tools=tools
-        ):
-            places = iter(expanded[1])
-            return expanded[0], tuple(zip(places, places, strict=True))
+        bounds = list(chain.from_iterable(answers))
+        expanded = short.expanded(text, bounds)
+        if expanded is not None:
+            text, bounds = expanded
+            if text == tokenizer.render_chat(messages, tools=tools):
+                return text, tuple(zip(bounds[::2], bounds[1::2], strict=True))
     return completions(messages, turns, tokenizer, where, tools)
 
 
@@ -221,13 +221,11 @@ def messages_of(
     field = config.messages_field
     value = record[config.messages_field]
     if isinstance(value, dict) and all(
-        isinstance(value_text, list) for value_text in value.values()
+        isinstance(column, list) for column in value.values()
     ):
         # TFDS stores a sequence of dicts as a dict of sequences.
-        value = [
-            dict(zip(value, parts, strict=False))
-            for parts in zip(*value.values(), strict=False)
-        ]
+        rows = zip(*value.values(), strict=False)
+        value = [dict(zip(value, row, strict=False)) for row in rows]
     if not isinstance(value, list) or not value:
         actual = "none" if value == [] else f"a {type(value).__name__}"
         raise NaloraError(
@@ -277,6 +275,7 @@ def text_field(
 
 
 THOUGHT_END = "</think>"
+# A tag around reasoning (group 1), or the words up to the next tag.
 _WORDS = re.compile(r"(</?think>)|\S(?:(?!\s*</?think>).)*", re.DOTALL)
 # They stand for the texts of a turn and of the message before it.
 _MARK = "xz0000zx"
@@ -307,8 +306,11 @@ def completions(
     texts = [part.removesuffix(after_chat) for part in texts]
 
     def rewritten(turn: int, before: str, upto: str) -> tuple[int, int]:
-        """Returns the completion in ``turn`` if the texts up to its start and its end do not begin
-        ``text``."""
+        """Returns the range of the completion in ``turn`` in a template that rewrites turns.
+
+        ``before`` and ``upto`` are the texts up to its start and its end when the chat ends there;
+        they do not begin ``text``.
+        """
         own = _place(messages[: turn + 1], turn, upto, render)
         if own is None and not upto.startswith(before):
             raise NaloraError(
@@ -338,7 +340,9 @@ def completions(
     answers = []
     # From the last turn: if it has a place, computing the loss on it alone is a remedy for the
     # others.
-    for turn, before, upto in zip(turns[::-1], texts[-2::-2], texts[::-2], strict=True):
+    befores = texts[::2]
+    uptos = texts[1::2]
+    for turn, before, upto in reversed(list(zip(turns, befores, uptos, strict=True))):
         if upto.startswith(before) and text.startswith(upto):
             answers.append((len(before), len(upto.rstrip())))
         else:
@@ -378,11 +382,14 @@ def _with_stops(
 def _stop_after(
     message: Message, tokenizer: Tokenizer, tools: Sequence[Message] | None
 ) -> str:
-    """Returns the stop token with which the message after an assistant's ``message`` begins, or
-    ""."""
-    role = "user"
+    """Returns the stop token with which the message after an assistant's ``message`` begins.
+
+    It is "" if no message can follow, or if the next one begins with no stop token.
+    """
+    role = "user"  # of the next message
     if message.get("tool_calls"):
         role = "tool"
+    # The message with a short content and without reasoning.
     turn = {name: value for name, value in message.items() if name not in REASONING}
     turn["content"] = ""
     if message.get("content"):
@@ -415,11 +422,11 @@ def _renderer(
     tokenizer: Tokenizer,
     tools: Sequence[Message] | None,
 ) -> Render:
-    """Returns a function that renders chats; contents keep their reasoning if the template drops
-    it.
+    """Returns a function that renders chats; contents keep their reasoning even if the template
+    drops it.
 
-    A template that writes ``</think>`` itself before the rest drops none: the generation prompt
-    ends with it, too.
+    Whether it does is tested with a marked turn. A template that writes ``</think>`` itself before
+    the rest drops none: the generation prompt ends with it, too.
     """
     thinking = {turn for turn in turns if THOUGHT_END in messages[turn]["content"]}
     drops = False
@@ -428,16 +435,16 @@ def _renderer(
             "role": "assistant",
             "content": f"<think>\n{_MARK}\n{THOUGHT_END}\n\n{_MARK}",
         }
-        (text,) = tokenizer.render_chats(
-            [([*messages[: min(thinking)], turn], False)], tools
-        )
-        drops = text.count(_MARK) == 1 and not text.partition(_MARK)[
-            0
-        ].rstrip().endswith(THOUGHT_END)
+        chat = [*messages[: min(thinking)], turn]
+        (text,) = tokenizer.render_chats([(chat, False)], tools)
+        before, _, _ = text.partition(_MARK)
+        one_mark = text.count(_MARK) == 1
+        drops = one_mark and not before.rstrip().endswith(THOUGHT_END)
     if not drops:
         return lambda chats: tokenizer.render_chats(chats, tools)
 
     def render(chats: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+        """Renders chats with marks for the contents with reasoning, and puts the contents back."""
         short = [_marked(chat, thinking) for chat, _ in chats]
         prompts = [prompt for _, prompt in chats]
         pairs = [
@@ -452,10 +459,8 @@ def _renderer(
 def _place(
     messages: Sequence[Message], turn: int, text: str, render: Render
 ) -> tuple[int, int] | None:
-    """Returns where the completion of ``turn`` and its own words start in ``text``, the text of
-    ``messages``.
-
-    None if it is unknown.
+    """Returns where the completion of ``turn`` starts in ``text``, the text of ``messages``, and
+    where its own words start; None if this is unknown.
 
     The texts between the message before the turn and the turn's words are compared:
 
@@ -470,8 +475,9 @@ def _place(
         [(own, False), (both, False), (both[:turn], True)]
     )
     head, mark, _ = own_text.partition(_MARK)
-    between = both_text.partition(_MARK)[0].rpartition(_MARK_BEFORE)[2]
-    prompt = prompt.rpartition(_MARK_BEFORE)[2]
+    both_head, _, _ = both_text.partition(_MARK)
+    _, _, between = both_head.rpartition(_MARK_BEFORE)
+    _, _, prompt = prompt.rpartition(_MARK_BEFORE)
     if not mark or not text.startswith(head) or not head.endswith(between):
         return None
     if not prompt.startswith(between) and not between.startswith(prompt):
@@ -481,13 +487,17 @@ def _place(
 
 
 def _with_mark(messages: Sequence[Message], place: int, mark: str) -> list[Message]:
-    """Returns the messages with ``mark`` for the words of one; tags around its reasoning stay."""
+    """Returns the messages with ``mark`` in place of the words of the message at ``place``.
+
+    The tags ``<think>`` and ``</think>`` around its reasoning stay.
+    """
     message = messages[place]
     changed: Message = {name: mark for name in REASONING if message.get(name)}
     content = message["content"]
     if content or not changed:
         text = content.lstrip() if isinstance(content, str) else ""
-        changed["content"] = _WORDS.sub(lambda words: words[1] or mark, text) or mark
+        marked = _WORDS.sub(lambda words: words[1] or mark, text)
+        changed["content"] = marked or mark
     return [*messages[:place], message | changed, *messages[place + 1 :]]
 
 
@@ -525,19 +535,21 @@ class ShortChat:
     def expanded(
         self, text: str, positions: Sequence[int]
     ) -> tuple[str, list[int]] | None:
-        """Returns a rendered text with its contents, and the positions in it; None if one is inside
-        a content."""
-        marks = list(_CONTENT_MARK.finditer(text))
-        for mark in marks:
+        """Returns a rendered text with its contents in place of the marks, and where ``positions``
+        of the rendered text are in it.
+
+        None if a position is inside a mark.
+        """
+        ends = []
+        shifts = [
+            0
+        ]  # characters that the contents up to each mark's end add to the text
+        for mark in _CONTENT_MARK.finditer(text):
             if any(mark.start() < position < mark.end() for position in positions):
                 return None
-        contents = [self.contents[int(mark[1])] for mark in marks]
-        ends = [mark.end() for mark in marks]
-        longer = (
-            len(content) - len(mark[0])
-            for content, mark in zip(contents, marks, strict=True)
-        )
-        shifts = [0, *accumulate(longer)]
+            ends.append(mark.end())
+            content = self.contents[int(mark[1])]
+            shifts.append(shifts[-1] + len(content) - len(mark[0]))
         places = [
             position + shifts[bisect_right(ends, position)] for position in positions
         ]

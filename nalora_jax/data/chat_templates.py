@@ -36,6 +36,8 @@ _MAX_TEXT = 4_000_000  # characters: a million tokens
 _MAX_SECONDS = 10.0  # of CPU time: long chats take milliseconds
 _MAX_DIGITS = 4300  # of a power, as in Python's conversion to text
 _MAX_BITS = 16_384  # of an integer: more than 4,300 digits
+# A placeholder of a format such as %99999d, or %*d with the width as an argument.
+_LARGE_WIDTH = re.compile(r"%[^a-zA-Z%]*(\*|\d{5})")
 
 
 class EndlessTemplateError(NaloraError):
@@ -62,8 +64,8 @@ def read_templates(
         "tool_use": _read(folder / TOOL_FILE),
     }
     places = [files, *(_by_name(each.get("chat_template")) for each in settings)]
-    named = next((place for place in places if any(place.values())), files)
-    return named.get("default"), named.get("tool_use")
+    first = next((place for place in places if any(place.values())), files)
+    return first.get("default"), first.get("tool_use")
 
 
 def write_templates(folder: Path, default: str | None, tool: str | None) -> None:
@@ -99,11 +101,8 @@ def _by_name(value: Any) -> dict[str, str | None]:
     """Returns templates by name from a ``chat_template``: a text (named "default"), a dict or
     a list of ``{"name", "template"}``. Values that are not texts are left out."""
     if isinstance(value, list):
-        value = {
-            item.get("name"): item.get("template")
-            for item in value
-            if isinstance(item, dict)
-        }
+        items = [item for item in value if isinstance(item, dict)]
+        value = {item.get("name"): item.get("template") for item in items}
     if not isinstance(value, dict):
         value = {"default": value}
     return {name: text for name, text in value.items() if isinstance(text, str)}
@@ -129,6 +128,7 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> jinja2.Template:
+    """Returns a compiled template; the last 16 are kept."""
     return _environment().from_string(source)
 
 
@@ -139,6 +139,7 @@ class _GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
+        """Returns the statements up to the end tag as a scope of their own."""
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(lineno)
@@ -167,11 +168,13 @@ class _CodeGenerator(CodeGenerator):
     intercept."""
 
     def visit_For(self, node: jinja2.nodes.For, frame: Any) -> None:
+        """Writes Python code for a loop over `_Environment.timed` of its values."""
         timed = jinja2.nodes.EnvironmentAttribute("timed")
         node.iter = jinja2.nodes.Call(timed, [node.iter], [], None, None)
         super().visit_For(node, frame)
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: Any) -> None:
+        """Writes Python code for ``a ~ b``: a call of `_Environment.concatenated`."""
         self.write("environment.concatenated((")
         for argument in node.nodes:
             self.visit(argument, frame)
@@ -203,11 +206,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         template could make too large for memory."""
         if operator == "*":
             for value, times in ((left, right), (right, left)):
-                if (
-                    hasattr(value, "__len__")
-                    and isinstance(times, int)
-                    and len(value) * times > _MAX_TEXT
-                ):
+                repeats = hasattr(value, "__len__") and isinstance(times, int)
+                if repeats and len(value) * times > _MAX_TEXT:
                     raise OverflowError(
                         f"a repetition of more than {_MAX_TEXT:,} characters"
                     )
@@ -215,11 +215,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             bits = left.bit_length() if isinstance(left, int) else 1
             if abs(right) > _MAX_DIGITS or bits * abs(right) > _MAX_BITS:
                 raise OverflowError(f"a power above {_MAX_DIGITS:,}")
-        if (
-            operator == "%"
-            and isinstance(left, str)
-            and re.search(r"%[^a-zA-Z%]*(\*|\d{5})", left)
-        ):
+        formats = operator == "%" and isinstance(left, str)
+        if formats and _LARGE_WIDTH.search(left):
             raise OverflowError("a width of more than 4 digits")
         return _bounded(super().call_binop(context, operator, left, right))
 
@@ -229,6 +226,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _bounded(value: Any) -> Any:
+    """Returns ``value``; raises OverflowError if it is a text, list or number that is too large."""
     if isinstance(value, str | list | tuple) and len(value) > _MAX_TEXT:
         raise OverflowError(f"a text of more than {_MAX_TEXT:,} characters")
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:

@@ -7,6 +7,7 @@ fetched.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import hashlib
@@ -51,12 +52,9 @@ _SPLITS = {
     "val": "validation",
 }
 _SPLITS |= {"dev": "validation", "test": "test"}
+# JSON files of which a folder that datasets' save_to_disk wrote has one.
+_SAVED = ("dataset_dict.json", "state.json")
 # JSON files that describe a folder of data, as datasets and TFDS write them.
-# one of which is in a folder of save_to_disk
-_SAVED = (
-    "dataset_dict.json",
-    "state.json",
-)
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "features.json", *_SAVED)
 
 
@@ -82,13 +80,12 @@ class RecordFile:
         Raises:
           NaloraError: one is not an object.
         """
-        pairs = zip(indices, self.fetch(indices), strict=True)
-        return [
-            value
-            if isinstance(value, dict)
-            else json_object(value, self.where(index), self.remedy)
-            for index, value in pairs
-        ]
+        records = []
+        for index, value in zip(indices, self.fetch(indices), strict=True):
+            if not isinstance(value, dict):
+                value = json_object(value, self.where(index), self.remedy)
+            records.append(value)
+        return records
 
 
 def open_rows(path: Path | str) -> RecordFile:
@@ -109,10 +106,7 @@ def open_rows(path: Path | str) -> RecordFile:
         path = buckets.local_copy(path)
     if is_array_record(name):
         return _array_records(path, name)
-    if (
-        kind == ".json"
-        and _bytes(path, 4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    ):
+    if kind == ".json" and _begins_array(path):
         return _json_array(path, name)
     if kind in DELIMITERS:
         return _delimited(path, DELIMITERS[kind], name)
@@ -135,9 +129,9 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
     """
     files: dict[Any, PurePath]
     if buckets.is_url(name):
-        if "*" in name or buckets.exists(name):
-            if "*" in name:
-                return {"train": buckets.files(name)}
+        if "*" in name:
+            return {"train": buckets.files(name)}
+        if buckets.exists(name):
             return {"train": [name]}
         root = name.rstrip("/") + "/"
         files = {
@@ -161,7 +155,7 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
             if file.is_file()
         }
     splits: dict[str, list[Any]] = {}
-    for file, within in files.items():
+    for file, within in files.items():  # within: the path below the folder
         is_data = within.suffix.lower() in ENDINGS or is_array_record(within.name)
         if is_data and within.name not in _DESCRIPTIONS:
             splits.setdefault(_split_of(within), []).append(file)
@@ -170,7 +164,7 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
         raise NaloraError(
             name, expected=expected, found=f"no file that ends in {', '.join(ENDINGS)}"
         )
-    if set(splits) == {""}:
+    if set(splits) == {""}:  # no name begins with a split
         return {"train": splits[""]}
     return splits
 
@@ -188,8 +182,15 @@ def is_path(text: str) -> bool:
     return saved or ("/" in text and (path.is_dir() or glob.has_magic(text)))
 
 
+def _begins_array(path: Path) -> bool:
+    """Returns True if a JSON file begins with "[", after a byte order mark and white space."""
+    start = _bytes(path, 4096).removeprefix(codecs.BOM_UTF8)
+    return start.lstrip()[:1] == b"["
+
+
 def _split_of(file: PurePath) -> str:
-    """Returns the split at the start of a file's name, else of its innermost such folder; or ""."""
+    """Returns the split with which a file's name begins, else the name of its innermost folder
+    that begins with one; "" if no name does."""
     for component in (file.name, *reversed(file.parent.parts)):
         match = re.match(r"([a-z]+)(?![a-z])", component.lower())
         if match and match[1] in _SPLITS:
@@ -203,9 +204,9 @@ def _arrow_files(folder: Path) -> list[Path]:
     names = []
     if isinstance(listed, list):
         names = [entry.get("filename") for entry in listed if isinstance(entry, dict)]
-    if not names or not all(
-        isinstance(name, str) and Path(name).name == name for name in names
-    ):
+    # Names without a folder, so that no file outside of this folder is read.
+    valid = [isinstance(name, str) and Path(name).name == name for name in names]
+    if not names or not all(valid):
         expected = "_data_files, names of Arrow files"
         raise NaloraError(
             str(folder / "state.json"), expected=expected, found=repr(listed)
@@ -233,13 +234,8 @@ def loaded_rows(
 ) -> RecordFile:
     """Returns records in memory as a file; messages name a record's number by default."""
     where = where or (lambda index: f"{name}, item {index + 1}")
-    return RecordFile(
-        name,
-        sha256,
-        len(rows),
-        lambda indices: [rows[index] for index in indices],
-        where,
-    )
+    fetch = lambda indices: [rows[index] for index in indices]  # noqa: E731
+    return RecordFile(name, sha256, len(rows), fetch, where)
 
 
 def _delimited(path: Path, delimiter: str, name: str) -> RecordFile:
@@ -285,6 +281,7 @@ def _delimited(path: Path, delimiter: str, name: str) -> RecordFile:
 
 
 def _bytes(path: Path, size: int = -1) -> bytes:
+    """Returns the first ``size`` bytes of a file, by default all."""
     with readable(path), path.open("rb") as file:
         data = file.read(size)
     return data
@@ -312,6 +309,7 @@ def _array_records(path: Path, name: str) -> RecordFile:
         count = int(reader.num_records())
 
     def fetch(indices: Sequence[int]) -> Sequence[bytes]:
+        """Returns the bytes of the records at ``indices``."""
         with errors():
             data: list[bytes] = reader.read(list(map(int, indices)))
         return data
@@ -351,14 +349,19 @@ def _json_lines(path: Path, name: str) -> RecordFile:
     blanks = np.array(skipped, np.int64)
 
     def fetch(indices: Sequence[int]) -> Sequence[bytes]:
-        begins = starts[np.asarray(indices, np.int64)].tolist()
-        pairs = ((start, content.find(b"\n", start)) for start in begins)
-        return [
-            content[start : len(content) if end < 0 else end] for start, end in pairs
-        ]
+        """Returns the lines at ``indices``, without their line breaks."""
+        lines = []
+        for start in starts[np.asarray(indices, np.int64)].tolist():
+            end = content.find(b"\n", start)
+            if end < 0:  # the last line
+                end = len(content)
+            lines.append(content[start:end])
+        return lines
 
     def where(index: int) -> str:
-        return f"{name}:{index + int(np.searchsorted(blanks, starts[index])) + 1}"
+        """Returns the file and the number of a record's line, blank lines included."""
+        blank_lines = int(np.searchsorted(blanks, starts[index]))
+        return f"{name}:{index + blank_lines + 1}"
 
     return RecordFile(
         name, digest.hexdigest(), len(starts), fetch, where, "fix or remove this line"
@@ -395,6 +398,7 @@ def _table(path: Path | str, name: str) -> RecordFile:
 
     @lru_cache(_OPEN_GROUPS)
     def decoded(group: int) -> Any:
+        """Returns the table of a group of rows, checked."""
         rows = groups[group][1]()
         # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside its
         # memory.
@@ -402,19 +406,19 @@ def _table(path: Path | str, name: str) -> RecordFile:
         return rows
 
     def read(group: int, rows: list[int]) -> list[Record]:
+        """Returns the records at ``rows`` of a group."""
         import pyarrow as pa
 
         with errors():
-            return [
-                TableRecord(row)
-                for row in decoded(group).take(pa.array(rows)).to_pylist()
-            ]
+            values = decoded(group).take(pa.array(rows)).to_pylist()
+        return [TableRecord(row) for row in values]
 
     def fetch(indices: Sequence[int]) -> Sequence[Record]:
+        """Returns the records at ``indices`` of the file."""
         places = np.asarray(indices, np.int64)
-        of = np.searchsorted(bounds, places, side="right") - 1
+        group_of = np.searchsorted(bounds, places, side="right") - 1
         # each group is decoded once
-        return read_in_parts(of, places - bounds[of], read)
+        return read_in_parts(group_of, places - bounds[group_of], read)
 
     return RecordFile(
         name, sha256, int(bounds[-1]), fetch, lambda index: f"{name}, row {index + 1}"
@@ -445,14 +449,12 @@ def _coded_texts(about: Any) -> list[str]:
     """
     groups = [about.row_group(i) for i in range(about.num_row_groups)]
     paths = []
-    for number, column in enumerate(map(about.schema.column, range(len(about.schema)))):
-        is_text = column.physical_type == "BYTE_ARRAY" and column.logical_type.type in (
-            "STRING",
-            "NONE",
-        )
-        if is_text and any(
-            group.column(number).has_dictionary_page for group in groups
-        ):
+    for number in range(len(about.schema)):
+        column = about.schema.column(number)
+        kinds = column.physical_type, column.logical_type.type
+        if kinds not in (("BYTE_ARRAY", "STRING"), ("BYTE_ARRAY", "NONE")):
+            continue
+        if any(group.column(number).has_dictionary_page for group in groups):
             paths.append(column.path)
     return paths
 

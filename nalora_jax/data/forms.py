@@ -56,10 +56,9 @@ def in_turns(record: Record, config: DataConfig, *chosen: str) -> bool:
       *chosen: fields with the completions of a preference pair.
     """
     record = canonical(record, config, "record")
-    listed = any(
-        isinstance(record.get(field), list) for field in (config.prompt_field, *chosen)
-    )
-    return config.chat or config.messages_field in record or listed
+    fields = (config.prompt_field, *chosen)
+    has_messages = any(isinstance(record.get(field), list) for field in fields)
+    return config.chat or config.messages_field in record or has_messages
 
 
 def canonical(record: Record, config: DataConfig, where: str) -> Record:
@@ -83,7 +82,7 @@ def form_of(record: Record, config: DataConfig) -> str:
 
 
 def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, str]:
-    """Returns `canonical` and `form_of` a record."""
+    """Returns the record in the form of `canonical`, and the name of its form as of `form_of`."""
     messages = config.messages_field
     asked = config.prompt_field
     answered = config.completion_field
@@ -92,6 +91,7 @@ def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, 
     tools = record.get("tools")
 
     def with_messages(turns: Any) -> Record:
+        """Returns a record of chat messages, with the tools of the original one."""
         chat = type(record)({messages: turns})
         if tools:
             chat["tools"] = tools
@@ -148,10 +148,9 @@ def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
     if config.chat:
         prompt = "\n\n".join(filter(None, (instruction, given)))
     else:  # Stanford Alpaca's prompt, with which most models without a chat template were tuned
+        context = ""
         if given:
             context = ", paired with an input that provides further context"
-        else:
-            context = ""
         prompt = (
             f"Below is an instruction that describes a task{context}. Write a response that "
             f"appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -179,9 +178,9 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
     if turn is not value:
         return turn
     message = {
-        name: v
-        for name, v in value.items()
-        if v is not None or name in ("role", "content")
+        name: member
+        for name, member in value.items()
+        if member is not None or name in ("role", "content")
     }
     check_role(message.get("role"), where)
     calls = message.get("tool_calls")
@@ -196,9 +195,8 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
         message.pop("tool_calls", None)
     content = message.get("content")
     if isinstance(content, list) and not isinstance(content, Parts):
-        message["content"] = "".join(
-            _part(part, f"{where}: content") for part in content
-        )
+        texts = [_part(part, f"{where}: content") for part in content]
+        message["content"] = "".join(texts)
     return message
 
 
@@ -211,10 +209,10 @@ def check_role(role: object, where: str) -> None:
     if not isinstance(role, str) or role in _KNOWN_ROLES:
         return
     plain = role.strip().lower()
-    meant = _MISNAMED.get(plain) or next(
-        iter(get_close_matches(plain, _KNOWN_ROLES, 1, cutoff=0.75)), None
-    )
-    if meant is not None:
+    similar = get_close_matches(plain, _KNOWN_ROLES, 1, cutoff=0.75)
+    if plain in _MISNAMED:
+        similar = [_MISNAMED[plain]]
+    for meant in similar:
         expected = f"a role that chat templates know ({', '.join(_KNOWN_ROLES)})"
         found = repr(role)[:80]
         remedy = f"write {meant!r}"
@@ -224,10 +222,10 @@ def check_role(role: object, where: str) -> None:
 
 
 def spoken(message: Any, where: str) -> Record:
-    """Returns a message of ShareGPT's or LLaVA's form with a role; other messages as they are.
+    """Returns a message of ShareGPT's or LLaVA's form as one with a role; other messages as they
+    are.
 
-    Raises:
-      NaloraError: not a dict, or an unknown speaker.
+    Raises: NaloraError: not a dict, or an unknown speaker.
     """
     if not isinstance(message, dict):
         found = f"a {type(message).__name__}"
@@ -306,6 +304,7 @@ def _without_null(value: Any) -> Any:
 
 
 def _part(content: Any, where: str) -> str:
+    """Returns the text of a part of a message's content; raises a NaloraError for another part."""
     if isinstance(content, dict) and content.get("type", "text") == "text":
         text = content.get("text")
         if isinstance(text, str):

@@ -58,18 +58,16 @@ def formatted(base: Source, function: Format) -> SourceView:
         return result
 
     digest = hashlib.sha256()
-    kept = []
+    kept = []  # indices of the records that are not skipped
     for indices, records in batches(base, np.arange(len(base))):
         for index, record in zip(indices, records, strict=True):
             result = example(record, base.where(index))
             if result is not None:
                 kept.append(index)
-                digest.update(json.dumps(result, sort_keys=True, default=str).encode())
-    view = SourceView(
-        base,
-        np.array(kept, np.int64),
-        lambda record, where: example(record, where) or {},
-    )
+                text = json.dumps(result, sort_keys=True, default=str)
+                digest.update(text.encode())
+    again = lambda record, where: example(record, where) or {}  # noqa: E731
+    view = SourceView(base, np.array(kept, np.int64), again)
     view.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
     return view
 
@@ -107,11 +105,12 @@ def given_sources(
     if format is None:
         return config, sources
     if sources is None:
+        train = open_source(config, config.train_split)
+        sources = {config.train_split: train}
         held = config.eval_split
-        sources = {config.train_split: open_source(config, config.train_split)}
-        if held != AUTO or "validation" in sources[config.train_split].siblings:
-            if held == AUTO:
-                held = "validation"
+        if held == AUTO and "validation" in train.siblings:
+            held = "validation"
+        if held != AUTO:  # otherwise some training records are held out
             sources[held] = open_source(config, held)
     return config, {
         name: formatted(records, format) for name, records in sources.items()

@@ -83,6 +83,7 @@ def digest(items: Sequence[Item]) -> str:
 
 
 def _digest_of_image(image: Any) -> str:
+    """Returns the SHA-256 of an image, given as its bytes or the path of its file."""
     if not isinstance(image, bytes):
         image = image.read_bytes()
     return digest_of(image)

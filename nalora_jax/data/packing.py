@@ -91,17 +91,14 @@ def pack(
     groups: list[Group] = [((size,), count) for size, count in sizes]
     if several:
         groups = _best_fit(sizes, capacity)
-        filled = int(counts @ np.arange(len(counts)))
-        if (
-            filled < _FULL * capacity * _rows(groups)
-            and len(sizes) * capacity <= _EFFORT
-        ):
+        filled = int(counts @ np.arange(len(counts)))  # positions of all examples
+        has_gaps = filled < _FULL * capacity * _rows(groups)
+        if has_gaps and len(sizes) * capacity <= _EFFORT:
             groups = min(groups, _fullest_first(counts, capacity), key=_rows)
     slots = [np.tile(np.array(row, np.int64), count) for row, count in groups]
     per_row = np.concatenate([np.full(count, len(row)) for row, count in groups])
-    return Pattern(
-        np.concatenate(slots), np.concatenate([[0], np.cumsum(per_row)]), capacity
-    )
+    starts = np.concatenate([[0], np.cumsum(per_row)])
+    return Pattern(np.concatenate(slots), starts, capacity)
 
 
 def plan_rows(
@@ -116,9 +113,11 @@ def plan_rows(
       epoch: counted from 0.
     """
     shuffled = permutation(len(lengths), seed, epoch, 0)
+    # Examples and slots, both from short to long, fit each other one by one.
     by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    slots = np.argsort(pattern.lengths, kind="stable")
     examples = np.empty(len(lengths), np.int64)
-    examples[np.argsort(pattern.lengths, kind="stable")] = by_length
+    examples[slots] = by_length
     return PackingPlan(pattern, examples, permutation(pattern.rows, seed, epoch, 1))
 
 
@@ -162,13 +161,16 @@ def fill_rows(
     examples = np.concatenate(rows)
     lengths = offsets[examples + 1] - offsets[examples] - 1
     ends = np.cumsum(lengths)
+    # Of each token, [tokens]: its position in the example, and its index in `tokens`.
     position = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     source = np.repeat(offsets[examples], lengths) + position
+    # Of each example: its row, and its number in the row.
     row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     segment = np.concatenate([np.arange(1, len(row) + 1) for row in rows])
+    # Of each row: its tokens, and the padding in all rows before it.
     filled = np.bincount(row_of, lengths).astype(np.int64)
-    # padding before each row
     gap = np.arange(len(rows)) * capacity - np.cumsum(filled) + filled
+    # Index of each token in the flattened result.
     place = np.arange(ends[-1]) + np.repeat(gap[row_of], lengths)
     values = {
         "tokens": tokens[source],
@@ -186,19 +188,23 @@ def fill_rows(
 
 
 def _rows(groups: Sequence[Group]) -> int:
+    """Returns the number of rows in all groups."""
     return sum(count for _, count in groups)
 
 
 def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
-    """Puts lengths, longest first, into the row with the least sufficient room.
+    """Returns rows of examples: each, longest first, is put into the row with the least room that
+    is enough.
 
-    ``sizes`` are (length, count).
+    ``sizes`` are (length, count) of the examples, longest first. Rows with equal slots are treated
+    as one group.
     """
     groups: dict[int, list[Group]] = defaultdict(list)  # by the free positions in a row
     free: list[int] = []  # sorted keys of the non-empty `groups`
     row: tuple[int, ...]
 
     def put(row: tuple[int, ...], count: int, room: int) -> None:
+        """Adds ``count`` rows with these slots and ``room`` free positions."""
         if count:
             if not groups[room]:
                 insort(free, room)
@@ -206,6 +212,7 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
 
     for size, count in sizes:
         while count:
+            # Take the group with the least room that is enough, or new rows.
             tightest = bisect_left(free, size)
             row = ()
             available = count
@@ -215,11 +222,13 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
                 row, available = groups[room].pop()
                 if not groups[room]:
                     free.pop(tightest)
+            # Fill as many of its rows as possible with `each` examples.
             each = room // size
             full = min(available, count // each)
             put(row + (size,) * each, full, room - each * size)
             count -= full * each
             available -= full
+            # The examples that are left go into one more row.
             if available and count:
                 put(row + (size,) * count, 1, room - count * size)
                 count = 0
@@ -230,12 +239,16 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
 
 
 def _fullest_first(counts: np.ndarray, capacity: int) -> list[Group]:
-    """Builds the fullest row with the longest remaining example as often as possible; repeats."""
+    """Returns rows of examples: the fullest row that contains the longest remaining example, as
+    often as the examples allow; then the next one.
+
+    ``counts[length]`` is the number of examples of a length.
+    """
     counts = counts.copy()
     groups = list[Group]()
     while counts.any():
         longest = int(np.flatnonzero(counts)[-1])
-        counts[longest] -= 1
+        counts[longest] -= 1  # while the other slots are chosen
         row = (longest, *_fill(counts, capacity - longest))
         counts[longest] += 1
         sizes, each = np.unique(row, return_counts=True)
@@ -246,13 +259,14 @@ def _fullest_first(counts: np.ndarray, capacity: int) -> list[Group]:
 
 
 def _fill(counts: np.ndarray, room: int) -> list[int]:
-    """Returns lengths with the largest sum up to ``room``, preferring long lengths.
+    """Returns lengths of available examples with the largest sum up to ``room``, preferring long
+    lengths.
 
-    It solves the subset sum with the bits of an integer.
+    ``counts[length]`` examples are available. The subset sum is solved with the bits of an integer.
     """
-    # bit s of `sums`: some of the lengths so far add up to s
-    fits = (2 << room) - 1
+    # Bit s of `sums` is set if some of the lengths so far add up to s.
     sums = 1
+    fits = (2 << room) - 1  # the bits of sums up to `room`
     history: list[tuple[int, int]] = []  # (sums before, length added)
     for size in np.flatnonzero(counts[: room + 1])[::-1].tolist():
         for _ in range(min(int(counts[size]), room // size)):
@@ -261,12 +275,13 @@ def _fill(counts: np.ndarray, room: int) -> list[int]:
                 break
             history.append((sums, size))
             sums = more
-        if sums >> room:
+        if sums >> room:  # a row without a gap
             break
-    total = sums.bit_length() - 1
+    total = sums.bit_length() - 1  # the largest sum
     chosen = []
     for before, size in reversed(history):
-        if not before >> total & 1:
+        reached = before >> total & 1  # without this length
+        if not reached:
             chosen.append(size)
             total -= size
     return chosen

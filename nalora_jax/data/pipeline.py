@@ -100,11 +100,11 @@ class Stream(ABC):
         """Returns the batch whose first row over all hosts is ``row``; pure in ``row``."""
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
-        flat = self.arrays((row + first + np.array(self.rows)).ravel().tolist())
-        lead = (self.accumulate, len(self.rows))
-        return {
-            name: value.reshape(*lead, *value.shape[1:]) for name, value in flat.items()
-        }
+        rows = row + first + np.array(self.rows)  # [accumulate, rows of this process]
+        batch = self.arrays(rows.ravel().tolist())
+        for name, value in batch.items():
+            batch[name] = value.reshape(*rows.shape, *value.shape[1:])
+        return batch
 
     def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
         """Returns an endless iterator, from the start or from a state of `BatchIterator.get_state`.
@@ -150,6 +150,7 @@ class TrainData(Stream):
 
     @cached_property
     def _plan(self) -> Callable[[int], PackingPlan]:
+        """Returns the function that plans the rows of an epoch; two epochs are kept."""
         lengths = self.store.lengths(self.group)
         return lru_cache(maxsize=2)(
             lambda epoch: plan_rows(self.pattern, lengths, self.seed, epoch)
@@ -185,6 +186,7 @@ class TrainData(Stream):
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns arrays ``[len(rows), max_length]``; of models with image input also pixels."""
         store = self.store
+        # A record has `group` consecutive examples of the store: [records, group] -> [examples].
         places = np.arange(self.group)
         examples = [
             (self.group * self.records_of(i)[:, None] + places).ravel() for i in rows
@@ -210,6 +212,7 @@ class BatchIterator(Iterator[HostBatch]):
         self._batches = self._open()
 
     def _open(self) -> grain.DatasetIterator[HostBatch]:
+        """Returns Grain's iterator over the batches that start at the current row."""
         rows = grain.MapDataset.range(self._row, sys.maxsize, self._data.batch_size)
         threads = self._data.workers
         options = grain.ReadOptions(
@@ -320,7 +323,9 @@ def packed_data(
     uncut = open_store(records, config, tokenizer, seed, examples, **fields)
     if not config.max_length:
         measured = np.sort(permutation(len(records), _SEED)[:SAMPLE])
-        if config.train_limit:  # lengths of records beyond the limit count, too
+        if (
+            config.train_limit
+        ):  # the store lacks the records beyond the limit, which count, too
             sizes = [len(example.ids) - 1 for _, example in examples(records, measured)]
             lengths = np.array(sizes).reshape(-1, group).sum(axis=1)
         else:
@@ -341,10 +346,10 @@ def packed_data(
 KEPT = 0.99  # share of the examples that fit a row
 SHORTEST = 128  # minimum of packed rows: shorter rows make batches too small
 FULL = 0.9  # packing efficiency for which rows become longer, at most four times
-_LONGER = (1, 1.25, 1.5, 2, 3, 4)
+_LONGER = (1, 1.25, 1.5, 2, 3, 4)  # factors that are tried in order
 SAMPLE = 10_000  # maximum of measured examples
 _REPEATED = 1000  # examples: of fewer, the last row would decide the efficiency
-_MULTIPLE = 8
+_MULTIPLE = 8  # of the row length
 _SEED = 20260103  # of the draw of measured examples: the same in every run
 
 
@@ -369,31 +374,31 @@ def with_length(
     full = 1.0
     if config.pack:
         tried = []
-        for longer in (
-            min(_rounded(int(factor * length)), context) for factor in _LONGER
-        ):
+        for factor in _LONGER:
+            longer = min(_rounded(int(factor * length)), context)
             fitting = lengths[(lengths > 0) & (lengths <= longer)]
             if len(fitting):
                 repeated = np.tile(fitting, -(-_REPEATED // len(fitting)))
-                tried.append((longer, pack(repeated, longer).efficiency))
-            if tried and tried[-1][1] >= FULL:
-                break
+                full = pack(repeated, longer).efficiency
+                tried.append((longer, full))
+                if full >= FULL:
+                    break
         length, full = max(tried, key=lambda row: row[1], default=(length, 0.0))
+    fit = float(np.mean(lengths <= length))
     log.info(
         "rows of %d tokens, %.0f%% full: %.1f%% of %d examples fit, the longest has %d; "
         "--data.max-length names another length",
-        *(
-            length,
-            100 * full,
-            100 * float(np.mean(lengths <= length)),
-            len(lengths),
-            lengths.max(),
-        ),
+        length,
+        100 * full,
+        100 * fit,
+        len(lengths),
+        lengths.max(),
     )
     return replace(config, max_length=length)
 
 
 def _rounded(length: int) -> int:
+    """Returns ``length`` rounded up to a multiple of 8."""
     return -(-length // _MULTIPLE) * _MULTIPLE
 
 

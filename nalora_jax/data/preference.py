@@ -47,13 +47,13 @@ class Pair:
 
 
 def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
-    """Returns the right choice, and the first one after it with another text."""
+    """Returns the completions of a pair from a question: the right choice, and the first one after
+    it with another text. The list is read as a circle."""
     choices = record["choices"]
     gold = gold_of(record, where)
     right = choices[gold]
-    others = [
-        choice for choice in (*choices[gold + 1 :], *choices[:gold]) if choice != right
-    ]
+    following = [*choices[gold + 1 :], *choices[:gold]]
+    others = [choice for choice in following if choice != right]
     if not others:
         raise NaloraError(
             f"{where}: choices", expected="two that differ", found=repr(right)
@@ -68,24 +68,32 @@ def _answer(
     tokenizer: Tokenizer,
     where: str,
 ) -> Rendered:
+    """Returns the text of a record's prompt with one of its completions, which is marked.
+
+    Args: record: has texts, or chat messages. config: names of the fields, and ``chat``. name:
+    field of the completion; its messages may contain the prompt. tokenizer: renders chat templates.
+    where: names the record in messages.
+
+    Raises: NaloraError: a field is missing or of the wrong type, or the completion is empty.
+    """
     prompt = record.get(config.prompt_field)
-    answer = record.get(name)
-    if isinstance(answer, list | dict) or (
-        isinstance(prompt, list | dict) and name in record
-    ):
+    # TFDS stores messages as a dict of lists.
+    is_chat = isinstance(record.get(name), list | dict)
+    if name in record and isinstance(prompt, list | dict):
+        is_chat = True
+    if is_chat:
         turns = _messages(record, name, where, "assistant")
         if prompt is not None:
             turns = [*_messages(record, config.prompt_field, where, "user"), *turns]
         return render_chat(turns, "answer", tokenizer, where)
-    text = text_field(
-        record, name, where, "--preference.chosen-field or --preference.rejected-field"
-    )
-    before = text_field(record, config.prompt_field, where, "--data.prompt-field")
-    if not text.strip():
+    flags = "--preference.chosen-field or --preference.rejected-field"
+    completion = text_field(record, name, where, flags)
+    text = text_field(record, config.prompt_field, where, "--data.prompt-field")
+    if not completion.strip():
         raise NaloraError(
             f"{where}: {name}", expected="an answer", found="an empty text"
         )
-    return render_completion(before, text, config, tokenizer, where)
+    return render_completion(text, completion, config, tokenizer, where)
 
 
 def _messages(
@@ -124,15 +132,12 @@ def tokenize_pairs(
     config = replace(config, loss_on="answer")
 
     def render(record: dict[str, Any], where: str) -> tuple[list[Rendered], None]:
-        if (
-            not set(fields) & set(record)
-            and record.get("choices")
-            and not record.get("choice_prompts")
-        ):
+        """Returns the texts of a record, the chosen one first."""
+        is_question = record.get("choices") and not record.get("choice_prompts")
+        if is_question and not set(fields) & set(record):
             record = record | dict(zip(fields, _of_choices(record, where), strict=True))
-        return [
-            _answer(record, config, name, tokenizer, where) for name in fields
-        ], None
+        texts = [_answer(record, config, name, tokenizer, where) for name in fields]
+        return texts, None
 
     for index, texts, examples, _ in tokenized_texts(
         source, indices, render, tokenizer
@@ -148,9 +153,13 @@ def tokenize_pairs(
             expected = "two answers that differ"
             found = "the same one twice"
             raise NaloraError(where, expected=expected, found=found, remedy="remove it")
-        begin = texts[0].answers[0][0]
+        completions = []
+        for text in texts:
+            start, stop = text.answers[0]
+            completions.append(text.text[start:stop])
+        begin, _ = texts[0].answers[0]
         prompt = texts[0].text[:begin]
-        first, second = [text.text[slice(*text.answers[0])] for text in texts]
+        first, second = completions
         yield Pair(chosen, rejected, prompt, (first, second))
 
 
@@ -182,9 +191,8 @@ class PairData(TrainData):
         a row."""
         flat = super().arrays(rows)
         counts = np.array([len(self.records_of(index)) for index in rows])
-        flat["pairs"] = (
-            np.arange(self.pairs_per_row)[None, :] < counts[:, None]
-        ).astype(np.float32)
+        is_pair = np.arange(self.pairs_per_row)[None, :] < counts[:, None]
+        flat["pairs"] = is_pair.astype(np.float32)
         return flat
 
 
@@ -213,6 +221,7 @@ def pair_data(
     """
 
     def examples(records: Source, indices: np.ndarray) -> Iterator[tuple[int, Example]]:
+        """Yields both examples of every pair, with the index of its record."""
         pairs = tokenize_pairs(records, indices.tolist(), config, preference, tokenizer)
         for index, pair in zip(indices.tolist(), pairs, strict=True):
             yield index, pair.chosen
@@ -257,12 +266,9 @@ def held_out_pairs(
     Raises:
       NaloraError: bad records, or fewer than two pairs.
     """
-    pairs = tokenize_pairs(
-        records, held_out_indices(records, config), config, preference, tokenizer
-    )
-    fitting = [
-        pair
-        for pair in pairs
-        if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context
-    ]
+    indices = held_out_indices(records, config)
+    fitting = []
+    for pair in tokenize_pairs(records, indices, config, preference, tokenizer):
+        if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context:
+            fitting.append(pair)
     return split_questions(fitting, config.eval_limit, config.select_limit)

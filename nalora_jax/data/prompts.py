@@ -81,9 +81,8 @@ class PromptData(Stream):
         """Returns the identity of the stream, which does not depend on hosts."""
         content = hashlib.sha256()
         for item in self.items:
-            content.update(
-                np.array([len(item.prompt_ids), *item.prompt_ids], np.int32).tobytes()
-            )
+            ids = np.array([len(item.prompt_ids), *item.prompt_ids], np.int32)
+            content.update(ids.tobytes())
         return f"{content.hexdigest()}:{self.samples}:{self.updates}:{self.seed}"
 
     def describe(self) -> dict[str, Any]:
@@ -96,8 +95,8 @@ class PromptData(Stream):
         }
 
     def arrays(self, rows: list[int]) -> HostBatch:
-        """Returns ``prompt [len(rows)]``, and the rows' tokens, positions and segments
-        ``[len(rows), length]``."""
+        """Returns the place of each row's prompt, ``prompt [len(rows)]``, and the rows' tokens,
+        positions and segments ``[len(rows), length]``."""
         places = [self._place(row) for row in rows]
         tokens = np.zeros((len(rows), self.length), np.int32)
         segments = np.zeros_like(tokens)
@@ -105,21 +104,18 @@ class PromptData(Stream):
             ids = self.items[place].prompt_ids
             tokens[row, : len(ids)] = ids
             segments[row, : len(ids)] = 1
-        positions = np.arange(self.length, dtype=np.int32)[None] * segments
-        prompt = np.array(places, np.int32)
         return {
-            "prompt": prompt,
+            "prompt": np.array(places, np.int32),
             "tokens": tokens,
-            "positions": positions,
+            "positions": np.arange(self.length, dtype=np.int32)[None] * segments,
             "segment_ids": segments,
         }
 
     def prompts(self, places: Sequence[int]) -> list[Prompt]:
         """Returns the prompts at ``places``, which ``prompt`` of the arrays holds."""
         indices = [int(self.indices[place]) for place in places]
-        return _with_records(
-            self.source, indices, [self.items[place] for place in places]
-        )
+        items = [self.items[place] for place in places]
+        return _with_records(self.source, indices, items)
 
     def others(self, step: int, attempt: int, count: int) -> np.ndarray:
         """Returns places of prompts that replace others in a step; ``attempt`` counts the
@@ -127,11 +123,11 @@ class PromptData(Stream):
         return permutation(len(self.items), self.seed, _OTHERS, step, attempt)[:count]
 
     def _place(self, row: int) -> int:
-        """Returns the prompt of a row of the stream."""
+        """Returns the place among `items` of the prompt of a row of the stream."""
         batch, row_of_batch = divmod(row, self.batch_size)
-        number = (
-            batch // self.updates * self.batch_size + row_of_batch
-        ) // self.samples
+        # Batches of the same rollout have the same rows.
+        rollout = batch // self.updates
+        number = (rollout * self.batch_size + row_of_batch) // self.samples
         epoch, place = divmod(number, len(self.items))
         return int(epoch_order(len(self.items), self.seed, epoch)[place])
 
@@ -166,10 +162,10 @@ def prompt_data(
     order = permutation(len(records), seed, 0)[: config.train_limit or None].tolist()
     limit = min(config.max_length or context, context) - rl.max_new_tokens
     indices, items = _fitting(records, sorted(order), config, tokenizer, limit)
-    longest = max(len(item.prompt_ids) for item in items)
-    length = config.max_length or min(
-        -(-(longest + rl.max_new_tokens) // 8) * 8, context
-    )
+    length = config.max_length
+    if not length:  # of the longest row, rounded up to a multiple of 8
+        longest = max(len(item.prompt_ids) for item in items) + rl.max_new_tokens
+        length = min(-(-longest // 8) * 8, context)
     return PromptData(
         batch_size=batch_size,
         accumulate=accumulate,
@@ -200,9 +196,8 @@ def held_out_prompts(
     Raises:
       NaloraError: bad records, or fewer than two.
     """
-    indices, items = _fitting(
-        records, held_out_indices(records, config), config, tokenizer, limit
-    )
+    held_out = held_out_indices(records, config)
+    indices, items = _fitting(records, held_out, config, tokenizer, limit)
     prompts = _with_records(records, indices, items)
     return split_questions(prompts, config.eval_limit, config.select_limit)
 
@@ -214,13 +209,16 @@ def _fitting(
     tokenizer: Tokenizer,
     limit: int,
 ) -> tuple[list[int], list[Any]]:
-    """Returns the records whose prompts have at most ``limit`` tokens, and their examples."""
+    """Returns the indices of the records whose prompts have at most ``limit`` tokens, and their
+    examples.
+
+    Raises: NaloraError: no prompt fits, or one does not and ``config.too_long`` is "error".
+    """
     whole = replace(config, max_length=0, loss_last=0.0)  # an example is not divided
     kept = []
     items = []
-    for index, item in zip(
-        indices, examples_at(records, indices, whole, tokenizer), strict=True
-    ):
+    examples = examples_at(records, indices, whole, tokenizer)
+    for index, item in zip(indices, examples, strict=True):
         if len(item.prompt_ids) <= limit:
             kept.append(index)
             items.append(item)
@@ -253,15 +251,13 @@ def _with_records(
     """Returns one prompt per index, with the fields of its record; ``items[i]`` is made from the
     record at ``indices[i]``. A field ``answer`` of the record replaces the item's answer."""
     prompts = []
-    for index, record, item in zip(
-        indices, records.read(list(indices)), items, strict=True
-    ):
+    read = records.read(list(indices))
+    for index, record, item in zip(indices, read, items, strict=True):
         if isinstance(item, ChoiceItem):
             answer = item.choices[item.gold]
         else:
             answer = item.completion
+        record = {"answer": answer, **record}
         where = records.where(index)
-        prompts.append(
-            Prompt(item.prompt_ids, item.prompt, {"answer": answer, **record}, where)
-        )
+        prompts.append(Prompt(item.prompt_ids, item.prompt, record, where))
     return prompts

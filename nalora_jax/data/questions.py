@@ -87,6 +87,7 @@ def held_out_indices(records: Source, config: DataConfig) -> list[int]:
 
 
 def _drawn(records: Source, limit: int) -> list[int]:
+    """Returns ``limit`` indices of records, ascending, by the same draw in all runs; 0: all."""
     return np.sort(permutation(len(records), _SEED)[: limit or None]).tolist()
 
 
@@ -160,7 +161,8 @@ def split_questions(
         )
     order = permutation(len(items), _SEED + 1).tolist()
     cut = max(1, min(selecting, len(items) // 3))
-    first = [items[i] for i in sorted(order[cut:][: reported or None])]
+    remaining = order[cut:]
+    first = [items[i] for i in sorted(remaining[: reported or None])]
     second = [items[i] for i in sorted(order[:cut])]
     return first, second
 
@@ -168,7 +170,8 @@ def split_questions(
 def _question(
     record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str
 ) -> tuple[list[Rendered], _Question]:
-    """Returns the texts to score for one record."""
+    """Returns the texts to score for one record, one for each choice, and the other parts of its
+    example."""
     images = record.get(IMAGES)
     record = canonical(record, config, where)
     if config.messages_field in record:
@@ -184,18 +187,18 @@ def _question(
     if record.get("choices"):
         choices = _texts(record, "choices", where)
         gold = gold_of(record, where)
-    own = bool(choices and record.get("choice_prompts"))
+    own_prompts = bool(choices and record.get("choice_prompts"))
     count = max(len(choices), 1)
     prompts = [prompt] * count
     completions = [f" {choice}" for choice in choices]
-    if own:
+    if own_prompts:
         prompts = _texts(record, "choice_prompts", where)
         if len(prompts) != count:
             expected = f"{count}, one a choice"
             raise NaloraError(
                 f"{where}: choice_prompts", expected=expected, found=len(prompts)
             )
-    if own or not choices:
+    if own_prompts or not choices:
         completion = text_field(
             record, config.completion_field, where, "--data.completion-field"
         )
@@ -205,7 +208,7 @@ def _question(
         _text(prompt, completion, config, tokenizer, where)
         for prompt, completion in pairs
     ]
-    return texts, _Question(choices, gold, own, images=images)
+    return texts, _Question(choices, gold, own_prompts, images=images)
 
 
 def gold_of(record: dict[str, Any], where: str) -> int:
@@ -242,13 +245,10 @@ def _text(
         raise NaloraError(
             f"{where}: {config.completion_field}", expected="an answer", found=found
         )
-    if not config.chat:
-        return Rendered(
-            prompt + completion,
-            ((len(prompt), len(prompt + completion)),),
-            special=True,
-        )
-    return _chat_text(as_messages(prompt, completion), tokenizer, where)
+    if config.chat:
+        return _chat_text(as_messages(prompt, completion), tokenizer, where)
+    text = prompt + completion
+    return Rendered(text, ((len(prompt), len(text)),), special=True)
 
 
 def _chat_text(
@@ -268,10 +268,10 @@ def _chat_text(
         end = start + len(written.removesuffix(stop).rstrip())
     else:
         # Templates write the rest of a content as it is, but not always the reasoning at its start.
-        answer = last["content"].rpartition(THOUGHT_END)[2].strip()
-        place = text.text.find(
-            answer, max(start, text.text.rfind(THOUGHT_END, start, end))
-        )
+        _, _, after_thought = last["content"].rpartition(THOUGHT_END)
+        answer = after_thought.strip()
+        thought_end = text.text.rfind(THOUGHT_END, start, end)  # -1 if there is none
+        place = text.text.find(answer, max(start, thought_end))
         if not answer or place < 0:
             expected = "an answer that the chat template writes as it is"
             raise NaloraError(where, expected=expected, found=repr(answer[:80]))
@@ -284,9 +284,8 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
 
     Tool calls are shown as JSON, and images as ``[image]``.
     """
-    last = max(
-        index for index, turn in enumerate(messages) if turn["role"] == "assistant"
-    )
+    answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    last = answers[-1]
     turns = []
     for turn in messages[:last]:
         text = turn["content"]
@@ -300,13 +299,14 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
 def _choice(
     question: _Question, texts: Sequence[Rendered], examples: Sequence[Example]
 ) -> ChoiceItem:
-    """Splits the tokens of each text into prompt and choice."""
+    """Returns a multiple-choice example of a question's texts and their tokens, one for each
+    choice."""
     divided = [example.divided for example in examples]
     prompts = [prompt for prompt, _ in divided]
     answers = [answer for _, answer in divided]
     gold = question.gold
-    text = texts[question.gold]
-    prompt = text.text[: text.answers[0][0]]
+    start, _ = texts[gold].answers[0]
+    prompt = texts[gold].text[:start]
     own_prompts = None
     if question.own_prompts:
         own_prompts = prompts
@@ -322,7 +322,8 @@ def _completions(
     config: DataConfig,
     tokenizer: Tokenizer,
 ) -> list[CompletionItem]:
-    """Returns a completion's rows, divided and with the loss tokens as in training."""
+    """Returns the examples of a completion: one, or one for each of its rows if it is divided as in
+    training."""
     ((start, stop),) = text.answers
     items = []
     for row in rows_of(example, config, tokenizer.bos_id):
@@ -330,6 +331,7 @@ def _completions(
         prompt = text.text[:start]
         completion = text.text[start:stop]
         if row is not example and not np.array_equal(row.answer, example.answer):
+            # A part of the text, or fewer loss tokens.
             prompt = tokenizer.decode(prompt_ids, skip_special=False)
             completion = tokenizer.decode(completion_ids, skip_special=False)
         item = CompletionItem(

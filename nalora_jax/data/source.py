@@ -83,7 +83,9 @@ class RecordsSource(Source):
     """
 
     def __init__(self, name: str, records: Sequence[Record]) -> None:
-        self.name = self.dataset = name
+        """Copies the list of records, and computes their fingerprint."""
+        self.name = name
+        self.dataset = name
         self._records = list(records)
         self.spans = [("records", 0, len(self._records))]
         text = json.dumps(self._records, sort_keys=True, default=str)
@@ -115,6 +117,7 @@ class JoinedSource(Source):
         places: np.ndarray,
         change: Change | None = None,
     ) -> None:
+        """Sets the records; subclasses set the other attributes of a `Source`."""
         self._members = members
         self._of = of
         self._places = places
@@ -126,11 +129,8 @@ class JoinedSource(Source):
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``, with one read per part."""
         at = np.asarray(indices, np.int64)
-        records = read_in_parts(
-            self._of[at],
-            self._places[at],
-            lambda part, places: self._members[part].read(places),
-        )
+        read = lambda part, places: self._members[part].read(places)  # noqa: E731
+        records = read_in_parts(self._of[at], self._places[at], read)
         if self._change is None:
             return records
         pairs = zip(at.tolist(), records, strict=True)
@@ -138,7 +138,8 @@ class JoinedSource(Source):
 
     def where(self, index: int) -> str:
         """Returns the record's name in its part."""
-        return str(self._members[self._of[index]].where(int(self._places[index])))
+        member = self._members[self._of[index]]
+        return str(member.where(int(self._places[index])))
 
 
 class SourceView(JoinedSource):
@@ -150,6 +151,7 @@ class SourceView(JoinedSource):
         indices: np.ndarray | None = None,
         change: Change | None = None,
     ) -> None:
+        """Takes the attributes of ``base``; the fingerprint covers the indices."""
         chosen = indices
         if chosen is None:
             chosen = np.arange(len(base))
@@ -193,10 +195,7 @@ def json_object(value: Any, where: str, remedy: str = "") -> Record:
     if isinstance(value, str | bytes):
         try:
             value = json.loads(value)
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # ValueError: bad JSON or bad UTF-8
+        except (ValueError, RecursionError) as error:  # also bad UTF-8
             raise NaloraError(
                 where, expected="a JSON object", found=error, remedy=remedy
             ) from error
@@ -211,14 +210,17 @@ def read_in_parts(
     places: np.ndarray,
     read: Callable[[int, list[int]], list[Record]],
 ) -> list[Record]:
-    """Returns the records at ``places`` of their parts; ``read(part, places)`` is called once for
-    each part."""
+    """Returns records that are in several parts; ``read(part, places)`` is called once for each
+    part.
+
+    Args: parts: part of each record, int ``[records]``. places: index of each record in its part,
+    int ``[records]``. read: returns the records at some places of a part.
+    """
     records: list[Record] = [{}] * len(parts)
     for part in np.unique(parts).tolist():
         at = np.flatnonzero(parts == part)
-        for position, record in zip(
-            at.tolist(), read(part, places[at].tolist()), strict=True
-        ):
+        of_part = read(part, places[at].tolist())
+        for position, record in zip(at.tolist(), of_part, strict=True):
             records[position] = record
     return records
 
@@ -241,7 +243,7 @@ def foreign_errors(where: str, expected: str, remedy: str) -> Iterator[None]:
 
 
 _SEED = 20260102  # of the draw of part of a data set: the same in every run
-_MOST = 1000.0
+_MOST = 1000.0  # largest weight
 
 
 class MixedSource(JoinedSource):
@@ -256,6 +258,7 @@ class MixedSource(JoinedSource):
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        """Chooses the records of every source by its weight."""
         pairs = list(zip(sources, weights, strict=True))
         chosen = [_chosen(source, weight) for source, weight in pairs]
         self._counts = [len(indices) for indices in chosen]
@@ -267,10 +270,10 @@ class MixedSource(JoinedSource):
             if weight != 1:
                 name += f" * {weight:g}"
             names.append(name)
-        self.name = self.dataset = " + ".join(names)
-        self.fingerprint = "mixture:" + "|".join(
-            f"{s.fingerprint}*{weight:g}" for s, weight in pairs
-        )
+        self.name = " + ".join(names)
+        self.dataset = self.name
+        fingerprints = [f"{source.fingerprint}*{weight:g}" for source, weight in pairs]
+        self.fingerprint = f"mixture:{'|'.join(fingerprints)}"
         self.spans = [("mixture", 0, len(self))]
 
     def describe(self) -> str:
@@ -308,6 +311,7 @@ def _chosen(source: Source, weight: float) -> np.ndarray:
     """Returns the indices of a source's records, each repeated by the weight."""
     size = len(source)
     repeats, share = divmod(weight, 1)
+    # 2.5: all records twice, and half of them once more
     drawn = np.sort(permutation(size, _SEED)[: round(share * size)])
     indices = np.concatenate([np.tile(np.arange(size), int(repeats)), drawn])
     if not len(indices):
@@ -329,9 +333,8 @@ def components(dataset: str) -> list[tuple[str, float]]:
     """
     for text in filter(str.strip, dataset.split(",")):
         check_path("--data.dataset", text)
-    if (is_valid_path(dataset) and Path(dataset).exists()) or (
-        "," not in dataset and "*" not in dataset
-    ):
+    is_file = is_valid_path(dataset) and Path(dataset).exists()
+    if is_file or not set(dataset) & {",", "*"}:
         return [(dataset, 1.0)]
     names = []
     for text in dataset.split(","):

@@ -95,7 +95,7 @@ def open_source(
 
 
 def _open_one(config: DataConfig, split: str) -> Source:
-    """Opens one data set."""
+    """Opens ``split`` of the single data set ``config.dataset``, as of `open_source`."""
     name = config.dataset
     scheme, _, argument = name.partition(":")
     if scheme in _OPENERS:
@@ -149,30 +149,35 @@ def open_pair(
         held = open_source(config, config.eval_split, source=source)
         # equal splits measure the training fit
         if config.train_split != config.eval_split:
-            for trained, other in itertools.product(train.parts, held.parts):
-                check_disjoint(trained, other)
+            for part, other in itertools.product(train.parts, held.parts):
+                check_disjoint(part, other)
         return train, held
     if source is not None:
         several = [(config.dataset, 1.0)]
     else:
         several = components(config.dataset)
-    pairs = [_divided(replace(config, dataset=name), source) for name, _ in several]
-    held_out = _mixed([pair[1] for pair in pairs], [1.0] * len(pairs))
-    return _mixed(
-        [pair[0] for pair in pairs], [weight for _, weight in several]
-    ), held_out
+    trained = []
+    held_out = []
+    for name, _ in several:
+        train, held = _divided(replace(config, dataset=name), source)
+        trained.append(train)
+        held_out.append(held)
+    mixture = _mixed(trained, [weight for _, weight in several])
+    return mixture, _mixed(held_out, [1.0] * len(held_out))
 
 
 def open_training(
     config: DataConfig, *, source: Mapping[str, Source] | None = None
 ) -> Source:
-    """Returns the training records; of "auto" without the held-out ones, others are not opened."""
+    """Returns the training records of `open_pair`; an evaluation split that is named is not
+    opened."""
     if config.eval_split == AUTO:
         return open_pair(config, source=source)[0]
     return open_source(config, config.train_split, source=source, weighted=True)
 
 
 def _mixed(sources: Sequence[Source], weights: list[float]) -> Source:
+    """Returns the mixture of sources, or the source itself if it is one with weight 1."""
     if weights == [1.0]:
         return sources[0]
     return MixedSource(sources, weights)
@@ -198,8 +203,8 @@ def split_to_measure(config: DataConfig) -> str:
 def _divided(
     config: DataConfig, source: Mapping[str, Source] | None
 ) -> tuple[Source, Source]:
-    """Returns training and held-out records of one data set: its split "validation", or some by a
-    draw."""
+    """Returns training and held-out records of one data set: its split "validation", or without one
+    a draw from the training records."""
     train = open_source(config, config.train_split, source=source)
     name = "validation"
     if source is not None:
@@ -243,9 +248,8 @@ def have_same_records(train: Source, held_out: Source) -> bool:
     """Returns True if both sources have as many records, and equal records at 16 positions."""
     if len(train) != len(held_out):
         return False
-    places = np.unique(
-        np.linspace(0, len(train) - 1, _COMPARED).round().astype(int)
-    ).tolist()
+    spread = np.linspace(0, len(train) - 1, _COMPARED)
+    places = np.unique(spread.round().astype(int)).tolist()
     return repr(train.read(places)) == repr(held_out.read(places))
 
 
@@ -262,12 +266,11 @@ class HubSource(Source):
     def __init__(
         self, name: str, split: str, data: Any, siblings: Sequence[str]
     ) -> None:
+        """Finds the parts of the underlying splits that the expression selects."""
         self._data = data
-        self.dataset, self.name, self.siblings = (
-            name,
-            f"{name}[{split}]",
-            tuple(siblings),
-        )
+        self.dataset = name
+        self.name = f"{name}[{split}]"
+        self.siblings = tuple(siblings)
         self.fingerprint = f"hf:{data._fingerprint}"  # covers files and transformations
         sizes = {
             each: about.num_examples for each, about in (data.info.splits or {}).items()
@@ -336,6 +339,7 @@ class FileSource(JoinedSource):
         split: str = "train",
         opened: Mapping[str, Sequence[RecordFile]] | None = None,
     ) -> None:
+        """Opens the files, and finds the records that the expression selects."""
         self.siblings = ("train",)
         if opened is None:
             files = splits_of(str(path))
@@ -349,26 +353,25 @@ class FileSource(JoinedSource):
             self.dataset = str(expand_user(path).resolve())
         self.name = f"{path}[{split}]"
         names = ", ".join(self.siblings)
-        only = f"{names}, or"
         if names == "train":
-            only = 'one split, "train", or'
-        expected = f'{only} slices such as "train[-5%:]"'
+            names = 'one split, "train"'
+        expected = f'{names}, or slices such as "train[-5%:]"'
         with foreign_errors(self.name, expected, "name a split that is there"):
             sizes = {name: sum(map(len, rows)) for name, rows in opened.items()}
             self.spans = absolute_of(split, sizes)
         members = list(chain.from_iterable(opened.values()))
-        first = dict(
-            zip(opened, np.cumsum([0, *sizes.values()]).tolist(), strict=False)
-        )
-        index = np.concatenate(
+        # Records are numbered through all files: first number of each split, numbers of the
+        # selected records, and first number of each file.
+        starts = np.cumsum([0, *sizes.values()]).tolist()
+        first = dict(zip(opened, starts, strict=False))
+        numbers = np.concatenate(
             [first[name] + np.arange(start, stop) for name, start, stop in self.spans]
         )
-        ends = np.cumsum([0, *map(len, members)])
-        of = np.searchsorted(ends, index, side="right") - 1
-        super().__init__(members, of, index - ends[of])
-        self.fingerprint = (
-            f"files:{':'.join(member.sha256 for member in members)}:{split}"
-        )
+        bounds = np.cumsum([0, *map(len, members)])
+        file_of = np.searchsorted(bounds, numbers, side="right") - 1
+        super().__init__(members, file_of, numbers - bounds[file_of])
+        digests = ":".join(member.sha256 for member in members)
+        self.fingerprint = f"files:{digests}:{split}"
         require_some(self)
 
 
@@ -402,13 +405,12 @@ def draw_held_out(source: Source) -> tuple[Source, Source]:
             source.name, expected=expected, found=len(source), remedy=remedy
         )
     size = len(source)
-    count = min(
-        max(round(SHARE * size), min(ENOUGH, round(LARGEST_SHARE * size)), 2), MOST
-    )
+    enough = min(ENOUGH, round(LARGEST_SHARE * size))
+    count = min(max(round(SHARE * size), enough, 2), MOST)
     order = permutation(size, _SEED)
-    parts = np.sort(order[count:]), np.sort(order[:count])
-    remaining, held = (
-        SelectedSource(source, indices, f"{len(indices)} of {len(source)} records")
-        for indices in parts
-    )
+    parts = []
+    for indices in (order[count:], order[:count]):
+        what = f"{len(indices)} of {size} records"
+        parts.append(SelectedSource(source, np.sort(indices), what))
+    remaining, held = parts
     return remaining, held

@@ -31,6 +31,7 @@ from nalora_jax.data.tokenize import Example, fit_example, rows_of, tokenized_te
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
+    from nalora_jax.data.chat_templates import ImageTokens
     from nalora_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -84,9 +85,11 @@ class TokenStore:
     folder: Path
 
     def lengths(self, group: int = 1) -> np.ndarray:
-        """Returns the row positions of every ``group`` consecutive examples.
+        """Returns the positions that every ``group`` consecutive examples take in a row, int
+        ``[examples / group]``.
 
-        An example takes as many as it has tokens, minus one, the last target.
+        An example takes one position less than it has tokens, because its last token is only a
+        target.
         """
         return (np.diff(self.offsets) - 1).reshape(-1, group).sum(axis=1)
 
@@ -121,7 +124,8 @@ def open_store(
     }
     if options:
         key["group"] = options
-    folder = cache_dir() / "tokens" / json_digest(key, sort_keys=True)[:32]
+    name = json_digest(key, sort_keys=True)[:32]
+    folder = cache_dir() / "tokens" / name
     if not is_whole(folder):
         require_some(source)
         indices = np.sort(permutation(len(source), seed)[: config.train_limit or None])
@@ -139,12 +143,10 @@ def text_examples(
 ) -> Iterator[tuple[int, Example]]:
     """Yields the indices of records of text and their tokens, not yet cut."""
 
-    tokens = tokenizer.images
-
     def render(record: Record, where: str) -> tuple[list[Rendered], int]:
-        return [render_record(record, config, tokenizer, where)], len(
-            record.get(IMAGES, ())
-        )
+        """Returns the text of a record, and the number of its images."""
+        text = render_record(record, config, tokenizer, where)
+        return [text], len(record.get(IMAGES, ()))
 
     for index, _, (example,), images in tokenized_texts(
         source, indices, render, tokenizer, config
@@ -156,21 +158,25 @@ def text_examples(
             raise NaloraError(
                 source.where(index), expected=expected, found=found, remedy=remedy
             )
-        # A template may have dropped or doubled the placeholder of an image.
-        if tokens is None:
-            count = 0
-        else:
-            count = int(np.sum(example.ids == tokens.token_id))
-        if tokens is not None and count != images * tokens.count:
-            expected = f"{images} images of {tokens.count} tokens {tokens.token!r}"
-            remedy = (
-                "the model's chat template must write one placeholder for every image"
-            )
-            found = f"{count} such tokens"
-            raise NaloraError(
-                source.where(index), expected=expected, found=found, remedy=remedy
-            )
+        if tokenizer.images is not None:
+            _check_images(example, images, tokenizer.images, source.where(index))
         yield index, example
+
+
+def _check_images(
+    example: Example, images: int, tokens: ImageTokens, where: str
+) -> None:
+    """Raises a NaloraError unless an example has the tokens of its number of ``images``.
+
+    A template may have dropped or doubled the placeholder of an image.
+    """
+    count = int(np.sum(example.ids == tokens.token_id))
+    if count == images * tokens.count:
+        return
+    expected = f"{images} images of {tokens.count} tokens {tokens.token!r}"
+    remedy = "the model's chat template must write one placeholder for every image"
+    found = f"{count} such tokens"
+    raise NaloraError(where, expected=expected, found=found, remedy=remedy)
 
 
 def write_store(
@@ -197,10 +203,8 @@ def write_store(
                 (scratch / "tokens.bin").open("wb") as tokens,
                 (scratch / "answer.bin").open("wb") as answer,
             ):
-                for (
-                    record,
-                    example,
-                ) in examples:  # memory grows by only 16 bytes per example
+                # memory grows by only 16 bytes per example
+                for record, example in examples:
                     size = len(example.ids)
                     ids = example.ids.astype("<i4").tobytes()
                     mask = example.answer.astype(np.uint8).tobytes()
@@ -250,10 +254,8 @@ def is_whole(folder: Path) -> bool:
 def load_store(folder: Path) -> TokenStore:
     """Returns the store in ``folder`` with memory-mapped arrays."""
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-    # of early stores
-    counts = {
-        name: count for name, count in meta["counts"].items() if name != "longest"
-    }
+    counts = meta["counts"]
+    counts.pop("longest", None)  # in early stores
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", "<i4", mode="r"),
         answer=np.memmap(folder / "answer.bin", np.uint8, mode="r"),
@@ -301,7 +303,7 @@ def cut_store(
         or none of them fit; an example has no loss token in its last part; the disk is full.
     """
     positions = store.lengths(group)
-    long = positions > config.max_length
+    long = positions > config.max_length  # of each record
     if not long.any() and not config.loss_last:
         return store
     count = int(long.sum())
@@ -317,9 +319,10 @@ def cut_store(
         f"{store.folder.name}-{config.max_length}-{config.too_long}{last}"
     )
     if not is_whole(folder):
-        kept = np.flatnonzero(np.repeat(~(long & drop), group))
+        kept = np.flatnonzero(np.repeat(~(long & drop), group))  # examples
         names = {"drop": "dropped", "truncate": "truncated", "split": "split"}
         counts = {names[config.too_long]: count} if count else {}
+        # The examples of a record that is too long share max_length equally.
         short = replace(config, max_length=config.max_length // group)
 
         def cut_examples() -> Iterator[tuple[int, Example]]:
@@ -330,11 +333,10 @@ def cut_store(
                 ids = np.asarray(store.tokens[place])
                 answer = np.asarray(store.answer[place])
                 example = Example(ids, answer.astype(bool))
-                # The examples of a record that is too long share max_length equally.
-                shape = short if long[i // group] else config
+                limits = short if long[i // group] else config
                 if config.too_long != "split":
-                    example = fit_example(example, shape.max_length, bos_id)
-                rows = rows_of(example, shape, bos_id)
+                    example = fit_example(example, limits.max_length, bos_id)
+                rows = rows_of(example, limits, bos_id)
                 if not rows and config.too_long != "split":
                     last_part = f"--data.loss-last {config.loss_last:g}"
                     expected = f"a token to learn in the last part ({last_part})"
@@ -391,13 +393,13 @@ def _too_long(
     """Returns the error for a record with ``length`` positions, which does not fit a row."""
     ways = "drop, split or truncate"
     tokens = f"{length + 1} tokens"
-    of = "and the one after them"
+    counted = "and the one after them"
     if group > 1:
         ways = "drop or truncate"
         tokens = f"{length} tokens"
-        of = "in both answers with their prompts"
+        counted = "in both answers with their prompts"
     remedy = f"raise --data.max-length, or choose --data.too-long {ways}"
     if length > context:
         remedy = f"choose --data.too-long {ways}: the model has {context:,} positions"
-    expected = f"at most --data.max-length {config.max_length} tokens {of}"
+    expected = f"at most --data.max-length {config.max_length} tokens {counted}"
     return NaloraError(where, expected=expected, found=tokens, remedy=remedy)

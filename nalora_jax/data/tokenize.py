@@ -59,10 +59,8 @@ def converted(
     try:
         for chunk, records in batches(source, indices):
             pairs = zip(chunk, records, strict=True)
-            yield (
-                chunk,
-                [convert(record, source.where(index)) for index, record in pairs],
-            )
+            results = [convert(record, source.where(index)) for index, record in pairs]
+            yield chunk, results
             done += len(chunk)
     except EndlessTemplateError:
         raise  # a search for other broken records would take as long for each
@@ -70,8 +68,9 @@ def converted(
         known = None
         if done:
             known = source[int(indices[0])]
+        remaining = indices[done:]
         raise broken_records(
-            error, source, indices[done:], convert, config, known
+            error, source, remaining, convert, config, known
         ) from error
 
 
@@ -123,7 +122,7 @@ def broken_records(
       known: a record that `convert` accepts, if one is known.
     """
     errors: list[NaloraError] = []
-    odd = set()  # names of records without a field of the form
+    odd = set()  # names of records that lack a field
     for index in map(int, indices[:_SEARCHED]):
         where = source.where(index)
         try:
@@ -192,10 +191,9 @@ def batches(
             total += size
         yield chunk[first:], records[first:]
         start += len(chunk)
-        count = (
-            int(min(_CHARACTERS * len(sizes) / max(sum(sizes), 1), 4 * count, _CHUNK))
-            or 1
-        )
+        # As many records as would fit if they had as many characters on average.
+        fitting = _CHARACTERS * len(sizes) / max(sum(sizes), 1)
+        count = max(int(min(fitting, 4 * count, _CHUNK)), 1)
 
 
 def _characters(value: Any) -> int:
@@ -264,17 +262,16 @@ def tokenize(
         size = len(text.text)
         if text.special and tokenizer.add_bos and tokenizer.bos_id is not None:
             before = [tokenizer.bos_id]
-        if (
-            end
-            and text.answers[-1][1] == size
-            and not (ids and ids[-1] in tokenizer.turn_ends)
-        ):
+        ends_in_answer = text.answers[-1][1] == size
+        if end and ends_in_answer and not set(ids[-1:]) & tokenizer.turn_ends.keys():
             after = [tokenizer.eos_id]
         every = np.array([*before, *ids, *after], np.int32)
-        position = dict(zip([0, *at, size], [0, *positions, len(ids)], strict=True))
+        # Token of each character at which a completion starts or ends.
+        bounds = [position + len(before) for position in (0, *positions, len(ids))]
+        token_of = dict(zip([0, *at, size], bounds, strict=True))
         answer = np.zeros(len(every), bool)
         for start, stop in text.answers:
-            answer[len(before) + position[start] : len(before) + position[stop]] = True
+            answer[token_of[start] : token_of[stop]] = True
         answer[len(before) + len(ids) :] = True
         if tokenizer.images is not None:  # no model learns to generate images
             answer &= every != tokenizer.images.token_id
@@ -292,8 +289,8 @@ def fit_example(example: Example, max_length: int, bos_id: int | None) -> Exampl
     if excess <= 0:
         return example
     keep = int(bos_id is not None and example.ids[0] == bos_id)
-    first = 1 + int(np.argmax(example.answer[1:]))
-    cut = max(0, min(excess, first - 1))
+    first_target = 1 + int(np.argmax(example.answer[1:]))
+    cut = max(0, min(excess, first_target - 1))
     index = np.r_[0:keep, keep + cut : len(example.ids)]
     index = index[: max_length + 1]
     return Example(example.ids[index], example.answer[index])
@@ -313,16 +310,17 @@ def rows_of(example: Example, config: DataConfig, bos_id: int | None) -> list[Ex
     length = config.max_length
     rows = [example]
     if config.too_long == "split" and length:
+        total = len(example.ids)
         keep = int(bos_id is not None and example.ids[0] == bos_id)
         rows = [Example(example.ids[: length + 1], example.answer[: length + 1])]
-        for start in range(length, len(example.ids) - 1, length - keep):
-            index = np.r_[
-                0:keep, start : min(start + length + 1 - keep, len(example.ids))
-            ]
+        for start in range(length, total - 1, length - keep):
+            index = np.r_[0:keep, start : min(start + length + 1 - keep, total)]
             answer = example.answer[index]
+            # The begin-of-sequence id, and the token that was a target in the part before.
             answer[: keep + 1] = False
             rows.append(Example(example.ids[index], answer))
-    if last := config.loss_last:
+    last = config.loss_last  # a number of tokens, or a share below 1; 0: all
+    if last:
         for i, row in enumerate(rows):
             size = len(row.ids)
             count = math.ceil(last * size)
@@ -341,18 +339,16 @@ def _encoded(
     A text with cuts inside tokens is encoded in parts that end at these cuts.
     """
     results = []
-    for text, at, encoding in zip(
-        texts, cuts, tokenizer.encode_with_offsets(texts), strict=True
-    ):
+    encodings = tokenizer.encode_with_offsets(texts)
+    for text, at, encoding in zip(texts, cuts, encodings, strict=True):
         positions = []
-        inside = []
+        inside = []  # cuts that are inside a token
         for cut in at:
             # The first token with a character at the cut or after it; some tokenizers drop white
             # space.
             tokens = (encoding.char_to_token(place) for place in range(cut, len(text)))
-            position = next(
-                (token for token in tokens if token is not None), len(encoding)
-            )
+            known = (token for token in tokens if token is not None)
+            position = next(known, len(encoding))
             positions.append(position)
             if _starts_before(encoding, position, cut):
                 inside.append(cut)
@@ -364,6 +360,7 @@ def _encoded(
 
 
 def _starts_before(encoding: tokenizers.Encoding, token: int, cut: int) -> bool:
+    """Returns True if a token of the text starts before the character ``cut``."""
     characters = encoding.token_to_chars(token)
     return characters is not None and characters[0] < cut
 
@@ -371,12 +368,15 @@ def _starts_before(encoding: tokenizers.Encoding, token: int, cut: int) -> bool:
 def _joined(
     text: str, cuts: list[int], inside: list[int], tokenizer: Tokenizer
 ) -> tuple[list[int], list[int]]:
-    """Returns the ids of the parts of ``text`` that end at the cuts ``inside``, and the position of
-    each cut."""
+    """Returns the ids of a text whose parts are encoded separately, and the token position of each
+    cut.
+
+    The parts end at the cuts ``inside``, which are some of ``cuts``.
+    """
     ids: list[int] = []
     positions: list[int] = []
     parts = list(pairwise([0, *inside, len(text)]))
-    at = []
+    at = []  # the other cuts, counted from the start of their part
     for start, stop in parts:
         at.append([cut - start for cut in cuts if start < cut < stop])
     encoded = _encoded([text[start:stop] for start, stop in parts], at, tokenizer)

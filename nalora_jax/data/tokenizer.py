@@ -101,24 +101,17 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """Returns the number of rows that an embedding needs: the largest id plus one."""
-        return max(
-            self.backend.get_vocab_size(with_added_tokens=False),
-            max(self._added_tokens, default=-1) + 1,
-        )
+        size: int = self.backend.get_vocab_size(with_added_tokens=False)
+        return max([size, *(index + 1 for index in self._added_tokens)])
 
     @cached_property
     def turn_ends(self) -> dict[int, str]:
         """Returns the ids and texts of the tokens that can end a turn: stop ids and every special
         token."""
-        ids = {
-            *self.eos_ids,
-            *(index for index, token in self._added_tokens.items() if token.special),
-        }
-        return {
-            index: text
-            for index in ids
-            if (text := self.backend.id_to_token(index)) is not None
-        }
+        ids = set(self.eos_ids)
+        ids |= {index for index, token in self._added_tokens.items() if token.special}
+        texts = {index: self.backend.id_to_token(index) for index in ids}
+        return {index: text for index, text in texts.items() if text is not None}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the ids of ``text``; with ``special``, after the begin id if the model uses it.
@@ -229,6 +222,7 @@ class Tokenizer:
         return replace(self, rows=rows, eos_ids=stops, pad_id=pad_id)
 
     def _check_rows(self, ids: Sequence[int]) -> None:
+        """Raises a NaloraError if one of ``ids`` has no row in the embedding."""
         if self.rows is None or not ids or max(ids) < self.rows:
             return
         expected = f"tokens below {self.rows}, the rows of the model's embedding"
@@ -304,13 +298,11 @@ class Tokenizer:
             ) from error
         if self.images is None:
             return texts
+        begin = ""
         if self.add_bos:
             begin = (self.special_tokens or {}).get("bos_token", "")
-        else:
-            begin = ""
-        return [
-            begin + self.images.expanded(text.removeprefix(begin)) for text in texts
-        ]
+        bodies = [text.removeprefix(begin) for text in texts]
+        return [begin + self.images.expanded(body) for body in bodies]
 
     @staticmethod
     def from_folder(path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
@@ -326,15 +318,14 @@ class Tokenizer:
         folder = Path(path)
         backend = read_backend(folder / "tokenizer.json")
         settings = read_settings(folder)
-        special = {
-            name: token_text(value)
-            for name, value in settings.items()
-            if name.endswith("_token")
-        }
-        special = {name: text for name, text in special.items() if text}
+        special = {}
+        for name, value in settings.items():
+            text = token_text(value)
+            if text and name.endswith("_token"):
+                special[name] = text
         bos_id, eos_id, pad_id = (
-            backend.token_to_id(special.get(f"{n}_token", ""))
-            for n in ("bos", "eos", "pad")
+            backend.token_to_id(special.get(name, ""))
+            for name in ("bos_token", "eos_token", "pad_token")
         )
         listed = _listed_stop_ids(folder, backend)
         if base is not None:
@@ -404,11 +395,8 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
         raise NaloraError(
             str(path), expected="the file", found="nothing of that name"
         ) from error
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: bad JSON or bad UTF-8
+    except (OSError, ValueError, RecursionError) as error:
+        # ValueError: bad JSON or bad UTF-8
         remedy = "download the file again"
         raise NaloraError(
             str(path), expected="a JSON file", found=error, remedy=remedy
@@ -455,11 +443,11 @@ def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
 
 
 # A tokenizer.json is a program: a list of replacements, each of which may double the text, and
-# which the tokenizers library runs without a limit.
-# A space becomes three bytes, a ligature eighteen letters; ALBERT's rules in sequence reach about
-# 970.
+# which the tokenizers library runs without a limit. LONGEST is the largest growth of a text that is
+# accepted: ALBERT's rules in sequence reach about 970.
 LONGEST = 1024.0
-TOKENS = 4096
+TOKENS = 4096  # most tokens that a post-processor adds to a text
+# Growth by a normalizer. A space becomes three bytes, a ligature eighteen letters.
 _UNICODE = {
     "NFKC": 18.0,
     "NFKD": 18.0,
@@ -495,9 +483,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         )
     try:
         backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except (
-        BaseException
-    ) as error:  # the binding raises Exceptions, and panics (BaseException)
+    except BaseException as error:  # Exceptions, and panics of the binding
         if not is_foreign(error):
             raise
         remedy = "download the file again"
@@ -578,7 +564,8 @@ def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
             f"{where}: post_processor", expected=expected, found=f"{added}"
         )
     for name, rule in rules.items():
-        if (growth := _growth(rule)) > LONGEST:
+        growth = _growth(rule)
+        if growth > LONGEST:
             expected = f"rules that make a text at most {LONGEST:.0f} times as long"
             found = f"rules that can make it {growth:.3g} times as long"
             remedy = "use the tokenizer that the model's authors published"
@@ -591,29 +578,31 @@ def _growth(rule: dict[str, Any]) -> float:
     """Returns the largest ratio of bytes after ``rule`` to bytes before it."""
     kind = rule.get("type", "")
     if kind == "Sequence":
-        return math.prod(
-            map(_growth, rule.get("normalizers") or rule.get("decoders", ()))
-        )
+        members = rule.get("normalizers") or rule.get("decoders", ())
+        return math.prod(map(_growth, members))
     if kind == "Replace":
         size = len(rule["content"].encode())
         text = rule["pattern"].get("String")
+        if text:
+            return max(1.0, size / len(text.encode()))
         # A regular expression may match the empty text between any two bytes.
-        return max(1.0, size / len(text.encode())) if text else 1.0 + size
+        return 1.0 + size
     if kind == "Precompiled":
         # SentencePiece's table: the size of a trie, the trie, and replacements that each end with a
         # zero.
         table = base64.b64decode(rule["precompiled_charsmap"])
-        replacements = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+        trie_size = int.from_bytes(table[:4], "little")
+        replacements = table[4 + trie_size :].split(b"\0")
         return float(max(1, *map(len, replacements)))
     return _UNICODE.get(kind, 1.0)
 
 
 def _added(rule: dict[str, Any]) -> int:
-    """Returns the number of tokens that a post-processor adds to a text."""
-    pieces = [
-        piece["SpecialToken"]["id"]
-        for piece in rule.get("single", ())
-        if "SpecialToken" in piece
-    ]
-    total = sum(len(rule["special_tokens"][name]["ids"]) for name in pieces)
-    return total + sum(map(_added, rule.get("processors", ())))
+    """Returns the number of tokens that a post-processor, and the processors in it, add to a
+    text."""
+    total = sum(map(_added, rule.get("processors", ())))
+    for piece in rule.get("single", ()):
+        if "SpecialToken" in piece:
+            name = piece["SpecialToken"]["id"]
+            total += len(rule["special_tokens"][name]["ids"])
+    return total
