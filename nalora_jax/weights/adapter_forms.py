@@ -56,6 +56,7 @@ def _merged_stack(
     """
 
     def merge_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
+        """Returns ``w + s a b`` of one layer, in the dtype of ``w``."""
         w, a, b, s = layer
         return merged_kernel(w, a, b, s).astype(w.dtype)
 
@@ -81,14 +82,13 @@ def difference_as_lora(
     """
     now = flatten(lora)
     before = flatten(start)
-    factor = scale_divisor(2.0, rslora=spec.rslora)
+    factor = scale_divisor(2.0, rslora=spec.rslora)  # of alpha
     leaves = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
     targets = []
     for path, target in spec.targets:
         ranks = tuple(2 * rank for rank in target.ranks)
-        targets.append(
-            (path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas)))
-        )
+        alphas = tuple(factor * alpha for alpha in target.alphas)
+        targets.append((path, TargetSpec(ranks, alphas)))
         a = np.asarray(now[f"{path}/a"])
         b = np.asarray(now[f"{path}/b"])
         a0 = np.asarray(before[f"{path}/a"])
@@ -150,9 +150,10 @@ def remaining_ranks(
             factor = scale_divisor(rank / max(before, 1), rslora=spec.rslora)
             alphas.append(alpha * factor or 1.0)  # an alpha of rank 0 is not used
         targets.append((path, TargetSpec(ranks, tuple(alphas))))
-    return unflatten(leaves), replace(
+    plain = replace(
         spec, targets=tuple(targets), dora=False, adalora=False, zero_a=False
     )
+    return unflatten(leaves), plain
 
 
 _ITERATIONS = 4  # of the randomized decomposition, as PEFT's ``pissa_niter_4``
@@ -216,9 +217,8 @@ def pissa_split(
         adapters |= {f"{path}/a": a, f"{path}/b": b}
         leaves[f"{path}/kernel"] = jax.device_put(residual, kernel.sharding)
         if spec.dora:
-            adapters[f"{path}/magnitude"] = jnp.linalg.norm(
-                kernel.astype(jnp.float32), axis=-2
-            )
+            norms = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
+            adapters[f"{path}/magnitude"] = norms  # [layers, ..., d_out]
     return unflatten(leaves), unflatten(adapters)
 
 
@@ -228,16 +228,17 @@ def _randomized_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.
 
     Source: Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.
     """
-    # Oversampling: the subspace is wider than the result.
     *lead, d_in, d_out = w.shape
+    # Oversampling: the subspace is wider than the result.
     width = min(rank + max(8, rank // 2), d_in, d_out)
-    q = jax.random.normal(jax.random.key(0), (*lead, d_out, width), jnp.float32)
-    q = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))[0]
+    draws = jax.random.normal(jax.random.key(0), (*lead, d_out, width), jnp.float32)
+    # Orthonormal bases of the outputs [..., d_in, width] and of the inputs [..., d_out, width].
+    q, _ = jnp.linalg.qr(jnp.matmul(w, draws, precision="highest"))
     wt = jnp.swapaxes(w, -1, -2)
     for _ in range(_ITERATIONS):
-        p = jnp.linalg.qr(jnp.matmul(wt, q, precision="highest"))[0]
-        q = jnp.linalg.qr(jnp.matmul(w, p, precision="highest"))[0]
+        p, _ = jnp.linalg.qr(jnp.matmul(wt, q, precision="highest"))
+        q, _ = jnp.linalg.qr(jnp.matmul(w, p, precision="highest"))
     projected = jnp.matmul(jnp.swapaxes(q, -1, -2), w, precision="highest")
-    u, s, vt = jnp.linalg.svd(projected, full_matrices=False)
+    u, s, vt = jnp.linalg.svd(projected, full_matrices=False)  # [..., width, d_out]
     u = jnp.matmul(q, u, precision="highest")
     return u[..., :rank], s[..., :rank], vt[..., :rank, :]

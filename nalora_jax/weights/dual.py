@@ -92,27 +92,37 @@ def load_dual(
         the field.
     """
     require_dtype(dtype)  # before the download
-    if names := _towers(source):
-        towers = [
+    names = _towers(source)
+    if names:
+        image, text = (
             load_encoder(name, dtype=dtype, mesh=mesh, prefix=path)
             for path, name in names.items()
-        ]
+        )
         return join(
-            *towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size
+            image,
+            text,
+            mesh=mesh,
+            d_out=d_out,
+            loss=loss,
+            seed=seed,
+            image_size=image_size,
         )
     config, resolved = _read_description(source, families.read_dual)
     tensors, params = _weights(config, resolved, dtype, mesh)
-    of = origin(config, resolved, tensors, together=mesh is not None)
+    base = origin(config, resolved, tensors, together=mesh is not None)
     tokenizer = _tokenizer(resolved.path, config.text)
     processor = _set_side(read_processor(resolved.path), config.image, image_size)
-    return LoadedDual(config, params, tokenizer, processor, of.name, of.fingerprint, of)
+    return LoadedDual(
+        config, params, tokenizer, processor, base.name, base.fingerprint, base
+    )
 
 
 def described_dual(
     source: str, *, d_out: int = 0, loss: Loss = "softmax"
 ) -> DualConfig:
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
-    if names := _towers(source):
+    names = _towers(source)
+    if names:
         image, text = (_tower(name)[0] for name in names.values())
         width = d_out or min(image.d_model, text.d_model)
         return families.compose(image, text, width, loss)
@@ -120,8 +130,11 @@ def described_dual(
 
 
 def _towers(source: str) -> dict[str, str]:
-    """Returns the names of two separately trained towers by their path in the tree; {} for one
-    model."""
+    """Returns the names of two separately trained towers in ``image+text``, by their path in the
+    tree.
+
+    {} for the name of one model.
+    """
     image, plus, text = source.partition(JOIN)
     if not plus or Path(source).exists():
         return {}
@@ -129,7 +142,7 @@ def _towers(source: str) -> dict[str, str]:
 
 
 def _read_description(source: str, read: Callable[..., T]) -> tuple[T, ResolvedSource]:
-    """Returns the architecture and the files of an encoder or a pair."""
+    """Returns the architecture of an encoder or a pair, as ``read`` returns it, and its files."""
     resolved = hub.resolve_encoder(source)
     where = resolved.path / "config.json"
     return read(read_json(where), str(where)), resolved
@@ -232,21 +245,18 @@ def _set_side(
     if not side:
         return processor
     if config.any_shape:
-        remedy = "set max_num_patches in its preprocessor_config.json instead"
-        expected = "0 for a model that takes images of any shape"
         raise NaloraError(
             "--vision.image-size",
-            expected=expected,
+            expected="0 for a model that takes images of any shape",
             found=side,
-            remedy=remedy,
+            remedy="set max_num_patches in its preprocessor_config.json instead",
         )
     if side % config.patch_size:
         expected = f"a multiple of the patch size, {config.patch_size}"
         raise NaloraError("--vision.image-size", expected=expected, found=side)
     if not (processor.shortest or processor.resize):
-        where = "preprocessor_config.json: do_resize"
         raise NaloraError(
-            where,
+            "preprocessor_config.json: do_resize",
             expected="true, with --vision.image-size",
             found="false",
         )
@@ -270,21 +280,21 @@ def _init_projections(
     shardings = param_shardings(config.param_shapes(), mesh)
     fresh = {path: leaf for path, leaf in leaves.items() if path in projections}
     if shardings is not None:
-        fresh = {
-            path: jax.device_put(leaf, shardings[path]) for path, leaf in fresh.items()
-        }
+        for path, leaf in fresh.items():
+            fresh[path] = jax.device_put(leaf, shardings[path])
     return trees.unflatten(fresh)
 
 
 def _tokenizer(folder: Path, config: EncoderConfig) -> TextTokenizer:
-    """Returns the text tower's tokenizer.
+    """Returns the tokenizer of the text tower ``config`` in a model's ``folder``.
 
-    A tower that pools the last position, as SigLIP's, was trained on rows padded to full length.
+    It pads all texts to the tower's full length if the tower pools the last position, as SigLIP's
+    does: such a tower was trained on rows of that length.
     """
-    fixed = config.pooling == "last"
+    pads_to_full_length = config.pooling == "last"
     return read_text_tokenizer(
         folder,
         max_length=config.max_positions,
         vocab_size=config.vocab_size,
-        fixed=fixed,
+        fixed=pads_to_full_length,
     )

@@ -34,7 +34,12 @@ from nalora_jax.weights.keymaps import (
 
 
 def _rows(names: Mapping[str, str], stem: str = "", folder: str = "") -> Rows:
-    """Returns weights and biases of dense layers and norms, and tables, by transformers' module."""
+    """Returns the rows of modules by transformers' name: weights and biases of dense layers and
+    norms, and tables.
+
+    Args: names: our path of each of transformers' modules. stem: begins the tensors' names. folder:
+    begins our paths.
+    """
     rows: Rows = ()
     for theirs, ours in names.items():
         name = f"{stem}{theirs}"
@@ -50,6 +55,7 @@ def _rows(names: Mapping[str, str], stem: str = "", folder: str = "") -> Rows:
 
 
 def _layers(stem: str, names: Mapping[str, str]) -> Rows:
+    """Returns the rows of modules that every layer ``<stem>.{layer}`` has."""
     return _rows(names, f"{stem}.{{layer}}.", "layers/")
 
 
@@ -178,6 +184,10 @@ TABLES: dict[str, Rows] = {
     "dinov2": _DINOV2,
     "bert": _BERT,
 }
+_PROJECTIONS = (
+    TensorRow("visual_projection.weight", ("image/projection/kernel",), "transpose"),
+    TensorRow("text_projection.weight", ("text/projection/kernel",), "transpose"),
+)
 _PROJECTORS: dict[str, Rows] = {
     "mlp": _rows(
         {"linear_1": "in_proj", "linear_2": "out_proj"},
@@ -220,10 +230,8 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
         assert config.vision is not None
         text = keymap_for(replace(config, vision=None))
         tensors = (*text.tensors, *_vision_tensors(config.vision))
-        ignored = (
-            *(pattern for pattern in text.ignored if pattern not in VISION_TENSORS),
-            r"position_ids$",
-        )
+        unread = [pattern for pattern in text.ignored if pattern not in VISION_TENSORS]
+        ignored = (*unread, r"position_ids$")
         return KeyMap(tensors, ignored, text.aliases, (*text.renames, *_RENAMES))
     shapes = config.param_shapes()
     if isinstance(config, DualConfig):
@@ -232,9 +240,8 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
         towers = [config]
     tensors = tuple(_tensors(_names(config), shapes, towers[0]))
     check_covered(tensors, shapes, config.model_type)
-    if any(tower.pooler for tower in towers):
-        ignored = _IGNORED
-    else:
+    ignored = _IGNORED
+    if not any(tower.pooler for tower in towers):
         ignored = (*_IGNORED, _POOLER_UNUSED)
     if isinstance(config, DualConfig):
         return KeyMap(tensors, ignored)
@@ -242,26 +249,28 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
 
 
 def _names(config: DualConfig | EncoderConfig | VisionSpec) -> Rows:
-    """Returns the rows of towers and of the layers between them, by the names in files."""
+    """Returns a model's rows, each of which has a tensor's name in files and the leaves that it
+    fills.
+
+    Args: config: one tower; a dual encoder, with prefixes for its towers, its projections and
+    temperature; or the image tower of a multimodal model, followed by the projector.
+    """
     if isinstance(config, EncoderConfig):
         return TABLES[config.model_type]
     if isinstance(config, VisionSpec):
-        return (
-            _add_prefix(config.tower, "image/", _TOWER) + _PROJECTORS[config.projector]
-        )
-    rows = [
-        *_add_prefix(config.image, "image/", "vision_model."),
-        *_add_prefix(config.text, "text/", "text_model."),
-    ]
+        tower = _add_prefix(config.tower, "image/", _TOWER)
+        return tower + _PROJECTORS[config.projector]
+    image = _add_prefix(config.image, "image/", "vision_model.")
+    text = _add_prefix(config.text, "text/", "text_model.")
+    # SigLIP's projections are in its towers, and its temperature is a vector of one number.
+    projections: Rows = ()
     change: Change = "lead"
     if not config.model_type.startswith("siglip"):
+        projections = _PROJECTIONS
         change = ""
-        for name, path in (("visual_projection", "image"), ("text_projection", "text")):
-            kernel = f"{path}/projection/kernel"
-            rows.append(TensorRow(f"{name}.weight", (kernel,), "transpose"))
-    for name in ("logit_scale", "logit_bias"):
-        rows.append(TensorRow(name, (name,), change))
-    return tuple(rows)
+    scale = TensorRow("logit_scale", ("logit_scale",), change)
+    bias = TensorRow("logit_bias", ("logit_bias",), change)
+    return (*image, *text, *projections, scale, bias)
 
 
 def _add_prefix(tower: EncoderConfig, path: str, prefix: str) -> Rows:
@@ -278,26 +287,32 @@ def _tensors(
     shapes: Mapping[str, tuple[int, ...]],
     tower: EncoderConfig,
 ) -> Iterator[SourceTensor]:
-    """Yields the tensors of the rows whose leaves a model has."""
+    """Yields the tensors of the rows whose leaves a model has.
+
+    Args: rows: of several models, by the names in files. shapes: shape of every leaf of the model.
+    tower: its tower, of which images or texts are the input.
+    """
     for row in rows:
-        if all(path in shapes for path in row.paths):
-            layers: Layers = ONCE
-            if "{layer}" in row.name:
-                layers = [(layer, layer) for layer in range(shapes[row.paths[0]][0])]
-            elif row.paths[0].startswith("projector/ffn/"):  # a stack of one layer
-                layers = [(0, None)]
-            yield from row_tensors(row, row.paths, shapes, tower, layers)
+        if not all(path in shapes for path in row.paths):
+            continue
+        first = row.paths[0]
+        layers: Layers = ONCE
+        if "{layer}" in row.name:
+            layers = [(layer, layer) for layer in range(shapes[first][0])]
+        elif first.startswith("projector/ffn/"):  # a stack of one layer
+            layers = [(0, None)]
+        yield from row_tensors(row, row.paths, shapes, tower, layers)
 
 
 def _vision_tensors(vision: VisionSpec) -> Iterator[SourceTensor]:
     """Yields tensors of tower and projector; weights of unused layers go to the branch `UNUSED`."""
     run = vision.running.param_shapes()
-    ours = vision.param_shapes()
-    tower = vision.tower.param_shapes()
-    stored = {f"image/{path}": shape for path, shape in tower.items()}
-    stored |= {
-        path: shape for path, shape in ours.items() if path.startswith("projector/")
-    }
+    stored = {}  # shapes of the leaves that the files have
+    for path, shape in vision.tower.param_shapes().items():
+        stored[f"image/{path}"] = shape
+    for path, shape in vision.param_shapes().items():
+        if path.startswith("projector/"):
+            stored[path] = shape
 
     def place(slot: Slot) -> Slot:
         """Returns the slot in the running model, or below `UNUSED` if the model does not run it."""
@@ -321,25 +336,25 @@ def _modules(config: ModelConfig | DualConfig) -> dict[tuple[str, ...], str]:
 
     Module names contain ``{layer}``.
     """
-    host: DualConfig | VisionSpec | None
+    host: DualConfig | VisionSpec
     if isinstance(config, DualConfig):
         host = config
+        towers = config.towers
         prefix = ""
+    elif config.vision is None:
+        return {}
     else:
         host = config.vision
-        prefix = "model."
-    if host is None:
-        return {}
-    if isinstance(host, DualConfig):
-        towers = host.towers
-    else:
         towers = {"image": host.tower}
+        prefix = "model."
+    shapes = host.projection_shapes()
     modules = {}
     for row in _names(host):
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
-        if all(path in host.projection_shapes() for path in paths):
+        if all(path in shapes for path in paths):
             name = prefix + row.name.removesuffix(".weight")
-            modules[paths] = _module_name(towers.get(paths[0].partition("/")[0]), name)
+            part, _, _ = paths[0].partition("/")  # "image", "text" or "projector"
+            modules[paths] = _module_name(towers.get(part), name)
     return modules
 
 

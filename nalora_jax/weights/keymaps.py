@@ -155,18 +155,13 @@ class KeyMap:
                 continue
             tensor = self.by_name.get(canonical)
             if tensor is None:
-                raise error(
-                    self._nearest(canonical),
-                    f"the unknown tensor {name} {shape}",
-                )
+                found = f"the unknown tensor {name} {shape}"
+                raise error(self._nearest(canonical), found)
             if canonical in names:
                 raise error(f"{canonical} once", f"{names[canonical]} and {name}")
             if tuple(shape) != tensor.shape:
-                raise error(
-                    f"the shape {tensor.shape}",
-                    tuple(shape),
-                    f"{where}: {name}",
-                )
+                expected = f"the shape {tensor.shape}"
+                raise error(expected, tuple(shape), f"{where}: {name}")
             names[canonical] = name
         missing = [name for name in self.by_name if name not in names]
         if missing:
@@ -181,7 +176,7 @@ class KeyMap:
         of_first_layer = re.sub(r"\d+", "0", name)
         # Without the last part of the name, then without the last two.
         for parts in (1, 2):
-            stem = of_first_layer.rsplit(".", parts)[0]
+            stem, *_ = of_first_layer.rsplit(".", parts)
             near = [known for known in self.by_name if known.startswith(stem)]
             if near:
                 listed = ", ".join(near[:4])
@@ -237,10 +232,8 @@ def keymap_for(
     if source == "hf":
         rows = family.tensors
         alias = ("lm_head.weight", "model.embed_tokens.weight")
-        of_family = (
-            expression.replace("{n_layers}", str(config.n_layers))
-            for expression in family.ignored
-        )
+        n_layers = str(config.n_layers)
+        of_family = [each.replace("{n_layers}", n_layers) for each in family.ignored]
         ignored = (*_ROTARY, *VISION_TENSORS, *of_family, *_unread_keys(config))
     else:
         rows = gguf_of(config).tensors
@@ -348,10 +341,12 @@ def row_tensors(
     shape = transform.shape
     if shape is None:
         first = theirs[0]
-        axis = max(len(first) - 2 + transform.alternates, 0)
-        total = sum(s[axis] for s in theirs)
+        axis = max(len(first) - 2, 0)  # of rows
+        rows = tuple(slot[axis] for slot in theirs)
+        if transform.alternates:  # the slots follow each other along the columns
+            axis += 1
+        total = sum(slot[axis] for slot in theirs)
         shape = (*first[:axis], total, *first[axis + 1 :])
-        rows = tuple(s[max(len(s) - 2, 0)] for s in theirs)
     elif shape:  # not a scalar
         rows = shape[:1]
     for index, number in layers:
@@ -373,10 +368,9 @@ def _transform(
         return Transform(lambda array: array - 1, lambda array: array + 1)
     if row.change in ("pairs", "pairs_transpose"):
         assert isinstance(config, ModelConfig)
+        heads = config.n_kv_heads
         if "q_proj" in row.paths[0]:
             heads = config.n_heads
-        else:
-            heads = config.n_kv_heads
         if row.change == "pairs":
             return Transform(
                 lambda x: halves_from_pairs(x, heads),
@@ -406,10 +400,9 @@ def _transform(
     # Scalars, and tensors with further leading axes of length 1 in the file.
     shape = leaf
     if row.change == "lead":
+        shape = (1, *leaf)
         if row.name.endswith(("cls_token", "probe")):
             shape = (1, 1, *leaf)
-        else:
-            shape = (1, *leaf)
     return Transform(
         lambda x: x.reshape(leaf),
         lambda x: np.asarray(x).reshape(shape),
@@ -419,10 +412,12 @@ def _transform(
 
 
 def _same(array: Array) -> Array:
+    """Returns the array itself."""
     return array
 
 
 def _swap(array: Array) -> Array:
+    """Returns the array with its last two axes exchanged."""
     return array.swapaxes(-1, -2)
 
 

@@ -72,7 +72,8 @@ OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, TRAINED, "README.md", *FILES})
 _KEY = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
-# Folding a scale into B rounds every entry once, and so does reading it back.
+# Largest relative difference of a folded B: folding a scale into B rounds every entry once, and so
+# does reading it back.
 _FOLD_TOLERANCE = 2.0**-21
 
 
@@ -234,9 +235,10 @@ def _entries(
             expected = f"one of {', '.join(sorted(paths))}"
             raise NaloraError(f"adapter at {path}", expected=expected, found=path)
 
-    # Cached: all experts of a layer read the same stacked adapter.
     @functools.cache
     def part(path: str, index: int) -> ModuleAdapter | None:
+        """Returns the adapter of one layer of a stacked path; all experts of a layer read the same
+        one."""
         return layer_adapter(leaves, spec, path, index)
 
     for place in places_in(config, layout):
@@ -270,9 +272,10 @@ def _entries(
 
 
 def _equalize(entries: list[Entry]) -> list[Entry]:
-    """Returns the same adapters with the largest rank (zero-padded) and the most frequent scale.
+    """Returns adapters of the same effect that all have the largest rank and the most frequent
+    scale.
 
-    Other scales are folded into B.
+    Ranks are padded with zeros, and other scales are folded into B.
     """
     if not entries:
         return []
@@ -285,7 +288,8 @@ def _equalize(entries: list[Entry]) -> list[Entry]:
 
 def _most_common(values: Iterable[Any]) -> Any:
     """Returns the most frequent value; the first of them if several are equally frequent."""
-    return Counter(values).most_common(1)[0][0]
+    ((value, _),) = Counter(values).most_common(1)
+    return value
 
 
 def _check_vllm(spec: AdapterSpec) -> None:
@@ -327,21 +331,17 @@ def _adapt_to_vllm(
       layout: its modules.
       limit: vLLM's max_lora_rank; a larger rank is an error.
     """
-    even = {entry.place.name: entry for entry in _equalize(entries)}
-    first = next(iter(even.values())).adapter
+    equal = {entry.place.name: entry for entry in _equalize(entries)}
+    first = next(iter(equal.values())).adapter
     rank = first.rank
     scale = first.scale
     if rank > limit:
-        expected = f"at most {limit} (vLLM's rule: max_lora_rank)"
-        remedy = (
-            f"start vLLM with --max-lora-rank {rank} or more and export with the same "
-            "max_lora_rank"
-        )
         raise NaloraError(
             "--for vllm: rank",
-            expected=expected,
+            expected=f"at most {limit} (vLLM's rule: max_lora_rank)",
             found=rank,
-            remedy=remedy,
+            remedy=f"start vLLM with --max-lora-rank {rank} or more and export with the same "
+            "max_lora_rank",
         )
     adapted = {entry.place.module for entry in entries}
     # Linear modules with an adapted module's short name are adapted too.
@@ -365,7 +365,7 @@ def _adapt_to_vllm(
         return ModuleAdapter(a, b, scale)
 
     return [
-        even.get(place.name) or Entry(place, zeros(place), place.stacked)
+        equal.get(place.name) or Entry(place, zeros(place), place.stacked)
         for place in places_in(config, layout)
         if place.module in adapted
     ]
@@ -413,7 +413,8 @@ def _settings(
         if alpha.is_integer():
             alpha = int(alpha)
         alphas.append(alpha)
-    rank, rank_pattern = _pattern([entry.adapter.rank for entry in entries], entries)
+    ranks = [entry.adapter.rank for entry in entries]
+    rank, rank_pattern = _pattern(ranks, entries)
     usual_alpha, alpha_pattern = _pattern(alphas, entries)
     task = None
     if isinstance(config, ModelConfig):
@@ -482,9 +483,14 @@ def _target_modules(
     experts = of_form(layout, "expert") or of_form(module_layout(config), "expert")
     existing = places_in(config, of_form(layout, "linear") + experts)
     return _shorten(
-        [(name.rpartition(".")[2], name) for name in names],
-        [(place.name.rpartition(".")[2], place.name) for place in existing],
+        map(_module_names, names), [_module_names(place.name) for place in existing]
     )
+
+
+def _module_names(name: str) -> tuple[str, str]:
+    """Returns a module's short name, the last part of its name, and its full name."""
+    _, _, short = name.rpartition(".")
+    return short, name
 
 
 def _parameter_names(place: Place) -> tuple[str, str]:
@@ -497,8 +503,11 @@ def _parameter_names(place: Place) -> tuple[str, str]:
 def _shorten(
     adapted: Iterable[tuple[str, str]], existing: Iterable[tuple[str, str]]
 ) -> list[str]:
-    """Returns short names whose full names are all adapted, full names of the others; pairs are
-    (short, full)."""
+    """Returns the shortest list of names that targets the adapted modules and no others.
+
+    A short name stands for all modules that end with it. It is used if all of them are adapted;
+    otherwise the full names are listed. ``adapted`` and ``existing`` have pairs (short, full).
+    """
     groups: defaultdict[str, set[str]] = defaultdict(set)
     for short, full in adapted:
         groups[short].add(full)
@@ -560,14 +569,7 @@ def import_adapter(
         )
     trained = AdapterSpec()
     if not isinstance(config, ModelConfig):
-        if named := peft.modules_to_save or peft.token_indices:
-            if peft.modules_to_save:
-                field = "modules_to_save"
-            else:
-                field = "trainable_token_indices"
-            expected = "null for image and text encoders"
-            actual = ", ".join(map(str, named))
-            raise NaloraError(f"{peft.where}: {field}", expected=expected, found=actual)
+        _refuse_tables(peft)
         tables = read_trained(folder, config)
     else:
         of_tables = tuple(f"{name}.lora_" for name in table_modules(config).values())
@@ -600,6 +602,21 @@ def import_adapter(
     leaves, spec = _stack(config, peft, adapters)
     spec = replace(spec, saved=trained.saved, token_indices=trained.token_indices)
     return unflatten(leaves | tables), spec
+
+
+def _refuse_tables(peft: PeftConfig) -> None:
+    """Raises a NaloraError if an encoder's adapter has trained tables or rows."""
+    fields = {
+        "modules_to_save": peft.modules_to_save,
+        "trainable_token_indices": peft.token_indices,
+    }
+    for field, named in fields.items():
+        if named:
+            raise NaloraError(
+                f"{peft.where}: {field}",
+                expected="null for image and text encoders",
+                found=", ".join(map(str, named)),
+            )
 
 
 def _check_exists(path: Path) -> None:
@@ -717,7 +734,8 @@ def _check_complete(
     slots: Mapping[str, Slot],
     modules: Mapping[str, Factors],
 ) -> None:
-    """Checks that the file's modules and the targeted modules are the same."""
+    """Raises a NaloraError unless the file has the tensors of exactly the modules that are
+    targeted."""
     for key in modules:
         if key not in slots:
             patterns = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in slots})
@@ -781,14 +799,12 @@ def _group_by_projection(
             if part is not None:
                 adapters[stacked][index] = part
     for (layer, stacked, index), members in experts.items():
-        count = projection_shapes(config)[stacked][0]
+        count, *_ = projection_shapes(config)[stacked]
         if len(members) != count:
-            expected = f"adapters on all {count}"
-            actual = len(members)
             raise NaloraError(
                 f"{path}: experts of layer {layer}",
-                expected=expected,
-                found=actual,
+                expected=f"adapters on all {count}",
+                found=len(members),
             )
         # Ranks are padded, and scales folded relative to the first expert's.
         rank = max(member.rank for member in members.values())
@@ -803,43 +819,52 @@ def _group_by_projection(
 def _read_adapter(
     peft: PeftConfig, path: Path, slot: Slot, factors: Factors
 ) -> ModuleAdapter:
-    """Checks one slot's tensors and converts them to this library's layout."""
-    shape = slot.place.shape
+    """Returns the adapter of a slot in this library's layout: a ``[d_in, r]``, b ``[r, d_out]``.
+
+    Of a stack of experts a is ``[experts, d_in, r]`` and b ``[experts, r, d_out]``.
+
+    Args: peft: ``adapter_config.json``. path: the tensor file, for error messages. slot: the module
+    and its rank in ``peft``. factors: the slot's tensors in PEFT's layout.
+
+    Raises: NaloraError: a tensor has another shape, or experts have DoRA.
+    """
+    *experts, d_in, d_out = slot.place.shape
     rank = slot.rank
     stacked = slot.place.stacked
-    d_in, d_out = shape[-2:]
-    count = 1
+    count = 1  # experts of a stack
     if stacked:
-        count = shape[0]
-    kinds = {
+        (count,) = experts
+    shapes = {
         "a": (count * rank, d_in),
         "b": (d_out, count * rank),
         "magnitude": (d_out,),
     }
-    for tensor, (kind, size) in zip(factors, kinds.items(), strict=False):
-        if tensor.shape != size:
+    # Without DoRA there is no magnitude.
+    for tensor, (kind, shape) in zip(factors, shapes.items(), strict=False):
+        if tensor.shape != shape:
             raise NaloraError(
                 f"{path}: {slot.key} ({kind})",
-                expected=f"shape {size} (rank {rank}, {d_in} -> {d_out})",
+                expected=f"shape {shape} (rank {rank}, {d_in} -> {d_out})",
                 found=f"shape {tensor.shape}",
                 remedy="the adapter belongs to another base model, or r in adapter_config.json "
                 "is wrong",
             )
-    if peft.dora and len(shape) > 2:
+    if peft.dora and experts:
         expected = "false for experts (PEFT has no such adapter)"
         raise NaloraError(f"{peft.where}: use_dora", expected=expected, found="true")
-    a = factors[0].T
-    b = factors[1].T
-    # A is [experts * r, d_in], expert-major; B is [d_out, r * experts], rank-major
+    lora_a, lora_b, *magnitudes = factors
+    a = lora_a.T
+    b = lora_b.T
     if stacked:
-        a = factors[0].reshape(count, rank, d_in).transpose(0, 2, 1)
-        b = factors[1].reshape(d_out, rank, count).transpose(2, 1, 0)
+        # [experts * r, d_in] -> [experts, d_in, r] and [d_out, r * experts] -> [experts, r, d_out]
+        a = lora_a.reshape(count, rank, d_in).transpose(0, 2, 1)
+        b = lora_b.reshape(d_out, rank, count).transpose(2, 1, 0)
     scale = adapter_scale(slot.alpha, rank, rslora=peft.rslora)
     magnitude = None
     if peft.dora:
-        magnitude = factors[2]
+        (magnitude,) = magnitudes
     adapter = ModuleAdapter(a, b, scale, magnitude)
-    # PEFT pads the ranks of stacks; a fresh adapter (B = 0) keeps its rank
+    # PEFT pads the ranks of stacks. A fresh adapter (B = 0) keeps its rank.
     if stacked and b.any():
         return compact(adapter)
     return adapter
@@ -860,7 +885,7 @@ def _stack(
     targets = []
     for path, layers in sorted(adapters.items()):
         *lead, d_in, d_out = shapes[path]
-        n = numbers[path]
+        n = numbers[path]  # layers
         rank = max(adapter.rank for adapter in layers.values())
         a = np.zeros((n, *lead, d_in, rank), np.float32)
         b = np.zeros((n, *lead, rank, d_out), np.float32)
@@ -958,11 +983,9 @@ def _difference(first: ModuleAdapter | None, second: ModuleAdapter | None) -> fl
     if len(effective) == 1:
         return np.inf
     ours, theirs = effective
-    if (
-        ours.b.shape != theirs.b.shape
-        or not np.array_equal(ours.a, theirs.a)
-        or not _equal_magnitudes(ours, theirs)
-    ):
+    if ours.b.shape != theirs.b.shape or not np.array_equal(ours.a, theirs.a):
+        return np.inf
+    if not _equal_magnitudes(ours, theirs):
         return np.inf
     if ours.scale == theirs.scale and np.array_equal(ours.b, theirs.b):
         return 0.0
@@ -974,6 +997,7 @@ def _difference(first: ModuleAdapter | None, second: ModuleAdapter | None) -> fl
 
 
 def _equal_magnitudes(first: ModuleAdapter, second: ModuleAdapter) -> bool:
+    """Returns True if both magnitudes are equal, or both are missing."""
     if first.magnitude is None or second.magnitude is None:
         return first.magnitude is second.magnitude
     return np.array_equal(first.magnitude, second.magnitude)

@@ -139,9 +139,8 @@ class PeftConfig(Fields):
         self.token_indices = self._indices("trainable_token_indices")
         if self.dropout >= 1:
             raise self.error("lora_dropout", "a number in [0, 1)", self.dropout)
-        if isinstance(self.target_modules, str) and (
-            self.layers_to_transform or self.layers_pattern
-        ):
+        selects_layers = self.layers_to_transform or self.layers_pattern
+        if selects_layers and isinstance(self.target_modules, str):
             expected = "null with a target_modules that is a pattern (PEFT refuses the pair too)"
             raise self.error(
                 "layers_to_transform",
@@ -181,11 +180,12 @@ class PeftConfig(Fields):
         if not self.layers_to_transform:
             return True
         patterns = _compile(self.layers_pattern, _layer_pattern) or [_ANY_LAYER]
-        match = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
-        if match is None:
-            return False
         layers = {str(layer) for layer in self.layers_to_transform}
-        return match.groupdict().get("idx", "") in layers
+        for pattern in patterns:
+            match = pattern.match(name)
+            if match is not None:  # the first one counts
+                return match.groupdict().get("idx", "") in layers
+        return False
 
     def _sequence(self, key: str, kind: type[Any], expected: str) -> tuple[Any, ...]:
         """Returns a field as a tuple of ``kind``; () for null, one item for a single value."""
@@ -269,6 +269,7 @@ class PeftConfig(Fields):
         return tuple(patterns)
 
     def _refusal(self, key: str, expected: str, found: object) -> NaloraError:
+        """Returns the error about a field, with at most 200 characters of its value."""
         return self.error(key, expected, str(found)[:200])
 
 
@@ -278,7 +279,7 @@ def _refuse_unsupported(fields: Fields) -> None:
     raw = fields.raw
     init = raw.get("init_lora_weights", True)
     # `is` for True, False and None, because 1 == True.
-    of_base = any(
+    is_plain = any(
         init is plain or (isinstance(plain, str) and init == plain)
         for plain in _PLAIN_INITS
     )
@@ -299,7 +300,7 @@ def _refuse_unsupported(fields: Fields) -> None:
         ),
         (
             "init_lora_weights",
-            of_base,
+            is_plain,
             "an adapter of the unchanged base weights",
             convert,
         ),
@@ -373,15 +374,17 @@ def _first_value(pattern: Mapping[str, float], name: str, default: float) -> flo
 
     A suffix starts at the beginning of the name or after a dot.
     """
-    matches = zip(
-        pattern.values(), _compile(tuple(pattern), _suffix_pattern), strict=True
-    )
-    return next((value for value, key in matches if key.match(name)), default)
+    expressions = _compile(tuple(pattern), _suffix_pattern)
+    for value, expression in zip(pattern.values(), expressions, strict=True):
+        if expression.match(name):
+            return value
+    return default
 
 
 # Room for the three fields of patterns, which are matched with every module of a model.
 @functools.lru_cache(maxsize=4)
 def _compile(keys: tuple[str, ...], use: Callable[[str], str]) -> list[re.Pattern[str]]:
+    """Returns the compiled expressions ``use(key)``."""
     return [re.compile(use(key)) for key in keys]
 
 

@@ -167,11 +167,15 @@ def _split_stacks(layout: ModuleLayout) -> ModuleLayout:
 
 
 def _rename(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
-    """Returns the layout with other prefixes: ``names`` maps present ones to new ones."""
+    """Returns the layout with module names that start with a key of ``names`` changed to start with
+    its value."""
 
     def rename(name: str) -> str:
-        old = next((old for old in names if name.startswith(old)), "")
-        return names.get(old, "") + name.removeprefix(old)
+        """Returns a name with the new prefix, if it starts with an old one."""
+        for old, new in names.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
 
     return tuple(replace(module, name=rename(module.name)) for module in layout)
 
@@ -220,7 +224,7 @@ def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
                 continue
             slots = tuple(stacked_at[path, layer] for path in module.parts)
             widths = tuple(shapes[path][-1] for path, _ in slots)
-            first = slots[0][0]
+            first, _ = slots[0]
             shape = (*shapes[first][:-1], sum(widths))
             experts: Iterable[int | None] = (None,)
             if module.form == "expert":
@@ -263,32 +267,35 @@ _EARLIER: tuple[dict[str, str], ...] = (
 
 
 def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
-    """Returns `module_layout` with the names of the transformers release that wrote ``modules``.
+    """Returns `module_layout` with the names of the transformers release that wrote an adapter.
 
-    If several releases match equally well, the latest is used. The modules of a text model may have
-    their names in a multimodal model.
+    Args: config: the base model, or a dual encoder. modules: names of modules in the adapter's
+    files. If several releases match equally many of them, the latest is used. The modules of a text
+    model may have their names in a multimodal model.
     """
     layout = module_layout(config)
     written = set(modules)
     if not isinstance(config, ModelConfig):
         return layout
+    # The names before each layer differ between releases.
     if config.vision is not None:
         layouts = [layout, *(_rename(layout, names) for names in _EARLIER)]
-        layout = max(
-            layouts, key=lambda layout: len(written & _place_names(config, layout))
-        )
+        matches = [len(written & _place_names(config, each)) for each in layouts]
+        layout = layouts[matches.index(max(matches))]
     elif any(name.startswith(_TEXT_PART) for name in written):
         layout = _rename(layout, {_TEXT: _TEXT_PART})
+    # transformers 4 has a module for each expert, transformers 5 a stack of all experts.
     if any(map(_ONE_EXPERT.search, written)):
         return _split_stacks(layout)
     if of_form(layout, "stack"):
-        # transformers 5 has no modules of single experts. With their names, "w1" (LFM2-MoE) would
-        # target experts in addition to the dense layers.
+        # If single experts' modules were in the layout, "w1" (LFM2-MoE) would target experts in
+        # addition to the dense layers.
         return of_form(layout, "linear", "stack")
     return layout
 
 
 def _place_names(config: Host, layout: ModuleLayout) -> set[str]:
+    """Returns the names of all modules of a model."""
     return {place.name for place in places_in(config, layout)}
 
 
@@ -402,19 +409,14 @@ def split_fused(
         if adapter.magnitude is not None:
             magnitude = adapter.magnitude[start : start + width]
         # A part needs its magnitude to keep its column norms, so with DoRA every part stays.
-        keep = _live_ranks(block) | (
-            fresh or (magnitude is not None and not block.any())
-        )
-        piece = ModuleAdapter(
-            adapter.a[..., keep],
-            block[..., keep, :],
-            adapter.scale,
-            magnitude,
-        )
-        if piece.rank:
-            parts.append(piece)
-        else:
+        keeps_all = fresh or (magnitude is not None and not block.any())
+        keep = _live_ranks(block) | keeps_all  # bool [r]
+        if not keep.any():
             parts.append(None)
+            continue
+        a = adapter.a[..., keep]
+        b = block[..., keep, :]
+        parts.append(ModuleAdapter(a, b, adapter.scale, magnitude))
     return parts
 
 

@@ -50,6 +50,7 @@ def _accept_only(*accepted: Any, because: str) -> Field:
     fine = (None, False, {}, [], *accepted)
 
     def convert(value: Any) -> Refused | None:
+        """Returns None for an accepted value, otherwise `Refused`."""
         if any(value == each for each in fine):
             return None
         return Refused(because)
@@ -106,6 +107,7 @@ def _convert_indices(value: Any) -> Any:
 
 
 def _token_modules(value: Any) -> list[str]:
+    """Returns the names of the tables with trained token ids, sorted."""
     named = [str(name) for name, ids in ids_by_table(value).items() if ids]
     return sorted({name.rpartition(".")[2] for name in named})
 
@@ -332,19 +334,16 @@ def _modules() -> tuple[dict[str, str], str]:
         """Returns an expression that is found in these paths only."""
         exact = []
         for path in paths:
+            # A path that begins another one must be at the end.
             if any(other != path and other.startswith(path) for other in everything):
-                exact.append(f"{path}$")
-            else:
-                exact.append(path)
+                path = f"{path}$"
+            exact.append(path)
         if len(exact) == 1:
             return exact[0]
         return f"({'|'.join(exact)})"
 
-    mixers = [
-        path
-        for path in everything
-        if path.partition("/")[0] not in ("attn", "ffn", "tail")
-    ]
+    known = ("attn/", "ffn/", "tail/")
+    mixers = [path for path in everything if not path.startswith(known)]
     patterns = {name: pattern(paths) for name, paths in paths_of.items()}
     return patterns, pattern(["attn/o_proj", *mixers])
 
@@ -427,12 +426,12 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
         named = ()
     elif not everything:
         named = _names(targets, "target_modules")
-    paths = [
-        path for name in named if (path := _path(name, "target_modules")) not in out
-    ]
+    paths = [_path(name, "target_modules") for name in named]
+    paths = [path for path in paths if path not in out]
     # Start of the patterns if layers_to_transform is set, e.g. layers/(0|1)/.
     within = ""
-    if numbers := listed(values.get("layers_to_transform")):
+    numbers = listed(values.get("layers_to_transform"))
+    if numbers:
         if not isinstance(numbers, Sequence) or {*map(type, numbers)} != {int}:
             raise NaloraError(
                 "layers_to_transform",
@@ -464,6 +463,7 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
 
 
 def _names(value: Any, where: str) -> Sequence[str]:
+    """Returns a list of names; raises a NaloraError about the field ``where`` for another value."""
     if isinstance(value, Sequence) and all(isinstance(name, str) for name in value):
         return value
     raise NaloraError(where, expected="a list of names", found=shown(value))
@@ -485,7 +485,7 @@ def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
     ``within`` (``layers/(0|1)/``, or "") precedes a pattern that names no layer.
     """
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    # Refuses NaN too; float32 ends at 3.4e38.
+    # Refuses NaN too; the largest float32 is 3.4e38.
     if not number or not abs(alpha) < 1e38:
         raise NaloraError(
             "lora_alpha or alpha_pattern",

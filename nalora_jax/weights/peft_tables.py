@@ -81,15 +81,16 @@ def table_rows(folder: Path, config: ModelConfig) -> int | None:
       NaloraError: the embedding and the head have different numbers of rows.
     """
     try:
-        stored = read_header(folder / TENSORS_NAME)[0]
+        stored, _ = read_header(folder / TENSORS_NAME)
     except NaloraError:
         return None  # the error is reported when the adapter is read
     modules = table_modules(config).values()
     keys = [f"{module}.weight" for module in modules]
     keys += [f"{module}.{_RESIZED}" for module in modules]
-    counts = {
-        key: stored[key].shape[0] for key in keys if key in stored and stored[key].shape
-    }
+    counts = {}
+    for key in keys:
+        if key in stored and stored[key].shape:  # scalars are refused later
+            counts[key] = stored[key].shape[0]
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{count} of {key}" for key, count in counts.items())
         expected = "as many rows of the head as of the embedding"
@@ -158,13 +159,10 @@ def take_tables(
                 found="nothing",
             )
         if rows is not None and rows.shape != (len(ids), config.d_model):
-            expected = (
-                f"shape {(len(ids), config.d_model)}, a row for each of "
-                "trainable_token_indices"
-            )
             raise NaloraError(
                 f"{where}: {module}.{_ROWS}",
-                expected=expected,
+                expected=f"shape {(len(ids), config.d_model)}, a row for each of "
+                "trainable_token_indices",
                 found=f"shape {rows.shape}",
             )
         if table is not None:  # whose shape is checked below
@@ -250,8 +248,10 @@ def fold_saved(
 
     The embedding and head of a tied model become separate tables if only one of them is trained.
 
-    Returns:
-      Config, parameters, and the spec of the remaining adapter.
+    Args: config: the base model. params: its parameters. lora: the adapter's tree. spec: of the
+    adapter.
+
+    Returns: Config, parameters, and the spec of the remaining adapter.
     """
     if not spec.saved and not spec.token_indices:
         return config, dict(params), spec
@@ -279,10 +279,11 @@ def fold_saved(
 
 
 def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
-    """Raises an error for trained tables or rows, which the target format cannot store.
+    """Raises a NaloraError if an adapter has trained tables or rows, which a target format cannot
+    store.
 
-    Raises:
-      NaloraError: the adapter has trained tables or rows.
+    Args: spec: of the adapter. where: the setting that names the format, for the message. remedy:
+    for the message.
     """
     trained = list(spec.saved)
     trained += [f"rows of {name}" for name, _ in spec.token_indices]
