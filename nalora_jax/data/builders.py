@@ -83,9 +83,11 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
         task, _ = tasks.task_of(name)
         size = tasks.SIZES[task][split]
         if count != size:
-            remedy = "delete it and run again"
             raise NaloraError(
-                str(path), expected=f"{size} questions", found=count, remedy=remedy
+                str(path),
+                expected=f"{size} questions",
+                found=count,
+                remedy="delete it and run again",
             )
 
 

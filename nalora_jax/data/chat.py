@@ -86,9 +86,10 @@ def render_record(
         record, config.completion_field, where, "--data.completion-field"
     )
     if not completion:
-        found = "an empty text"
         raise NaloraError(
-            f"{where}: {config.completion_field}", expected="an answer", found=found
+            f"{where}: {config.completion_field}",
+            expected="an answer",
+            found="an empty text",
         )
     return render_completion(prompt, completion, config, tokenizer, where)
 
@@ -153,10 +154,12 @@ def render_chat(
         has_words = any(isinstance(text, str) and text.strip() for text in texts)
         if not has_words and not message.get("tool_calls"):
             place = f"{where}: message {turn + 1} of {len(messages)}"
-            expected = "an assistant's answer"
             remedy = "the model would learn to end at once: write the answer, or remove the record"
             raise NaloraError(
-                place, expected=expected, found="an empty text", remedy=remedy
+                place,
+                expected="an assistant's answer",
+                found="an empty text",
+                remedy=remedy,
             )
     ends_in_turn = messages[-1]["role"] == "assistant"
     if loss_on == "all":
@@ -330,12 +333,12 @@ def completions(
             for written in (words, words.removesuffix(eos)):
                 if text.startswith(written, place_of_words):
                     return start, place_of_words + len(written)
-        expected = (
-            "a chat template whose earlier turns stay as they are when turns are added"
+        raise NaloraError(
+            where,
+            expected="a chat template whose earlier turns stay as they are when turns are added",
+            found=f"one that rewrites messages[{turn}], so that no exact loss mask exists",
+            remedy="use --data.loss-on answer, with one record for each turn to learn",
         )
-        found = f"one that rewrites messages[{turn}], so that no exact loss mask exists"
-        remedy = "use --data.loss-on answer, with one record for each turn to learn"
-        raise NaloraError(where, expected=expected, found=found, remedy=remedy)
 
     answers = []
     # From the last turn: if it has a place, computing the loss on it alone is a remedy for the

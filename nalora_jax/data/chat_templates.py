@@ -91,9 +91,11 @@ def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        remedy = "download the file again"
         raise NaloraError(
-            str(path), expected="a chat template", found=error, remedy=remedy
+            str(path),
+            expected="a chat template",
+            found=error,
+            remedy="download the file again",
         ) from error
 
 

@@ -160,9 +160,10 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
         if is_data and within.name not in _DESCRIPTIONS:
             splits.setdefault(_split_of(within), []).append(file)
     if not splits:
-        expected = "a folder that datasets' save_to_disk wrote, or one with data files"
         raise NaloraError(
-            name, expected=expected, found=f"no file that ends in {', '.join(ENDINGS)}"
+            name,
+            expected="a folder that datasets' save_to_disk wrote, or one with data files",
+            found=f"no file that ends in {', '.join(ENDINGS)}",
         )
     if set(splits) == {""}:  # no name begins with a split
         return {"train": splits[""]}
@@ -207,9 +208,10 @@ def _arrow_files(folder: Path) -> list[Path]:
     # Names without a folder, so that no file outside of this folder is read.
     valid = [isinstance(name, str) and Path(name).name == name for name in names]
     if not names or not all(valid):
-        expected = "_data_files, names of Arrow files"
         raise NaloraError(
-            str(folder / "state.json"), expected=expected, found=repr(listed)
+            str(folder / "state.json"),
+            expected="_data_files, names of Arrow files",
+            found=repr(listed),
         )
     return [folder / str(name) for name in names]
 
@@ -253,25 +255,26 @@ def _delimited(path: Path, delimiter: str, name: str) -> RecordFile:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         fields = next(reader, [])
         if len(set(fields)) < len(fields) or not all(fields):
-            found = ", ".join(map(repr, fields))
             raise NaloraError(
-                f"{name}:1", expected="a name of its own for every column", found=found
+                f"{name}:1",
+                expected="a name of its own for every column",
+                found=", ".join(map(repr, fields)),
             )
         for row in filter(None, reader):
             if len(row) != len(fields):
                 place = f"{name}:{reader.line_num}"
-                expected = f"{len(fields)} values, one for each of {', '.join(fields)}"
-                remedy = "quote values that hold the separator or a line break"
                 raise NaloraError(
-                    place, expected=expected, found=f"{len(row)}", remedy=remedy
+                    place,
+                    expected=f"{len(fields)} values, one for each of {', '.join(fields)}",
+                    found=f"{len(row)}",
+                    remedy="quote values that hold the separator or a line break",
                 )
             rows.append(dict(zip(fields, row, strict=True)))
             lines.append(reader.line_num)
     except (UnicodeDecodeError, csv.Error) as error:
         place = f"{name}:{lines[-1] + 1}"
-        remedy = "save it again"
         raise NaloraError(
-            place, expected="rows of text in UTF-8", found=error, remedy=remedy
+            place, expected="rows of text in UTF-8", found=error, remedy="save it again"
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -484,7 +487,6 @@ def readable(
         yield
     except OSError as error:
         found = error.strerror or error
-        remedy = "check the path"
         raise NaloraError(
-            name or str(path), expected=expected, found=found, remedy=remedy
+            name or str(path), expected=expected, found=found, remedy="check the path"
         ) from error

@@ -213,11 +213,12 @@ def check_role(role: object, where: str) -> None:
     if plain in _MISNAMED:
         similar = [_MISNAMED[plain]]
     for meant in similar:
-        expected = f"a role that chat templates know ({', '.join(_KNOWN_ROLES)})"
         found = repr(role)[:80]
-        remedy = f"write {meant!r}"
         raise NaloraError(
-            f"{where}: role", expected=expected, found=found, remedy=remedy
+            f"{where}: role",
+            expected=f"a role that chat templates know ({', '.join(_KNOWN_ROLES)})",
+            found=found,
+            remedy=f"write {meant!r}",
         )
 
 
@@ -228,8 +229,11 @@ def spoken(message: Any, where: str) -> Record:
     Raises: NaloraError: not a dict, or an unknown speaker.
     """
     if not isinstance(message, dict):
-        found = f"a {type(message).__name__}"
-        raise NaloraError(where, expected='{"role": ..., "content": ...}', found=found)
+        raise NaloraError(
+            where,
+            expected='{"role": ..., "content": ...}',
+            found=f"a {type(message).__name__}",
+        )
     if message.get("role") is not None or not {"from", "value"} <= message.keys():
         return message
     speaker = message["from"]
@@ -251,8 +255,11 @@ def _call(call: Any, where: str) -> Record:
     """Returns a tool call with its arguments as an object (a JSON text in OpenAI's form)."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
-        raise NaloraError(where, expected=expected, found=repr(call)[:80])
+        raise NaloraError(
+            where,
+            expected='{"type": "function", "function": {"name": ..., "arguments": ...}}',
+            found=repr(call)[:80],
+        )
     arguments = json_object(function.get("arguments") or {}, f"{where}: arguments")
     return {**call, "function": {**function, "arguments": arguments}}
 
@@ -309,5 +316,8 @@ def _part(content: Any, where: str) -> str:
         text = content.get("text")
         if isinstance(text, str):
             return text
-    expected = 'a text, or parts {"type": "text", "text": ...}'
-    raise NaloraError(where, expected=expected, found=repr(content)[:80])
+    raise NaloraError(
+        where,
+        expected='a text, or parts {"type": "text", "text": ...}',
+        found=repr(content)[:80],
+    )

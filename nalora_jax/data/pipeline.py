@@ -241,13 +241,15 @@ class BatchIterator(Iterator[HostBatch]):
         """
         if state.get("data") != self._data.fingerprint:
             where = "checkpoint: data position"
-            expected = f"a position in {self._data.fingerprint}"
             remedy = (
                 "continue with the data, tokenizer, --data options and --seed of the run, "
                 "or start a new run"
             )
             raise NaloraError(
-                where, expected=expected, found=state.get("data"), remedy=remedy
+                where,
+                expected=f"a position in {self._data.fingerprint}",
+                found=state.get("data"),
+                remedy=remedy,
             )
         self.close()
         self._row = int(state["row"])
@@ -314,8 +316,11 @@ def packed_data(
       NaloraError: bad data (see `open_store`), or ``accumulate`` does not divide the batch.
     """
     if batch_size % accumulate:
-        expected = f"a multiple of the {accumulate} micro-batches"
-        raise NaloraError("--train.batch-size", expected=expected, found=batch_size)
+        raise NaloraError(
+            "--train.batch-size",
+            expected=f"a multiple of the {accumulate} micro-batches",
+            found=batch_size,
+        )
     if rows is None:
         rows = range(batch_size // accumulate)
     group = kind.group

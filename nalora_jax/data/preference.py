@@ -150,9 +150,12 @@ def tokenize_pairs(
                 )
         chosen, rejected = examples
         if np.array_equal(chosen.ids, rejected.ids):
-            expected = "two answers that differ"
-            found = "the same one twice"
-            raise NaloraError(where, expected=expected, found=found, remedy="remove it")
+            raise NaloraError(
+                where,
+                expected="two answers that differ",
+                found="the same one twice",
+                remedy="remove it",
+            )
         completions = []
         for text in texts:
             start, stop = text.answers[0]

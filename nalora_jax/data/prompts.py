@@ -223,22 +223,21 @@ def _fitting(
             kept.append(index)
             items.append(item)
         elif config.too_long == "error":
-            expected = (
-                f"a prompt of at most {limit} tokens, "
-                "--data.max-length minus --rl.max-new-tokens"
-            )
-            remedy = (
-                "raise --data.max-length, or leave such prompts out with "
-                '--data.too-long "drop"'
-            )
-            found = len(item.prompt_ids)
             raise NaloraError(
-                records.where(index), expected=expected, found=found, remedy=remedy
+                records.where(index),
+                expected=f"a prompt of at most {limit} tokens, "
+                "--data.max-length minus --rl.max-new-tokens",
+                found=len(item.prompt_ids),
+                remedy="raise --data.max-length, or leave such prompts out with "
+                '--data.too-long "drop"',
             )
     if not items:
-        expected = f"prompts of at most {limit} tokens"
-        remedy = "raise --data.max-length or lower --rl.max-new-tokens"
-        raise NaloraError(records.name, expected=expected, found="none", remedy=remedy)
+        raise NaloraError(
+            records.name,
+            expected=f"prompts of at most {limit} tokens",
+            found="none",
+            remedy="raise --data.max-length or lower --rl.max-new-tokens",
+        )
     if len(items) < len(indices):
         text = "%s: left out %d of %d prompts, longer than %d tokens"
         log.warning(text, records.name, len(indices) - len(items), len(indices), limit)

@@ -194,9 +194,10 @@ def _question(
     if own_prompts:
         prompts = _texts(record, "choice_prompts", where)
         if len(prompts) != count:
-            expected = f"{count}, one a choice"
             raise NaloraError(
-                f"{where}: choice_prompts", expected=expected, found=len(prompts)
+                f"{where}: choice_prompts",
+                expected=f"{count}, one a choice",
+                found=len(prompts),
             )
     if own_prompts or not choices:
         completion = text_field(
@@ -217,8 +218,11 @@ def gold_of(record: dict[str, Any], where: str) -> int:
     gold = record.get("gold")
     if isinstance(gold, int) and 0 <= gold < count:
         return gold
-    expected = f"the index of one of {count} choices"
-    raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
+    raise NaloraError(
+        f"{where}: gold",
+        expected=f"the index of one of {count} choices",
+        found=repr(gold),
+    )
 
 
 def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
@@ -241,9 +245,10 @@ def _text(
 ) -> Rendered:
     """Returns a prompt with one completion as in training, without the end-of-turn token."""
     if not completion.strip():
-        found = "an empty text"
         raise NaloraError(
-            f"{where}: {config.completion_field}", expected="an answer", found=found
+            f"{where}: {config.completion_field}",
+            expected="an answer",
+            found="an empty text",
         )
     if config.chat:
         return _chat_text(as_messages(prompt, completion), tokenizer, where)
@@ -273,8 +278,11 @@ def _chat_text(
         thought_end = text.text.rfind(THOUGHT_END, start, end)  # -1 if there is none
         place = text.text.find(answer, max(start, thought_end))
         if not answer or place < 0:
-            expected = "an answer that the chat template writes as it is"
-            raise NaloraError(where, expected=expected, found=repr(answer[:80]))
+            raise NaloraError(
+                where,
+                expected="an answer that the chat template writes as it is",
+                found=repr(answer[:80]),
+            )
         end = place + len(answer)
     return Rendered(text.text[:end], ((start, end),), special=False)
 

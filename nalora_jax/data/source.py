@@ -180,9 +180,11 @@ def require_some(source: Source) -> None:
       NaloraError: the source is empty.
     """
     if len(source) == 0:
-        remedy = "choose another split"
         raise NaloraError(
-            source.name, expected="at least one record", found="none", remedy=remedy
+            source.name,
+            expected="at least one record",
+            found="none",
+            remedy="choose another split",
         )
 
 
@@ -200,8 +202,12 @@ def json_object(value: Any, where: str, remedy: str = "") -> Record:
                 where, expected="a JSON object", found=error, remedy=remedy
             ) from error
     if not isinstance(value, dict):
-        found = f"a {type(value).__name__}"
-        raise NaloraError(where, expected="a JSON object", found=found, remedy=remedy)
+        raise NaloraError(
+            where,
+            expected="a JSON object",
+            found=f"a {type(value).__name__}",
+            remedy=remedy,
+        )
     return value
 
 
@@ -340,9 +346,10 @@ def components(dataset: str) -> list[tuple[str, float]]:
     for text in dataset.split(","):
         match = re.fullmatch(r"\s*(.+?)(?:\*(\d+\.?\d*|\.\d+))?\s*", text)
         if match is None or not 0 < float(match[2] or 1) <= _MOST:
-            expected = (
-                f"data sets with weights in (0, {_MOST:g}], such as a.jsonl*3,b.parquet"
+            raise NaloraError(
+                "--data.dataset",
+                expected=f"data sets with weights in (0, {_MOST:g}], such as a.jsonl*3,b.parquet",
+                found=repr(dataset),
             )
-            raise NaloraError("--data.dataset", expected=expected, found=repr(dataset))
         names.append((match[1], float(match[2] or 1)))
     return names

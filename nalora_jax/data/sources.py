@@ -301,10 +301,11 @@ def open_hub(argument: str, split: str) -> Source:
     try:
         import datasets
     except ImportError as error:
-        remedy = "pip install datasets (or nalora_jax with its extra `datasets`)"
-        expected = "the library datasets"
         raise NaloraError(
-            dataset, expected=expected, found="none", remedy=remedy
+            dataset,
+            expected="the library datasets",
+            found="none",
+            remedy="pip install datasets (or nalora_jax with its extra `datasets`)",
         ) from error
     name, _, config = argument.partition(":")
     remedy = (
@@ -399,10 +400,11 @@ def draw_held_out(source: Source) -> tuple[Source, Source]:
       NaloraError: fewer than four records.
     """
     if len(source) < _FEWEST:
-        expected = f"at least {_FEWEST} records, of which two are held out"
-        remedy = "add records, or name others to measure on by --data.eval-split"
         raise NaloraError(
-            source.name, expected=expected, found=len(source), remedy=remedy
+            source.name,
+            expected=f"at least {_FEWEST} records, of which two are held out",
+            found=len(source),
+            remedy="add records, or name others to measure on by --data.eval-split",
         )
     size = len(source)
     enough = min(ENOUGH, round(LARGEST_SHARE * size))

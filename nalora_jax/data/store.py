@@ -152,11 +152,11 @@ def text_examples(
         source, indices, render, tokenizer, config
     ):
         if not example.has_target:
-            expected = "a token to learn"
-            found = f"none in {len(example.ids)} tokens"
-            remedy = "remove the record, or see --data.loss-on"
             raise NaloraError(
-                source.where(index), expected=expected, found=found, remedy=remedy
+                source.where(index),
+                expected="a token to learn",
+                found=f"none in {len(example.ids)} tokens",
+                remedy="remove the record, or see --data.loss-on",
             )
         if tokenizer.images is not None:
             _check_images(example, images, tokenizer.images, source.where(index))
@@ -173,10 +173,12 @@ def _check_images(
     count = int(np.sum(example.ids == tokens.token_id))
     if count == images * tokens.count:
         return
-    expected = f"{images} images of {tokens.count} tokens {tokens.token!r}"
-    remedy = "the model's chat template must write one placeholder for every image"
-    found = f"{count} such tokens"
-    raise NaloraError(where, expected=expected, found=found, remedy=remedy)
+    raise NaloraError(
+        where,
+        expected=f"{images} images of {tokens.count} tokens {tokens.token!r}",
+        found=f"{count} such tokens",
+        remedy="the model's chat template must write one placeholder for every image",
+    )
 
 
 def write_store(
@@ -226,11 +228,12 @@ def write_store(
                 if not (folder / "meta.json").exists():
                     raise  # otherwise another process was first, with the same content
     except OSError as error:
-        expected = "room for the tokenized data"
         actual = error.strerror or error
-        remedy = "free space, or set NALORA_CACHE to another folder"
         raise NaloraError(
-            str(folder), expected=expected, found=actual, remedy=remedy
+            str(folder),
+            expected="room for the tokenized data",
+            found=actual,
+            remedy="free space, or set NALORA_CACHE to another folder",
         ) from error
 
 
@@ -339,14 +342,11 @@ def cut_store(
                 rows = rows_of(example, limits, bos_id)
                 if not rows and config.too_long != "split":
                     last_part = f"--data.loss-last {config.loss_last:g}"
-                    expected = f"a token to learn in the last part ({last_part})"
-                    found = f"none in {len(example.ids)} tokens"
-                    remedy = "raise --data.loss-last, or see --data.loss-on"
                     raise NaloraError(
                         source.where(record),
-                        expected=expected,
-                        found=found,
-                        remedy=remedy,
+                        expected=f"a token to learn in the last part ({last_part})",
+                        found=f"none in {len(example.ids)} tokens",
+                        remedy="raise --data.loss-last, or see --data.loss-on",
                     )
                 for row in rows:
                     yield record, row

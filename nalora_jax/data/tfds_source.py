@@ -162,8 +162,11 @@ def task_source(name: str, split: str) -> Source:
     if needle:
         lengths = list(map(str, tasks.LENGTHS))
         if words not in lengths:
-            expected = f"needle:WORDS, with WORDS one of {', '.join(lengths)}"
-            raise NaloraError("--data.dataset", expected=expected, found=repr(name))
+            raise NaloraError(
+                "--data.dataset",
+                expected=f"needle:WORDS, with WORDS one of {', '.join(lengths)}",
+                found=repr(name),
+            )
         sizes = tasks.NEEDLE_SIZES
         version = f"{name}:{tasks.NEEDLE_VERSION}"
     else:
@@ -171,8 +174,11 @@ def task_source(name: str, split: str) -> Source:
         sizes = tasks.SIZES[task]
         version = f"commonsense/{name}:{tasks.VERSION}"
     if not splits_in(split) <= {*sizes, "all"}:
-        expected = f"one of {', '.join(sizes)}, or a slice"
-        raise NaloraError(f"{name}, split", expected=expected, found=repr(split))
+        raise NaloraError(
+            f"{name}, split",
+            expected=f"one of {', '.join(sizes)}, or a slice",
+            found=repr(split),
+        )
 
     def builder() -> Any:
         """Returns the TFDS builder of the task."""
@@ -228,13 +234,12 @@ def tfds_errors(where: str, remedy: str) -> Iterator[None]:
         try:
             yield
         except ImportError as error:
-            expected = "a data set that TFDS prepares without TensorFlow"
-            remedy = (
-                'prepare it elsewhere with file_format="array_record" '
-                "and name its folder by --data.data-dir"
-            )
             raise NaloraError(
-                where, expected=expected, found=error, remedy=remedy
+                where,
+                expected="a data set that TFDS prepares without TensorFlow",
+                found=error,
+                remedy='prepare it elsewhere with file_format="array_record" '
+                "and name its folder by --data.data-dir",
             ) from error
 
 

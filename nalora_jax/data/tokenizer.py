@@ -186,8 +186,11 @@ class Tokenizer:
         for text in added.texts:
             ids = backend.encode(f"a{text}a", add_special_tokens=False).ids
             if backend.token_to_id(text) not in ids:
-                expected = "texts that are one token each"
-                raise NaloraError("added tokens", expected=expected, found=repr(text))
+                raise NaloraError(
+                    "added tokens",
+                    expected="texts that are one token each",
+                    found=repr(text),
+                )
         return replace(self, backend=backend)
 
     def rows_for(self, added: AddedTokens, rows: int) -> int:
@@ -210,10 +213,11 @@ class Tokenizer:
           NaloraError: the end-of-sequence id itself has no row; ``where`` names the tokenizer.
         """
         if self.eos_id >= rows:
-            expected = f"an end-of-sequence id below {rows}, the rows of the embedding"
-            remedy = "use the tokenizer that belongs to the model"
             raise NaloraError(
-                where, expected=expected, found=self.eos_id, remedy=remedy
+                where,
+                expected=f"an end-of-sequence id below {rows}, the rows of the embedding",
+                found=self.eos_id,
+                remedy="use the tokenizer that belongs to the model",
             )
         stops = tuple(token_id for token_id in self.eos_ids if token_id < rows)
         pad_id = self.pad_id
@@ -225,10 +229,13 @@ class Tokenizer:
         """Raises a NaloraError if one of ``ids`` has no row in the embedding."""
         if self.rows is None or not ids or max(ids) < self.rows:
             return
-        expected = f"tokens below {self.rows}, the rows of the model's embedding"
-        found = f"{self.backend.id_to_token(max(ids))!r}, which is token {max(ids)}"
         remedy = "remove that token from the text, or use the tokenizer that belongs to the model"
-        raise NaloraError("text", expected=expected, found=found, remedy=remedy)
+        raise NaloraError(
+            "text",
+            expected=f"tokens below {self.rows}, the rows of the model's embedding",
+            found=f"{self.backend.id_to_token(max(ids))!r}, which is token {max(ids)}",
+            remedy=remedy,
+        )
 
     def render_chat(
         self,
@@ -268,9 +275,11 @@ class Tokenizer:
             actual = "none in its tokenizer"
             if self.tool_template is not None:
                 actual = "only one for chats with tools"
-            remedy = "use an instruction-tuned model, or prompt/completion data"
             raise NaloraError(
-                "chat template", expected=expected, found=actual, remedy=remedy
+                "chat template",
+                expected=expected,
+                found=actual,
+                remedy="use an instruction-tuned model, or prompt/completion data",
             )
         common = {"tools": tools, "documents": None, **(self.special_tokens or {})}
         texts = []
@@ -334,15 +343,11 @@ class Tokenizer:
             eos_id = listed[0]
         if eos_id is None:
             place = str(folder / "tokenizer_config.json")
-            expected = (
-                "eos_token, a token of the vocabulary, or eos_token_id in config.json"
-            )
-            remedy = "set eos_token to the token that ends a text"
             raise NaloraError(
                 place,
-                expected=expected,
+                expected="eos_token, a token of the vocabulary, or eos_token_id in config.json",
                 found=repr(special.get("eos_token")),
-                remedy=remedy,
+                remedy="set eos_token to the token that ends a text",
             )
         processor = read_json(folder / PROCESSOR_FILE, missing={})
         template, tool_template = read_templates(folder, settings, processor)
@@ -397,9 +402,11 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         # ValueError: bad JSON or bad UTF-8
-        remedy = "download the file again"
         raise NaloraError(
-            str(path), expected="a JSON file", found=error, remedy=remedy
+            str(path),
+            expected="a JSON file",
+            found=error,
+            remedy="download the file again",
         ) from error
     if not isinstance(value, dict):
         raise NaloraError(
@@ -466,29 +473,29 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
       NaloraError: the file is missing, larger than any tokenizer's, or damaged.
     """
     if not path.is_file():
-        expected = "the file"
-        remedy = (
-            "save it with transformers: "
-            "AutoTokenizer.from_pretrained(model).save_pretrained(folder)"
-        )
         raise NaloraError(
-            str(path), expected=expected, found="nothing of that name", remedy=remedy
+            str(path),
+            expected="the file",
+            found="nothing of that name",
+            remedy="save it with transformers: "
+            "AutoTokenizer.from_pretrained(model).save_pretrained(folder)",
         )
     if path.stat().st_size > _MAX_BYTES:
-        size = f"{path.stat().st_size >> 20} MB"
         raise NaloraError(
             str(path),
             expected=f"a tokenizer of up to {_MAX_BYTES >> 20} MB",
-            found=size,
+            found=f"{path.stat().st_size >> 20} MB",
         )
     try:
         backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except BaseException as error:  # Exceptions, and panics of the binding
         if not is_foreign(error):
             raise
-        remedy = "download the file again"
         raise NaloraError(
-            str(path), expected="a tokenizer", found=error, remedy=remedy
+            str(path),
+            expected="a tokenizer",
+            found=error,
+            remedy="download the file again",
         ) from error
     _check_growth(backend, str(path))
     backend.no_truncation()  # stored by the program that saved the file last; not part of the model
@@ -526,9 +533,12 @@ def require_unicode(text: str, where: str) -> None:
       NaloraError: about ``where``.
     """
     if not is_unicode(text):
-        actual = f"half a character in {text[:60]!r}"
-        remedy = "rewrite the text: half of a surrogate pair is not a character"
-        raise NaloraError(where, expected="Unicode text", found=actual, remedy=remedy)
+        raise NaloraError(
+            where,
+            expected="Unicode text",
+            found=f"half a character in {text[:60]!r}",
+            remedy="rewrite the text: half of a surrogate pair is not a character",
+        )
 
 
 def is_unicode(text: str) -> bool:
@@ -559,18 +569,19 @@ def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
     }
     added = _added(rules.pop("post_processor", {}))
     if added > TOKENS:
-        expected = f"at most {TOKENS} tokens added to a text"
         raise NaloraError(
-            f"{where}: post_processor", expected=expected, found=f"{added}"
+            f"{where}: post_processor",
+            expected=f"at most {TOKENS} tokens added to a text",
+            found=f"{added}",
         )
     for name, rule in rules.items():
         growth = _growth(rule)
         if growth > LONGEST:
-            expected = f"rules that make a text at most {LONGEST:.0f} times as long"
-            found = f"rules that can make it {growth:.3g} times as long"
-            remedy = "use the tokenizer that the model's authors published"
             raise NaloraError(
-                f"{where}: {name}", expected=expected, found=found, remedy=remedy
+                f"{where}: {name}",
+                expected=f"rules that make a text at most {LONGEST:.0f} times as long",
+                found=f"rules that can make it {growth:.3g} times as long",
+                remedy="use the tokenizer that the model's authors published",
             )
 
 

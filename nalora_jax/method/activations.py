@@ -176,13 +176,11 @@ def partition(name: str) -> Partition:
     below = _grid(-20.0, 0.0)
     falling = below[degree(below) < 0]  # where phi falls
     if not falling.size:
-        actual = "no such place above -20"
-        remedy = "register it with self_gated=False"
-        expected = (
-            "phi to fall somewhere below 0, as that of a self-gated activation does"
-        )
         raise NaloraError(
-            f"activation {name!r}", expected=expected, found=actual, remedy=remedy
+            f"activation {name!r}",
+            expected="phi to fall somewhere below 0, as that of a self-gated activation does",
+            found="no such place above -20",
+            remedy="register it with self_gated=False",
         )
     z0 = _crossing(degree, falling[-1], 0.0)
     z1 = 0.0
@@ -392,8 +390,9 @@ def get(name: str) -> Activation:
     if canonical in ACTIVATIONS:
         return ACTIVATIONS.get(canonical)
     known = {*ALIASES, *ACTIVATIONS.names(), "clamped_swish(slope,limit)"}
-    expected = f"one of {', '.join(sorted(known))}"
-    raise NaloraError("activation", expected=expected, found=repr(name))
+    raise NaloraError(
+        "activation", expected=f"one of {', '.join(sorted(known))}", found=repr(name)
+    )
 
 
 def register_activation(
@@ -444,6 +443,8 @@ def _require_derivative(name: str, gate: Selection) -> None:
         _, derivative = gate(z)
         worst = float(jnp.max(jnp.abs(derivative - difference)))
     if not worst < 1e-2:  # or NaN
-        expected = "a function that returns rho(z) and its derivative"
-        actual = f"a derivative that is off by {worst:.2g}"
-        raise NaloraError(f"activation {name!r}", expected=expected, found=actual)
+        raise NaloraError(
+            f"activation {name!r}",
+            expected="a function that returns rho(z) and its derivative",
+            found=f"a derivative that is off by {worst:.2g}",
+        )

@@ -79,12 +79,12 @@ class Contraction(NamedTuple):
             x, kernel, out = match.groups()
         in_all_three = set(x) & set(kernel) & set(out)
         if match is None or in_all_three:
-            expected = (
-                "an einsum of the input and the kernel "
-                "without a label that all three have"
-            )
             raise NaloraError(
-                where, expected=expected, found=text, remedy="leave the layer out"
+                where,
+                expected="an einsum of the input and the kernel "
+                "without a label that all three have",
+                found=text,
+                remedy="leave the layer out",
             )
         inner = "".join(label for label in x if label in kernel)
         outer = "".join(label for label in out if label in kernel)
@@ -180,10 +180,12 @@ def _require_zero_taps(path: str, leaves: Mapping[str, Any]) -> None:
         if isinstance(tap, jax.core.Tracer) or not np.any(tap):
             continue
         where = f"lora: {path}/{TAPS}/{name}"
-        remedy = "wrap the optimizer: nalora(optax.adamw(...), mechanisms)"
-        expected = "zeros, which `nalora` keeps"
-        found = "other values: the optimizer trained them"
-        raise NaloraError(where, expected=expected, found=found, remedy=remedy)
+        raise NaloraError(
+            where,
+            expected="zeros, which `nalora` keeps",
+            found="other values: the optimizer trained them",
+            remedy="wrap the optimizer: nalora(optax.adamw(...), mechanisms)",
+        )
 
 
 def adapt(
@@ -243,8 +245,11 @@ def adapt(
         mechanisms = _mechanisms(rules, of_gates, settings)
         return LinenAdapters(model, projections, mechanisms), mechanisms
     if not isinstance(model, nnx.Module):
-        expected = "a module of flax.linen or flax.nnx"
-        raise NaloraError("adapt", expected=expected, found=type(model).__name__)
+        raise NaloraError(
+            "adapt",
+            expected="a module of flax.linen or flax.nnx",
+            found=type(model).__name__,
+        )
     model = nnx.merge(*nnx.split(model), copy=True)
     projections = chosen(_nnx_layers(model, classes))
     _require_one_place(model, projections)
@@ -295,15 +300,21 @@ def _chosen(
         if scaled is None:
             scaled = 2.0 * rank
         if not 0 < rank <= most:
-            expected = f"a rank from 0 to {most}, the smaller side of {path}"
-            raise NaloraError(f"layers: {pattern!r}", expected=expected, found=rank)
+            raise NaloraError(
+                f"layers: {pattern!r}",
+                expected=f"a rank from 0 to {most}, the smaller side of {path}",
+                found=rank,
+            )
         if not (math.isfinite(scaled) and scaled > 0):
             raise NaloraError("alpha", expected="a number above 0", found=alpha)
         adapted[path] = replace(layer, rank=rank, scale=scaled / rank)
     _require_matches("gates", gates, adapted)
     if not gates:
-        expected = "a pattern and an activation, such as {'gate_proj': 'silu'}"
-        raise NaloraError("gates", expected=expected, found={})
+        raise NaloraError(
+            "gates",
+            expected="a pattern and an activation, such as {'gate_proj': 'silu'}",
+            found={},
+        )
     for gate, activation in gates.items():
         activations.get(activation)
         for path in adapted:
@@ -349,10 +360,11 @@ def _require_whole_gate(gate: Projection, layers: Iterable[Projection]) -> None:
             inputs.append(d_in)
     if width not in inputs and width / 2 in inputs:
         expected = f"a layer with {width // 2} outputs, the inputs of the layer after the product"
-        actual = f"{width} outputs: gate and up projection in one layer"
-        remedy = "split the layer in two, or leave it out of the gates"
         raise NaloraError(
-            f"gates: {gate.path}", expected=expected, found=actual, remedy=remedy
+            f"gates: {gate.path}",
+            expected=expected,
+            found=f"{width} outputs: gate and up projection in one layer",
+            remedy="split the layer in two, or leave it out of the gates",
         )
 
 
@@ -410,8 +422,11 @@ def _kernel(params: Mapping[str, Any], contraction: Contraction, path: str) -> s
     if "kernel" in names:
         return "kernel"
     if len(names) != 1:
-        expected = f"one parameter with {axes} axes, or one called kernel"
-        raise NaloraError(path, expected=expected, found=", ".join(names) or "none")
+        raise NaloraError(
+            path,
+            expected=f"one parameter with {axes} axes, or one called kernel",
+            found=", ".join(names) or "none",
+        )
     return names[0]
 
 
@@ -467,8 +482,9 @@ class LinenAdapters:
             )
         missed = sorted(by_path.keys() - reached)
         if missed:
-            expected = "a call, as with the example"
-            raise NaloraError(missed[0], expected=expected, found="none")
+            raise NaloraError(
+                missed[0], expected="a call, as with the example", found="none"
+            )
         return result
 
     def merge(self, variables: Any, lora: Any) -> Any:
@@ -489,8 +505,9 @@ def _linen_layers(
     """Returns the layers of a call that can have an adapter, and the program of the call."""
     if variables is None:
         where = "adapt(..., variables=)"
-        expected = "the variables of the Linen module"
-        raise NaloraError(where, expected=expected, found=None)
+        raise NaloraError(
+            where, expected="the variables of the Linen module", found=None
+        )
     stored = nn.meta.unbox(unfreeze(variables["params"]))
     found = {}
 

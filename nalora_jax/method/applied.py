@@ -63,8 +63,11 @@ def require_activation(program: ClosedJaxpr, path: str, name: str) -> None:
         distances = {other: _distance(functions, other, z) for other in names}
     nearest = min(distances, key=distances.__getitem__)
     if distances[nearest] < _VARIANT:
-        expected = f"{nearest!r}, which the model applies to the output of this layer"
-        raise NaloraError(f"gates: {path}", expected=expected, found=repr(name))
+        raise NaloraError(
+            f"gates: {path}",
+            expected=f"{nearest!r}, which the model applies to the output of this layer",
+            found=repr(name),
+        )
 
 
 def _distance(functions: Sequence[Array], name: str, z: Array) -> float:

@@ -235,8 +235,11 @@ def register_mechanism(
       NaloraError: the name is taken or not an identifier.
     """
     if not re.fullmatch(r"[A-Za-z]\w*", name):
-        expected = "a name of letters, digits and _"
-        raise NaloraError("register_mechanism", expected=expected, found=repr(name))
+        raise NaloraError(
+            "register_mechanism",
+            expected="a name of letters, digits and _",
+            found=repr(name),
+        )
 
     def register(rule: Registered) -> Registered:
         """Registers a class, or the class of a function, and returns its argument."""

@@ -362,8 +362,11 @@ def observe(
     if weights is None:
         weights = jnp.ones(z.shape[:-1], bool)
     if weights.shape != z.shape[:-1]:
-        expected = f"shape {z.shape[:-1]}, the tokens of the gate"
-        raise NaloraError("token_weights", expected=expected, found=weights.shape)
+        raise NaloraError(
+            "token_weights",
+            expected=f"shape {z.shape[:-1]}, the tokens of the gate",
+            found=weights.shape,
+        )
     rows = _rows_of(z)
     moved = _rows_of(dz)
     flat = weights.reshape(-1)

@@ -198,9 +198,11 @@ def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
     key = f"{path}/{name}".removeprefix("/")
     if key not in flat:
         paths = ", ".join(sorted(flat)) or "nothing"
-        remedy = "measure with the rules of the optimizer (`taps`)"
         raise NaloraError(
-            "gate_stats", expected=f"a leaf {key}", found=paths, remedy=remedy
+            "gate_stats",
+            expected=f"a leaf {key}",
+            found=paths,
+            remedy="measure with the rules of the optimizer (`taps`)",
         )
     return flat[key]
 
@@ -342,10 +344,11 @@ def scale_by_gates(
         shapes = {}
         for gate, block in chosen.items():
             if f"{gate}/b" not in flat:
-                expected = f"a parameter {gate}/b"
                 present = ", ".join(path for path in flat if path.endswith("/b"))
                 found = present or "no leaf named 'b'"
-                raise NaloraError("gates", expected=expected, found=found)
+                raise NaloraError(
+                    "gates", expected=f"a parameter {gate}/b", found=found
+                )
             *lead, _, d_ff = flat[f"{gate}/b"].shape  # [..., r, d_ff]
             shapes[block] = (*lead, d_ff)
         return init_gate_state(shapes, mechanisms)
@@ -360,10 +363,9 @@ def scale_by_gates(
     ) -> tuple[Any, GateState]:
         """Returns the updates with the gates' B scaled, and the averages after the step."""
         if gate_stats is None:
-            expected = f"the statistics of {', '.join(state.updates)}"
             raise NaloraError(
                 "optimizer.update(..., gate_stats=)",
-                expected=expected,
+                expected=f"the statistics of {', '.join(state.updates)}",
                 found="no argument",
             )
         chosen = gates
@@ -436,11 +438,12 @@ def nalora(
     def init_fn(params: Any) -> tuple[Any, GateState]:
         """Returns the state of ``inner`` and the averages before the first step."""
         if mechanisms.entries and not _gates_of(params):
-            expected = (
-                "adapters with taps below the name of a gate, from adapt or gate_leaves"
-            )
             found = ", ".join(_named(params)) or "nothing"
-            raise NaloraError("optimizer.init", expected=expected, found=found)
+            raise NaloraError(
+                "optimizer.init",
+                expected="adapters with taps below the name of a gate, from adapt or gate_leaves",
+                found=found,
+            )
         return adapters.init(params), scale.init(params)
 
     def update_fn(

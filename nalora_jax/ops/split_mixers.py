@@ -44,11 +44,11 @@ def split_conv(x: Array, kernel: Array, row: Row, sharding: NamedSharding) -> Ar
     ahead = kernel.shape[0] - 1
     block = x.shape[1] // 2
     if ahead > block:
-        actual = f"blocks of {block}"
-        remedy = "use a smaller --mesh.context, or longer rows"
-        expected = f"blocks of at least {ahead} tokens, which a convolution reads"
         raise NaloraError(
-            "--mesh.context", expected=expected, found=actual, remedy=remedy
+            "--mesh.context",
+            expected=f"blocks of at least {ahead} tokens, which a convolution reads",
+            found=f"blocks of {block}",
+            remedy="use a smaller --mesh.context, or longer rows",
         )
 
     def local(x: Array, kernel: Array, row: Row) -> Array:

@@ -85,12 +85,11 @@ def block_length(seq: int, shards: int) -> int:
     """
     if seq < 2 * shards:
         most = max(seq // 2, 1)
-        expected = (
-            f"at most {most} for rows of {seq} tokens (two blocks of tokens a device)"
-        )
-        remedy = "use longer rows (--data.max-length), or --mesh.fsdp for these devices"
         raise NaloraError(
-            "--mesh.context", expected=expected, found=shards, remedy=remedy
+            "--mesh.context",
+            expected=f"at most {most} for rows of {seq} tokens (two blocks of tokens a device)",
+            found=shards,
+            remedy="use longer rows (--data.max-length), or --mesh.fsdp for these devices",
         )
     block = -(-seq // (2 * shards))
     if block < _ALIGNED:

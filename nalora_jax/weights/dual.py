@@ -252,8 +252,11 @@ def _set_side(
             remedy="set max_num_patches in its preprocessor_config.json instead",
         )
     if side % config.patch_size:
-        expected = f"a multiple of the patch size, {config.patch_size}"
-        raise NaloraError("--vision.image-size", expected=expected, found=side)
+        raise NaloraError(
+            "--vision.image-size",
+            expected=f"a multiple of the patch size, {config.patch_size}",
+            found=side,
+        )
     if not (processor.shortest or processor.resize):
         raise NaloraError(
             "preprocessor_config.json: do_resize",

@@ -232,8 +232,11 @@ def _entries(
         paths.update(module.parts)
     for path, _ in spec.targets:
         if uniform_path(path) not in paths:
-            expected = f"one of {', '.join(sorted(paths))}"
-            raise NaloraError(f"adapter at {path}", expected=expected, found=path)
+            raise NaloraError(
+                f"adapter at {path}",
+                expected=f"one of {', '.join(sorted(paths))}",
+                found=path,
+            )
 
     @functools.cache
     def part(path: str, index: int) -> ModuleAdapter | None:
@@ -575,17 +578,12 @@ def import_adapter(
         of_tables = tuple(f"{name}.lora_" for name in table_modules(config).values())
         for key in tensors:
             if key.startswith(of_tables):
-                remedy = (
-                    "train the table with modules_to_save, or merge the adapter in PEFT "
-                    "(merge_and_unload)"
-                )
-                expected = "adapters of a model's layers"
-                actual = "an adapter of the embedding or the head"
                 raise NaloraError(
                     f"{path}: {key}",
-                    expected=expected,
-                    found=actual,
-                    remedy=remedy,
+                    expected="adapters of a model's layers",
+                    found="an adapter of the embedding or the head",
+                    remedy="train the table with modules_to_save, or merge the adapter in PEFT "
+                    "(merge_and_unload)",
                 )
         tables, trained = take_tables(config, tensors, peft, str(path))
     modules = _group_by_module(tensors, path, dora=peft.dora)
@@ -764,13 +762,11 @@ def _check_complete(
         if missing:
             where = missing[0]
             actual = f"{len(missing)} modules without"
-        expected = "lora_A and lora_B of every module that target_modules names"
-        remedy = "the file is incomplete, or the adapter belongs to another model"
         raise NaloraError(
             f"{path}: {where}",
-            expected=expected,
+            expected="lora_A and lora_B of every module that target_modules names",
             found=actual,
-            remedy=remedy,
+            remedy="the file is incomplete, or the adapter belongs to another model",
         )
 
 
@@ -850,8 +846,11 @@ def _read_adapter(
                 "is wrong",
             )
     if peft.dora and experts:
-        expected = "false for experts (PEFT has no such adapter)"
-        raise NaloraError(f"{peft.where}: use_dora", expected=expected, found="true")
+        raise NaloraError(
+            f"{peft.where}: use_dora",
+            expected="false for experts (PEFT has no such adapter)",
+            found="true",
+        )
     lora_a, lora_b, *magnitudes = factors
     a = lora_a.T
     b = lora_b.T

@@ -337,13 +337,11 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        expected = "the configuration of a PEFT adapter"
-        remedy = f"an adapter folder holds {CONFIG_NAME} and tensors"
         raise NaloraError(
             str(path),
-            expected=expected,
+            expected="the configuration of a PEFT adapter",
             found="no such file",
-            remedy=remedy,
+            remedy=f"an adapter folder holds {CONFIG_NAME} and tensors",
         )
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise NaloraError(

@@ -226,13 +226,11 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
             elif ours is not None and field.ours:
                 _put(settings, field.ours, ours)
     if refused:
-        expected = "settings that are supported here"
-        remedy = "remove or change them"
         raise NaloraError(
             "LoraConfig",
-            expected=expected,
+            expected="settings that are supported here",
             found="; ".join(refused),
-            remedy=remedy,
+            remedy="remove or change them",
         )
     if values.get("target_parameters"):
         notes.append(_DENSE)
@@ -260,8 +258,11 @@ def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], Setti
         return dict(values), {}
     total = values.get("total_step")
     if not isinstance(total, int) or isinstance(total, bool) or total < 1:
-        expected = "the number of steps, which AdaLoRA's schedule spans"
-        raise NaloraError("total_step", expected=expected, found=total)
+        raise NaloraError(
+            "total_step",
+            expected="the number of steps, which AdaLoRA's schedule spans",
+            found=total,
+        )
     ours = {name: values.get(theirs, default) for theirs, name, default in _ALLOCATION}
     for theirs, name in _SHARES:
         steps = values.get(theirs) or 0
@@ -380,26 +381,19 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
     excluded = values.get("exclude_modules")
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     if isinstance(targets, str) and not everything:
-        expected = 'names, or "all-linear"'
-        actual = f"the expression {targets!r}"
-        remedy = (
-            "write it as --lora.rules: patterns are searched in paths such as "
-            "layers/3/ffn/gate_proj"
-        )
         raise NaloraError(
             "target_modules",
-            expected=expected,
-            found=actual,
-            remedy=remedy,
+            expected='names, or "all-linear"',
+            found=f"the expression {targets!r}",
+            remedy="write it as --lora.rules: patterns are searched in paths such as "
+            "layers/3/ffn/gate_proj",
         )
     if targets is None and not stacks:
-        expected = "names of modules"
-        remedy = "PEFT's default depends on the model: name them"
         raise NaloraError(
             "target_modules",
-            expected=expected,
+            expected="names of modules",
             found="none",
-            remedy=remedy,
+            remedy="PEFT's default depends on the model: name them",
         )
     if isinstance(excluded, str):
         raise NaloraError(
@@ -412,14 +406,11 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
         for name in _names(excluded or [], "exclude_modules")
     }
     if everything and any("linear_attn/" in path for path in out):
-        expected = "no linear attention, next to all-linear"
-        actual = ", ".join(excluded or ())
-        remedy = "list target_modules by name"
         raise NaloraError(
             "exclude_modules",
-            expected=expected,
-            found=actual,
-            remedy=remedy,
+            expected="no linear attention, next to all-linear",
+            found=", ".join(excluded or ()),
+            remedy="list target_modules by name",
         )
     named: Sequence[str] = _LINEAR
     if targets is None:
@@ -503,18 +494,19 @@ def _path(name: str, where: str) -> str:
     modules, _ = _modules()
     last = bare.rpartition(".")[2]
     if last in TABLES:
-        actual = f"{name!r}, which is trained as a whole here"
-        remedy = f"leave it out, and add --lora.modules-to-save {last}"
         raise NaloraError(
             where,
             expected="modules of a model's layers",
-            found=actual,
-            remedy=remedy,
+            found=f"{name!r}, which is trained as a whole here",
+            remedy=f"leave it out, and add --lora.modules-to-save {last}",
         )
     if not _NAME.fullmatch(bare) or last not in modules:
-        expected = f"modules of {', '.join(modules)}"
-        remedy = "write it as --lora.rules by hand"
-        raise NaloraError(where, expected=expected, found=repr(name), remedy=remedy)
+        raise NaloraError(
+            where,
+            expected=f"modules of {', '.join(modules)}",
+            found=repr(name),
+            remedy="write it as --lora.rules by hand",
+        )
     return _restrict_to_layer(bare, modules[last])
 
 
@@ -522,11 +514,10 @@ def _stack_path(name: str) -> str:
     """Returns the pattern of a stack of experts: in every layer, or in the layer that its name
     contains."""
     if not _may_be_stack(name):
-        stacks = ", ".join(f"experts.{stack}" for stack in _STACKS)
         remedy = "name a Linear module in target_modules; routers and biases are not adapted here"
         raise NaloraError(
             "target_parameters",
-            expected=stacks,
+            expected=", ".join(f"experts.{stack}" for stack in _STACKS),
             found=repr(name),
             remedy=remedy,
         )

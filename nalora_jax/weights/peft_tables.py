@@ -92,9 +92,11 @@ def table_rows(folder: Path, config: ModelConfig) -> int | None:
         if key in stored and stored[key].shape:  # scalars are refused later
             counts[key] = stored[key].shape[0]
     if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{count} of {key}" for key, count in counts.items())
-        expected = "as many rows of the head as of the embedding"
-        raise NaloraError(f"{folder / TENSORS_NAME}", expected=expected, found=listed)
+        raise NaloraError(
+            f"{folder / TENSORS_NAME}",
+            expected="as many rows of the head as of the embedding",
+            found=", ".join(f"{count} of {key}" for key, count in counts.items()),
+        )
     return next(iter(counts.values()), None)
 
 
@@ -152,10 +154,9 @@ def take_tables(
         rows = tensors.pop(f"{module}.{_ROWS}", None)
         table = tensors.pop(f"{module}.{_RESIZED}", None)
         if rows is None and name in trained:
-            expected = f"the trained rows of {name}"
             raise NaloraError(
                 f"{where}: {module}.{_ROWS}",
-                expected=expected,
+                expected=f"the trained rows of {name}",
                 found="nothing",
             )
         if rows is not None and rows.shape != (len(ids), config.d_model):
@@ -178,10 +179,9 @@ def take_tables(
     ]
     for name in dict.fromkeys([*named, *present]):
         if name not in TABLES:
-            expected = f"some of {', '.join(TABLES)} (other modules are not supported)"
             raise NaloraError(
                 f"{where}: modules_to_save",
-                expected=expected,
+                expected=f"some of {', '.join(TABLES)} (other modules are not supported)",
                 found=name,
             )
         key = f"{modules[name]}.weight"
@@ -189,8 +189,11 @@ def take_tables(
         if table is None:
             if name == "lm_head" and peft.tied and _EMBEDDING in leaves:
                 continue
-            expected = f"the trained {name} of modules_to_save"
-            raise NaloraError(f"{where}: {key}", expected=expected, found="nothing")
+            raise NaloraError(
+                f"{where}: {key}",
+                expected=f"the trained {name} of modules_to_save",
+                found="nothing",
+            )
         if table.shape != shape:
             raise NaloraError(
                 f"{where}: {key}",
@@ -288,11 +291,10 @@ def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
     trained = list(spec.saved)
     trained += [f"rows of {name}" for name, _ in spec.token_indices]
     if trained:
-        actual = f"trained {' and '.join(trained)}"
         raise NaloraError(
             where,
             expected="an adapter of projections alone",
-            found=actual,
+            found=f"trained {' and '.join(trained)}",
             remedy=remedy,
         )
 
@@ -355,10 +357,9 @@ def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
             actual = "nothing"
             if stored is not None:
                 actual = f"shape {stored.shape}"
-            expected = f"a tensor for {name} {shape}"
             raise NaloraError(
                 f"{path}: {_WHOLE[name]}",
-                expected=expected,
+                expected=f"a tensor for {name} {shape}",
                 found=actual,
             )
         leaves[name] = np.array(stored.T, order="C")
