@@ -113,7 +113,26 @@ def _token_modules(value: Any) -> list[str]:
 
 
 _RULES = "lora.rules"  # of the fields that are combined into rules
+_TARGETS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+)
 _OTHER_METHOD = "it is another method than LoRA, and is not implemented here"
+_METHODS = (
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
+)
 _IGNORED = {
     **dict.fromkeys(
         ("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
@@ -129,13 +148,7 @@ _IGNORED = {
     "runtime_config": "it configures PEFT's use of memory",
 }
 PEFT: dict[str, Field] = {
-    **dict.fromkeys(
-        ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform"),
-        Field(_RULES),
-    ),
-    **dict.fromkeys(
-        ("rank_pattern", "alpha_pattern", "target_parameters"), Field(_RULES)
-    ),
+    **dict.fromkeys(_TARGETS, Field(_RULES)),
     "layers_pattern": _accept_only(because="layers are found by their number alone"),
     "lora_dropout": Field("lora.dropout"),
     "use_rslora": Field("lora.rslora"),
@@ -151,15 +164,7 @@ PEFT: dict[str, Field] = {
     "trainable_token_indices": Field("lora.trainable_token_indices", _convert_indices),
     "layer_replication": _accept_only(because="layers are not repeated here"),
     "lora_bias": _accept_only(because="adapters have no bias here"),
-    **dict.fromkeys(
-        ("alora_invocation_tokens", "use_qalora", "use_bdlora"),
-        _accept_only(because=_OTHER_METHOD),
-    ),
-    **dict.fromkeys(
-        ("velora_config", "monteclora_config", "arrow_config"),
-        _accept_only(because=_OTHER_METHOD),
-    ),
-    "kasa_config": _accept_only(because=_OTHER_METHOD),
+    **dict.fromkeys(_METHODS, _accept_only(because=_OTHER_METHOD)),
     "megatron_config": _accept_only(because="there is no Megatron here; see --mesh"),
     **{name: Field(ignored=reason) for name, reason in _IGNORED.items()},
     "ensure_weight_tying": _accept_only(
