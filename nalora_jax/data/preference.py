@@ -70,9 +70,12 @@ def _answer(
 ) -> Rendered:
     """Returns the text of a record's prompt with one of its completions, which is marked.
 
-    Args: record: has texts, or chat messages. config: names of the fields, and ``chat``. name:
-    field of the completion; its messages may contain the prompt. tokenizer: renders chat templates.
-    where: names the record in messages.
+    Args:
+      record: has texts, or chat messages.
+      config: names of the fields, and ``chat``.
+      name: field of the completion; its messages may contain the prompt.
+      tokenizer: renders chat templates.
+      where: names the record in messages.
 
     Raises: NaloraError: a field is missing or of the wrong type, or the completion is empty.
     """

@@ -219,8 +219,10 @@ def read_in_parts(
     """Returns records that are in several parts; ``read(part, places)`` is called once for each
     part.
 
-    Args: parts: part of each record, int ``[records]``. places: index of each record in its part,
-    int ``[records]``. read: returns the records at some places of a part.
+    Args:
+      parts: part of each record, int ``[records]``.
+      places: index of each record in its part, int ``[records]``.
+      read: returns the records at some places of a part.
     """
     records: list[Record] = [{}] * len(parts)
     for part in np.unique(parts).tolist():

@@ -448,8 +448,10 @@ def require_real_tokens(
 ) -> None:
     """Asserts that counts and occupancy are sums over the sampled real tokens, in every layer.
 
-    Args: real: bool ``[..., rows, seq]``, False for padding. stats: sums by block and statistic,
-    ``[layers, ...]``. config: of the blocks.
+    Args:
+      real: bool ``[..., rows, seq]``, False for padding.
+      stats: sums by block and statistic, ``[layers, ...]``.
+      config: of the blocks.
     """
     config = config.of_rows(real.shape[-1])
     of_gate = jnp.sum(sampled_weights(real, config.stride))

@@ -414,11 +414,14 @@ def _call(
 ) -> Any:
     """Runs a kernel for each tile of queries, or of keys for `KEYS`, and each example and head.
 
-    Args: kernel: one of the functions below. name: its name, by which the grid is chosen. arrays:
-    q, k and v ``[batch, tokens, heads, head_dim]``; for a gradient also the gradient of the
-    results, like q, and two numbers of each query ``[batch, heads, queries]``. results: arrays or
-    descriptions with the shapes and dtypes of the results. integers: positions, segments and
-    window. options: static options.
+    Args:
+      kernel: one of the functions below.
+      name: its name, by which the grid is chosen.
+      arrays: q, k and v ``[batch, tokens, heads, head_dim]``; for a gradient also the gradient of
+        the results, like q, and two numbers of each query ``[batch, heads, queries]``.
+      results: arrays or descriptions with the shapes and dtypes of the results.
+      integers: positions, segments and window.
+      options: static options.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton

@@ -86,12 +86,16 @@ def on_shards(
     """Runs attention on every shard of the mesh and returns the parts ``[shards * batch, 2 * block,
     heads, head_dim]``.
 
-    Args: attend: called on each device as ``attend(heads, row, window, sinks, *more)``, with its
-    part of the queries, keys and values, the integers of its whole rows, and its heads' sinks.
-    heads: q, k and v of all parts. row: integers of whole rows. window: scalar, the same on every
-    device. config: has the mesh, and the sharding of the parts. sinks: float32 ``[heads]``, or
-    None. more: further arguments, with the partition specs ``more_specs``. more_specs: one for each
-    of ``more``.
+    Args:
+      attend: called on each device as ``attend(heads, row, window, sinks, *more)``, with its part
+        of the queries, keys and values, the integers of its whole rows, and its heads' sinks.
+      heads: q, k and v of all parts.
+      row: integers of whole rows.
+      window: scalar, the same on every device.
+      config: has the mesh, and the sharding of the parts.
+      sinks: float32 ``[heads]``, or None.
+      more: further arguments, with the partition specs ``more_specs``.
+      more_specs: one for each of ``more``.
     """
     row_spec = P(BATCH_AXES)
     window_spec = P()

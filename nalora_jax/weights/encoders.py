@@ -37,8 +37,10 @@ def _rows(names: Mapping[str, str], stem: str = "", folder: str = "") -> Rows:
     """Returns the rows of modules by transformers' name: weights and biases of dense layers and
     norms, and tables.
 
-    Args: names: our path of each of transformers' modules. stem: begins the tensors' names. folder:
-    begins our paths.
+    Args:
+      names: our path of each of transformers' modules.
+      stem: begins the tensors' names.
+      folder: begins our paths.
     """
     rows: Rows = ()
     for theirs, ours in names.items():
@@ -252,8 +254,9 @@ def _names(config: DualConfig | EncoderConfig | VisionSpec) -> Rows:
     """Returns a model's rows, each of which has a tensor's name in files and the leaves that it
     fills.
 
-    Args: config: one tower; a dual encoder, with prefixes for its towers, its projections and
-    temperature; or the image tower of a multimodal model, followed by the projector.
+    Args:
+      config: one tower; a dual encoder, with prefixes for its towers, its projections and
+        temperature; or the image tower of a multimodal model, followed by the projector.
     """
     if isinstance(config, EncoderConfig):
         return TABLES[config.model_type]
@@ -289,8 +292,10 @@ def _tensors(
 ) -> Iterator[SourceTensor]:
     """Yields the tensors of the rows whose leaves a model has.
 
-    Args: rows: of several models, by the names in files. shapes: shape of every leaf of the model.
-    tower: its tower, of which images or texts are the input.
+    Args:
+      rows: of several models, by the names in files.
+      shapes: shape of every leaf of the model.
+      tower: its tower, of which images or texts are the input.
     """
     for row in rows:
         if not all(path in shapes for path in row.paths):

@@ -819,8 +819,11 @@ def _read_adapter(
 
     Of a stack of experts a is ``[experts, d_in, r]`` and b ``[experts, r, d_out]``.
 
-    Args: peft: ``adapter_config.json``. path: the tensor file, for error messages. slot: the module
-    and its rank in ``peft``. factors: the slot's tensors in PEFT's layout.
+    Args:
+      peft: ``adapter_config.json``.
+      path: the tensor file, for error messages.
+      slot: the module and its rank in ``peft``.
+      factors: the slot's tensors in PEFT's layout.
 
     Raises: NaloraError: a tensor has another shape, or experts have DoRA.
     """

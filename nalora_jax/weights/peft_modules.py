@@ -269,9 +269,11 @@ _EARLIER: tuple[dict[str, str], ...] = (
 def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     """Returns `module_layout` with the names of the transformers release that wrote an adapter.
 
-    Args: config: the base model, or a dual encoder. modules: names of modules in the adapter's
-    files. If several releases match equally many of them, the latest is used. The modules of a text
-    model may have their names in a multimodal model.
+    Args:
+      config: the base model, or a dual encoder.
+      modules: names of modules in the adapter's files. If several releases match equally many of
+        them, the latest is used. The modules of a text model may have their names in a multimodal
+        model.
     """
     layout = module_layout(config)
     written = set(modules)

@@ -251,8 +251,11 @@ def fold_saved(
 
     The embedding and head of a tied model become separate tables if only one of them is trained.
 
-    Args: config: the base model. params: its parameters. lora: the adapter's tree. spec: of the
-    adapter.
+    Args:
+      config: the base model.
+      params: its parameters.
+      lora: the adapter's tree.
+      spec: of the adapter.
 
     Returns: Config, parameters, and the spec of the remaining adapter.
     """
@@ -285,8 +288,10 @@ def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
     """Raises a NaloraError if an adapter has trained tables or rows, which a target format cannot
     store.
 
-    Args: spec: of the adapter. where: the setting that names the format, for the message. remedy:
-    for the message.
+    Args:
+      spec: of the adapter.
+      where: the setting that names the format, for the message.
+      remedy: for the message.
     """
     trained = list(spec.saved)
     trained += [f"rows of {name}" for name, _ in spec.token_indices]
