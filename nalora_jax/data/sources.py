@@ -139,7 +139,7 @@ def open_pair(
     or, without one, a fixed draw from ``config.train_split`` (`draw_held_out`). Each
     data set of a mixture is divided separately; weights apply only to training.
 
-    Args: as of `open_source`.
+    Arguments are those of `open_source`.
 
     Raises:
       NaloraError: as of `open_source`; or the two share records.
