@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,10 +29,13 @@ from nalora_jax.common import imports, trees
 from nalora_jax.data import sources
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import recorded_settings
+from nalora_jax.kinds.record import KINDS
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.method import activations, rules, statistics
 from nalora_jax.models import family
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.planner.program import architecture, step_and_arguments
+from nalora_jax.report.history import read_history
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -45,7 +49,7 @@ LLAMA = tiny.HF | {"vocab_size": 40, "intermediate_size": 24}
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Imports a file of the page; afterwards the registries are as they were."""
     registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, family.REGISTERED)
-    for registry in (*registries, sources._OPENERS):
+    for registry in (*registries, sources._OPENERS, KINDS):
         others = {name: value for name, value in registry._values.items() if name not in FILES}
         monkeypatch.setattr(registry, "_values", others)  # without the sums of studies/sums_data.py
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -175,6 +179,97 @@ def test_a_data_source(use: Any) -> None:
         opened.fingerprint
         != sources.open_source(cfg.DataConfig(dataset="sums:41"), "train").fingerprint
     )
+
+
+def test_an_objective_trains_resumes_plans_sweeps_and_reports(
+    use: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_device: None,
+) -> None:
+    use("z_loss")
+    monkeypatch.chdir(tmp_path)
+    config = replace(tiny.make_config(tmp_path, steps=2), kind="z_loss:weight=0.5")
+    settings = ["--config", str(tiny.write_settings(config, tmp_path / "settings.py"))]
+    command.execute(["train", *settings, "--dry-run"])
+    assert "kind: z_loss:weight=0.5" in capsys.readouterr().out
+    command.execute(["train", *settings, "--output", "z", "--train.log-every", "1"])
+    command.execute(["train", "--resume", "z", "--steps", "4"])
+    log = read_history(tmp_path / "z")
+    assert [record["step"] for record in log.steps] == [1, 2, 3, 4]
+    assert all(record["z_loss"] > 0 for record in log.steps)
+    # The loss is the cross-entropy plus half of the penalty, of which both are means of a token.
+    command.execute(
+        ["train", *settings, "--kind", "text", "--output", "plain", "--train.log-every", "1"]
+    )
+    plain = read_history(tmp_path / "plain").steps[0]["loss"]
+    first = log.steps[0]
+    np.testing.assert_allclose(first["loss"], plain + 0.5 * first["z_loss"], rtol=1e-5)
+    assert "z_loss" in recorded_settings(tmp_path / "z")["kind"]
+    assert (tmp_path / "z" / "report.html").exists()
+    swept = ["--sweep", "kind=z_loss:weight=0.1,text", "--output", "swept"]
+    command.execute(["train", *settings, *swept])
+    assert (tmp_path / "swept" / "comparison.html").exists()
+    command.execute(["eval", "z"])
+    assert "loss" in capsys.readouterr().out
+    placed = replace(
+        config, train=replace(config.train, batch_size=8), data=replace(config.data, max_length=16)
+    )
+    mesh = distributed.make_mesh(cfg.MeshConfig(), jax.devices()[:1])
+    base = architecture(str(config.model))
+    step, arguments = step_and_arguments(placed, base, mesh)
+    assert step.lower(*arguments).compile().memory_analysis() is not None
+
+
+def test_a_kind_with_data_of_its_own_trains_and_resumes(
+    use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_device: None
+) -> None:
+    use("token_windows")
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "ids.npy", np.arange(400) % 23 + 3)
+    config = replace(tiny.make_config(tmp_path, steps=6), kind="token_windows")
+    settings = ["--config", str(tiny.write_settings(config, tmp_path / "settings.py"))]
+    flags = [
+        "--data.dataset",
+        "ids.npy",
+        "--data.max-length",
+        "10",
+        "--optimizer.learning-rate",
+        "1e-2",
+    ]
+    command.execute(["train", *settings, *flags, "--output", "run", "--train.log-every", "1"])
+    command.execute(["train", "--resume", "run", "--steps", "8"])
+    log = read_history(tmp_path / "run")
+    assert [record["step"] for record in log.steps] == list(range(1, 9))
+    assert log.measured[-1]["eval"]["loss"] < log.measured[0]["eval"]["loss"]
+    with pytest.raises(NaloraError, match="--data.dataset: expected an array of token ids"):
+        command.execute(["train", *settings, "--data.max-length", "10", "--output", "other"])
+
+
+@pytest.mark.parametrize(("name", "lines"), [("z_loss", 80), ("token_windows", 150)])
+def test_a_file_from_outside_is_short(name: str, lines: int) -> None:
+    assert FILES[name].count("\n") <= lines
+
+
+# The settings that ask for a kind of run, and comparisons of its name.
+OF_KINDS = re.compile(
+    r"\.(vision\.task|preference\.loss|rl\.rewards)\b|kind_of\(\w+\)\.name|kind_name\b"
+)
+# A study's subject of encoders has two tasks, and the report of a comparison is by settings.
+KNOW_KINDS = ("kinds/", "config/settings.py", "study/images.py")
+
+
+def test_no_other_module_asks_of_which_kind_a_run_is() -> None:
+    root = Path(cfg.__file__).parents[1]
+    asking = {}
+    for path in root.rglob("*.py"):
+        name = str(path.relative_to(root))
+        code = re.sub(r'"""(.|\n)*?"""|#.*', "", path.read_text(encoding="utf-8"))
+        found = [match.group() for match in OF_KINDS.finditer(code)]
+        if found and not name.startswith(KNOW_KINDS):
+            asking[name] = found
+    assert asking == {}
 
 
 # docs/nalora_minimal.py trains as the library does.

@@ -75,15 +75,14 @@ class PlanArgs:
           NaloraError: a setting of the run is out of range, or its model is a dual encoder.
         """
         train = self.run.train
-        if self.run.vision.trains_encoders:
+        vision = self.run.vision
+        if vision.trains_encoders:
             expected = "a language model: dual encoders are not planned"
-            task = self.run.vision.task
-            raise NaloraError("--vision.task", expected=expected, found=task)
+            raise NaloraError("--vision.task", expected=expected, found=vision.task)
         # before rows are counted
         check_ranges(replace(self.run, train=replace(train, batch_size=1)))
         rows = self.batch or train.batch_size or chips * train.accumulate
         data = replace(self.run.data, max_length=self.seq or self.run.data.max_length)
-        vision = self.run.vision
         if self.images:
             vision = replace(vision, task="chat")
         batch = replace(train, batch_size=rows)

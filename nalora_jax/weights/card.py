@@ -158,7 +158,7 @@ def _front_matter(card: Card) -> Any:
 
 
 def _is_of_images(run: RunConfig | None) -> bool:
-    return run is not None and bool(run.vision.task)
+    return run is not None and bool(run.vision.kind)
 
 
 def write_card(folder: str | Path, card: Card) -> Path:
