@@ -7,9 +7,10 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError, shown
 
-# Fields in which null has a meaning: no dropout, cap or window, or as many heads as for queries.
+# Fields in which null has a meaning: no dropout, cap or window, no low-rank queries, or as many
+# heads as for queries; for the base wavelength it means the default.
 _NULL_MEANS = {"attention_dropout", "attn_logit_softcapping", "final_logit_softcapping"}
-_NULL_MEANS |= {"num_key_value_heads", "sliding_window"}
+_NULL_MEANS |= {"num_key_value_heads", "q_lora_rank", "rope_theta", "sliding_window"}
 _LARGEST = 1e30  # limit of `Fields.number`, within the range of float32
 
 

@@ -36,9 +36,11 @@ Rules = Sequence[tuple[str, P]]
 
 # Per projection: name, mesh axis of its input, mesh axis of its output.
 _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
-    ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs are split over tensor
+    # outputs are split over tensor
+    ("(q|q_b|k|v|kv_b|gate|up|in)_proj", "fsdp", "tensor"),
     ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
     ("(router|bcx_proj)", "fsdp", None),
+    ("(q|kv)_a_proj", "fsdp", None),  # latents of all heads
     ("in_proj_(qkvz?|z)", "fsdp", "tensor"),
     ("in_proj_(a|b|ba)", "fsdp", None),
 )

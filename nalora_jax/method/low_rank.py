@@ -374,15 +374,33 @@ def _dora(
 
     ``base`` is ``x W``, ``delta`` is ``s x A B``, and m is the adapter's magnitude.
     """
+    ratio = dora_ratio(kernel, adapter)
+    ratio = jnp.broadcast_to(ratio, base.shape)
+    return (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
+
+
+def dora_ratio(kernel: Kernel, adapter: Adapter) -> jax.Array:
+    """Returns the factor ``m / |W + s A B|`` of each output channel, float32 ``[d_out]``.
+
+    m is the adapter's magnitude.
+    """
     assert adapter.magnitude is not None
     frozen = lax.stop_gradient(expand(kernel))
     # The norm is a constant of the backward pass, as in the paper (section 4.3) and in PEFT.
     norm = column_norm(frozen, adapter.a, adapter.b, adapter.scale)
     ratio = adapter.magnitude / lax.stop_gradient(norm)
     # A scale of 0 marks a layer of rank 0, whose magnitude is not used.
-    ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
-    ratio = jnp.broadcast_to(ratio, base.shape)
-    return (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
+    return jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
+
+
+def dora_ratio(kernel: Kernel, adapter: Adapter) -> jax.Array:
+    """Returns the factor ``m / |W + s A B|`` of each output channel, float32 ``[d_out]``."""
+    assert adapter.magnitude is not None
+    frozen = lax.stop_gradient(expand(kernel))
+    # The norm is a constant of the backward pass, as in the paper (section 4.3) and in PEFT.
+    ratio = adapter.magnitude / lax.stop_gradient(column_norm(frozen, *adapter[:3]))
+    # rank 0: the magnitude is unused
+    return jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
 
 
 def find_gates(lora: Any) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -13,12 +13,18 @@ from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, Mixer, ModelConfig, Shapes
 from nalora_jax.models.parts import LayerInputs, PartOptions, RMSNorm, SharedInputs
 from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
-from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention
+from nalora_jax.ops.attention import (
+    QKV,
+    AttentionConfig,
+    CachedKeys,
+    Keys,
+    attention,
+)
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import rms_norm
 from nalora_jax.ops.split_attention import split_attention
 from nalora_jax.ops.split_rows import shards_of
-from nalora_jax.ops.storage import round_and_save, store
+from nalora_jax.ops.storage import Kernel, round_and_save, store
 
 NewKeys = tuple[jax.Array, jax.Array]
 
@@ -99,6 +105,10 @@ class SoftmaxAttention(Mixer):
         k = jnp.zeros((*lead, config.head_dim, length), numerics.operand)
         v = jnp.zeros((*lead, length, config.head_dim), numerics.operand)
         return KeyValues(store(k, numerics), store(v, numerics))
+
+    def state_values(self, config: ModelConfig, tensor: int) -> float:
+        """See `Mixer`; devices split the heads."""
+        return 2.0 * config.n_kv_heads * config.head_dim / tensor
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """Returns the module."""
@@ -211,8 +221,6 @@ class Attention(nn.Module):
         """Returns attention ``[batch, seq, heads, head_dim]`` over this call's keys and any cached
         ones; q and k are rotated."""
         c = self.config
-        sharding = self.options.sharding
-        numerics = self.options.numerics.within()
         # Heads that follow from saved arrays, or are inputs of the layer.
         if self.part.values_normed:
             recomputed = "qkv"
@@ -220,27 +228,11 @@ class Attention(nn.Module):
             recomputed = "qk"
         else:
             recomputed = ""
-        scale = c.query_scale or c.head_dim**-0.5
-        windows = tuple(sorted(set(c.layer_windows)))
-        config = AttentionConfig(
-            scale,
-            c.attn_softcap,
-            c.attn_dropout,
-            windows,
-            sharding,
-            recomputed=recomputed,
-        )
-        window = GLOBAL_WINDOW if layer.window is None else layer.window
         sinks = None
         if c.attn_sinks:
             sinks = self.param(
                 "sinks", nn.initializers.zeros_init(), (c.n_heads,)
             ).astype(jnp.float32)
-        if shards_of(sharding) > 1:
-            assert shared.row is not None
-            return split_attention(
-                (q, k, v), shared.row, window, config, numerics, sinks
-            )
         # Some layers of Gemma 4 have no keys and read those of an earlier layer.
         if self.part.reads:
             before = shared.handed[self.part.reads].cached
@@ -248,16 +240,64 @@ class Attention(nn.Module):
             before = layer.cached
         cached = None
         if before is not None:
-            assert shared.cached_positions is not None
-            assert shared.cached_segments is not None
-            cached = CachedKeys(
-                before.k, before.v, shared.cached_positions, shared.cached_segments
-            )
-        keys = Keys(
-            k, v, shared.positions, shared.segments, shared.starts, sinks, cached
+            cached = cached_keys(before.k, before.v, shared)
+        return attend(
+            self,
+            (q, k, v),
+            cached,
+            layer,
+            shared,
+            recomputed=recomputed,
+            sinks=sinks,
         )
-        if c.attn_dropout and not shared.deterministic:
-            rng = self.make_rng("dropout")
-        else:
-            rng = None
-        return attention(q, keys, window, config, numerics, dropout_rng=rng)
+
+
+def cached_keys(k: Kernel, v: Kernel, shared: SharedInputs) -> CachedKeys:
+    """Returns the keys and values of earlier calls with the integers that all layers share."""
+    assert shared.cached_positions is not None
+    assert shared.cached_segments is not None
+    return CachedKeys(k, v, shared.cached_positions, shared.cached_segments)
+
+
+def attend(
+    module: Any,
+    heads: QKV,
+    cached: CachedKeys | None,
+    layer: LayerInputs,
+    shared: SharedInputs,
+    *,
+    recomputed: str = "",
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Returns attention ``[batch, seq, heads, head_dim]`` over this call's keys and any cached
+    ones.
+
+    Args:
+      module: the layer's module, with the attributes ``config`` and ``options``; it draws dropout.
+      heads: rotated queries and keys, and values.
+      cached: keys of earlier calls.
+      layer, shared: inputs of the layer.
+      recomputed: see `AttentionConfig`.
+      sinks: see `Keys`.
+    """
+    c: ModelConfig = module.config
+    sharding = module.options.sharding
+    numerics = module.options.numerics.within()
+    config = AttentionConfig(
+        c.query_scale or c.head_dim**-0.5,
+        c.attn_softcap,
+        c.attn_dropout,
+        tuple(sorted(set(c.layer_windows))),
+        sharding,
+        recomputed=recomputed,
+    )
+    window = GLOBAL_WINDOW if layer.window is None else layer.window
+    if shards_of(sharding) > 1:
+        assert shared.row is not None
+        return split_attention(heads, shared.row, window, config, numerics, sinks)
+    q, k, v = heads
+    keys = Keys(k, v, shared.positions, shared.segments, shared.starts, sinks, cached)
+    rng = None
+    if c.attn_dropout and not shared.deterministic:
+        rng = module.make_rng("dropout")
+    return attention(q, keys, window, config, numerics, dropout_rng=rng)

@@ -1,8 +1,9 @@
 """The cache of layers' states that generation reads and extends.
 
-Attention layers cache keys and values; other mixers have a state of constant size. All rows share
-one write index, so a call appends one slice to the stacked arrays for any row lengths. Padding on
-either side fills slots of segment 0, which no query attends to.
+Attention layers cache keys and values, or the latents that these follow from; other mixers have a
+state of constant size. All rows share one write index, so a call appends one slice to the stacked
+arrays for any row lengths. Padding on either side fills slots of segment 0, which no query attends
+to.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class KeyValues:
 
     def grow(self, length: int) -> KeyValues:
         """Returns the state with empty slots appended up to ``length``."""
-        return KeyValues(_padded(self.k, 4, length), _padded(self.v, 3, length))
+        return KeyValues(grown(self.k, 4, length), grown(self.v, 3, length))
 
     def extended(
         self, update: tuple[jax.Array, jax.Array], index: jax.Array, numerics: Numerics
@@ -40,8 +41,8 @@ class KeyValues:
         k, v = update
         # k: [layers, batch, kv_heads, head_dim, seq]; v: [layers, batch, kv_heads, seq, head_dim]
         return KeyValues(
-            _written(self.k, k.transpose(0, 1, 3, 4, 2), 4, index, numerics),
-            _written(self.v, v.transpose(0, 1, 3, 2, 4), 3, index, numerics),
+            written(self.k, k.transpose(0, 1, 3, 4, 2), 4, index, numerics),
+            written(self.v, v.transpose(0, 1, 3, 2, 4), 3, index, numerics),
         )
 
 
@@ -73,8 +74,8 @@ class Recurrent:
 class Cache:
     """The states of all layers, with the position and segment of every slot of cached keys."""
 
-    # By stack: `KeyValues`, `Recurrent`, or another class with their methods. Layers that read
-    # other layers' keys have none.
+    # By stack: `KeyValues`, `Latents`, `Recurrent`, or another class with their methods. Layers
+    # that read other layers' keys have none.
     states: dict[str, Any]
     positions: jax.Array  # int32 [batch, slots]
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot
@@ -88,8 +89,8 @@ def grow(cache: Cache, length: int) -> Cache:
     return replace(
         cache,
         states={name: state.grow(length) for name, state in cache.states.items()},
-        positions=_padded(cache.positions, 1, length),
-        segments=_padded(cache.segments, 1, length),
+        positions=grown(cache.positions, 1, length),
+        segments=grown(cache.segments, 1, length),
     )
 
 
@@ -137,14 +138,14 @@ def extend(
     )
 
 
-def _padded(x: Any, axis: int, length: int) -> Any:
+def grown(x: Any, axis: int, length: int) -> Any:
     """Returns ``x`` with zeros appended along ``axis`` up to ``length``."""
     more = [(0, 0)] * x.ndim
     more[axis] = (0, length - x.shape[axis])
     return jax.tree.map(lambda leaf: jnp.pad(leaf, more), x)
 
 
-def _written(
+def written(
     stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics
 ) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""

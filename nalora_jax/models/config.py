@@ -233,6 +233,11 @@ class Mixer(Part):
         ``length`` is the number of slots for tokens.
         """
 
+    def state_values(self, config: ModelConfig, tensor: int) -> float:
+        """Returns the values per token and layer that generation stores on each of ``tensor``
+        devices that share a row; 0 for a state of one size."""
+        return 0.0
+
 
 class FeedForward(Part):
     """A part that transforms each token, in place of the gated block.

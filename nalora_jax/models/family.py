@@ -211,6 +211,9 @@ _REFUSED = {
     "router_jitter_noise": "",
     "quantization_config": "load the unquantized model",
 }
+# Families whose attention is not implemented, by ``model_type``; with the remedy.
+_SPARSE = "its attention to selected tokens (a sparse index) is not implemented"
+_UNSUPPORTED = dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SPARSE)
 
 
 def family_of(model_type: str) -> Family:
@@ -262,9 +265,8 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
         raise f.error("model_type", expected, repr(name), remedy)
     if not isinstance(name, str) or (name not in BUILT_IN and name not in REGISTERED):
         names = supported()
-        raise f.error(
-            "model_type", f"one of {', '.join(names)}", repr(name), nearest(name, names)
-        )
+        remedy = _UNSUPPORTED.get(str(name)) or nearest(name, names)
+        raise f.error("model_type", f"one of {', '.join(names)}", repr(name), remedy)
     family = family_of(name)
     f = Fields(raw, {**_COMMON, **family.defaults}, where)
     for feature, remedy in _REFUSED.items():

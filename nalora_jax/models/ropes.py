@@ -487,9 +487,9 @@ def _scaling(f: Fields, rope: Fields, kind: str, dim: int) -> dict[str, Any]:
             rope.number(key, default=0.0, zero=True)
             for key in ("mscale", "mscale_all_dim")
         )
-        derived = _yarn_magnitude(factor, 1.0)
+        derived = yarn_magnitude(factor, 1.0)
         if scale and all_dim:
-            derived = _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, all_dim)
+            derived = yarn_magnitude(factor, scale) / yarn_magnitude(factor, all_dim)
         own = {
             "beta_fast": rope.number("beta_fast", default=32.0),
             "beta_slow": rope.number("beta_slow", default=1.0),
@@ -512,7 +512,7 @@ def _stretch(rope: Fields, default: float | None = None) -> float:
     return factor
 
 
-def _yarn_magnitude(factor: float, scale: float) -> float:
+def yarn_magnitude(factor: float, scale: float) -> float:
     """Returns YaRN's magnitude of rotated queries and keys (arXiv 2309.00071)."""
     return 0.1 * scale * math.log(max(factor, 1.0)) + 1.0
 

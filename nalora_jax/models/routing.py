@@ -228,10 +228,6 @@ class GroupedProducts(Products):
         )
 
 
-# A group's score is the sum of its highest expert scores (DeepSeek-V3, arXiv 2412.19437).
-_GROUP_TOP = 2
-
-
 @dataclass(frozen=True)
 class RouterSpec:
     """Scores of a router and its choice of experts."""
@@ -243,6 +239,9 @@ class RouterSpec:
     groups_kept: int = 1  # experts are chosen from the groups with the highest scores
     scale: float = 1.0  # multiplies the weights
     expert_scale: bool = False  # the model has a factor of each expert's weights
+    # A group's score is the sum of its highest expert scores: of two (DeepSeek-V3, arXiv
+    # 2412.19437), or of one (DeepSeek-V2, 2405.04434).
+    group_top: int = 2
 
 
 class Routing(NamedTuple):
@@ -314,7 +313,7 @@ def choose(
     if limited:  # to each token's kept groups
         # [tokens, groups, experts of a group]
         grouped = ranked.reshape(ranked.shape[0], spec.groups, -1)
-        of_groups = jnp.sum(lax.top_k(grouped, _GROUP_TOP)[0], axis=-1)
+        of_groups = jnp.sum(lax.top_k(grouped, spec.group_top)[0], axis=-1)
         inside = jax.nn.one_hot(
             lax.top_k(of_groups, spec.groups_kept)[1], spec.groups, dtype=bool
         )

@@ -393,6 +393,7 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
             of_queries
             + base.n_kv_heads * ((keys - 1 + normed) * padded + base.head_dim)
         ) / tensor
+        heads += parts(base)[0].saved(base)  # of latents, which devices do not split
     # The layer's input and the FFN's; or the results of both parts, if norms follow them.
     residuals = (2 + base.post_norm) * base.d_model
     wide = (1 + base.gated) * base.d_ff * max(base.experts_per_token, 1) / tensor
@@ -826,11 +827,12 @@ class _Share:
         shards = self.layout.data * self.layout.fsdp
         at_once, count, samples = program_shape(prompts, rl.samples, shards)
         rows = count // shards * samples
-        keys = (
-            sum(2 * of.n_layers * of.n_kv_heads * of.head_dim for of in attending(base))
-            * self.wide
+        # Numbers of a token in all layers.
+        stored = sum(
+            of.n_layers * parts(of)[0].state_values(of, tensor)
+            for of in attending(base)
         )
-        cache = rows * self.seq * keys / tensor
+        cache = rows * self.seq * stored * self.wide
         weights = (self.weights + self.ends) / tensor
         gathering = (
             weights * (self.split - 1) / self.split / where.inbound(self.split * tensor)

@@ -20,8 +20,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import distributed, processes, sharding
 from nalora_jax.mesh.distributed import compiler_options
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import supported
 from nalora_jax.models.stacks import param_shapes
+from tests.models.family_fields import COMPARED
 
 
 def specs(shapes, rules):
@@ -110,10 +110,10 @@ def test_specs_by_path(rules, table):
 
 
 # Defaults of transformers that no model has: 96 heads do not divide the width.
-SIZES = {"glm4_moe": {"head_dim": 128}}
+SIZES = {"glm4_moe": {"head_dim": 128}, "deepseek_v2": {"num_experts_per_tok": 6}}
 
 
-@pytest.mark.parametrize("family", supported())
+@pytest.mark.parametrize("family", COMPARED)
 def test_every_weight_of_every_family_has_a_rule_and_every_large_one_is_split(family):
     raw = transformers.AutoConfig.for_model(family, **SIZES.get(family, {})).to_dict()
     shapes = param_shapes(ModelConfig.from_hf(raw))

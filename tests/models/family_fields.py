@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import supported
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -29,6 +32,17 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": ORIGINAL,
 }
+# Latent attention, whose heads have 8 + 4 dimensions, and values of 6.
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
+# Families that transformers has, too: it reads a Kimi-K2 as a DeepSeek-V3.
+COMPARED = [family for family in supported() if family in CONFIG_MAPPING]
 GRANITE = {
     "embedding_multiplier": 6.0,
     "attention_multiplier": 0.3,

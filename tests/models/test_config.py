@@ -17,9 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.families import supported
 from nalora_jax.models.stacks import param_shapes
-from tests.models.family_fields import TINY
+from tests.models.family_fields import COMPARED, LATENT, TINY
 
 LLAMA = TINY | {"model_type": "llama", "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4}
 LLAMA |= {"max_position_embeddings": 64}
@@ -38,6 +37,10 @@ YARN = {
 YARN |= {"original_max_position_embeddings": 16}
 ALPHA = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1}
 SU = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+DEEPSEEK = {"rope_theta": 10000, "num_experts_per_tok": 3, "rope_scaling": {
+    "type": "yarn", "factor": 4, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 16,
+}}  # fmt: skip
 WINDOW, FULL, SLIDING = {"sliding_window": 8}, "full_attention", "sliding_attention"
 LFM2 = {"norm_eps": 1e-5, "rope_theta": 1e6}
 OLD_FORMS = {
@@ -69,6 +72,22 @@ OLD_FORMS = {
     "Gemma 4": ("gemma4_text", {
         "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
         "num_kv_shared_layers": 1, "layer_types": [SLIDING, FULL] * 2, "use_bidirectional_attention": "vision",
+    }),
+    "DeepSeek-V2": ("deepseek_v2", LATENT | DEEPSEEK | {
+        "topk_method": "group_limited_greedy", "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
+        "scoring_func": "softmax", "moe_layer_freq": 1, "n_shared_experts": 2, "first_k_dense_replace": 1,
+    }),
+    "DeepSeek-V3": ("deepseek_v3", LATENT | DEEPSEEK | {
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1, "num_nextn_predict_layers": 1,
+        "n_group": 2, "topk_group": 1, "n_routed_experts": 8,
+    }),
+    "Moonlight": ("deepseek_v3", LATENT | {
+        "q_lora_rank": None, "rope_theta": 50000.0, "n_group": 1, "topk_group": 1, "n_routed_experts": 8,
+        "first_k_dense_replace": 1, "num_experts_per_tok": 3, "n_shared_experts": 2,
+    }),
+    "GLM-4.7-Flash": ("glm4_moe_lite", LATENT | {
+        "rope_theta": 1e6, "partial_rotary_factor": 1.0, "first_k_dense_replace": 1, "n_routed_experts": 8,
+        "topk_method": "noaux_tc", "num_nextn_predict_layers": 1,
     }),
     "GLM-4.5": ("glm4_moe", {"n_routed_experts": 8, "rope_theta": 1e6, "head_dim": 16}),
 }  # fmt: skip
@@ -103,6 +122,9 @@ def test_a_multimodal_model_is_its_text_model(family):
         ModelConfig.from_hf(raw)
 
 
+V2 = LATENT | {"model_type": "deepseek_v2", "num_experts_per_tok": 2, "n_routed_experts": 8}
+V3 = LATENT | {"model_type": "deepseek_v3", "n_routed_experts": 32}
+FLASH = LATENT | {"model_type": "glm4_moe_lite", "n_routed_experts": 8}
 GLM = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 2}
 REFUSED = {
     "no vocab_size": ({"vocab_size": None}, "vocab_size: expected a whole number .* found nothing"),
@@ -124,6 +146,19 @@ REFUSED = {
     "uneven groups of experts": ({**GLM, "n_group": 3}, "n_group: expected equal groups .* of the 8 experts, found 3"),
     "more groups kept than there are": ({**GLM, "n_group": 2, "topk_group": 3}, "topk_group: expected at most 2"),
     "two layers of predictions": ({**GLM, "num_nextn_predict_layers": 2}, "num_nextn_predict_layers: expected 0 or 1"),
+    "fewer key heads": ({**V2, "num_key_value_heads": 2}, "num_key_value_heads: expected num_attention_heads"),
+    "values wider than keys": ({**V2, "v_head_dim": 13}, "v_head_dim: expected at most 12"),
+    "selected tokens": ({**V3, "index_topk": 2048}, "index_topk: .*attention to selected tokens"),
+    "another choice of experts": ({**V2, "topk_method": "noaux_tc"}, "topk_method: expected one of greedy"),
+    "normalized weights of DeepSeek-V2": ({**V2, "norm_topk_prob": True}, "norm_topk_prob: expected nothing"),
+    "biases of DeepSeek-V2's experts": ({**V2, "mlp_bias": True}, "mlp_bias: expected nothing"),
+    "sigmoids in DeepSeek-V2": ({**V2, "scoring_func": "sigmoid"}, "scoring_func: expected 'softmax' in this family"),
+    "softmax in DeepSeek-V3": ({**V3, "scoring_func": "softmax"}, "scoring_func: expected 'sigmoid'"),
+    "experts in every second layer": ({**V3, "moe_layer_freq": 2}, "moe_layer_freq: expected 1"),
+    "an unknown kind of layer": ({**FLASH, "mlp_layer_types": ["dense", "moe", "moe", "moe"]}, "mlp_layer_types"),
+    "ignored dense layers": ({**FLASH, "first_k_dense_replace": 2}, "first_k_dense_replace: expected 1"),
+    "DeepSeek-V3.2": ({**V3, "model_type": "deepseek_v32"}, "model_type: .*attention to selected tokens"),
+    "GLM-5": ({**V3, "model_type": "glm_moe_dsa"}, "model_type: .*attention to selected tokens"),
     "more chosen than there are": ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok"),
     "chunked attention": ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "layer_types"),
     "sliding without a window": ({"model_type": "gemma2", "sliding_window": 0}, "sliding_window"),
@@ -197,8 +232,11 @@ FILLED |= {"tie_word_embeddings"}
 
 
 def with_null(family: str, name: str) -> dict[str, Any]:
-    experts = "n_routed_experts" if family == "glm4_moe" else "num_experts"
+    routed = family.startswith(("glm4_moe", "deepseek"))
+    experts = "n_routed_experts" if routed else "num_experts"
     sizes = {"num_experts_per_tok": 2, "num_local_experts": 4, experts: 4}
+    if family.startswith(("glm4_moe_lite", "deepseek", "youtu")):
+        sizes |= LATENT | {"n_group": 1, "topk_group": 1}
     return LLAMA | sizes | {"pad_token_id": 0, "model_type": family, name: None}
 
 
@@ -215,7 +253,7 @@ def filled_by_transformers(raw: dict[str, Any]) -> dict[str, Any] | None:
 
 NULLABLE = [
     (family, name)
-    for family in supported()
+    for family in COMPARED
     for name in sorted((OFF.keys() | FILLED) & CONFIG_MAPPING[family]().to_dict().keys())
 ]
 

@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import supported
+from tests.models.family_fields import COMPARED, LATENT
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -26,7 +26,12 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 # Sizes of one family only.
 GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 32}
+LATENT_EXPERTS = LATENT | {"n_routed_experts": 4, "first_k_dense_replace": 1}
 FURTHER: dict[str, Any] = {
+    "deepseek_v2": LATENT_EXPERTS,
+    "deepseek_v3": LATENT_EXPERTS | {"n_group": 2, "topk_group": 1},
+    "glm4_moe_lite": LATENT_EXPERTS,
+    "youtu": LATENT,
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": {"global_head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 4},
@@ -65,7 +70,7 @@ def other_value(name: str, value: Any) -> Any:
 
 def small(family: str) -> dict[str, Any]:
     """Returns a family's defaults at tiny sizes, with windows shorter than the text."""
-    raw = CONFIG_MAPPING[family](**SIZES, **FURTHER.get(family, {})).to_dict() | {
+    raw = CONFIG_MAPPING[family](**(SIZES | FURTHER.get(family, {}))).to_dict() | {
         "model_type": family
     }
     return raw | ({} if raw.get("sliding_window") is None else {"sliding_window": 5})
@@ -115,7 +120,7 @@ def ours(raw: dict[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-@pytest.mark.parametrize("family", supported())
+@pytest.mark.parametrize("family", COMPARED)
 def test_a_field_changes_our_model_if_it_changes_theirs(family: str) -> None:
     base = small(family)
     before, plain = logits(base), ours(base)

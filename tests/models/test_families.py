@@ -33,7 +33,7 @@ from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import merged_tensors
-from tests.models.family_fields import GRANITE, LLAMA3, ORIGINAL, WINDOW, YARN
+from tests.models.family_fields import GRANITE, LATENT, LLAMA3, ORIGINAL, WINDOW, YARN
 from tests.param_trees import params_from_tensors
 
 # Largest logit difference over the largest logit; at most 1.05e-5, with JAX 0.12.
@@ -78,6 +78,7 @@ GLM_EXPERTS = {"n_routed_experts": 8, "moe_intermediate_size": 24}
 UNNORMALIZED = {"norm_topk_prob": False}
 DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16}
 DELTA_NET |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LATENT_YARN = YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}
 LFM2 = {"num_hidden_layers": 5, "conv_L_cache": 4, "norm_eps": 1e-3}
 
 
@@ -93,6 +94,7 @@ class Case:
     one_length: bool = False
     # Norms of small values amplify the float32 rounding of a recurrence, in both libraries.
     tolerance: float = TOLERANCE
+    like: str = ""  # the ``model_type`` of transformers' model, if it does not have the family's
 
 
 def case(
@@ -101,11 +103,12 @@ def case(
     *groups: dict,
     one_length: bool = False,
     tolerance: float = TOLERANCE,
+    like: str = "",
     **fields: Any,
 ) -> Case:
     """A case whose config has the fields of the groups and these."""
     config = {name: value for group in (*groups, fields) for name, value in group.items()}
-    return Case(family, features, config, one_length, tolerance)
+    return Case(family, features, config, one_length, tolerance, like)
 
 
 # fmt: off
@@ -194,6 +197,26 @@ CASES = (
     case("qwen2_moe",
          "8 experts, top-3, not normalised, gated shared expert, a dense layer, sliding window", SHARED,
          UNNORMALIZED, QWEN_WINDOWS, mlp_only_layers=[1], max_window_layers=2),
+    case("deepseek_v2", "latent attention, low-rank queries, top-3 of 8 experts in 2 of 4 groups by their "
+         "best, scaled, 2 shared experts, a dense layer, biases, YaRN with mscale", LATENT, BIAS, GLM_EXPERTS,
+         num_experts_per_tok=3, n_group=4, topk_group=2, topk_method="group_limited_greedy",
+         routed_scaling_factor=3.0, first_k_dense_replace=1, rope_parameters=LATENT_YARN),
+    case("deepseek_v2", "latent attention, queries of full rank, greedy top-3 of 8 experts", LATENT, GLM_EXPERTS,
+         q_lora_rank=None, num_experts_per_tok=3, first_k_dense_replace=1),
+    case("deepseek_v3", "latent attention, low-rank queries, top-3 of 8 experts in 2 of 4 groups, scores "
+         "corrected, scaled, shared expert, 2 dense layers, biases, YaRN with mscale", LATENT, BIAS, GLM_EXPERTS,
+         num_experts_per_tok=3, n_group=4, topk_group=2, first_k_dense_replace=2, rope_parameters=LATENT_YARN),
+    case("deepseek_v3", "latent attention, queries of full rank, RoPE of halves, no groups, not normalised",
+         LATENT, GLM_EXPERTS, UNNORMALIZED, q_lora_rank=None, num_experts_per_tok=3, n_group=1, topk_group=1,
+         first_k_dense_replace=1, rope_interleave=False, n_shared_experts=2),
+    case("kimi_k2", "DeepSeek-V3's, top-3 of 8 experts without groups", LATENT, GLM_EXPERTS, like="deepseek_v3",
+         num_experts_per_tok=3, n_group=1, topk_group=1, first_k_dense_replace=1, rope_parameters=LATENT_YARN),
+    case("glm4_moe_lite", "latent attention with values as wide as keys, top-3 of 8 experts, scores corrected, "
+         "scaled, shared expert, dense layers in given order", LATENT, GLM_EXPERTS, num_experts_per_tok=3,
+         v_head_dim=12, mlp_layer_types=["dense", "sparse", "dense", "sparse"], rms_norm_eps=1e-3),
+    # Without a padding token, whose row transformers sets to zero when it loads a tied embedding.
+    case("youtu", "latent attention, dense layers, tied", LATENT, pad_token_id=None,
+         rope_parameters=LATENT_YARN),
     case("glm4_moe",
          "top-3 of 8 experts in 2 of 4 groups, scores corrected, scaled, 2 shared experts, a dense "
          "layer, qk-norm, biases, partial YaRN", HEAD, BIAS, GLM_EXPERTS, num_experts_per_tok=3, n_group=4,
@@ -231,7 +254,8 @@ def build(case: Case) -> Pair:
     """A random model of the case, saved by transformers and read back through the key map."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(case.family, **(SIZES | case.config))
+    name = case.like or case.family
+    config = transformers.AutoConfig.for_model(name, **(SIZES | case.config))
     theirs = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager"
     ).eval()
@@ -255,7 +279,7 @@ def build(case: Case) -> Pair:
         theirs.save_pretrained(folder)
         raw = json.loads((Path(folder) / "config.json").read_text())
         tensors = safetensors.numpy.load_file(Path(folder) / "model.safetensors")
-    ours = ModelConfig.from_hf(raw)
+    ours = ModelConfig.from_hf(raw | {"model_type": case.family})
     names = keymap_for(ours, "hf").check(
         {name: x.shape for name, x in tensors.items()}, case.family
     )
@@ -483,14 +507,17 @@ CACHES = (
     "qwen3_next",
     "lfm2",
     "gpt_oss",
+    "deepseek_v3",
 )
-LAYERS = ("llama", "qwen3_next", "lfm2", "gpt_oss", "glm4_moe")
+LAYERS = ("llama", "qwen3_next", "lfm2", "gpt_oss", "glm4_moe", "deepseek_v2")
 # One layer of each kind: every further one is compiled again.
 FEWER = {
     "gemma4_text": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
     "qwen3_next": {"num_hidden_layers": 2, "layer_types": [LINEAR, FULL], "mlp_only_layers": []},
     "lfm2": {"num_hidden_layers": 2, "layer_types": [CONV, FULL]},
     "glm4_moe": {"first_k_dense_replace": 0},
+    "deepseek_v2": {"first_k_dense_replace": 0},
+    "deepseek_v3": {"first_k_dense_replace": 0},
 }
 READING = {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, FULL], "num_kv_shared_layers": 1}
 
@@ -542,7 +569,8 @@ def test_every_family_has_a_case_and_a_row_of_the_documentation():
     page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text("utf-8")
     assert {case.family for case in CASES} == records.BUILT_IN.keys()
     for family in records.BUILT_IN.values():
-        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name] == family.class_name
+        like = FIRST[family.name].like or family.name
+        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[like] == family.class_name
         assert f"| {family.name} | {family.class_name} |" in page
 
 

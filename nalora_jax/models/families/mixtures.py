@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.method.activations import clamped_swish
@@ -226,66 +226,90 @@ QWEN2_MOE = Family(
 
 
 def _glm4_moe(f: Fields) -> Features:
-    """Returns the fields of GLM-4.5; the first ``first_k_dense_replace`` layers have no experts."""
-    names = ("num_nextn_predict_layers", "num_mtp_layers")
-    mtp = f.integer(readers.first_present(f, *names), low=0, default=1)
-    if mtp > 1:  # `ignored` leaves out one layer
-        expected = "0 or 1: a layer that predicts further tokens is not loaded"
-        raise f.error("num_nextn_predict_layers", expected, mtp)
-    first = f.integer("first_k_dense_replace", low=0, high=2**10)
-    counts = expert_counts(f, "n_routed_experts", "num_local_experts")
-    d_shared = f.integer("n_shared_experts", high=2**10) * f.integer(
-        "moe_intermediate_size"
-    )
-    ffn = SharedExperts(d_shared, _sigmoid_router(f, **counts))
-    experts, layers = expert_fields(
-        f, counts, ffn, [i < first for i in range(readers.layer_count(f))]
-    )
+    """Returns the fields of GLM-4.5."""
     features = {
         "qkv_bias": f.flag("attention_bias"),
         "qk_norm": "head" if f.flag("use_qk_norm") else "",
     }
-    return features | experts | readers.fields_of_layers(layers)
+    return features | layers_with_shared_experts(f, sigmoid_router, first_dense(f))
 
 
-def _sigmoid_router(f: Fields, n_experts: int, experts_per_token: int) -> RouterSpec:
-    """Returns the router of GLM-4.5, which first selects ``topk_group`` of ``n_group`` groups of
-    experts."""
+def first_dense(f: Fields) -> list[bool]:
+    """Returns True for each layer without experts: the first ``first_k_dense_replace``."""
+    first = f.integer("first_k_dense_replace", low=0, high=2**10)
+    return [i < first for i in range(readers.layer_count(f))]
+
+
+def layers_with_shared_experts(
+    f: Fields, router: Callable[[Fields, Features], RouterSpec], dense: Sequence[bool]
+) -> Features:
+    """Returns the fields of all layers of a model with shared experts.
+
+    Args:
+      f: the file's fields.
+      router: returns the router of the fields and of `expert_counts`.
+      dense: True for each layer without experts.
+    """
+    names = ("num_nextn_predict_layers", "num_mtp_layers")
+    mtp = f.integer(readers.first_present(f, *names), low=0, default=1)
+    if mtp > 1:  # `PREDICTING_LAYER` leaves out one layer
+        expected = "0 or 1: a layer that predicts further tokens is not loaded"
+        raise f.error("num_nextn_predict_layers", expected, mtp)
+    counts = expert_counts(f, "n_routed_experts", "num_local_experts")
+    d_shared = f.integer("n_shared_experts", high=2**10) * f.integer(
+        "moe_intermediate_size"
+    )
+    ffn = SharedExperts(d_shared, router(f, counts))
+    experts, layers = expert_fields(f, counts, ffn, dense)
+    return experts | readers.fields_of_layers(layers)
+
+
+def expert_groups(f: Fields, counts: Features) -> tuple[int, int]:
+    """Returns the number of groups of experts, and of those that a token's experts are chosen
+    from."""
+    n_experts = counts["n_experts"]
+    chosen = counts["experts_per_token"]
     groups = f.integer("n_group", high=2**12)
     if n_experts % groups or n_experts // groups < 2:
         raise f.error(
             "n_group", f"equal groups of 2 or more of the {n_experts} experts", groups
         )
     top_groups = f.integer("topk_group", high=2**12)
-    if top_groups > groups or top_groups * (n_experts // groups) < experts_per_token:
+    if top_groups > groups or top_groups * (n_experts // groups) < chosen:
         expected = (
-            f"at most {groups} groups that hold "
-            f"num_experts_per_tok ({experts_per_token}) experts"
+            f"at most {groups} groups that hold num_experts_per_tok ({chosen}) experts"
         )
         raise f.error("topk_group", expected, top_groups)
+    return groups, top_groups
+
+
+def sigmoid_router(f: Fields, counts: Features) -> RouterSpec:
+    """Returns the router of GLM-4.5 and DeepSeek-V3, which first selects ``topk_group`` of
+    ``n_group`` groups of experts."""
+    normalize = f.flag("norm_topk_prob")
     scale = f.number("routed_scaling_factor")
-    return RouterSpec(
-        "sigmoid", f.flag("norm_topk_prob"), True, groups, top_groups, scale
-    )
+    return RouterSpec("sigmoid", normalize, True, *expert_groups(f, counts), scale)
 
 
+# The layer that predicts further tokens.
+PREDICTING_LAYER = r"^model\.layers\.{n_layers}\."
+EXPERTS_WITH_SHARED = (
+    *rows.hf_experts("mlp", folder="ffn/experts_ffn"),
+    rows.hf_row(
+        "mlp.gate.e_score_correction_bias", "ffn/experts_ffn/router/correction"
+    ),
+    *rows.hf_modules(
+        {f"ffn/shared_ffn/{name}": f"mlp.shared_experts.{name}" for name in rows.GATED}
+    ),
+    *rows.HF_DENSE_LAYERS,
+)
 GLM4_MOE = Family(
     "glm4_moe",
     "Glm4MoeForCausalLM",
     _glm4_moe,
     (
         *rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.QK_NORMS),
-        *rows.hf_experts("mlp", folder="ffn/experts_ffn"),
-        rows.hf_row(
-            "mlp.gate.e_score_correction_bias", "ffn/experts_ffn/router/correction"
-        ),
-        *rows.hf_modules(
-            {
-                f"ffn/shared_ffn/{name}": f"mlp.shared_experts.{name}"
-                for name in rows.GATED
-            }
-        ),
-        *rows.HF_DENSE_LAYERS,
+        *EXPERTS_WITH_SHARED,
     ),
     hf_defaults(
         n_kv_heads=8,
@@ -301,8 +325,7 @@ GLM4_MOE = Family(
         first_k_dense_replace=1,
         norm_topk_prob=True,
     ),
-    # the layer that predicts further tokens
-    ignored=(r"^model\.layers\.{n_layers}\.",),
+    ignored=(PREDICTING_LAYER,),
 )
 
 

@@ -1,0 +1,247 @@
+"""Families with multi-head latent attention: DeepSeek-V2 and V3, Kimi-K2, GLM-4.7-Flash, Youtu.
+
+DeepSeek-V3.1, DeepSeek-R1 and Moonlight are of the family ``deepseek_v3``. The constant of the
+norms of latents is transformers', 1e-6, whatever ``rms_norm_eps`` is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nalora_jax.common.fields import Fields
+from nalora_jax.models import readers
+from nalora_jax.models import tensor_rows as rows
+from nalora_jax.models.families.mixtures import (
+    EXPERTS_WITH_SHARED,
+    PREDICTING_LAYER,
+    expert_groups,
+    first_dense,
+    layers_with_shared_experts,
+    sigmoid_router,
+)
+from nalora_jax.models.family import Family, Features, hf_defaults
+from nalora_jax.models.latent import LatentAttention
+from nalora_jax.models.ropes import read_ropes, rope_fields, yarn_magnitude
+from nalora_jax.models.routing import RouterSpec
+
+
+def latent_attention(f: Fields, *, adjacent: bool) -> Features:
+    """Returns the fields of latent attention; ``adjacent`` as `ModelConfig.rope_adjacent`.
+
+    With YaRN, ``mscale_all_dim`` multiplies the scores by the square of its magnitude.
+    """
+    f.refuse("index_topk", "attention to selected tokens is not implemented")
+    heads = f.integer("num_attention_heads", high=2**16)
+    kv_heads = f.integer("num_key_value_heads", high=2**16, default=heads)
+    if kv_heads != heads:
+        expected = f"num_attention_heads ({heads}): latents are shared, not heads"
+        raise f.error("num_key_value_heads", expected, kv_heads)
+    q_rank = 0
+    if f.get("q_lora_rank") is not None:
+        q_rank = f.integer("q_lora_rank")
+    part = LatentAttention(
+        q_rank,
+        f.integer("kv_lora_rank"),
+        f.integer("qk_nope_head_dim", high=2**16),
+        f.integer("qk_rope_head_dim", high=2**16),
+        f.integer("v_head_dim", high=2**16),
+    )
+    head_dim = part.nope_dim + part.rope_dim
+    if part.value_dim > head_dim:
+        expected = f"at most {head_dim}, qk_nope_head_dim + qk_rope_head_dim"
+        raise f.error("v_head_dim", expected, part.value_dim)
+    ropes, _ = read_ropes(f, part.rope_dim, None)
+    scale = head_dim**-0.5
+    all_dim = rope_fields(f).number("mscale_all_dim", default=0.0, zero=True)
+    if all_dim:
+        scale *= yarn_magnitude(ropes[0].factor, all_dim) ** 2
+    return {
+        "mixer": part,
+        "n_kv_heads": heads,
+        "head_dim": head_dim,
+        "ropes": ropes,
+        "rope_adjacent": adjacent,
+        "query_scale": scale,
+        **readers.attention_bias(f),
+    }
+
+
+LATENT_ATTENTION: rows.Modules = {
+    "attn/q_proj": "self_attn.q_proj",
+    "attn/q_a_proj": "self_attn.q_a_proj",
+    "attn/q_a_norm": "self_attn.q_a_layernorm",
+    "attn/q_b_proj": "self_attn.q_b_proj",
+    "attn/kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+    "attn/kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn/kv_b_proj": "self_attn.kv_b_proj",
+    "attn/o_proj": "self_attn.o_proj",
+}
+_TENSORS = (*rows.hf(rows.PRE_NORMS, LATENT_ATTENTION), *EXPERTS_WITH_SHARED)
+
+
+def _check(f: Fields, name: str, *accepted: object) -> None:
+    """Refuses other values of a field that transformers does not read; it may be absent."""
+    value = f.get(name)
+    if value is not None and value not in accepted:
+        expected = " or ".join(map(repr, accepted))
+        raise f.error(name, f"{expected} in this family", repr(value)[:60])
+
+
+# ---------------------------------------------------------------- DeepSeek-V2
+
+
+def _deepseek_v2(f: Fields) -> Features:
+    f.refuse("mlp_bias")
+    f.refuse("norm_topk_prob", "transformers computes this family without it")
+    _check(f, "scoring_func", "softmax")
+    _check(f, "moe_layer_freq", 1)
+    dense = first_dense(f)
+    experts = layers_with_shared_experts(f, _softmax_router, dense)
+    return latent_attention(f, adjacent=True) | experts
+
+
+def _softmax_router(f: Fields, counts: Features) -> RouterSpec:
+    """Returns the router of DeepSeek-V2, which may first select groups by their best expert."""
+    methods = ("greedy", "group_limited_greedy")
+    method = f.text("topk_method")
+    if method not in methods:
+        raise f.error("topk_method", f"one of {', '.join(methods)}", repr(method))
+    groups = (1, 1)
+    if method == "group_limited_greedy":
+        groups = expert_groups(f, counts)
+    scale = f.number("routed_scaling_factor")
+    return RouterSpec("softmax", False, False, *groups, scale, group_top=1)
+
+
+DEEPSEEK_V2 = Family(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    _deepseek_v2,
+    _TENSORS,
+    hf_defaults(
+        first_k_dense_replace=0,
+        kv_lora_rank=512,
+        q_lora_rank=1536,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        moe_intermediate_size=1407,
+        routed_scaling_factor=1.0,
+        topk_method="greedy",
+    ),
+)
+
+
+# ---------------------------------------------------------------- DeepSeek-V3 and Kimi-K2
+
+
+def _deepseek_v3(f: Fields) -> Features:
+    _check(f, "scoring_func", "sigmoid")
+    _check(f, "topk_method", "noaux_tc")
+    _check(f, "moe_layer_freq", 1)
+    experts = layers_with_shared_experts(f, sigmoid_router, first_dense(f))
+    return latent_attention(f, adjacent=f.flag("rope_interleave")) | experts
+
+
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    _deepseek_v3,
+    _TENSORS,
+    hf_defaults(
+        n_kv_heads=128,
+        max_positions=4096,
+        moe_intermediate_size=2048,
+        n_shared_experts=1,
+        n_routed_experts=256,
+        routed_scaling_factor=2.5,
+        kv_lora_rank=512,
+        q_lora_rank=1536,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        qk_nope_head_dim=128,
+        n_group=8,
+        topk_group=4,
+        experts_per_token=8,
+        first_k_dense_replace=3,
+        norm_topk_prob=True,
+        rope_interleave=True,
+    ),
+    ignored=(PREDICTING_LAYER,),
+)
+# Its config.json names DeepSeek-V3's classes.
+KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2")
+
+
+# ---------------------------------------------------------------- GLM-4.7-Flash
+
+
+def _glm4_moe_lite(f: Fields) -> Features:
+    _check(f, "topk_method", "noaux_tc")
+    n_layers = readers.layer_count(f)
+    kinds = f.items("mlp_layer_types", n_layers, str)
+    if kinds is None:
+        kinds = ["dense"] + ["sparse"] * (n_layers - 1)
+        _check(f, "first_k_dense_replace", 1)
+    for kind in kinds:
+        if kind not in ("dense", "sparse"):
+            raise f.error("mlp_layer_types", "'dense' or 'sparse'", repr(kind)[:60])
+    dense = [kind == "dense" for kind in kinds]
+    experts = layers_with_shared_experts(f, sigmoid_router, dense)
+    return latent_attention(f, adjacent=f.flag("rope_interleave")) | experts
+
+
+GLM4_MOE_LITE = Family(
+    "glm4_moe_lite",
+    "Glm4MoeLiteForCausalLM",
+    _glm4_moe_lite,
+    _TENSORS,
+    hf_defaults(
+        n_kv_heads=20,
+        max_positions=202_752,
+        norm_eps=1e-5,
+        moe_intermediate_size=1536,
+        n_shared_experts=1,
+        n_routed_experts=64,
+        routed_scaling_factor=1.8,
+        kv_lora_rank=512,
+        q_lora_rank=768,
+        qk_rope_head_dim=64,
+        v_head_dim=256,
+        qk_nope_head_dim=192,
+        n_group=1,
+        topk_group=1,
+        experts_per_token=4,
+        norm_topk_prob=True,
+        rope_interleave=True,
+    ),
+    ignored=(PREDICTING_LAYER,),
+)
+
+
+# ---------------------------------------------------------------- Youtu
+
+
+def _youtu(f: Fields) -> Features:
+    return latent_attention(f, adjacent=f.flag("rope_interleave"))
+
+
+YOUTU = Family(
+    "youtu",
+    "YoutuForCausalLM",
+    _youtu,
+    rows.hf(rows.PRE_NORMS, LATENT_ATTENTION, rows.FFN),
+    hf_defaults(
+        n_kv_heads=16,
+        max_positions=131_072,
+        kv_lora_rank=512,
+        q_lora_rank=1536,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        qk_nope_head_dim=128,
+        rope_interleave=True,
+        tie_embeddings=True,
+    ),
+)
