@@ -170,6 +170,8 @@ class Family:
     stacks_in_vllm: bool = (
         False  # vLLM reads adapters of such a model's experts as stacks, not one by one
     )
+    # Uniform paths of projections whose adapters vLLM loads and never applies.
+    unserved_in_vllm: tuple[str, ...] = ()
 
 
 # transformers' names of fields that `ModelConfig` names otherwise.

@@ -18,6 +18,7 @@ from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.family import family_of
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import (
     AdapterSpec,
@@ -144,7 +145,7 @@ def export_adapter(
     # Linear modules that PEFT adapts by their weight only, as parameters
     by_weight: set[str] = set()
     if for_vllm:
-        _check_vllm(spec)
+        _check_vllm(spec, config)
     else:
         # PEFT treats names of target_modules that end like an expert's modules in transformers 4 as
         # the experts, also if they name a dense layer or a shared expert.
@@ -295,24 +296,34 @@ def _most_common(values: Iterable[Any]) -> Any:
     return value
 
 
-def _check_vllm(spec: AdapterSpec) -> None:
+def _check_vllm(spec: AdapterSpec, config: Host) -> None:
     """Raises an error for an adapter that vLLM cannot load.
 
-    Unsupported are trained tables or rows, DoRA, and adapters outside of the language model.
+    Unsupported are trained tables or rows, DoRA, adapters outside of the language model, and
+    those that the family's kernels skip.
     """
     remedy = (
         "vLLM supports neither modules_to_save nor trainable_token_indices: merge it into the "
         "base instead"
     )
     refuse_saved(spec, "--for vllm", remedy)
-    rule = "no DoRA (vLLM's rule: use_dora is refused)"
-    actual = "a DoRA adapter"
-    if not spec.dora:
-        other = [path for path, _ in spec.targets if not path.startswith("layers/")]
-        if not other:
-            return
+    paths = [uniform_path(path) for path, _ in spec.targets]
+    outside = [path for path in paths if not path.startswith("layers/")]
+    skipped: list[str] = []
+    if isinstance(config, ModelConfig):
+        unserved = family_of(config.model_type).unserved_in_vllm
+        skipped = [path for path in paths if path in unserved]
+    if spec.dora:
+        rule = "no DoRA (vLLM's rule: use_dora is refused)"
+        actual = "a DoRA adapter"
+    elif outside:
         rule = "adapters of the language model alone (vLLM's rule)"
-        actual = f"one at {other[0]}"
+        actual = f"one at {outside[0]}"
+    elif skipped:
+        rule = "no adapter that vLLM loads but never applies"
+        actual = f"one at {skipped[0]}"
+    else:
+        return
     raise NaloraError(
         "--for vllm",
         expected=rule,

@@ -18,7 +18,7 @@ from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from tests.models.family_fields import GRANITE
+from tests.models.family_fields import GRANITE, LATENT
 from tests.param_trees import params_from_tensors
 
 COMMON = {
@@ -49,6 +49,14 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
 YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
 DYNAMIC = ROPE | {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}
+# transformers rotates ``head_dim`` dimensions.
+ROTATED = LATENT | {"head_dim": LATENT["qk_rope_head_dim"]}
+LATENT_EXPERTS = ROTATED | {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+}
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
 FEATURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
@@ -78,6 +86,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": SHARED_EXPERTS,
     "qwen3_5_text": DELTA_NET,
     "qwen3_next": DELTA_NET | SHARED_EXPERTS,
+    "deepseek_v2": LATENT_EXPERTS | {"topk_method": "greedy"},
+    "deepseek_v3": LATENT_EXPERTS | {"q_lora_rank": None, "n_group": 2, "topk_group": 1},
+    # transformers sets the row of a padding token to zero when it loads the model
+    "youtu": ROTATED | {"tie_word_embeddings": False, "pad_token_id": None},
     "glm4_moe": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,

@@ -110,8 +110,9 @@ DORA = (
     "lfm2",
     "ernie4_5",
     "qwen3_5_text",
+    "youtu",
 )
-RSLORA = ("qwen2", "olmo3", "granite", "exaone4", "mixtral", "glm4_moe", "gpt_oss")
+RSLORA = ("qwen2", "olmo3", "granite", "exaone4", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3")
 FURTHER = [
     ("qwen3_moe", {"mlp_only_layers": [1]}, ""),
     ("qwen3_moe", {}, "gate_proj"),

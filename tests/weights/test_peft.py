@@ -87,6 +87,18 @@ IMPORTED = {
         "qwen3_next",
         {"target_modules": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]},
     ),
+    "latent attention": (
+        "deepseek_v2",
+        {"target_modules": r".*\.self_attn\.(q_[ab]|kv_a|kv_b|o)_proj(_with_mqa)?"},
+    ),
+    "latent attention without low-rank queries": (
+        "deepseek_v3",
+        {"target_modules": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
+    ),
+    "DoRA of latent attention": (
+        "youtu",
+        {"target_modules": "all-linear", "use_dora": True},
+    ),
     "experts": ("glm4_moe", {"target_modules": [], "target_parameters": STACKS}),
     "experts with biases": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": STACKS}),
     "gate and up of experts": (

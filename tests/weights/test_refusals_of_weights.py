@@ -21,10 +21,13 @@ from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights import base, hf, hub, new_tokens
 from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
+from nalora_jax.weights.peft import export_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from tests import tiny
+from tests.models.family_fields import LATENT
 from tests.refused import Call, table_test
 from tests.weights import gguf_files
+from tests.weights.conftest import COMMON
 from tests.weights.folders import RAW, write_folder
 
 VISION: Any = SimpleNamespace(
@@ -95,6 +98,14 @@ def serve_an_adapter_of_other_positions(_: pytest.MonkeyPatch, folder: Path) -> 
     new_tokens.check_adapter(replace(model, rope_scaling="linear:factor=2"), folder / "adapter")
 
 
+def serve_what_vllm_never_applies(_: pytest.MonkeyPatch, folder: Path) -> None:
+    config = ModelConfig.from_hf(COMMON | LATENT | {"model_type": "youtu"})
+    rules = LoRAConfig(rules=(LoRARule("attn", 2),))
+    spec = resolve(rules, projection_shapes(config), config.n_layers)
+    lora = init_lora(config, spec, jax.random.key(0))
+    export_adapter(lora, spec, config, folder / "a", base_model_name="b", target="vllm")
+
+
 REFUSALS: dict[str, tuple[Call, str]] = {
     "a processor of another size": (
         see_with_another_size,
@@ -132,6 +143,11 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     "an adapter without the model's RoPE scaling": (
         serve_an_adapter_of_other_positions,
         "expected an adapter of .* RoPE scaling, linear:factor=2, found none; load the model with",
+    ),
+    "an adapter of the latents' projection for vLLM": (
+        serve_what_vllm_never_applies,
+        "--for vllm: expected no adapter that vLLM loads but never applies, "
+        "found one at layers/attn/kv_b_proj; merge it",
     ),
     "float16": (
         lambda *_: base.load_model("nowhere", dtype="float16"),

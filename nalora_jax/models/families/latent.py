@@ -76,6 +76,8 @@ LATENT_ATTENTION: rows.Modules = {
     "attn/kv_b_proj": "self_attn.kv_b_proj",
     "attn/o_proj": "self_attn.o_proj",
 }
+# vLLM multiplies latents by its own copies of the kernel (vllm#48974).
+_UNSERVED = ("layers/attn/kv_b_proj",)
 _TENSORS = (*rows.hf(rows.PRE_NORMS, LATENT_ATTENTION), *EXPERTS_WITH_SHARED)
 
 
@@ -131,6 +133,7 @@ DEEPSEEK_V2 = Family(
         routed_scaling_factor=1.0,
         topk_method="greedy",
     ),
+    unserved_in_vllm=_UNSERVED,
 )
 
 
@@ -170,6 +173,7 @@ DEEPSEEK_V3 = Family(
         rope_interleave=True,
     ),
     ignored=(PREDICTING_LAYER,),
+    unserved_in_vllm=_UNSERVED,
 )
 # Its config.json names DeepSeek-V3's classes.
 KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2")
@@ -218,6 +222,7 @@ GLM4_MOE_LITE = Family(
         rope_interleave=True,
     ),
     ignored=(PREDICTING_LAYER,),
+    unserved_in_vllm=_UNSERVED,
 )
 
 
@@ -244,4 +249,5 @@ YOUTU = Family(
         rope_interleave=True,
         tie_embeddings=True,
     ),
+    unserved_in_vllm=_UNSERVED,
 )
