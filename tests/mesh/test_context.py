@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import stacks
 from tests import tiny
+from tests.models.family_fields import LATENT
 from tests.param_trees import init_params
 
 RAW = tiny.GROUPED | {"head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 128}
@@ -61,6 +63,11 @@ def hybrid() -> ModelConfig:
     return replace(base, n_layers=4, windows=windows, kinds=tuple(kinds), layer_kinds=(1, 2, 0, 0))
 
 
+def latent() -> ModelConfig:
+    """Returns a model with latent attention."""
+    return ModelConfig.from_hf(RAW | LATENT | {"model_type": "youtu", "q_lora_rank": None})
+
+
 ROWS, SEQ, STEPS = 2, 64, 2
 CONFIG = RunConfig(
     steps=8,
@@ -76,9 +83,8 @@ def batch_of(assembly: Assembly, seed: int) -> Any:
     return distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
 
 
-def trained(mesh: MeshConfig) -> tuple[Any, list[Any]]:
-    """Returns the state after some steps of a run on `hybrid`, and their metrics."""
-    base = hybrid()
+def trained(base: ModelConfig, mesh: MeshConfig) -> tuple[Any, list[Any]]:
+    """Returns the state after some steps of a run on ``base``, and their metrics."""
     assembly, params = tiny.assembled(CONFIG, base, mesh, **kind_of(CONFIG).parts(CONFIG))
     state, history = assembly.state, []
     for i in range(STEPS):
@@ -87,10 +93,13 @@ def trained(mesh: MeshConfig) -> tuple[Any, list[Any]]:
     return jax.device_get(state), history
 
 
-def test_split_rows_train_as_whole_rows(capfd: pytest.CaptureFixture[str]) -> None:
-    state, history = trained(MeshConfig(1, 1, 2, 2))
+@pytest.mark.parametrize("model", [hybrid, latent])
+def test_split_rows_train_as_whole_rows(
+    model: Callable[[], ModelConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    state, history = trained(model(), MeshConfig(1, 1, 2, 2))
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
-    expected, of_one = trained(MeshConfig(1, 1, 1))
+    expected, of_one = trained(model(), MeshConfig(1, 1, 1))
     for ours, theirs in zip(history, of_one, strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-6, atol=2e-6)
         assert ours["target_tokens"] == theirs["target_tokens"]

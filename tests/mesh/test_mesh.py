@@ -61,6 +61,9 @@ WEIGHTS = {
     "layers/attn/q_proj/kernel": ((L, D, D), P(None, "fsdp", "tensor")),
     "layers/attn/q_proj/bias": ((L, D), P(None, "tensor")),
     "layers/attn/o_proj/kernel": ((L, D, D), P(None, "tensor", "fsdp")),
+    # latents that all heads share, and the heads that follow from them
+    "layers/attn/kv_a_proj/kernel": ((L, D, F), P(None, "fsdp")),
+    "layers/attn/kv_b_proj/kernel": ((L, D, F), P(None, "fsdp", "tensor")),
     "layers/ffn/gate_proj/kernel": ((L, D, F), P(None, "fsdp", "tensor")),
     "layers/ffn/down_proj/kernel": ((L, F, D), P(None, "tensor", "fsdp")),
     # fsdp splits experts by their number if it divides it.
@@ -71,6 +74,8 @@ WEIGHTS = {
 STATE = {
     "layers/attn/q_proj/a": ((L, D, RANK), P(None, "fsdp")),
     "layers/attn/q_proj/b": ((L, RANK, D), P(None, None, BOTH)),
+    "layers/attn/q_a_proj/b": ((L, RANK, D), P()),
+    "layers/attn/q_b_proj/b": ((L, RANK, D), P(None, None, BOTH)),
     "layers/ffn/down_proj/a": ((L, F, RANK), P(None, BOTH)),
     "layers/ffn/down_proj/b": ((L, RANK, D), P(None, None, "fsdp")),
     "layers/group0/block0/ffn/down_proj/a": ((L, 8, F, RANK), P(None, None, BOTH)),

@@ -28,7 +28,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.ops.dispatch import Numerics, Platform
-from tests.models.family_fields import TINY
+from tests.models.family_fields import LATENT, TINY
 from tests.models.test_moe import block, variables_of
 from tests.observed import taps_of
 from tests.param_trees import init_params, quantize_params
@@ -117,6 +117,12 @@ MIXTRAL |= {"num_hidden_layers": 2, "intermediate_size": 32, "rms_norm_eps": 1e-
 # With a shared expert in each layer.
 GLM4_MOE = {"model_type": "glm4_moe", "n_routed_experts": 4, "moe_intermediate_size": 24}
 GLM4_MOE |= {"n_shared_experts": 2, "first_k_dense_replace": 0}
+# Latents that all devices have, and heads that they split.
+DEEPSEEK = LATENT | {
+    "model_type": "deepseek_v2",
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+}
 # The second layer reads the keys of the first, and layers have embeddings.
 GEMMA4 = {"model_type": "gemma4_text", "hidden_size": 32, "layer_types": ["full_attention"] * 2}
 GEMMA4 |= {
@@ -139,6 +145,7 @@ ADAPTED = {"dora": True, "dropout": 0.3}
         (GPT_OSS, MeshConfig(2, 2, 2), "gather", ADAPTED),
         (GLM4_MOE, MeshConfig(2, 4, 1), "send", {"kind": "int8"}),
         (GEMMA4, MeshConfig(2, 2, 2), "gather", {}),
+        (DEEPSEEK, MeshConfig(2, 2, 2), "gather", {}),
     ],
     ids=lambda value: (
         value.get("model_type", str(value)) if isinstance(value, dict) else str(value)
