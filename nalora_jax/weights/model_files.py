@@ -162,6 +162,14 @@ def load_weights(
     params = gathered(params, WEIGHT_AXES)
     source_of = origin(config, resolved, tensors, together=mesh is not None)
     log.info("base model: %s", source_of.describe())
+    after = f"model.layers.{config.n_layers}."
+    names = map(keymap.canonical, tensors.shapes())
+    if any(name.startswith(after) for name in names):
+        log.info(
+            "%s: without layer %d, which predicts further tokens (num_nextn_predict_layers)",
+            resolved.path,
+            config.n_layers,
+        )
     if resolved.rope_scaling:
         log.info(
             "RoPE scaling %s: a context of %d tokens",

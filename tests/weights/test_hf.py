@@ -31,6 +31,7 @@ from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import fingerprint
 from nalora_jax.weights.shards import INDEX, read_header
 from nalora_jax.weights.tensors import load_params, quantized_parts
+from tests.models.family_fields import LATENT
 from tests.param_trees import bytes_per_device, params_from_tensors, quantize_params
 from tests.weights.folders import RAW, tokenizer_files, write_folder
 
@@ -296,3 +297,17 @@ def test_damaged_shards_and_indices(tmp_path):
     refused(
         tmp_path, "found no safetensors file; pytorch_model.bin is a pickle, which can run any code"
     )
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_out_and_named(tmp_path, caplog):
+    raw = RAW | LATENT | {"model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 2}
+    raw |= {"num_experts_per_tok": 2, "topk_group": 1, "moe_intermediate_size": 20}
+    raw |= {"first_k_dense_replace": 1}
+    written = write_folder(tmp_path / "m", raw)
+    further = {"model.layers.3.eh_proj.weight": np.ones((16, 32), np.float32)}
+    note = "m: without layer 3, which predicts further tokens (num_nextn_predict_layers)"
+    for more in ({}, further):
+        save_file(written | more, tmp_path / "m" / "model.safetensors")
+        with caplog.at_level("INFO", "nalora_jax"):
+            load_model(str(tmp_path / "m"), dtype="float32")
+        assert (note in caplog.text) == bool(more)
