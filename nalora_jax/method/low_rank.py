@@ -393,16 +393,6 @@ def dora_ratio(kernel: Kernel, adapter: Adapter) -> jax.Array:
     return jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
 
 
-def dora_ratio(kernel: Kernel, adapter: Adapter) -> jax.Array:
-    """Returns the factor ``m / |W + s A B|`` of each output channel, float32 ``[d_out]``."""
-    assert adapter.magnitude is not None
-    frozen = lax.stop_gradient(expand(kernel))
-    # The norm is a constant of the backward pass, as in the paper (section 4.3) and in PEFT.
-    ratio = adapter.magnitude / lax.stop_gradient(column_norm(frozen, *adapter[:3]))
-    # rank 0: the magnitude is unused
-    return jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
-
-
 def find_gates(lora: Any) -> dict[str, str]:
     """Returns the block of each adapted gate of a LoRA tree with this library's names.
 

@@ -129,7 +129,7 @@ class LatentAttention(Mixer):
 
     def saved(self, config: ModelConfig) -> float:
         """Returns the inputs of the latents' norms, and their results, which adapters of ``q_b``
-        and ``kv_b`` save. Saved heads depend on the kernel (`nalora_jax.layout.estimates`)."""
+        and ``kv_b`` save. Saved heads depend on the kernel (`nalora_jax.planner.estimates`)."""
         return 2.0 * (self.q_rank + self.kv_rank) + self.rope_dim
 
     def state_values(self, config: ModelConfig, tensor: int) -> float:

@@ -186,7 +186,10 @@ class KeyMap:
 
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
-VISION_TENSORS = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+VISION_TENSORS = (
+    r"^(model\.)?vision_tower\.",
+    r"^(model\.)?(multi_modal_projector|mm_projector)\.",
+)
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (

@@ -108,6 +108,7 @@ WITHIN = {
     "gemma4": {**LLAMA, "model_type": "gemma4_text"},
     "mistral3": {**LLAMA, "model_type": "ministral3"},
     "qwen3_5": {**LLAMA, "model_type": "qwen3_5_text"},
+    "kimi_k25": {**LLAMA, **LATENT, "model_type": "kimi_k2", "n_routed_experts": 32},
 }  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def test_a_multimodal_model_is_its_text_model(family):
     raw = {"model_type": family, "text_config": WITHIN[family], "vision_config": {}}
     config, text = ModelConfig.from_hf(raw), ModelConfig.from_hf(WITHIN[family])
     assert config == dataclasses.replace(text, tie_embeddings=config.tie_embeddings)
-    assert config.tie_embeddings == (family != "mistral3" and family != "qwen3_5")
+    assert config.tie_embeddings == (family not in ("mistral3", "qwen3_5", "kimi_k25"))
     raw["text_config"] = raw["text_config"] | {"is_causal": False}
     with pytest.raises(NaloraError, match="text_config: is_causal: expected true"):
         ModelConfig.from_hf(raw)
@@ -149,6 +150,10 @@ REFUSED = {
     "fewer key heads": ({**V2, "num_key_value_heads": 2}, "num_key_value_heads: expected num_attention_heads"),
     "values wider than keys": ({**V2, "v_head_dim": 13}, "v_head_dim: expected at most 12"),
     "selected tokens": ({**V3, "index_topk": 2048}, "index_topk: .*attention to selected tokens"),
+    "another share of rotated dimensions": (
+        {**V2, "model_type": "mistral4", "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor: expected 0.333333, the share of qk_rope_head_dim, found 0.5",
+    ),
     "another choice of experts": ({**V2, "topk_method": "noaux_tc"}, "topk_method: expected one of greedy"),
     "normalized weights of DeepSeek-V2": ({**V2, "norm_topk_prob": True}, "norm_topk_prob: expected nothing"),
     "biases of DeepSeek-V2's experts": ({**V2, "mlp_bias": True}, "mlp_bias: expected nothing"),
@@ -232,10 +237,10 @@ FILLED |= {"tie_word_embeddings"}
 
 
 def with_null(family: str, name: str) -> dict[str, Any]:
-    routed = family.startswith(("glm4_moe", "deepseek"))
+    routed = family.startswith(("glm4_moe", "deepseek", "mistral4"))
     experts = "n_routed_experts" if routed else "num_experts"
     sizes = {"num_experts_per_tok": 2, "num_local_experts": 4, experts: 4}
-    if family.startswith(("glm4_moe_lite", "deepseek", "youtu")):
+    if family.startswith(("glm4_moe_lite", "deepseek", "mistral4", "youtu")):
         sizes |= LATENT | {"n_group": 1, "topk_group": 1}
     return LLAMA | sizes | {"pad_token_id": 0, "model_type": family, name: None}
 

@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from tests.models.family_fields import COMPARED, LATENT
+from tests.models.family_fields import COMPARED, LATENT, model_class
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -31,6 +31,7 @@ FURTHER: dict[str, Any] = {
     "deepseek_v2": LATENT_EXPERTS,
     "deepseek_v3": LATENT_EXPERTS | {"n_group": 2, "topk_group": 1},
     "glm4_moe_lite": LATENT_EXPERTS,
+    "mistral4": LATENT_EXPERTS,
     "youtu": LATENT,
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": {"global_head_dim": 16},
@@ -91,9 +92,8 @@ def logits(raw: dict[str, Any]) -> torch.Tensor | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = transformers.AutoConfig.for_model(**copy.deepcopy(raw))
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager"
-            ).eval()
+            kind = model_class(raw["model_type"])
+            model = kind._from_config(config, attn_implementation="eager").eval()
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     generator = torch.Generator().manual_seed(sum(name.encode()))

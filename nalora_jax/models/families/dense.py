@@ -228,23 +228,30 @@ MISTRAL = Family(
     multimodal="mistral3",
 )
 _BETA = "llama_4_scaling_beta"
+GROWTH = (_BETA, "max_position_embeddings")  # further parameters of RoPE
 
 
 def _ministral3(f: Fields) -> Features:
     """Returns the RoPE of Ministral 3, the growth of its queries with position, and its window."""
-    features = readers.one_rope(f, _BETA, "max_position_embeddings")
-    rope = rope_fields(f)
+    features = readers.one_rope(f, *GROWTH)
     (spec,) = features["ropes"]
-    if growth := rope.number(_BETA, default=0.0, zero=True):
-        # Queries grow from the original context; dynamic scaling starts at the model's context.
-        if spec.kind in (*WITH_ORIGINAL, "longrope"):
-            length = spec.max_positions
-        elif rope.get(ORIGINAL) is not None:
-            length = rope.integer(ORIGINAL, high=2**30)
-        else:
-            raise rope.error(_BETA, f"0 without {ORIGINAL}", growth)
-        features |= {"query_growth": growth, "growth_length": length}
-    return features | readers.same_window(f)
+    return features | query_growth(f, spec) | readers.same_window(f)
+
+
+def query_growth(f: Fields, spec: RopeSpec) -> Features:
+    """Returns the growth of Ministral 3's and Mistral 4's queries with position."""
+    rope = rope_fields(f)
+    growth = rope.number(_BETA, default=0.0, zero=True)
+    if not growth:
+        return {}
+    # Queries grow from the original context; dynamic scaling starts at the model's context.
+    if spec.kind in (*WITH_ORIGINAL, "longrope"):
+        length = spec.max_positions
+    elif rope.get(ORIGINAL) is not None:
+        length = rope.integer(ORIGINAL, high=2**30)
+    else:
+        raise rope.error(_BETA, f"0 without {ORIGINAL}", growth)
+    return {"query_growth": growth, "growth_length": length}
 
 
 def _ministral3_settings(r: Metadata) -> dict[str, Any]:

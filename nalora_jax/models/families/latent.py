@@ -1,4 +1,5 @@
-"""Families with multi-head latent attention: DeepSeek-V2 and V3, Kimi-K2, GLM-4.7-Flash, Youtu.
+"""Families with multi-head latent attention: DeepSeek-V2 and V3, Kimi-K2, GLM-4.7-Flash, Mistral 4
+and Youtu.
 
 DeepSeek-V3.1, DeepSeek-R1 and Moonlight are of the family ``deepseek_v3``. The constant of the
 norms of latents is transformers', 1e-6, whatever ``rms_norm_eps`` is.
@@ -11,9 +12,11 @@ from dataclasses import replace
 from nalora_jax.common.fields import Fields
 from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
+from nalora_jax.models.families.dense import GROWTH, query_growth
 from nalora_jax.models.families.mixtures import (
     EXPERTS_WITH_SHARED,
     PREDICTING_LAYER,
+    SHARED_AND_DENSE,
     expert_groups,
     first_dense,
     layers_with_shared_experts,
@@ -25,10 +28,17 @@ from nalora_jax.models.ropes import read_ropes, rope_fields, yarn_magnitude
 from nalora_jax.models.routing import RouterSpec
 
 
-def latent_attention(f: Fields, *, adjacent: bool) -> Features:
-    """Returns the fields of latent attention; ``adjacent`` as `ModelConfig.rope_adjacent`.
+def latent_attention(
+    f: Fields, *, adjacent: bool, further: tuple[str, ...] = ()
+) -> Features:
+    """Returns the fields of latent attention.
 
     With YaRN, ``mscale_all_dim`` multiplies the scores by the square of its magnitude.
+
+    Args:
+      f: the file's fields.
+      adjacent: `ModelConfig.rope_adjacent`.
+      further: parameters of RoPE that the family reads.
     """
     f.refuse("index_topk", "attention to selected tokens is not implemented")
     heads = f.integer("num_attention_heads", high=2**16)
@@ -50,7 +60,7 @@ def latent_attention(f: Fields, *, adjacent: bool) -> Features:
     if part.value_dim > head_dim:
         expected = f"at most {head_dim}, qk_nope_head_dim + qk_rope_head_dim"
         raise f.error("v_head_dim", expected, part.value_dim)
-    ropes, _ = read_ropes(f, part.rope_dim, None)
+    ropes, _ = read_ropes(f, part.rope_dim, None, further=further)
     scale = head_dim**-0.5
     all_dim = rope_fields(f).number("mscale_all_dim", default=0.0, zero=True)
     if all_dim:
@@ -176,7 +186,7 @@ DEEPSEEK_V3 = Family(
     unserved_in_vllm=_UNSERVED,
 )
 # Its config.json names DeepSeek-V3's classes.
-KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2")
+KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2", multimodal="kimi_k25")
 
 
 # ---------------------------------------------------------------- GLM-4.7-Flash
@@ -222,6 +232,89 @@ GLM4_MOE_LITE = Family(
         rope_interleave=True,
     ),
     ignored=(PREDICTING_LAYER,),
+    unserved_in_vllm=_UNSERVED,
+)
+
+
+# ---------------------------------------------------------------- Mistral 4
+
+
+def _mistral4(f: Fields) -> Features:
+    """Returns the fields of Mistral 4, whose RoPE may state the rotated share of a head."""
+    rope = dict(rope_fields(f).raw)
+    share = rope.pop("partial_rotary_factor", None)
+    rotated = f.integer("qk_rope_head_dim", high=2**16)
+    head_dim = f.integer("qk_nope_head_dim", high=2**16) + rotated
+    if share not in (None, rotated / head_dim):
+        expected = f"{rotated / head_dim:g}, the share of qk_rope_head_dim"
+        raise rope_fields(f).error("partial_rotary_factor", expected, repr(share)[:60])
+    f = Fields(
+        {**f.raw, "rope_scaling": None, "rope_parameters": rope}, f.defaults, f.where
+    )
+    adjacent = f.flag("rope_interleave")
+    attention = latent_attention(f, adjacent=adjacent, further=GROWTH)
+    experts = layers_with_shared_experts(f, _normalized_router, first_dense(f))
+    return attention | query_growth(f, attention["ropes"][0]) | experts
+
+
+def _normalized_router(f: Fields, counts: Features) -> RouterSpec:
+    """Returns the router of Mistral 4, which selects groups by their two best experts."""
+    normalize = f.flag("norm_topk_prob")
+    scale = f.number("routed_scaling_factor")
+    return RouterSpec("softmax", normalize, False, *expert_groups(f, counts), scale)
+
+
+MISTRAL4 = Family(
+    "mistral4",
+    "Mistral4ForCausalLM",
+    _mistral4,
+    (
+        *rows.hf(rows.PRE_NORMS, LATENT_ATTENTION),
+        *rows.hf_modules({"ffn/experts_ffn/router": "mlp.gate"}),
+        # Files hold the experts of a layer as two stacks.
+        rows.hf_row(
+            "mlp.experts.gate_up_proj",
+            "ffn/experts_ffn/gate_proj/kernel",
+            "ffn/experts_ffn/up_proj/kernel",
+            change="transpose",
+        ),
+        rows.hf_row(
+            "mlp.experts.down_proj",
+            "ffn/experts_ffn/down_proj/kernel",
+            change="transpose",
+        ),
+        *SHARED_AND_DENSE,
+    ),
+    hf_defaults(
+        n_kv_heads=32,
+        max_positions=1_048_576,
+        moe_intermediate_size=2048,
+        n_shared_experts=1,
+        n_routed_experts=128,
+        routed_scaling_factor=1.0,
+        kv_lora_rank=256,
+        q_lora_rank=1024,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        qk_nope_head_dim=64,
+        n_group=1,
+        topk_group=1,
+        experts_per_token=4,
+        first_k_dense_replace=0,
+        norm_topk_prob=True,
+        rope_interleave=True,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 128.0,
+            "original_max_position_embeddings": 8192,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    ),
     unserved_in_vllm=_UNSERVED,
 )
 

@@ -293,8 +293,7 @@ def sigmoid_router(f: Fields, counts: Features) -> RouterSpec:
 
 # The layer that predicts further tokens.
 PREDICTING_LAYER = r"^model\.layers\.{n_layers}\."
-EXPERTS_WITH_SHARED = (
-    *rows.hf_experts("mlp", folder="ffn/experts_ffn"),
+SHARED_AND_DENSE = (
     rows.hf_row(
         "mlp.gate.e_score_correction_bias", "ffn/experts_ffn/router/correction"
     ),
@@ -302,6 +301,10 @@ EXPERTS_WITH_SHARED = (
         {f"ffn/shared_ffn/{name}": f"mlp.shared_experts.{name}" for name in rows.GATED}
     ),
     *rows.HF_DENSE_LAYERS,
+)
+EXPERTS_WITH_SHARED = (
+    *rows.hf_experts("mlp", folder="ffn/experts_ffn"),
+    *SHARED_AND_DENSE,
 )
 GLM4_MOE = Family(
     "glm4_moe",
