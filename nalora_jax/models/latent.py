@@ -32,15 +32,8 @@ import jax.numpy as jnp
 from nalora_jax.method.low_rank import Dense, adapted_dense, dora_ratio
 from nalora_jax.models.attention import attend, cached_keys
 from nalora_jax.models.cache import grown, written
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.parts import (
-    LayerInputs,
-    Mixer,
-    PartOptions,
-    RMSNorm,
-    Shapes,
-    SharedInputs,
-)
+from nalora_jax.models.config import Mixer, ModelConfig, Shapes
+from nalora_jax.models.parts import LayerInputs, PartOptions, RMSNorm, SharedInputs
 from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
 from nalora_jax.ops.attention import product
 from nalora_jax.ops.dispatch import Numerics

@@ -21,13 +21,16 @@ from nalora_jax.config import (
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.stacks import param_shapes, parts
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.attention_tpu import SPLASH
 from nalora_jax.planner.estimates import (
     Layout,
     active_parameters,
+    attending,
     attention_flops,
     estimate,
+    saved_values,
     splash_flops,
     useful_flops,
     weight_bytes,
@@ -112,6 +115,23 @@ def test_pairs_of_attention_are_counted_and_no_gradient_of_a_frozen_weight():
     # Two flops a weight forward, two for the gradient of the input, none for a frozen weight's own.
     frozen = useful_flops(base, AdapterSpec(), 2, 64) - 3 * 2 * attention_flops(base, 64)
     assert frozen == 4 * 2 * 64 * active_parameters(base)
+
+
+def test_latent_attention_is_counted_by_its_heads_and_stored_as_latents():
+    """DeepSeek-V3: heads of 192 and 128, a latent of 512, 64 rotated; 37B active parameters by its
+    model card."""
+    base = architecture("deepseek-v3")
+    pairs = np.tril(np.ones((64, 64))).sum()
+    assert attention_flops(base, 64) == 2 * (192 + 128) * 128 * pairs * base.n_layers
+    assert active_parameters(base) == pytest.approx(37e9, rel=0.02)
+    for of in attending(base):
+        mixer = parts(of)[0]
+        assert [mixer.state_values(of, tensor) for tensor in (1, 8)] == [576, 576]
+    llama = architecture("llama-3.1-8b")
+    assert parts(llama)[0].state_values(llama, 8) == 2 * 8 * 128 / 8
+    # Latents before and after their norms, on every device of tensor.
+    with_latents = saved_values(attending(base)[0], "attention", 128, SPLASH)
+    assert with_latents == 2 * 7168 + 4 * 192 + 2 * (1536 + 512) + 64
 
 
 @pytest.mark.parametrize(
