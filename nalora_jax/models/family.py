@@ -211,11 +211,13 @@ _REFUSED = {
     "use_bidirectional_attention": "",
     "output_router_logits": "",
     "router_jitter_noise": "",
-    "quantization_config": "load the unquantized model",
 }
 # Families whose attention is not implemented, by ``model_type``; with the remedy.
 _SPARSE = "its attention to selected tokens (a sparse index) is not implemented"
 _UNSUPPORTED = dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SPARSE)
+UNQUANTIZED = "load the unquantized model"
+# Quantized files (``quant_method``) that all families read, with `nalora_jax.weights.quantized`.
+QUANTIZED = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt")
 
 
 def family_of(model_type: str) -> Family:
@@ -274,6 +276,13 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
     for feature, remedy in _REFUSED.items():
         if feature not in family.checks:
             f.refuse(feature, remedy)
+    stored = f.mapping("quantization_config")
+    if stored and "quantization_config" not in family.checks:
+        method = stored.get("quant_method")
+        if method not in QUANTIZED:
+            expected = f"one of {', '.join(QUANTIZED)}"
+            where = "quantization_config: quant_method"
+            raise f.error(where, expected, repr(method)[:60], UNQUANTIZED)
     if family.reader:
         values = vars(family.reader(f, name))
     else:

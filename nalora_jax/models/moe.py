@@ -46,7 +46,7 @@ from nalora_jax.models.experts import (
 )
 from nalora_jax.models.parts import PartOptions, RMSNorm, adapters_below, scales_below
 from nalora_jax.models.routing import RouterSpec
-from nalora_jax.ops.quantize import Quantized
+from nalora_jax.ops.quantize import Coded
 from nalora_jax.ops.reductions import count, first_alone
 from nalora_jax.ops.storage import Kernel, in_stored_layout, round_and_save
 
@@ -305,11 +305,10 @@ def _splits(layer: Layer, parts: int) -> bool:
     """Returns True if the channels of every projection, as stored, can be split into ``parts``."""
 
     def divides(kernel: Kernel, place: int) -> bool:
-        """Returns True if ``parts`` divides axis ``place`` of all arrays of a stored kernel."""
-        sizes = [leaf.shape[place] for leaf in jax.tree.leaves(kernel)]
-        if isinstance(kernel, Quantized) and kernel.kind == "int8" and place == 1:
-            sizes = [kernel.codes.shape[place]]  # one scale covers all inputs
-        return all(size % parts == 0 for size in sizes)
+        """Returns True if ``parts`` divides axis ``place`` of a stored kernel."""
+        if isinstance(kernel, Coded):
+            return kernel.splits(place, parts)
+        return kernel.shape[place] % parts == 0
 
     places = (layer.gate, 2), (layer.up, 2), (layer.down, 1)
     return parts > 1 and all(
@@ -343,7 +342,7 @@ def _specs(
         # The last axis of all arrays but A is the outputs.
         elif name != "down" and array != "a":
             names[-1] = axis
-        # int8 has one scale for all inputs, which is not split.
+        # Scales for all inputs or all outputs are not split.
         return P(
             *(
                 None if size == 1 else name

@@ -19,9 +19,10 @@ Adapters and their gradients stay float32. Norms, biases, embeddings and routers
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -56,17 +57,38 @@ _BIAS = 127  # a scale is stored as its exponent plus this number
 _LARGEST = 2  # exponent of 4.0, the largest power of two among the levels
 
 
+class Coded(Stored):
+    """A frozen kernel as codes and scales: arrays with the kernel's number of axes."""
+
+    codes: Array
+    # Shardings of one layer's arrays for matmuls, in their order as leaves, if a mesh splits the
+    # stored ones further (`gathered`).
+    places: tuple[NamedSharding, ...] | None
+
+    @abstractmethod
+    def splits(self, axis: int, parts: int) -> bool:
+        """Returns True if equal parts of all arrays along ``axis``, as stored, are the arrays of
+        equal parts of the kernel."""
+
+    def in_place(self) -> Self:
+        """Returns the kernel with its arrays sharded as in `places`, in which they are expanded."""
+        if self.places is None:
+            return self
+        leaves, structure = jax.tree.flatten(self)
+        placed = [_at(*pair) for pair in zip(leaves, self.places, strict=True)]
+        kernel: Self = jax.tree.unflatten(structure, placed)
+        return kernel
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Quantized(Stored):
+class Quantized(Coded):
     """Codes and scales of one kernel, or of a stack of them."""
 
     codes: Array  # int8 [..., d_in, d_out], or uint8 [..., d_in / 2, d_out]
     scales: Array  # float32 (mxfp4: uint8) [..., blocks, d_out]
     kind: Kind = field(metadata={"static": True})
-    # Shardings of one layer's codes and scales for matmuls, if a mesh splits the stored ones
-    # further (`gathered`).
-    places: tuple[NamedSharding, NamedSharding] | None = field(
+    places: tuple[NamedSharding, ...] | None = field(
         default=None, metadata={"static": True}
     )
 
@@ -81,12 +103,14 @@ class Quantized(Stored):
     def expand(self, dtype: Any = None) -> Array:
         """Returns the kernel in ``dtype``, by default float32; codes are gathered before they are
         expanded."""
-        codes = self.codes
-        scales = self.scales
-        if self.places is not None:
-            codes = _at(codes, self.places[0])
-            scales = _at(scales, self.places[1])
-        return dequantize(Quantized(codes, scales, self.kind), dtype or jnp.float32)
+        return dequantize(self.in_place(), dtype or jnp.float32)
+
+    def splits(self, axis: int, parts: int) -> bool:
+        """See `Coded`."""
+        arrays = [self.codes]
+        if self.kind != "int8" or axis != 1:  # int8 has one scale for all inputs
+            arrays.append(self.scales)
+        return all(array.shape[axis] % parts == 0 for array in arrays)
 
 
 def _at(array: Array, place: NamedSharding) -> Array:
@@ -124,7 +148,7 @@ def quantize(kernel: Array, kind: Kind) -> Quantized:
         _, exponent = jnp.frexp(largest)  # largest = m 2^exponent with 1/2 <= m < 1
         # 0 is a subnormal number and 255 is NaN.
         scales = jnp.clip(exponent - 1 - _LARGEST + _BIAS, 1, 254).astype(jnp.uint8)
-        codes = _mxfp4_codes(w / _powers(scales)[..., None, :])
+        codes = _mxfp4_codes(w / powers_of_two(scales)[..., None, :])
         return Quantized(_packed(codes), scales, kind)
     # Weights over the largest of their block: [..., blocks, block, d_out].
     unit = w / jnp.where(largest > 0, largest, 1.0)[..., None, :]
@@ -161,7 +185,7 @@ def _mxfp4_codes(unit: Array) -> Array:
     return _nearest(jnp.abs(unit), thresholds) | sign
 
 
-def _powers(scales: Array) -> Array:
+def powers_of_two(scales: Array) -> Array:
     """Returns ``2 ** (scale - 127)`` in float32, from its bits: a scale is the exponent of a
     float32. A scale of 0 becomes 0."""
     return lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
@@ -188,19 +212,19 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
     scales = kernel.scales
     if kernel.kind == "mxfp4":
         levels = MXFP4_LEVELS
-        scales = _powers(kernel.scales)
+        scales = powers_of_two(kernel.scales)
     block = _BLOCKS[kernel.kind]
     pairs = kernel.codes.reshape(*lead, d_in // block, 1, block // 2, d_out)
     # The low and the high four bits of a byte: [..., blocks, 2, block / 2, d_out].
     shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
     codes = (pairs >> shifts) & 15
-    blocks = (_of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
+    blocks = (of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
     # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and
     # stores the repeated codes and scales, three times the traffic.
     return lax.optimization_barrier(blocks).reshape(*lead, d_in, d_out)
 
 
-def _of_levels(codes: Array, levels: Sequence[float]) -> Array:
+def of_levels(codes: Array, levels: Sequence[float]) -> Array:
     """Returns float32 ``levels[codes]``.
 
     The levels are selected bit by bit, the highest bit first, because a TPU gathers slowly from a
@@ -209,8 +233,8 @@ def _of_levels(codes: Array, levels: Sequence[float]) -> Array:
     if len(levels) == 1:
         return jnp.float32(levels[0])
     half = len(levels) // 2
-    low = _of_levels(codes, levels[:half])
-    high = _of_levels(codes, levels[half:])
+    low = of_levels(codes, levels[:half])
+    high = of_levels(codes, levels[half:])
     return jnp.where((codes & half) > 0, high, low)
 
 
@@ -227,16 +251,18 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
         """Returns a quantized leaf with the shardings that it has after the gather; other leaves
         are unchanged."""
         # Kernels of experts have four axes, [layers, experts, ...].
-        if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
+        if not isinstance(leaf, Coded) or leaf.codes.ndim > 3:
             return leaf
-        codes = _without(leaf.codes.sharding, leaf.codes.ndim, axes)
-        scales = _without(leaf.scales.sharding, leaf.codes.ndim, axes)
-        if codes is None or scales is None:
-            return leaf
-        return replace(leaf, places=(codes, scales))
+        places = []
+        for array in jax.tree.leaves(leaf):
+            place = _without(array.sharding, array.ndim, axes)
+            if place is None:
+                return leaf
+            places.append(place)
+        return replace(leaf, places=tuple(places))  # type: ignore[type-var]
 
     return jax.tree.map(
-        marked, params, is_leaf=lambda leaf: isinstance(leaf, Quantized)
+        marked, params, is_leaf=lambda leaf: isinstance(leaf, Coded)
     )
 
 

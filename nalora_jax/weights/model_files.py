@@ -24,7 +24,9 @@ from nalora_jax.ops.quantize import MXFP4_LEVELS as LEVELS
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
 from nalora_jax.weights.keymaps import KeyMap, Slot, keymap_for
-from nalora_jax.weights.origin import Origin, origin
+from nalora_jax.weights.origin import Origin, number_formats, origin
+from nalora_jax.weights.quantization_config import Quantization, quantization_of
+from nalora_jax.weights.quantized import QuantizedTensors
 from nalora_jax.weights.shards import FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource, load_params, param_shardings
 
@@ -73,6 +75,7 @@ class ModelFiles:
     # as stored; with image tokens for a model that is loaded with images
     tokenizer: Tokenizer
     file: TensorSource | None = None  # the tensors of a model in a single file
+    quantization: Quantization | None = None  # of a folder with quantized weights
     processor: ImageProcessor | None = None  # for a model that is loaded with images
 
     def described(self, added: AddedTokens = NO_TOKENS) -> ModelConfig:
@@ -126,11 +129,12 @@ def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
     else:
         where = resolved.path / "config.json"
         raw = read_json(where)
+    quantization = quantization_of(raw, str(where))
     raw = with_rope_scaling(raw, resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
     if file is None:
         tokenizer = Tokenizer.from_folder(resolved.path)
-    return ModelFiles(resolved, raw, config, tokenizer, file)
+    return ModelFiles(resolved, raw, config, tokenizer, file, quantization)
 
 
 def load_weights(
@@ -152,15 +156,30 @@ def load_weights(
     resolved = files.resolved
     config = files.config
     tensors = files.file or open_tensors(resolved)
-    keymap = with_fused_experts(keymap_for(config, resolved.kind), tensors.shapes())
+    named: TensorSource = Unpacked(tensors)
+    if files.quantization is not None:
+        named = QuantizedTensors(tensors, files.quantization)
+    keymap = with_fused_experts(keymap_for(config, resolved.kind), named.shapes())
     shapes = param_shapes(config)
     shardings = param_shardings(shapes, mesh)
-    named = Unpacked(tensors)
+    loaders = None
+    if isinstance(named, QuantizedTensors) and quantized is None:
+        loaders = named.loaders(keymap, shapes, dtype)
     params = load_params(
-        shapes, named, keymap, dtype=dtype, shardings=shardings, quantized=quantized
+        shapes,
+        named,
+        keymap,
+        dtype=dtype,
+        shardings=shardings,
+        quantized=quantized,
+        loaders=loaders,
     )
     params = gathered(params, WEIGHT_AXES)
     source_of = origin(config, resolved, tensors, together=mesh is not None)
+    if files.quantization is not None:
+        # Of the weights: most tensors are scales.
+        numbers = f"{files.quantization.describe()} in {number_formats(named)}"
+        source_of = replace(source_of, numbers=numbers)
     log.info("base model: %s", source_of.describe())
     after = f"model.layers.{config.n_layers}."
     names = map(keymap.canonical, tensors.shapes())

@@ -95,6 +95,7 @@ def load_params(
     dtype: str,
     shardings: Mapping[str, Sharding] | None = None,
     quantized: Kind | None = None,
+    loaders: Mapping[str, Callable[[Sharding], Any]] | None = None,
 ) -> dict[str, Any]:
     """Loads the parameter tree of a model.
 
@@ -106,6 +107,8 @@ def load_params(
       shardings: sharding of each leaf; by default the first device.
       quantized: format of the projections' kernels, instead of ``dtype``. Each tensor is quantized
         from the file's values as it is read, so that at most one tensor is in memory as floats.
+      loaders: functions that return leaves in another storage form, by path
+        (`nalora_jax.weights.quantized`); ``quantized`` takes precedence.
 
     Returns:
       The tree as nested dicts of global arrays; quantized kernels are `Quantized`.
@@ -131,6 +134,8 @@ def load_params(
             if quantized and re.search(kernels(quantized), path):
                 read_slice = partial(_read_slice, read)
                 leaves[path] = quantized_leaf(shape, quantized, where[path], read_slice)
+            elif loaders and path in loaders:
+                leaves[path] = loaders[path](where[path])
             else:
                 leaves[path] = _leaf(
                     shape, DTYPES[leaf_dtype(path, dtype)], where[path], read
@@ -323,6 +328,27 @@ def _leaf(
     buffers = dict(zip(keys, arrays, strict=True))
     return jax.make_array_from_callback(
         shape, sharding, lambda index: buffers[span(index, shape)]
+    )
+
+
+def filled_array(
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: Sharding,
+    fill: Callable[[np.ndarray, Index], None],
+) -> jax.Array:
+    """Returns an array of which ``fill(buffer, index)`` writes each distinct slice in this process.
+
+    Its sharding is that of its kernel, without the splits that do not divide ``shape``.
+    """
+    placed = _fit_sharding(shape, sharding)
+    buffers = {}
+    for key in _local_spans(shape, placed):
+        index = _index_of(key)
+        buffers[key] = aligned(_lengths(index), dtype)
+        fill(buffers[key], index)
+    return jax.make_array_from_callback(
+        shape, placed, lambda index: buffers[span(index, shape)]
     )
 
 
