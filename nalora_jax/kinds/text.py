@@ -134,16 +134,33 @@ def build_step(
 
 
 def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
-    """Loads the base model onto the mesh."""
+    """Loads the base model onto the mesh.
+
+    Raises:
+      NaloraError: the initial adapters are part of kernels that stay quantized.
+    """
     started = time.perf_counter()
     kind = config.compute.quantized
+    held: str = config.compute.dtype
+    if kind:
+        held = f"{kind} and {held}"
+    elif files.quantization is not None:
+        stored = files.quantization.describe()
+        if config.lora.init in ("pissa", "lora_ga"):
+            raise NaloraError(
+                f'--lora.init "{config.lora.init}"',
+                expected="a base in floats, from whose kernels the initial update is subtracted",
+                found=f"{files.resolved.path}, in {stored}",
+                remedy="use another --lora.init",
+            )
+        held = f"{stored} and {held}"
     loaded = load_weights(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
     loaded = with_added(loaded, AddedTokens.of(config.data), mesh)
     log.info(
         "%s: %.0f MB of parameters in %s, loaded in %.1f s",
         loaded.source,
         trees.size_bytes(loaded.params) / 1e6,
-        f"{kind} and {config.compute.dtype}" if kind else config.compute.dtype,
+        held,
         time.perf_counter() - started,
     )
     return loaded

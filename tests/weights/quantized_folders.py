@@ -14,7 +14,7 @@ import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 from tests.weights.folders import tokenizer_files
@@ -46,11 +46,22 @@ def write_quantized(
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-    stored: Tensors = {}
-    floats: Tensors = {}
+    tensors: Tensors = {}
     for name, weight in model.state_dict().items():
         weight = torch.randn(weight.shape) * 0.2 + float("norm" in name)
-        weight = weight.to(torch.bfloat16)
+        tensors[name] = weight.to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    raw = model.config.to_dict() | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer_files(folder)
+    return quantize_folder(folder, settings, quantize)
+
+
+def quantize_folder(folder: Path, settings: dict[str, Any], quantize: Quantize) -> Tensors:
+    """Quantizes the projections of a folder in place; returns all weights as floats."""
+    stored: Tensors = {}
+    floats: Tensors = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
         if not name.endswith("_proj.weight"):
             stored[name] = floats[name] = weight
             continue
@@ -58,9 +69,8 @@ def write_quantized(
         module = name.removesuffix("weight")
         stored |= {module + part: tensor.contiguous() for part, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    raw = model.config.to_dict() | {"dtype": "bfloat16", "quantization_config": settings}
-    (folder / "config.json").write_text(json.dumps(raw))
-    tokenizer_files(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": settings}))
     return floats
 
 
