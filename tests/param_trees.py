@@ -20,6 +20,7 @@ from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.models.tensor_rows import Source
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.ops.quantize import Kind, kernels, quantize
+from nalora_jax.ops.scaled import Scaled, Scaling
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for
 
 
@@ -122,5 +123,22 @@ def quantize_params(params: Any, kind: Kind, pattern: str | None = None) -> dict
         return jax.tree.map(
             lambda *parts: jnp.stack(parts), *(quantized(layer, kind) for layer in leaf)
         )
+
+    return map_named(of_leaf, params)
+
+
+def scaled_params(params: Any) -> dict[str, Any]:
+    """Returns parameters with the kernels of layers in fp8, scaled in blocks of 4 x 4."""
+
+    def of_leaf(path: str, leaf: jax.Array) -> Any:
+        if not re.search(kernels("int8"), path):
+            return leaf
+        *lead, d_in, d_out = leaf.shape
+        scales = 0.5 + jnp.arange(d_in * d_out // 16) % 7
+        scales = jnp.broadcast_to(
+            scales.reshape(d_in // 4, d_out // 4), (*lead, d_in // 4, d_out // 4)
+        )
+        codes = leaf.astype(jnp.float8_e4m3fn).view(jnp.uint8)
+        return Scaled(codes, scales.astype(jnp.float32), None, None, None, Scaling("e4m3", (4, 4)))
 
     return map_named(of_leaf, params)

@@ -31,7 +31,7 @@ from nalora_jax.ops.dispatch import Numerics, Platform
 from tests.models.family_fields import LATENT, TINY
 from tests.models.test_moe import block, variables_of
 from tests.observed import taps_of
-from tests.param_trees import init_params, quantize_params
+from tests.param_trees import init_params, quantize_params, scaled_params
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
 WIDE = {"d_model": D, "d_ff": F}
@@ -144,6 +144,7 @@ ADAPTED = {"dora": True, "dropout": 0.3}
         (LLAMA, MeshConfig(1, 4, 2), "auto", {}),
         (GPT_OSS, MeshConfig(2, 2, 2), "gather", ADAPTED),
         (GLM4_MOE, MeshConfig(2, 4, 1), "send", {"kind": "int8"}),
+        (GLM4_MOE, MeshConfig(2, 2, 2), "gather", {"kind": "fp8"}),
         (GEMMA4, MeshConfig(2, 2, 2), "gather", {}),
         (DEEPSEEK, MeshConfig(2, 2, 2), "gather", {}),
     ],
@@ -169,7 +170,10 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
         lambda path, x: x + 0.3 if path.endswith(("bias", "sinks")) else x, params
     )
     lora = jax.tree.map(lambda x: x + 0.1, init_lora(base, spec, jax.random.key(1), params))
-    params = quantize_params(params, kind) if kind else params
+    if kind == "fp8":
+        params = scaled_params(params)
+    elif kind:
+        params = quantize_params(params, kind)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 64, (ROWS, SEQ)).astype(np.int32)
     shapes = {f"{path}/mask": shape for path, (shape, _) in gate_blocks(base).items()}
