@@ -217,7 +217,15 @@ _SPARSE = "its attention to selected tokens (a sparse index) is not implemented"
 _UNSUPPORTED = dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SPARSE)
 UNQUANTIZED = "load the unquantized model"
 # Quantized files (``quant_method``) that all families read, with `nalora_jax.weights.quantized`.
-QUANTIZED = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt")
+QUANTIZED = (
+    "awq",
+    "compressed-tensors",
+    "fbgemm_fp8",
+    "fp8",
+    "gptq",
+    "modelopt",
+    "quark",
+)
 
 
 def family_of(model_type: str) -> Family:

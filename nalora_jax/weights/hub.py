@@ -224,6 +224,7 @@ def _resolve_bucket(source: str) -> ResolvedSource:
 
 HUB_FILES = (
     "config.json",
+    "hf_quant_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

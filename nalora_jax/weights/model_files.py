@@ -25,7 +25,11 @@ from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
 from nalora_jax.weights.keymaps import KeyMap, Slot, keymap_for
 from nalora_jax.weights.origin import Origin, number_formats, origin
-from nalora_jax.weights.quantization_config import Quantization, quantization_of
+from nalora_jax.weights.quantization_config import (
+    Quantization,
+    quantization_of,
+    with_modelopt,
+)
 from nalora_jax.weights.quantized import QuantizedTensors
 from nalora_jax.weights.shards import FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource, load_params, param_shardings
@@ -128,7 +132,7 @@ def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
         file, raw, tokenizer = SINGLE_FILES[resolved.kind](resolved.path)
     else:
         where = resolved.path / "config.json"
-        raw = read_json(where)
+        raw = with_modelopt(read_json(where), resolved.path)
     quantization = quantization_of(raw, str(where))
     raw = with_rope_scaling(raw, resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)

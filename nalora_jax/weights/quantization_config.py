@@ -1,7 +1,7 @@
 """The ``quantization_config`` of a config.json: which modules are quantized, and how the tensors of
 each store its weight.
 
-Schemes are those of fine-grained fp8, compressed-tensors, NVIDIA ModelOpt, GPTQ and AWQ;
+Schemes are those of fine-grained fp8, compressed-tensors, NVIDIA ModelOpt, AMD Quark, GPTQ and AWQ;
 `nalora_jax.weights.quantized` reads the tensors.
 """
 
@@ -11,9 +11,11 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from nalora_jax.common.fields import Fields
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.models.family import QUANTIZED, UNQUANTIZED
 from nalora_jax.ops.scaled import Element
 
@@ -130,6 +132,20 @@ def quantization_of(raw: Mapping[str, Any], where: str) -> Quantization | None:
             raise f.error("dynamic", "modules that are not quantized", repr(pattern))
         ignored.append(f"re:{pattern.removeprefix('-:')}")
     return Quantization(f.where, groups, tuple(ignored))
+
+
+def with_modelopt(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns a ``config.json`` with the settings that ModelOpt's earlier versions wrote to another
+    file of the folder, ``hf_quant_config.json``."""
+    if raw.get("quantization_config"):
+        return raw
+    path = folder / "hf_quant_config.json"
+    f = Fields(read_json(path, missing={}), {}, str(path))
+    settings = f.mapping("quantization")
+    if not settings:
+        return raw
+    settings |= {"quant_method": "modelopt", "ignore": settings.get("exclude_modules")}
+    return raw | {"quantization_config": settings}
 
 
 Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
@@ -347,6 +363,23 @@ def _awq(f: Fields) -> Groups:
     return ((("Linear",), scheme),)
 
 
+def _quark(f: Fields) -> Groups:
+    """Reads AMD Quark's MXFP4, and fp8 per tensor or channel."""
+    f.refuse("layer_quant_config", UNQUANTIZED)
+    f.refuse("layer_type_quant_config", UNQUANTIZED)
+    every = Fields(
+        f.mapping("global_quant_config"), {}, f"{f.where}: global_quant_config"
+    )
+    weight = Fields(every.mapping("weight"), {}, f"{every.where}: weight")
+    if _one_of(weight, "dtype", ("fp4", "fp8_e4m3")) == "fp4":
+        _one_of(weight, "group_size", (32,))
+        _one_of(weight, "scale_format", ("e8m0",))
+        return ((("Linear",), _MXFP4),)
+    _one_of(weight, "qscheme", ("per_tensor", "per_channel"))
+    scheme = Scheme("fp8", "weight", ("F8_E4M3",), (_TENSOR, _CHANNEL))
+    return ((("Linear",), scheme),)
+
+
 _METHODS: dict[Any, Callable[[Fields], Groups]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
@@ -354,4 +387,5 @@ _METHODS: dict[Any, Callable[[Fields], Groups]] = {
     "modelopt": _modelopt,
     "gptq": _gptq,
     "awq": _awq,
+    "quark": _quark,
 }

@@ -104,7 +104,7 @@ _PARTS = (
     "scales",
     "g_idx",
 )
-_PIECE = 1 << 20  # codes copied at once
+_PIECE = 1 << 17  # codes copied at once, by one worker
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,8 @@ class QuantizedTensors(TensorSource):
                     return
                 at.append(i - within.start)
             target = buffer[tuple(at)]
-            for part_rows, part_columns in _pieces(rows, columns):
+            by_rows = self._weights[place.name].scheme.packing in ("gptq", "awq")
+            for part_rows, part_columns in _pieces(rows, columns, by_rows=by_rows):
                 part = self._part(role, place, part_rows, part_columns)
                 target[
                     part_rows.start - rows.start : part_rows.stop - rows.start,
@@ -632,8 +633,15 @@ def _spellings(grid: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     return (grid,)
 
 
-def _pieces(rows: slice, columns: slice) -> Iterator[tuple[slice, slice]]:
-    """Yields parts of a slice of about `_PIECE` elements, cut along the columns."""
+def _pieces(
+    rows: slice, columns: slice, *, by_rows: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Yields parts of a slice of about `_PIECE` elements, cut along the file's first axis."""
+    if by_rows:
+        step = max(RUN, _PIECE // max(1, columns.stop - columns.start) // RUN * RUN)
+        for start in range(rows.start, rows.stop, step):
+            yield slice(start, min(start + step, rows.stop)), columns
+        return
     step = max(1, _PIECE // max(1, rows.stop - rows.start))
     for start in range(columns.start, columns.stop, step):
         yield rows, slice(start, min(start + step, columns.stop))

@@ -339,9 +339,10 @@ def filled_array(
 ) -> jax.Array:
     """Returns an array of which ``fill(buffer, index)`` writes each distinct slice in this process.
 
-    Its sharding is that of its kernel, without the splits that do not divide ``shape``.
+    Its sharding is that of its kernel. A split that does not divide ``shape`` is moved to the last
+    axis, or left out if it does not divide that one, too.
     """
-    placed = _fit_sharding(shape, sharding)
+    placed = _fit_sharding(shape, sharding, moves=True)
     buffers = {}
     for key in _local_spans(shape, placed):
         index = _index_of(key)
@@ -519,20 +520,29 @@ def quantized_parts(
     return parts
 
 
-def _fit_sharding(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
+def _fit_sharding(
+    shape: tuple[int, ...], sharding: Sharding, *, moves: bool = False
+) -> Sharding:
     """Returns the sharding of a kernel's codes or scales, which have the shape ``shape``.
 
-    It is the kernel's ``sharding``, without the splits that do not divide ``shape``.
+    It is the kernel's ``sharding``, without the splits that do not divide ``shape``; with ``moves``
+    these divide the last axis, if they can.
     """
     if not isinstance(sharding, NamedSharding):
         return sharding
     axes: list[tuple[str, ...] | None] = []
+    left: tuple[str, ...] = ()
     # A spec may have fewer entries than axes.
     for entry, size in zip(sharding.spec, shape, strict=False):
         names = mesh_axes(entry)
         ways = math.prod(sharding.mesh.shape[name] for name in names)
         if size % ways:
             axes.append(None)
+            left += names
         else:
             axes.append(names)
+    if moves and left and len(axes) == len(shape):
+        names = (*left, *(axes[-1] or ()))
+        if shape[-1] % math.prod(sharding.mesh.shape[name] for name in names) == 0:
+            axes[-1] = names
     return NamedSharding(sharding.mesh, P(*axes))

@@ -149,6 +149,14 @@ def modelopt(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return tensors | {"input_scale": torch.tensor(1.0)}, values * wide
 
 
+def quark(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """MXFP4 in Quark's names."""
+    tensors, floats = compressed(weight, "mxfp4-pack-quantized", QuantizationArgs(**MXFP4))
+    tensors["weight"] = tensors.pop("weight_packed")
+    return tensors, floats
+
+
+MXFP4: dict[str, Any] = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
 NVFP4: dict[str, Any] = {
     "num_bits": 4,
     "type": "float",
@@ -233,6 +241,13 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
 FLOAT8 = {"num_bits": 8, "type": "float"}
+QUARK = {
+    "quant_method": "quark",
+    "exclude": ["lm_head"],
+    "global_quant_config": {
+        "weight": {"dtype": "fp4", "group_size": 32, "scale_format": "e8m0", "qscheme": "per_group"}
+    },
+}
 F16, F32 = torch.float16, torch.float32
 # By name: the quantization_config, and the function that quantizes a weight.
 FORMATS: dict[str, tuple[dict[str, Any], Quantize]] = {
@@ -256,9 +271,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantize]] = {
     "compressed int8 packed with zeros": _compressed_case(
         "pack-quantized", **INT8, symmetric=False
     ),
-    "MXFP4": _compressed_case(
-        "mxfp4-pack-quantized", **FLOAT8 | {"num_bits": 4, "strategy": "group", "group_size": 32}
-    ),
+    "MXFP4": _compressed_case("mxfp4-pack-quantized", **MXFP4),
+    "MXFP4 of Quark": (QUARK, quark),
     "NVFP4": _compressed_case("nvfp4-pack-quantized", **NVFP4),
     "NVFP4 of ModelOpt": (
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},

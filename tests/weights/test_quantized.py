@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,11 @@ def test_devices_share_codes_and_scales(tmp_path, name):
     mesh = make_mesh(MeshConfig(1, 4, 2))
     model = load_model(str(tmp_path), dtype="float32", mesh=mesh)
     for path, (kernel, want) in kernels_of(model, floats).items():
-        assert kernel.codes.addressable_shards[0].data.nbytes * 8 == kernel.codes.nbytes, path
+        shared = [kernel.codes]
+        if name != "fp8 in blocks":  # which has 2 to 14 blocks
+            shared.append(kernel.scales)
+        for array in shared:
+            assert array.addressable_shards[0].data.nbytes * 8 == array.nbytes, path
         np.testing.assert_array_equal(jax.jit(expand)(kernel), want, err_msg=path)
     tokens = np.random.default_rng(0).integers(0, 48, (2, 12))
     found = tiny.logits_of(Decoder(model.config), {"params": model.params}, tokens)
@@ -129,6 +134,32 @@ def test_other_leaves_are_dequantized_and_named_with_their_bytes(tmp_path, caplo
 def quantize_head(tensors: Tensors, floats: Tensors, quantize: Any) -> None:
     head, floats["lm_head.weight"] = quantize(tensors["lm_head.weight"])
     tensors |= {f"lm_head.{name}": tensor for name, tensor in head.items()}
+
+
+def test_modelopt_s_settings_may_be_in_another_file(tmp_path):
+    write_quantized(tmp_path, *FORMATS["NVFP4 of ModelOpt"])
+    described = load_model(str(tmp_path), dtype="float32").params
+    describe(tmp_path, {})
+    settings = {"quant_algo": "NVFP4", "exclude_modules": ["lm_head", "*gate"], "group_size": 16}
+    text = json.dumps({"producer": {"name": "modelopt"}, "quantization": settings})
+    (tmp_path / "hf_quant_config.json").write_text(text)
+    jax.tree.map(
+        np.testing.assert_array_equal, load_model(str(tmp_path), dtype="float32").params, described
+    )
+
+
+@pytest.mark.parametrize("name", ["fp8 in blocks", "GPTQ"])
+def test_loading_takes_the_file_s_bytes_and_a_piece_for_each_core(tmp_path, name):
+    """A second copy of one leaf's codes takes 4.2 MB, or 2.1 MB in 4 bits."""
+    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+    write_quantized(tmp_path, *FORMATS[name], sizes)
+    load_model(str(tmp_path), dtype="bfloat16")
+    tracemalloc.start()
+    params = load_model(str(tmp_path), dtype="bfloat16").params
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size_bytes(params) < peak < size_bytes(params) + 5e6
+    assert size_bytes(params["layers"]) < 1.03 * stored_bytes(tmp_path)
 
 
 # ---------------------------------------------------------------- refusals
@@ -302,6 +333,10 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     "AWQ for another kernel": (
         refused("AWQ", version="gemv"),
         "version: expected gemm or GEMM, found 'gemv'",
+    ),
+    "Quark in other bits": (
+        refused("MXFP4 of Quark", global_quant_config={"weight": {"dtype": "int4"}}),
+        "global_quant_config: weight: dtype: expected fp4 or fp8_e4m3, found 'int4'",
     ),
     "ModelOpt with mixed precision": (
         refused("NVFP4 of ModelOpt", quant_algo="MIXED_PRECISION"),
