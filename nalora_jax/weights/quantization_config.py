@@ -67,11 +67,11 @@ class Quantization:
 
     def scheme(self, module: str) -> Scheme | None:
         """Returns the scheme of a module; None if it is stored in floats."""
-        if _is_listed(module, self.ignored):
+        if is_listed(module, self.ignored):
             return None
         every = None
         for targets, scheme in self.groups:
-            if _is_listed(module, targets):
+            if is_listed(module, targets):
                 return scheme
             if "Linear" in targets and every is None:
                 every = scheme
@@ -82,7 +82,7 @@ class Quantization:
         return " and ".join(dict.fromkeys(scheme.label for _, scheme in self.groups))
 
 
-def _is_listed(module: str, patterns: Iterable[str]) -> bool:
+def is_listed(module: str, patterns: Iterable[str]) -> bool:
     """Returns True if a pattern names the module or a module that contains it.
 
     Patterns are names or their last parts, "re:" with an expression, or have stars.
@@ -120,7 +120,7 @@ def quantization_of(raw: Mapping[str, Any], where: str) -> Quantization | None:
     method = f.get("quant_method")
     if method == "mxfp4":
         return None
-    if method not in _METHODS:
+    if method not in QUANTIZED:
         expected = f"one of {', '.join(QUANTIZED)}"
         raise f.error("quant_method", expected, repr(method), UNQUANTIZED)
     groups = _METHODS[method](f)
@@ -131,6 +131,13 @@ def quantization_of(raw: Mapping[str, Any], where: str) -> Quantization | None:
         if not pattern.startswith("-:"):
             raise f.error("dynamic", "modules that are not quantized", repr(pattern))
         ignored.append(f"re:{pattern.removeprefix('-:')}")
+    for targets, _ in (*groups, (ignored, None)):
+        for pattern in targets:
+            try:
+                is_listed("", [pattern])
+            except re.error as error:
+                expected = "a regular expression"
+                raise f.error(pattern, expected, str(error)) from error
     return Quantization(f.where, groups, tuple(ignored))
 
 
@@ -213,9 +220,10 @@ def _compressed_tensors(f: Fields) -> Groups:
     if sparsity.raw:
         _one_of(sparsity, "format", ("dense",), "dense")
     groups = []
-    for name, group in f.mapping("config_groups").items():
-        where = f"{f.where}: config_groups: {name}"
-        of_group = Fields(group, {}, where)
+    every = Fields(f.mapping("config_groups"), {}, f"{f.where}: config_groups")
+    for name in every.raw:
+        where = f"{every.where}: {name}"
+        of_group = Fields(every.mapping(name), {}, where)
         weights = Fields(of_group.mapping("weights"), {}, f"{where}: weights")
         if not weights.raw:
             continue
@@ -322,8 +330,11 @@ def _gptq(f: Fields) -> Groups:
     version = _one_of(f, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     size = _size(f, "group_size", f.raw.get("group_size"))
     targets = ["Linear"]
-    if listed := f.raw.get("modules_in_block_to_quantize"):
-        targets = [name for names in listed for name in names]
+    listed = f.raw.get("modules_in_block_to_quantize")
+    if listed and isinstance(listed, list):
+        targets = []
+        for names in listed:
+            targets += _names(Fields({"modules": names}, {}, f.where), "modules")
     element: Element = "int4"
     if bits == 8:
         element = "uint8"

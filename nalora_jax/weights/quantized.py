@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -144,12 +144,13 @@ class QuantizedTensors(TensorSource):
         self.quantization = quantization
         self._source = source
         self._weights: dict[str, _Weight] = {}
+        self._scheme = cache(quantization.scheme)
         shapes = dict(source.shapes())
         for name in source.shapes():
             module, _, tensor = name.rpartition(".")
             if tensor in _UNUSED:
                 del shapes[name]
-            scheme = quantization.scheme(module)
+            scheme = self._scheme(module)
             if scheme is None or tensor != scheme.codes or self._format(name) in FLOATS:
                 continue
             weight = self._weight(module, scheme)
@@ -283,7 +284,10 @@ class QuantizedTensors(TensorSource):
     def _check_quantized(self, name: str, paths: Sequence[str]) -> None:
         """Raises an error for the projection of a layer in floats that is not excluded."""
         module = name.removesuffix(".weight")
-        if name in self._weights or self.quantization.scheme(module) is None:
+        if name in self._weights or self._scheme(module) is None:
+            return
+        # AutoAWQ excludes modules that contain a name: "gate" is also of a gate_proj.
+        if any(excluded in module for excluded in self.quantization.ignored):
             return
         if any(re.search(kernels("int8"), path) for path in paths):
             raise self._mixed(name, module)
@@ -542,6 +546,7 @@ class QuantizedTensors(TensorSource):
         if "shape" not in weight.names:
             return (columns * per_word, rows)
         name = weight.names["shape"]
+        self._check_format(name, ("I64", "I32"))
         found = tuple(self._words(name, whole(self._source.shapes()[name])).tolist())
         if len(found) != 2 or (rows, columns) != (found[0], -(-found[1] // per_word)):
             raise NaloraError(
@@ -605,7 +610,7 @@ class QuantizedTensors(TensorSource):
 
     def _mixed(self, name: str, module: str) -> NaloraError:
         """Returns the error for a tensor that the module's scheme does not have."""
-        scheme = self.quantization.scheme(module)
+        scheme = self._scheme(module)
         expected = "a weight in floats, as quantization_config states of this module"
         if scheme is not None:
             expected = f"{scheme.label}, as quantization_config states"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from nalora_jax.common.trees import flatten, size_bytes
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.scaled import Scaled
 from nalora_jax.ops.storage import expand
@@ -27,7 +28,14 @@ from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.model_files import LoadedModel
 from tests import tiny
 from tests.refused import Call, table_test
-from tests.weights.quantized_folders import FORMATS, SIZES, Tensors, write_quantized
+from tests.weights.folders import tokenizer_files
+from tests.weights.quantized_folders import (
+    FORMATS,
+    SIZES,
+    Tensors,
+    quantize_folder,
+    write_quantized,
+)
 
 
 def is_scaled(leaf: Any) -> bool:
@@ -105,6 +113,45 @@ def test_devices_share_codes_and_scales(tmp_path, name):
     tokens = np.random.default_rng(0).integers(0, 48, (2, 12))
     found = tiny.logits_of(Decoder(model.config), {"params": model.params}, tokens)
     np.testing.assert_allclose(found, reference_logits(floats, tokens), rtol=1e-3, atol=2e-4)
+
+
+def test_experts_stay_quantized_and_are_shared(tmp_path):
+    """Qwen3-MoE as it is released in fp8: one tensor per expert, the router in bf16."""
+    raw = transformers.Qwen3MoeConfig(
+        **SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    )
+    config = ModelConfig.from_hf(raw.to_dict())
+    torch.manual_seed(0)
+    tensors = {}
+    for tensor in keymap_for(config).tensors:
+        weight = torch.randn(tensor.shape) * 0.2 + float("norm" in tensor.name)
+        tensors[tensor.name] = weight.bfloat16()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(raw.to_dict()))
+    tokenizer_files(tmp_path)
+    settings, quantize = FORMATS["fp8 in blocks"]
+    floats = quantize_folder(tmp_path, settings, quantize)
+    reference = transformers.Qwen3MoeForCausalLM(raw)
+    fused = {}
+    for layer in range(2):
+        stem = f"model.layers.{layer}.mlp.experts"
+        parts = {"gate_proj": [], "up_proj": [], "down_proj": []}
+        for expert in range(4):
+            for name, weights in parts.items():
+                weights.append(floats.pop(f"{stem}.{expert}.{name}.weight").float())
+        both = [torch.cat(pair) for pair in zip(parts["gate_proj"], parts["up_proj"], strict=True)]
+        fused[f"{stem}.gate_up_proj"] = torch.stack(both)
+        fused[f"{stem}.down_proj"] = torch.stack(parts["down_proj"])
+    reference.load_state_dict({name: tensor.float() for name, tensor in floats.items()} | fused)
+    tokens = np.random.default_rng(0).integers(0, 48, (4, 12))
+    with torch.no_grad():
+        want = reference(torch.from_numpy(tokens)).logits.numpy()
+    for mesh in (None, make_mesh(MeshConfig(2, 2, 2))):
+        model = load_model(str(tmp_path), dtype="float32", mesh=mesh)
+        kernel = model.params["layers"]["ffn"]["down_proj"]["kernel"]
+        assert (kernel.codes.dtype, kernel.shape) == ("uint8", (2, 4, 64, 96))
+        found = tiny.logits_of(Decoder(model.config), {"params": model.params}, tokens)
+        np.testing.assert_allclose(found, want, rtol=1e-3, atol=2e-4)
 
 
 def test_other_leaves_are_dequantized_and_named_with_their_bytes(tmp_path, caplog):
@@ -221,6 +268,14 @@ REFUSALS: dict[str, tuple[Call, str]] = {
         refused("fp8 in blocks", quant_method="quip"),
         "quantization_config: quant_method: expected one of awq, .* found 'quip'",
     ),
+    "a method that is a list": (
+        refused("fp8 in blocks", quant_method=["fp8"]),
+        r"quantization_config: quant_method: expected one of awq, .* found \['fp8'\]",
+    ),
+    "a pattern that is none": (
+        refused("compressed int4", ignore=["re:mlp(", "lm_head"]),
+        r"re:mlp\(: expected a regular expression, found missing \)",
+    ),
     "experts in fp4": (
         refused("fp8 in blocks", expert_dtype="fp4"),
         "expert_dtype: expected fp8, found 'fp4'",
@@ -306,6 +361,10 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     "another shape": (
         refused("compressed int4", instead("weight_shape", torch.tensor([96, 112]))),
         rf"{Q}.weight_shape: expected the shape of which .*\(96, 12\) words, found \(96, 112\)",
+    ),
+    "a shape of truth values": (
+        refused("compressed int4", instead("weight_shape", torch.ones(2, dtype=torch.bool))),
+        f"{Q}.weight_shape: expected I64 or I32, as quantization_config states, found BOOL",
     ),
     "zeros of another shape": (
         refused(
