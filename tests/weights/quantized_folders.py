@@ -15,7 +15,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
-from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 
 from tests.weights.folders import tokenizer_files
 
@@ -89,6 +89,23 @@ def fp8(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[Tensors, t
     tensors = {"weight": codes, "weight_scale_inv": scales}
     size = list(block) if block else None
     return tensors, _dequantize_fp8_weight(codes, scales, size, torch.float32)
+
+
+def fp8_of_powers(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """Fine-grained fp8 with scales that are bytes of exponents (ue8m0), in blocks of 16 x 32."""
+    scales = torch.randint(116, 122, (weight.shape[0] // 16, weight.shape[1] // 32))
+    scales = scales.to(torch.uint8)
+    codes = (weight.float() * 100).to(torch.float8_e4m3fn)
+    floats = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32)
+    return {"weight": codes, "weight_scale_inv": scales}, floats
+
+
+def fp8_of_bf16(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """Fine-grained fp8 with scales in bf16, as Qwen3 is released, in blocks of 16 x 32."""
+    tensors, _ = fp8(weight, (16, 32))
+    scales = tensors["weight_scale_inv"].bfloat16()
+    floats = Fp8Dequantize(None)._dequantize_one(tensors["weight"], scales, torch.float32)
+    return tensors | {"weight_scale_inv": scales}, floats
 
 
 # ---------------------------------------------------------------- compressed-tensors
@@ -253,6 +270,8 @@ F16, F32 = torch.float16, torch.float32
 FORMATS: dict[str, tuple[dict[str, Any], Quantize]] = {
     "fp8 in blocks": (BLOCKS, partial(fp8, block=(64, 36))),
     "fp8 per tensor": (FP8 | {"weight_block_size": None}, partial(fp8, block=None)),
+    "fp8 with powers of two": (FP8 | {"weight_block_size": [16, 32]}, fp8_of_powers),
+    "fp8 with scales in bf16": (FP8 | {"weight_block_size": [16, 32]}, fp8_of_bf16),
     "compressed fp8 per tensor": _compressed_case("float-quantized", **FLOAT8, strategy="tensor"),
     "compressed fp8 per channel": _compressed_case(
         "float-quantized", F16, **FLOAT8, strategy="channel"

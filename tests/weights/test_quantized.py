@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from nalora_jax.common import buckets
 from nalora_jax.common.trees import flatten, size_bytes
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout.distributed import make_mesh
@@ -24,6 +25,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.scaled import Scaled
 from nalora_jax.ops.storage import expand
 from nalora_jax.weights.base import load_model
+from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.model_files import LoadedModel
 from tests import tiny
@@ -207,6 +209,21 @@ def test_loading_takes_the_file_s_bytes_and_a_piece_for_each_core(tmp_path, name
     tracemalloc.stop()
     assert size_bytes(params) < peak < size_bytes(params) + 5e6
     assert size_bytes(params["layers"]) < 1.03 * stored_bytes(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "GPTQ"])
+def test_codes_are_streamed_from_a_bucket(tmp_path, monkeypatch, name):
+    write_quantized(tmp_path, *FORMATS[name])
+
+    def read_range(url: str, start: int, stop: int) -> bytes:
+        return (tmp_path / url.rpartition("/")[2]).read_bytes()[start:stop]
+
+    monkeypatch.setattr(buckets, "names", lambda _: [path.name for path in tmp_path.iterdir()])
+    monkeypatch.setattr(buckets, "size", lambda url: len(read_range(url, 0, 1 << 40)))
+    monkeypatch.setattr(buckets, "read_range", read_range)
+    resolved = ResolvedSource("hf", tmp_path, "m", streamed="gs://bucket/m")
+    streamed, local = (load_model(source, dtype="float32") for source in (resolved, str(tmp_path)))
+    jax.tree.map(np.testing.assert_array_equal, streamed.params, local.params)
 
 
 # ---------------------------------------------------------------- refusals
