@@ -99,6 +99,9 @@ class ModelConfig:
         None  # vectors of tokens that every layer receives
     )
     tail: Part | None = None  # after the feed-forward block, on the residual stream
+    # Bits of a weight of each projection that its files store quantized, scales included, by path
+    # of its kernel; for estimates only.
+    stored_bits: tuple[tuple[str, float], ...] = ()
     # Kinds of layers: the fields that differ from this config's. `models.stacks` gives each kind's
     # config; `windows` and `rope_index` list all layers of the model in order.
     kinds: tuple[tuple[tuple[str, Any], ...], ...] = ()

@@ -323,23 +323,29 @@ def attention_kernel(
     return ""
 
 
+def quantized_widths(base: ModelConfig, compute: ComputeConfig) -> dict[str, float]:
+    """Returns the bytes of a weight, scales included, of each projection that is stored quantized,
+    by path of its kernel: by ``--compute.quantize``, or otherwise as in the base's files."""
+    if compute.quantize == "none":
+        return {path: bits / 8 for path, bits in base.stored_bits}
+    projections = {f"{path}/kernel" for path in projection_shapes(base)}
+    pattern = re.compile(kernels(compute.quantize))
+    return dict.fromkeys(filter(pattern.search, projections), WIDTHS[compute.quantize])
+
+
 def weight_bytes(
     base: ModelConfig, compute: ComputeConfig
 ) -> tuple[float, float, float]:
     """Returns bytes of a base on one device: of its layers, outside of them, of quantized kernels
     as floats."""
     wide = float(compute.itemsize)
-    if compute.quantize == "none":
-        pattern = None
-    else:
-        pattern = re.compile(kernels(compute.quantize))
-    projections = {f"{path}/kernel" for path in projection_shapes(base)}
+    widths = quantized_widths(base, compute)
     layers = ends = expanded = 0.0
     for path, shape in param_shapes(base).items():
         size = wide * math.prod(shape)
-        if pattern is not None and path in projections and pattern.search(path):
+        if path in widths:
             expanded += size
-            size = WIDTHS[compute.quantize] * math.prod(shape)
+            size = widths[path] * math.prod(shape)
         if path.startswith("layers/"):
             layers += size
         else:
@@ -490,7 +496,8 @@ class _Share:
         self.rows = self.micro / (layout.data * self.split)
         self.tokens = self.rows * self.seq
         self.wide = float(config.compute.itemsize)
-        self.narrow = WIDTHS.get(config.compute.quantize, self.wide)
+        widths = quantized_widths(base, config.compute).values()
+        self.narrow = max(widths, default=self.wide)
         self.weights, self.ends, self.expanded = weight_bytes(base, config.compute)
         self.kernel = attention_kernel(where, base, self.rows, self.seq, layout.context)
         self.saves, self.offloads = (

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.planner import machines
 from nalora_jax.planner.figures import Figures
 from nalora_jax.weights import hub
+from nalora_jax.weights.quantization_config import quantization_of
+from nalora_jax.weights.quantized import stored_bits
 
 _BATCH = {
     "tokens": "int32",
@@ -102,9 +105,13 @@ def architecture(
             found=found,
             remedy=remedy,
         )
-    return ModelConfig.from_hf(
+    quantization = quantization_of(raw, where)
+    config = ModelConfig.from_hf(
         with_rope_scaling(raw, rope_scaling, where), where, images=images
     )
+    if quantization is None:
+        return config
+    return replace(config, stored_bits=stored_bits(quantization, config))
 
 
 def devices(where: machines.Topology) -> Sequence[jax.Device]:
@@ -196,7 +203,7 @@ def _program_and_state(
     parts = kind_of(config).parts(config, ImageProcessor())
     program = decoder_program(config, base, spec, mesh, **parts)
     weights = {
-        path: _weight(path, shape, config.compute)
+        path: _weight(path, shape, base, config.compute)
         for path, shape in stacks.param_shapes(base).items()
     }
     params = gathered(
@@ -303,12 +310,24 @@ def _batch(
     return batch
 
 
-def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
-    """Returns the shape of a frozen array as it is stored: as codes and scales if quantized."""
-    if compute.quantize == "none" or not re.search(kernels(compute.quantize), path):
+def _weight(
+    path: str, shape: tuple[int, ...], base: ModelConfig, compute: ComputeConfig
+) -> Any:
+    """Returns the shape of a frozen array in its storage form.
+
+    A kernel that the base's files store quantized has the form of `nalora_jax.ops.quantize` with as
+    many bytes: int8, or nf4.
+    """
+    kind = compute.quantized
+    bits = dict(base.stored_bits).get(path)
+    if kind is None and bits is not None:
+        kind = "int8"
+        if bits < 8 and shape[-2] % 64 == 0:
+            kind = "nf4"
+    if kind is None or not re.search(kernels(kind), path):
         return jax.ShapeDtypeStruct(shape, targets.leaf_dtype(path, compute.dtype))
     return jax.eval_shape(
-        partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32")
+        partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, "float32")
     )
 
 

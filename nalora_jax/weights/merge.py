@@ -10,6 +10,7 @@ the floats that they expand to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def _settings(
             settings = text_part(raw, "config.json")  # only the text model is here
             named = family_of(settings["model_type"]).class_name
             settings["architectures"] = list(filter(None, [named]))
-        ours = config.to_dict()
+        ours = replace(config, stored_bits=()).to_dict()
         images = config.vision is not None
         described = ModelConfig.from_hf(settings, images=images).to_dict()
         if fields := [name for name, value in described.items() if value != ours[name]]:

@@ -30,7 +30,7 @@ from nalora_jax.weights.quantization_config import (
     quantization_of,
     with_modelopt,
 )
-from nalora_jax.weights.quantized import QuantizedTensors
+from nalora_jax.weights.quantized import QuantizedTensors, stored_bits
 from nalora_jax.weights.shards import FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource, load_params, param_shardings
 
@@ -136,6 +136,8 @@ def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
     quantization = quantization_of(raw, str(where))
     raw = with_rope_scaling(raw, resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
+    if quantization is not None:
+        config = replace(config, stored_bits=stored_bits(quantization, config))
     if file is None:
         tokenizer = Tokenizer.from_folder(resolved.path)
     return ModelFiles(resolved, raw, config, tokenizer, file, quantization)
@@ -179,7 +181,8 @@ def load_weights(
         loaders=loaders,
     )
     params = gathered(params, WEIGHT_AXES)
-    source_of = origin(config, resolved, tensors, together=mesh is not None)
+    described = replace(config, stored_bits=())  # the fingerprint covers the files
+    source_of = origin(described, resolved, tensors, together=mesh is not None)
     if files.quantization is not None:
         # Of the weights: most tensors are scales.
         numbers = f"{files.quantization.describe()} in {number_formats(named)}"

@@ -55,6 +55,21 @@ class Scheme:
         optional = (self.zeros, self.outer, self.order, self.shape)
         return (self.codes, *self.scales, *filter(None, optional))
 
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, those of its group's scale and zero included."""
+        bits = 8
+        if self.element in ("int4", "e2m1"):
+            bits = 4
+        inputs, outputs = self.blocks[-1]
+        if not inputs:
+            return float(bits)
+        scale = 16
+        if not set(self.scale_formats) & set(FLOATS):
+            scale = 8
+        zero = 8 if self.zeros else 0  # in memory
+        return bits + (scale + zero) / (inputs * outputs)
+
 
 @dataclass(frozen=True)
 class Quantization:

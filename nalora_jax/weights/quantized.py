@@ -34,9 +34,10 @@ import numpy as np
 from jax.sharding import Sharding
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.quantize import MXFP4_LEVELS, kernels
 from nalora_jax.ops.scaled import RUN, ZEROS, Element, Scaled, Scaling
-from nalora_jax.weights.keymaps import KeyMap, SourceTensor
+from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for
 from nalora_jax.weights.quantization_config import FLOATS, Block, Quantization, Scheme
 from nalora_jax.weights.shards import DTYPES, FileTensor
 from nalora_jax.weights.tensors import DTYPES as DTYPES_OF
@@ -620,6 +621,22 @@ class QuantizedTensors(TensorSource):
             found=f"a tensor in {self._format(name)}",
             remedy="correct quantization_config, or download the folder again",
         )
+
+
+def stored_bits(
+    quantization: Quantization, config: ModelConfig
+) -> tuple[tuple[str, float], ...]:
+    """Returns `ModelConfig.stored_bits`: of stacks of kernels that are quantized in all layers."""
+    bits: dict[str, float] = {}
+    floats = set()
+    for tensor in keymap_for(config).tensors:
+        scheme = quantization.scheme(tensor.name.removesuffix(".weight"))
+        for slot in tensor.slots:
+            if scheme is None or not re.search(kernels("int8"), slot.path):
+                floats.add(slot.path)
+            else:
+                bits[slot.path] = max(scheme.bits, bits.get(slot.path, 0.0))
+    return tuple((path, bits[path]) for path in bits if path not in floats)
 
 
 def _file_grid(blocks: Block, packing: str) -> Block:

@@ -143,7 +143,7 @@ def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
     base = architecture(f"gpt-oss-{name}")
     compute = ComputeConfig(dtype="bfloat16", quantize="mxfp4")
     layers, ends, _ = weight_bytes(base, compute)
-    stored = [_weight(path, shape, compute) for path, shape in param_shapes(base).items()]
+    stored = [_weight(path, shape, base, compute) for path, shape in param_shapes(base).items()]
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
     assert layers + ends == pytest.approx(held, rel=1e-9)
     assert held == pytest.approx(released, rel=5e-3)

@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from nalora_jax.cli.planning.program import _weight, architecture
 from nalora_jax.common import buckets
 from nalora_jax.common.trees import flatten, size_bytes
-from nalora_jax.config import MeshConfig
+from nalora_jax.config import ComputeConfig, MeshConfig
 from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.layout.estimates import weight_bytes
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.ops.scaled import Scaled
 from nalora_jax.ops.storage import expand
 from nalora_jax.weights.base import load_model
@@ -154,6 +158,28 @@ def test_experts_stay_quantized_and_are_shared(tmp_path):
         assert (kernel.codes.dtype, kernel.shape) == ("uint8", (2, 4, 64, 96))
         found = tiny.logits_of(Decoder(model.config), {"params": model.params}, tokens)
         np.testing.assert_allclose(found, want, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["fp8 in blocks", "compressed int4 with zeros", "NVFP4", "AWQ"])
+def test_estimates_count_the_stored_bytes(tmp_path, name):
+    """Of the loaded model, of an estimate, and of the arrays of a compiled plan."""
+    settings, quantize = FORMATS[name]
+    sizes = SIZES | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    write_quantized(tmp_path, settings, quantize, sizes)
+    compute = ComputeConfig(dtype="bfloat16")
+    loaded = size_bytes(load_model(str(tmp_path), dtype="bfloat16").params)
+    base = architecture(str(tmp_path))
+    layers, ends, expanded = weight_bytes(base, compute)
+    assert layers + ends == pytest.approx(loaded, rel=0.02)
+    projections = [prod(shape) for shape in projection_shapes(base).values()]
+    assert expanded == 2 * 2 * sum(projections)
+    planned = [_weight(path, shape, base, compute) for path, shape in param_shapes(base).items()]
+    assert size_bytes(planned) == pytest.approx(loaded, rel=0.05)
+    describe(tmp_path, settings | {"ignore": ["mlp"], "modules_to_not_convert": ["mlp"]})
+    some = architecture(str(tmp_path))
+    assert {path for path, _ in some.stored_bits} == {
+        f"layers/attn/{name}_proj/kernel" for name in "qkvo"
+    }
 
 
 def test_other_leaves_are_dequantized_and_named_with_their_bytes(tmp_path, caplog):
