@@ -261,9 +261,7 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
             places.append(place)
         return replace(leaf, places=tuple(places))  # type: ignore[type-var]
 
-    return jax.tree.map(
-        marked, params, is_leaf=lambda leaf: isinstance(leaf, Coded)
-    )
+    return jax.tree.map(marked, params, is_leaf=lambda leaf: isinstance(leaf, Coded))
 
 
 def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding | None:

@@ -17,17 +17,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from nalora_jax.cli.planning.program import _weight, architecture
 from nalora_jax.common import buckets
 from nalora_jax.common.trees import flatten, size_bytes
 from nalora_jax.config import ComputeConfig, MeshConfig
-from nalora_jax.layout.distributed import make_mesh
-from nalora_jax.layout.estimates import weight_bytes
+from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.ops.scaled import Scaled
 from nalora_jax.ops.storage import expand
+from nalora_jax.planner.estimates import weight_bytes
+from nalora_jax.planner.program import _weight, architecture
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.keymaps import keymap_for
