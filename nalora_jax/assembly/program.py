@@ -25,7 +25,7 @@ from nalora_jax.assembly.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.assembly.objectives import NextToken
 from nalora_jax.assembly.optimizers import make_optimizer, with_learning_rate
 from nalora_jax.assembly.state_metrics import StateMetrics
-from nalora_jax.common.devices import RUN, WEIGHT_AXES
+from nalora_jax.common.devices import RUN, TENSOR, WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import distributed, sharding
@@ -160,7 +160,7 @@ def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
     """Checks that the mesh splits no attention head and no row that must be whole, and that
     adapters of a vision-language model have the default initialization."""
     distributed.check_heads(
-        mesh.shape["tensor"], n_heads=base.n_heads, n_kv_heads=key_heads(base)
+        mesh.shape[TENSOR], n_heads=base.n_heads, n_kv_heads=key_heads(base)
     )
     check_context(config, base, mesh)
     if base.vision is None:
@@ -169,7 +169,7 @@ def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
         expected = "default for a vision-language model"
         raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
     heads = base.vision.tower.n_heads
-    distributed.check_heads(mesh.shape["tensor"], n_heads=heads, n_kv_heads=heads)
+    distributed.check_heads(mesh.shape[TENSOR], n_heads=heads, n_kv_heads=heads)
 
 
 def decoder_program(
@@ -299,9 +299,7 @@ def run_program(
     if distributed.devices_per_run(mesh) > 1:
         options["lora_sharding"] = sharding.shardings(lora, mesh, sharding.STEP_RULES)
         # Masks have the blocks' channel shapes, [layers, ..., d_ff].
-        masks = {
-            sharding.fit_spec(P("tensor"), shape, mesh) for shape in shapes.values()
-        }
+        masks = {sharding.fit_spec(P(TENSOR), shape, mesh) for shape in shapes.values()}
         # Masks of all blocks share one layout; if "tensor" divides only some of them, none is
         # split.
         options["mask_sharding"] = NamedSharding(
@@ -364,12 +362,12 @@ def head_shardings(base: ModelConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
     if distributed.devices_per_run(mesh) == 1:
         return ()
     shape = (base.d_model, base.vocab_size)
-    layouts = [P(None, "tensor")]
+    layouts = [P(None, TENSOR)]
     if base.tie_embeddings:
-        weights = tuple(axis for axis in ("tensor", *WEIGHT_AXES) if axis in mesh.shape)
+        weights = tuple(axis for axis in (TENSOR, *WEIGHT_AXES) if axis in mesh.shape)
         # A tied head is the embedding, [vocab, d_model].
         shape = shape[::-1]
-        layouts = [P(weights, None), P("tensor", None)]
+        layouts = [P(weights, None), P(TENSOR, None)]
     return tuple(
         NamedSharding(mesh, sharding.fit_spec(spec, shape, mesh)) for spec in layouts
     )

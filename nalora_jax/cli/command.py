@@ -14,6 +14,7 @@ from tyro.conf import DisallowNone, PositionalMetavarFromFieldName
 
 from nalora_jax.cli import chat, doctor, evaluate, parser, plan, usage, verbs, verify
 from nalora_jax.common import buckets
+from nalora_jax.common.devices import AXES
 from nalora_jax.common.imports import import_files, installed_version
 from nalora_jax.config.checks import check_path
 from nalora_jax.config.structured import check_ranges, unknown
@@ -223,9 +224,7 @@ def _name_settings(argv: Sequence[str]) -> set[str]:
 
 # Accepted spellings, and the flags that replace them.
 _SHORT = {
-    ("--mesh", "auto"): tuple(
-        f"--mesh.{axis}=0" for axis in ("data", "fsdp", "context", "tensor")
-    ),
+    ("--mesh", "auto"): tuple(f"--mesh.{axis}=0" for axis in AXES),
     ("--data.max-length", "auto"): ("--data.max-length=0",),
     ("--optimizer.learning-rate", "auto"): ("--optimizer.learning-rate=0",),
     ("--mechanisms", "none"): ("--mechanisms",),

@@ -21,15 +21,15 @@ from typing import Any
 
 import jax
 
-# Axes of meshes.
-AXES = ("data", "fsdp", "context", "tensor")
-RUN = "run"
+# Axes of meshes, and the fields of `nalora_jax.config.MeshConfig` with their sizes.
+DATA = "data"
+FSDP = "fsdp"
 CONTEXT = "context"
-BATCH_AXES = (
-    "data",
-    "fsdp",
-)  # both split the rows of a batch; fsdp also splits weights
-WEIGHT_AXES = ("fsdp", CONTEXT)  # both split weights, which are gathered layer by layer
+TENSOR = "tensor"
+RUN = "run"
+AXES = (DATA, FSDP, CONTEXT, TENSOR)
+BATCH_AXES = (DATA, FSDP)  # both split the rows of a batch; fsdp also splits weights
+WEIGHT_AXES = (FSDP, CONTEXT)  # both split weights, which are gathered layer by layer
 
 
 def platform_name(device: jax.Device) -> str:

@@ -27,7 +27,7 @@ from nalora_jax.assembly.program import (
     run_program,
 )
 from nalora_jax.common import trees
-from nalora_jax.common.devices import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES, TENSOR
 from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import RunConfig, VisionConfig
 from nalora_jax.config.checks import Limits, trained_tables
@@ -421,7 +421,7 @@ def assemble_dual(
         raise context_error(shards, "encoders of images and texts")
     for tower in base.towers.values():
         distributed.check_heads(
-            mesh.shape["tensor"], n_heads=tower.n_heads, n_kv_heads=tower.n_heads
+            mesh.shape[TENSOR], n_heads=tower.n_heads, n_kv_heads=tower.n_heads
         )
     if config.lora.init != "default":
         expected = "default for image and text encoders"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from nalora_jax.common.devices import TENSOR
 from nalora_jax.config import config_from_dict
 from nalora_jax.loading.located import Located, found_adapter, locate, run_config
 from nalora_jax.mesh import distributed, sharding
@@ -100,7 +101,7 @@ def load(
         )
     if mesh is not None:
         distributed.check_heads(
-            mesh.shape["tensor"],
+            mesh.shape[TENSOR],
             n_heads=base.config.n_heads,
             n_kv_heads=key_heads(base.config),
         )

@@ -23,7 +23,9 @@ from nalora_jax.common.devices import (
     AXES,
     BATCH_AXES,
     CONTEXT,
+    DATA,
     RUN,
+    TENSOR,
     WEIGHT_AXES,
     domains,
     kind_of,
@@ -44,7 +46,7 @@ def platform_of(mesh: Mesh | None = None) -> Platform:
         tensor = 1
     else:
         devices = list(mesh.devices.flat)
-        tensor = int(mesh.shape.get("tensor", 1))
+        tensor = int(mesh.shape.get(TENSOR, 1))
     return Platform(
         platform_name(devices[0]), kind_of(devices[0]), len(devices), tensor
     )
@@ -156,8 +158,8 @@ def axis_sizes(
     n_devices //= groups
     sizes = {name: int(getattr(config, name)) for name in AXES}
     if not keep_open or -1 in sizes.values():
-        if sizes["data"] == 0 and -1 not in sizes.values():
-            sizes["data"] = -1
+        if sizes[DATA] == 0 and -1 not in sizes.values():
+            sizes[DATA] = -1
         sizes = {name: size or 1 for name, size in sizes.items()}
     elif min(size for name, size in sizes.items() if name != CONTEXT) > 0:
         sizes[CONTEXT] = sizes[CONTEXT] or 1
@@ -191,7 +193,7 @@ def axis_sizes(
             remedy=remedy,
         )
     sizes |= dict.fromkeys(free, n_devices // fixed)
-    data = groups * (sizes["data"] or n_devices // fixed)
+    data = groups * (sizes[DATA] or n_devices // fixed)
     if data % slices:
         raise NaloraError(
             "--mesh.data",
@@ -323,7 +325,7 @@ def make_global_batch(
     Raises:
       NaloraError: the rows cannot be split evenly.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     local_parts = len(process_rows(mesh, parts))
     lead: list[str | None] = [None] * rows_axis
     if rows_axis == 2 and RUN in mesh.shape:

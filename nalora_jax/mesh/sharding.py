@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.common.devices import CONTEXT, WEIGHT_AXES
+from nalora_jax.common.devices import CONTEXT, FSDP, TENSOR, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.low_rank import Adapted, Dense, adapted_dense, parallel_dense
 from nalora_jax.method.statistics import CHECK, COUNTS
@@ -37,19 +37,19 @@ Rules = Sequence[tuple[str, P]]
 # Per projection: name, mesh axis of its input, mesh axis of its output.
 _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
     # outputs are split over tensor
-    ("(q|q_b|k|v|kv_b|gate|up|in)_proj", "fsdp", "tensor"),
-    ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
-    ("(router|bcx_proj)", "fsdp", None),
-    ("(q|kv)_a_proj", "fsdp", None),  # latents of all heads
-    ("in_proj_(qkvz?|z)", "fsdp", "tensor"),
-    ("in_proj_(a|b|ba)", "fsdp", None),
+    ("(q|q_b|k|v|kv_b|gate|up|in)_proj", FSDP, TENSOR),
+    ("(o|down|out)_proj", TENSOR, FSDP),  # outputs are summed over tensor
+    ("(router|bcx_proj)", FSDP, None),
+    ("(q|kv)_a_proj", FSDP, None),  # latents of all heads
+    ("in_proj_(qkvz?|z)", FSDP, TENSOR),
+    ("in_proj_(a|b|ba)", FSDP, None),
 )
 # Frozen weights of experts and the number of their axes: [L, E, in, out] and [L, E, out].
 _WEIGHTS = (
     (re.compile(r"_proj/kernel(/codes|/scales)?$"), 4),
     (re.compile(r"_proj/bias$"), 3),
 )
-_WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
+_WHOLE = (TENSOR, FSDP)  # for axes that the train state splits over both
 
 
 def _kernel_rules() -> Rules:
@@ -78,19 +78,19 @@ def _adapter_rules(places: Mapping[str | None, Any]) -> Rules:
 # Frozen weights. There is no trailing default, so that a weight without a rule is an error and not
 # silently replicated.
 _TABLE_RULES: Rules = (
-    (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
-    (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),
+    (r"(^|/)embed/embedding$", P(TENSOR, FSDP)),
+    (r"(^|/)lm_head/kernel$", P(FSDP, TENSOR)),
 )
 PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
-    (r"(^|/)layer_embeddings/embedding$", P("tensor", "fsdp")),
-    (r"(^|/)layer_embeddings/projection/kernel$", P("fsdp", None)),
+    (r"(^|/)layer_embeddings/embedding$", P(TENSOR, FSDP)),
+    (r"(^|/)layer_embeddings/projection/kernel$", P(FSDP, None)),
     (r"norm/(scale|bias)$", P()),
     (r"(^|/)(conv/weight|a_log|dt_bias)$", P()),
     (r"(^|/)(router/(correction|scale)|shared_gate/kernel)$", P()),
     # Encoders: weights that are small compared with their layers.
-    (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)tokens/embedding$", P(TENSOR, FSDP)),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
     (
@@ -109,7 +109,7 @@ STATE_RULES: Rules = (
         r"(^|/)v_(row|col)/",
         P(),
     ),
-    *_adapter_rules({"fsdp": "fsdp", "tensor": _WHOLE}),
+    *_adapter_rules({FSDP: FSDP, TENSOR: _WHOLE}),
     *_TABLE_RULES,  # fully trained tables and their moments
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
     # checks.
@@ -121,10 +121,10 @@ STATE_RULES: Rules = (
 # Adapters and masks within a step: gathered over fsdp once, before the layers, and split over
 # tensor like their kernels.
 STEP_RULES: Rules = (
-    *_adapter_rules({"tensor": "tensor"}),
-    (r"(^|/)embed/embedding$", P("tensor", None)),
-    (r"(^|/)lm_head/kernel$", P(None, "tensor")),
-    (r"(^|/)mask$", P("tensor")),
+    *_adapter_rules({TENSOR: TENSOR}),
+    (r"(^|/)embed/embedding$", P(TENSOR, None)),
+    (r"(^|/)lm_head/kernel$", P(None, TENSOR)),
+    (r"(^|/)mask$", P(TENSOR)),
     (r"", P()),
 )
 
@@ -171,7 +171,7 @@ def _over_context(spec: P, mesh: Mesh) -> P:
     def widen(axis: Any) -> Any:
         names: list[str] = []
         for name in _names(axis):
-            if name == "fsdp":
+            if name == FSDP:
                 names += WEIGHT_AXES
             else:
                 names.append(name)
@@ -193,7 +193,7 @@ def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
     axes = tuple(name for name in WEIGHT_AXES if name in mesh.shape)
     for experts, inner in ((axes, None), (axes[:1], axes[1:] or None)):
         if shape[1] % math.prod(mesh.shape[name] for name in experts) == 0:
-            replaced = {"fsdp": inner, axes: inner}
+            replaced = {FSDP: inner, axes: inner}
             return P(experts, *(replaced.get(axis, axis) for axis in spec))
     return spec
 

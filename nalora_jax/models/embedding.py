@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.devices import BATCH_AXES, CONTEXT, WEIGHT_AXES
+from nalora_jax.common.devices import BATCH_AXES, CONTEXT, DATA, FSDP, RUN, WEIGHT_AXES
 from nalora_jax.method.ffn import frozen_kernel
 from nalora_jax.models.parts import RMSNorm, constrain
 from nalora_jax.ops.dispatch import Numerics
@@ -78,11 +78,11 @@ class Embedding(nn.Module):
             assert self.sharding is not None
             return NamedSharding(self.sharding.mesh, P(*spec))
 
-        sharded = constrain(tokens.reshape(shape), at(None, "data"))
+        sharded = constrain(tokens.reshape(shape), at(None, DATA))
         rows: jax.Array = take_rows(self.table(), sharded, numerics)
-        rows = constrain(rows, at(None, "data", None, WEIGHT_AXES))
+        rows = constrain(rows, at(None, DATA, None, WEIGHT_AXES))
         # One axis at a time: the compiler would exchange two axes by gathering the array.
-        rows = constrain(rows, at(CONTEXT, "data", None, "fsdp"))
+        rows = constrain(rows, at(CONTEXT, DATA, None, FSDP))
         rows = constrain(rows, at(CONTEXT, BATCH_AXES))
         return constrain(rows.reshape(*tokens.shape, -1), self.sharding)
 
@@ -125,7 +125,7 @@ def column_layouts(
     if sharding is None:
         return None, None
     sizes = dict(sharding.mesh.shape)
-    batch = sizes.pop("data", 1) * sizes.pop("run", 1)
+    batch = sizes.pop(DATA, 1) * sizes.pop(RUN, 1)
     if min(batch, *sizes.values()) == 1:
         return None, None
     data, *fsdp = sharding.spec[0]

@@ -31,6 +31,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.common.devices import FSDP, TENSOR
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import SampledWeights
 from nalora_jax.models.blocks import GatedBlock
@@ -49,9 +50,6 @@ from nalora_jax.models.routing import RouterSpec
 from nalora_jax.ops.quantize import Coded
 from nalora_jax.ops.reductions import count, first_alone
 from nalora_jax.ops.storage import Kernel, in_stored_layout, round_and_save
-
-_AXIS = "tensor"  # the mesh axis that splits the experts' channels
-_OVER = "fsdp"  # the mesh axis that splits the experts
 
 
 class MoEFFN(nn.Module):
@@ -214,13 +212,13 @@ def on_mesh(
     rows = sharding.spec[0]
     mesh = sharding.mesh
     axis = None
-    if _splits(layer, mesh.shape.get(_AXIS, 1)):
-        axis = _AXIS
-    devices = mesh.shape.get(_OVER, 1)  # that hold the same number of experts each
-    shares = devices > 1 and layer.gate.kernel.shape[0] % devices == 0 and _OVER in rows
+    if _splits(layer, mesh.shape.get(TENSOR, 1)):
+        axis = TENSOR
+    devices = mesh.shape.get(FSDP, 1)  # that hold the same number of experts each
+    shares = devices > 1 and layer.gate.kernel.shape[0] % devices == 0 and FSDP in rows
     over = None
     if shares:
-        over = _OVER
+        over = FSDP
     sends = shares and keys is None and _sends(sharding, x, layer, config, experts)
 
     def local(
@@ -279,9 +277,9 @@ def _sends(
         return experts == "send"
     rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
     kernels = jax.tree.leaves([e.kernel for e in (layer.gate, layer.up, layer.down)])
-    size = sum(leaf.nbytes for leaf in kernels) / sharding.mesh.shape.get(_AXIS, 1)
+    size = sum(leaf.nbytes for leaf in kernels) / sharding.mesh.shape.get(TENSOR, 1)
     return exchanges_less(
-        rows, x.shape[-1], size, x.dtype.itemsize, sharding.mesh.shape[_OVER]
+        rows, x.shape[-1], size, x.dtype.itemsize, sharding.mesh.shape[FSDP]
     )
 
 

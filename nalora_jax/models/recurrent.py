@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.common.devices import TENSOR
 from nalora_jax.method import activations
 from nalora_jax.models.cache import Recurrent
 from nalora_jax.models.config import Mixer, ModelConfig, Shapes
@@ -227,8 +228,8 @@ class GatedDeltaNetLayer(nn.Module):
         heads = self.sizes.key_heads
         sharding = self.options.sharding
         if sharding is not None:
-            if heads % sharding.mesh.shape.get("tensor", 1) == 0:
-                axis = "tensor"
+            if heads % sharding.mesh.shape.get(TENSOR, 1) == 0:
+                axis = TENSOR
             else:
                 axis = None
             sharding = NamedSharding(sharding.mesh, P(sharding.spec[0], None, axis))

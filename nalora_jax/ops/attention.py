@@ -26,6 +26,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.common.devices import TENSOR
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.reductions import in_tiles, of_tiles
 from nalora_jax.ops.storage import (
@@ -75,9 +76,9 @@ class AttentionConfig:
     @property
     def head_axis(self) -> str | None:
         """The mesh axis that splits heads; None if the mesh does not have it."""
-        if self.sharding is None or "tensor" not in self.sharding.mesh.shape:
+        if self.sharding is None or TENSOR not in self.sharding.mesh.shape:
             return None
-        return "tensor"
+        return TENSOR
 
 
 class Keys(NamedTuple):

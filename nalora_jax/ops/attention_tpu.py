@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.devices import CONTEXT
+from nalora_jax.common.devices import CONTEXT, TENSOR
 from nalora_jax.ops.attention import (
     QKV,
     AttentionConfig,
@@ -193,7 +193,7 @@ def split_splash_attention(
     scaled = saved_heads((q * config.scale, k, v), config, numerics)
     q, k, v = (x.astype(numerics.operand) for x in scaled)
     shards = shards_of(sharding)
-    device_heads = q.shape[2] // sharding.mesh.shape.get("tensor", 1)
+    device_heads = q.shape[2] // sharding.mesh.shape.get(TENSOR, 1)
     seq = 2 * shards * block
     windows = config.windows or (seq,)
     # Windows that need the keys of the entire row.

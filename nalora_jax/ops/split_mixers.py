@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.devices import BATCH_AXES, CONTEXT
+from nalora_jax.common.devices import BATCH_AXES, CONTEXT, TENSOR
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.causal_conv import causal_conv
 from nalora_jax.ops.delta_rule import DeltaInputs, gated_delta_rule, segment_runs
@@ -122,10 +122,10 @@ def _states_before(summary: Array, d_v: int) -> Array:
 
 def _over_tensor(sharding: NamedSharding, size: int) -> str | None:
     """Returns the mesh axis "tensor" if it divides ``size``."""
-    parts = sharding.mesh.shape.get("tensor", 0)
+    parts = sharding.mesh.shape.get(TENSOR, 0)
     if not parts or size % parts:
         return None
-    return "tensor"
+    return TENSOR
 
 
 def _mapped(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from nalora_jax.common.devices import AXES
+from nalora_jax.common.devices import AXES, DATA, FSDP, RUN, TENSOR
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.kinds.record import kind_of
 from nalora_jax.mesh import distributed
@@ -134,7 +134,7 @@ class Layout:
 
     def into(self, config: RunConfig) -> RunConfig:
         """Returns ``config`` with the mesh and the policies of the layout."""
-        names = ("data", "fsdp", "tensor", "run", "runs_per_device")
+        names = (DATA, FSDP, TENSOR, RUN, "runs_per_device")
         mesh = replace(config.mesh, **{name: getattr(self, name) for name in names})
         if self.context > 1:
             mesh = replace(mesh, context=self.context)

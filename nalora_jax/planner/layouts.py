@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import jax
 
+from nalora_jax.common.devices import CONTEXT, DATA, FSDP, TENSOR
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import distributed
@@ -173,17 +174,17 @@ def candidates(
     asked_for_both = "auto" not in (config.compute.remat, config.compute.experts)
     fixed = distributed.axis_sizes(config.mesh, size, where.slices, keep_open=True)
     distributed.check_heads(
-        max(fixed["tensor"], 1), n_heads=base.n_heads, n_kv_heads=heads
+        max(fixed[TENSOR], 1), n_heads=base.n_heads, n_kv_heads=heads
     )
     divisors = [n for n in range(1, size + 1) if size % n == 0]
     for tensor, fsdp, context in itertools.product(divisors, repeat=3):
         data, rest = divmod(size, tensor * fsdp * context)
-        sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+        sizes = {DATA: data, FSDP: fsdp, CONTEXT: context, TENSOR: tensor}
         if rest or any(fixed[name] not in (0, axis) for name, axis in sizes.items()):
             continue
         if micro % (data * fsdp) or data % where.slices:
             continue
-        if not fixed["tensor"]:
+        if not fixed[TENSOR]:
             in_a_node = where.chip.platform != "gpu" or where.dims[-1] % tensor == 0
             if (
                 tensor > _MOST_TENSOR
@@ -192,7 +193,7 @@ def candidates(
                 or not in_a_node
             ):
                 continue
-        if context > 1 and not fixed["context"]:
+        if context > 1 and not fixed[CONTEXT]:
             whole_rows = micro != data * fsdp
             if whole_rows or not _splits_well(
                 base, where, config.data.max_length, context
