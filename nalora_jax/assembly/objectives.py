@@ -14,8 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
 
+from nalora_jax.common.devices import RUN
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.targets import ROWS, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
@@ -28,6 +28,8 @@ from nalora_jax.ops.losses import (
     target_losses,
     trained_cross_entropy,
 )
+from nalora_jax.ops.reductions import count
+from nalora_jax.ops.shardings import UNSHARDED, Shardings
 from nalora_jax.ops.split_rows import joined, shards_of, split
 from nalora_jax.ops.storage import in_stored_layout
 
@@ -43,12 +45,7 @@ class NextToken:
     head: Head
     numerics: Numerics
     loss_chunk: int = 0
-    batch_shards: int = 1  # parts that the mesh splits the batch into
-    # Layouts that the head's kernel takes in turn; the loss reads the last one.
-    head_shardings: tuple[NamedSharding, ...] = ()
-    row_sharding: NamedSharding | None = None  # of hidden states
-    # The loss of a mesh's runs has chunks of fixed rows: the others are as many as one run needs.
-    has_runs: bool = False
+    shardings: Shardings = UNSHARDED  # of hidden states and of the head
 
     def loss(
         self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
@@ -104,7 +101,7 @@ class NextToken:
 
     def parts(self, values: jax.Array) -> jax.Array:
         """Returns values of tokens ``[rows, seq]`` in the layout of the hidden states."""
-        return split(values, self.row_sharding)
+        return split(values, self.shardings.rows)
 
     def trained_head(
         self, lora: Mapping[str, Any], params: Any
@@ -133,21 +130,31 @@ class NextToken:
             kernel = params["embed"]["embedding"]
         else:
             kernel = params["lm_head"]["kernel"]
-        # Gathered once, for all chunks of the loss, in up to two steps (`head_shardings`).
-        for sharding in self.head_shardings:
+        # Gathered once, for all chunks of the loss, in up to two steps.
+        for sharding in self.shardings.head:
             kernel = lax.with_sharding_constraint(kernel, sharding)
             # Between two steps the kernel keeps its row-major layout on a TPU; XLA would choose
             # another one for the loss, and transpose.
-            if sharding is not self.head_shardings[-1]:
+            if sharding is not self.shardings.head[-1]:
                 kernel = jax.tree.map(
                     lambda x: in_stored_layout(x, self.numerics), kernel
                 )
         return kernel
 
     @property
+    def batch_shards(self) -> int:
+        """Returns the number of parts that the mesh splits the batch into."""
+        return count(self.shardings.rows)
+
+    @property
     def is_compact(self) -> bool:
-        """Returns True if the loss gathers the rows that have a target."""
-        return self.batch_shards == 1 and not self.has_runs
+        """Returns True if the loss gathers the rows that have a target.
+
+        The loss of runs on several devices each has chunks of fixed rows: a run would need as many
+        chunks as the one with most targets.
+        """
+        rows = self.shardings.rows
+        return rows is None or (self.batch_shards == 1 and RUN not in rows.mesh.shape)
 
     def cross_entropy(
         self, hidden: jax.Array, params: Any, batch: Batch, weights: jax.Array
@@ -180,14 +187,14 @@ class NextToken:
             compact=self.is_compact,
             shards=self.batch_shards,
         )
-        return joined(losses, self.row_sharding, batch["tokens"].shape[1])
+        return joined(losses, self.shardings.rows, batch["tokens"].shape[1])
 
     def _chunk(self, hidden: jax.Array) -> int:
         """Returns the rows of a chunk of logits on a device; 0 leaves it to the loss.
 
         A part of a row has at least four chunks: rows are split because memory is short.
         """
-        if self.loss_chunk or shards_of(self.row_sharding) == 1:
+        if self.loss_chunk or shards_of(self.shardings.rows) == 1:
             return self.loss_chunk
         tokens = hidden.shape[0] * hidden.shape[1] // self.batch_shards
         return min(rows_of_chunk(self.model.config.vocab_size), -(-tokens // 4))

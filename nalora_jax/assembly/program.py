@@ -17,15 +17,14 @@ from typing import Any
 import chex
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from nalora_jax.assembly.adalora import adalora
 from nalora_jax.assembly.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.assembly.objectives import NextToken
 from nalora_jax.assembly.optimizers import make_optimizer, with_learning_rate
 from nalora_jax.assembly.state_metrics import StateMetrics
-from nalora_jax.common.devices import RUN, TENSOR, WEIGHT_AXES
+from nalora_jax.common.devices import TENSOR
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import distributed, sharding
@@ -55,6 +54,7 @@ from nalora_jax.models.stacks import gate_blocks, key_heads, stacks
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.losses import Head
+from nalora_jax.ops.shardings import Shardings
 from nalora_jax.ops.split_rows import block_length
 from nalora_jax.ops.storage import prepare
 
@@ -89,7 +89,8 @@ class RunProgram:
         stats = None
         if self.model.stats:
             stats = replace(self.model.stats, sharding=None)
-        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
+        routed = Shardings(routed=self.model.shardings.routed)
+        return self.model.clone(remat="none", stats=stats, shardings=routed)
 
     def fresh(self, lora: Any, key: jax.Array) -> TrainState:
         """Returns the state before the first step, for adapters and the data of a random key."""
@@ -117,7 +118,7 @@ class RunProgram:
             step,
             # The state.
             donate_argnums=(1,),
-            out_shardings=(places, NamedSharding(self.mesh, P())),
+            out_shardings=(places, distributed.replicated(self.mesh)),
             compiler_options=distributed.compiler_options(self.mesh),
         )
         if self.config.debug.check_gates:
@@ -194,7 +195,7 @@ def decoder_program(
         model = build_model(config, base, spec, mesh, module)
 
     def objective_of(model: Decoder) -> Objective:
-        plain = next_token(base, model, config.compute, mesh)
+        plain = next_token(base, model, config.compute)
         return plain if objective is None else objective(plain)
 
     lora = adapter_shapes(base, spec)
@@ -220,19 +221,22 @@ def build_model(
     """
     compute = config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
+    channels = [shape for shape, _ in measured_blocks(base, spec).values()]
+    shardings = sharding.step_shardings(
+        mesh, adapter_shapes(base, spec), channels, base
+    )
     return module(
         base,
         spec,
         numerics,
         remat=chosen_remat(compute.remat, base.d_model, numerics),
-        stats=gate_stats(config, mesh),
-        activation_sharding=distributed.row_sharding(mesh),
-        routing_sharding=distributed.row_sharding(mesh) if base.n_experts else None,
+        stats=gate_stats(config, shardings),
+        shardings=shardings,
         experts=chosen_experts(compute.experts, compute.remat),
     )
 
 
-def gate_stats(config: RunConfig, mesh: Mesh) -> GateStatsConfig:
+def gate_stats(config: RunConfig, shardings: Shardings) -> GateStatsConfig:
     """Returns the measurements of a run's gates, with the checks of ``--debug.check-gates`` if they
     are on."""
     compute = config.compute
@@ -242,7 +246,7 @@ def gate_stats(config: RunConfig, mesh: Mesh) -> GateStatsConfig:
         compute.probe_stride,
         compute.stats_positions,
         checks=GateChecks(debug.tolerance) if debug.check_gates else None,
-        sharding=distributed.row_sharding(mesh),
+        sharding=shardings.rows,
     )
 
 
@@ -296,15 +300,6 @@ def run_program(
         return whole
 
     options: dict[str, Any] = {}
-    if distributed.devices_per_run(mesh) > 1:
-        options["lora_sharding"] = sharding.shardings(lora, mesh, sharding.STEP_RULES)
-        # Masks have the blocks' channel shapes, [layers, ..., d_ff].
-        masks = {sharding.fit_spec(P(TENSOR), shape, mesh) for shape in shapes.values()}
-        # Masks of all blocks share one layout; if "tensor" divides only some of them, none is
-        # split.
-        options["mask_sharding"] = NamedSharding(
-            mesh, masks.pop() if len(masks) == 1 else P()
-        )
     if config.debug.check_gates:
         # Experts count their own tokens, and blocks of image and text towers read others than the
         # batch's.
@@ -320,10 +315,9 @@ def run_program(
         # In a sweep whose runs have a device each, the step is a program of one device.
         numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
         module = model.clone(adapters=adapters, numerics=numerics)
-        rows = distributed.row_sharding(mesh)
         metrics = layer_metrics(mechanisms)
         settings = StepConfig(
-            mechanisms, shapes, stats_sharding=rows, metrics=metrics, **options
+            mechanisms, shapes, model.shardings, metrics=metrics, **options
         )
         return make_train_step(
             optimizer(mechanisms, numbers), settings, objective(module)
@@ -351,41 +345,14 @@ def measured_blocks(
     }
 
 
-def head_shardings(base: ModelConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
-    """Returns the layouts that the head's kernel takes before the loss; none on one device.
-
-    The loss reads a kernel that only "tensor" splits, along the vocabulary: it processes the batch
-    in chunks, and a kernel that is split over "fsdp" would be gathered in each of them. An
-    embedding, whose columns "fsdp" splits, is first split by rows: gathered columns would be padded
-    to a TPU's tiles and transposed, 6.7 GB for the 2.8 GB of Gemma 4 31B over 32 chips.
-    """
-    if distributed.devices_per_run(mesh) == 1:
-        return ()
-    shape = (base.d_model, base.vocab_size)
-    layouts = [P(None, TENSOR)]
-    if base.tie_embeddings:
-        weights = tuple(axis for axis in (TENSOR, *WEIGHT_AXES) if axis in mesh.shape)
-        # A tied head is the embedding, [vocab, d_model].
-        shape = shape[::-1]
-        layouts = [P(weights, None), P(TENSOR, None)]
-    return tuple(
-        NamedSharding(mesh, sharding.fit_spec(spec, shape, mesh)) for spec in layouts
-    )
-
-
-def next_token(
-    base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh
-) -> NextToken:
-    """Returns the cross-entropy of a model's next tokens, with the layout of the loss on a mesh."""
+def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig) -> NextToken:
+    """Returns the cross-entropy of a model's next tokens, with the model's shardings."""
     return NextToken(
         model,
         Head(base.tie_embeddings, base.final_softcap, base.logit_scale),
         model.numerics,
         compute.loss_chunk,
-        distributed.batch_shards(mesh),
-        head_shardings(base, mesh),
-        distributed.row_sharding(mesh),
-        RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
+        model.shardings,
     )
 
 

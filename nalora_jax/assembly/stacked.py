@@ -8,20 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import RUN
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch, TrainState
-
-
-def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
-    """Returns the sharding of ``[runs, ...]`` for the sharding of one run's array."""
-    axis = None
-    if RUN in mesh.shape:
-        axis = RUN
-    return NamedSharding(mesh, P(axis, *solo.spec))
 
 
 def step_of_runs(
@@ -85,7 +77,7 @@ def step_of_runs(
         of_runs = jax.shard_map(
             together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
         )
-    out = stacked_sharding(mesh, NamedSharding(mesh, P()))
+    out = distributed.stacked_sharding(mesh, distributed.replicated(mesh))
     options = distributed.compiler_options(mesh)
     return jax.jit(
         of_runs, donate_argnums=1, out_shardings=(places, out), compiler_options=options

@@ -360,8 +360,8 @@ class _Search:
             path: shape
             for path, (shape, _) in measured_blocks(base, self._spec).items()
         }
-        config = StepConfig(none, blocks, stats_sharding=model.stats.sharding)
-        objective = next_token(base, model, assembly.config.compute, mesh)
+        config = StepConfig(none, blocks, model.shardings)
+        objective = next_token(base, model, assembly.config.compute)
         evaluate = micro_gradients(objective, config)
 
         def gradients(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
@@ -370,7 +370,7 @@ class _Search:
                 lambda b, k: evaluate(params, lora, {}, b, k), batch, jax.random.key(0)
             )
             stats = over_shards(
-                sums["stats"], statistics.STANDARD, config.stats_sharding
+                sums["stats"], statistics.STANDARD, config.shardings.rows
             )
             return sums | {"stats": stats}
 

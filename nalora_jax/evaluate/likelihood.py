@@ -42,6 +42,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.ropes import sharing_length
 from nalora_jax.models.stacks import stacks
+from nalora_jax.ops.shardings import Shardings
 from nalora_jax.ops.split_rows import joined
 from nalora_jax.ops.storage import prepare
 
@@ -171,7 +172,7 @@ def _stems_and_tails(
     )
     rows, size = stem["tokens"].shape
     if size == 0:
-        hidden = joined(call(), model.activation_sharding, tail)
+        hidden = joined(call(), model.shardings.rows, tail)
     else:
         # Keys and values of the stems for every lane, with room for the tails.
         _, cache = model.apply(
@@ -512,4 +513,5 @@ def for_rows(
         mixer = stack.config.mixer
         if mixer is not None and not mixer.splits_rows:
             return model
-    return model.clone(activation_sharding=row_sharding(mesh))
+    rows = row_sharding(mesh)
+    return model.clone(shardings=Shardings(rows, rows))

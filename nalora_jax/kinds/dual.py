@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from nalora_jax.assembly.optimizers import with_learning_rate
 from nalora_jax.assembly.program import (
@@ -27,7 +25,7 @@ from nalora_jax.assembly.program import (
     run_program,
 )
 from nalora_jax.common import trees
-from nalora_jax.common.devices import BATCH_AXES, TENSOR
+from nalora_jax.common.devices import TENSOR
 from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import RunConfig, VisionConfig
 from nalora_jax.config.checks import Limits, trained_tables
@@ -53,14 +51,16 @@ from nalora_jax.evaluate.images import (
 from nalora_jax.kinds.inputs import settled, stream_shape
 from nalora_jax.kinds.record import Built, Described, Inputs, Job, Kind, register_kind
 from nalora_jax.loading.adapted_dual import AdaptedDual
-from nalora_jax.mesh import distributed, processes
+from nalora_jax.mesh import distributed, processes, sharding
 from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.method.step import Batch, Evaluated, TrainState
+from nalora_jax.models.parts import constrain
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
 from nalora_jax.ops.dispatch import numerics_for
+from nalora_jax.ops.shardings import RowSharding, of_mesh
 from nalora_jax.weights.dual import JOIN, LoadedDual, described_dual, load_dual
 from nalora_jax.weights.peft import export_adapter, verify_export
 
@@ -288,7 +288,7 @@ def with_classes(
             "class prompts: %d features made once, since the text tower stays as it is",
             len(features),
         )
-    replicated = NamedSharding(mesh, P())
+    replicated = distributed.replicated(mesh)
     arrays = {
         name: jax.make_array_from_callback(value.shape, replicated, value.__getitem__)
         for name, value in inputs.items()
@@ -430,6 +430,13 @@ def assemble_dual(
     lora = init_lora(base, spec, jax.random.key(config.seed), params)
     compute = config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
+    adapted = {name: base.towers[name] for name in adapted_towers(spec)}
+    blocks = {
+        f"{name}/layers/ffn": ((t.n_layers, t.d_ff), t.activation)
+        for name, t in adapted.items()
+    }
+    channels = [shape for shape, _ in blocks.values()]
+    shardings = sharding.step_shardings(mesh, lora, channels)
     model = DualEncoder(
         base,
         spec,
@@ -437,23 +444,16 @@ def assemble_dual(
         remat=chosen_remat(
             compute.remat, base.image.d_model, numerics, gated=base.image.gated
         ),
-        stats=gate_stats(config, mesh),
-        activation_sharding=distributed.row_sharding(mesh),
+        stats=gate_stats(config, shardings),
+        shardings=shardings,
     )
-    # On one device the contrastive loss needs no layout constraints.
-    shared = mesh if distributed.devices_per_run(mesh) > 1 else None
 
     def objective(model: DualEncoder) -> Classify | Contrast:
-        towers = Towers(model, processor, shared)
+        towers = Towers(model, processor)
         if config.vision.task == "classify":
             return Classify(towers)
         return Contrast(towers, base.loss)
 
-    adapted = {name: base.towers[name] for name in adapted_towers(spec)}
-    blocks = {
-        f"{name}/layers/ffn": ((t.n_layers, t.d_ff), t.activation)
-        for name, t in adapted.items()
-    }
     # Without adapters no gate is measured, and any activation serves.
     activation = next(iter(adapted.values()), base.image).activation
     config = with_learning_rate(config)
@@ -488,7 +488,6 @@ class Towers:
 
     model: DualEncoder
     processor: ImageProcessor
-    mesh: Mesh | None = None
 
     def images(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array
@@ -599,7 +598,9 @@ class Contrast:
         function = sigmoid_contrastive
         if self.kind == "softmax":
             function = softmax_contrastive
-        return Evaluated(function(images, texts, scale, bias, self.towers.mesh))
+        return Evaluated(
+            function(images, texts, scale, bias, self.towers.model.shardings.rows)
+        )
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the number of pairs, twice."""
@@ -612,7 +613,7 @@ def softmax_contrastive(
     texts: jax.Array,
     scale: jax.Array,
     bias: jax.Array,
-    mesh: Mesh | None = None,
+    rows: RowSharding = None,
 ) -> jax.Array:
     """Returns CLIP's loss (arXiv 2103.00020), summed over rows: the mean of both cross-entropies.
 
@@ -620,9 +621,9 @@ def softmax_contrastive(
       images, texts: normalised ``[rows, features]``; row i of one belongs to row i of the other.
       scale: scale of the cosine similarities.
       bias: unused; a softmax does not depend on it.
-      mesh: devices that the rows are split over; each compares its rows with all rows.
+      rows: sharding of the rows; each device compares its rows with all rows.
     """
-    own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
+    own_images, own_texts = (constrain(x, rows) for x in (images, texts))
     total = jnp.zeros((), jnp.float32)
     # Images among all texts, then texts among all images. The candidates are gathered from all
     # devices; a row's positive pair is on its own device.
@@ -631,7 +632,7 @@ def softmax_contrastive(
         (own_texts, images, own_images),
     ):
         logits = scale * jnp.einsum(
-            "if,jf->ij", anchors, _placed(candidates, mesh, P()), precision="highest"
+            "if,jf->ij", anchors, _gathered(candidates, rows), precision="highest"
         )
         total += jnp.sum(
             jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(anchors * pair, axis=1)
@@ -644,18 +645,18 @@ def sigmoid_contrastive(
     texts: jax.Array,
     scale: jax.Array,
     bias: jax.Array,
-    mesh: Mesh | None = None,
+    rows: RowSharding = None,
 ) -> jax.Array:
     """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy of each
     pair.
 
     The arguments are as for `softmax_contrastive`; ``bias`` is added to the scaled similarities.
     """
-    own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
+    own_images, own_texts = (constrain(x, rows) for x in (images, texts))
     logits = (
         scale
         * jnp.einsum(
-            "if,jf->ij", own_images, _placed(texts, mesh, P()), precision="highest"
+            "if,jf->ij", own_images, _gathered(texts, rows), precision="highest"
         )
         + bias
     )
@@ -665,11 +666,11 @@ def sigmoid_contrastive(
     return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(matching)
 
 
-def _placed(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
-    """Returns ``x`` constrained to a layout on the mesh; unchanged without a mesh."""
-    if mesh is None:
+def _gathered(x: jax.Array, rows: RowSharding) -> jax.Array:
+    """Returns ``x`` with all of its rows on every device."""
+    if rows is None:
         return x
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return constrain(x, of_mesh(rows))
 
 
 KIND = register_kind(

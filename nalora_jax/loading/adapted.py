@@ -19,6 +19,7 @@ from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.dispatch import numerics_for
+from nalora_jax.ops.shardings import Shardings
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.hub import resolve_source
@@ -110,8 +111,8 @@ def load(
         )
     numerics = numerics_for(dtype, platform_of(mesh), implementation)
     # Only the routing of experts needs a constraint.
-    routing = distributed.row_sharding(mesh) if base.config.n_experts else None
-    module = decoder_for(base.config, spec, numerics, routing_sharding=routing)
+    shardings = Shardings(routed=distributed.row_sharding(mesh))
+    module = decoder_for(base.config, spec, numerics, shardings=shardings)
     return AdaptedModel(base, module, lora, located)
 
 

@@ -37,6 +37,7 @@ from nalora_jax.common.devices import (
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.dispatch import Platform
+from nalora_jax.ops.shardings import RowSharding, ways
 
 
 def platform_of(mesh: Mesh | None = None) -> Platform:
@@ -221,12 +222,7 @@ def context_size(mesh: Mesh | None) -> int:
     return mesh.shape.get(CONTEXT, 1)
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Returns the number of parts that the tokens of a batch are split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES) * context_size(mesh)
-
-
-def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
+def row_sharding(mesh: Mesh | None) -> RowSharding:
     """Returns the sharding of ``[batch, seq, d_model]`` by rows; None if each run has one device.
 
     The parts of split rows are rows of this array (`nalora_jax.ops.split_rows`).
@@ -237,6 +233,24 @@ def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
     if CONTEXT in mesh.shape:
         axes = (CONTEXT, *axes)
     return NamedSharding(mesh, P(axes))
+
+
+def batch_sharding(mesh: Mesh, *lead: str | None) -> NamedSharding:
+    """Returns the sharding of a batch by rows, after axes that are split over ``lead``."""
+    return NamedSharding(mesh, P(*lead, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays that every device has as a whole."""
+    return NamedSharding(mesh, P())
+
+
+def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
+    """Returns the sharding of ``[runs, ...]`` for the sharding of one run's array."""
+    axis = None
+    if RUN in mesh.shape:
+        axis = RUN
+    return NamedSharding(mesh, P(axis, *solo.spec))
 
 
 def devices_per_run(mesh: Mesh) -> int:
@@ -325,12 +339,12 @@ def make_global_batch(
     Raises:
       NaloraError: the rows cannot be split evenly.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = prompt_shards(mesh)
     local_parts = len(process_rows(mesh, parts))
     lead: list[str | None] = [None] * rows_axis
     if rows_axis == 2 and RUN in mesh.shape:
         lead[0] = RUN
-    sharding = NamedSharding(mesh, P(*lead, BATCH_AXES))
+    sharding = batch_sharding(mesh, *lead)
 
     def whole(value: np.ndarray) -> jax.Array:
         rows = value.shape[rows_axis] * parts // local_parts
@@ -464,18 +478,14 @@ def prompt_shards(mesh: Mesh | None) -> int:
     generation."""
     if mesh is None:
         return 1
-    return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
+    return ways(mesh, BATCH_AXES)
 
 
 def place_batch(tree: Any, mesh: Mesh | None) -> Any:
     """Returns host arrays ``[batch, ...]`` placed on the mesh; without a mesh, unchanged."""
     if mesh is None:
         return tree
-    return jax.device_put(tree, NamedSharding(mesh, P(_batch_axes(mesh))))
-
-
-def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    return jax.device_put(tree, batch_sharding(mesh))
 
 
 # Rows that are generated at once on each shard of a batch.

@@ -29,7 +29,6 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding
 
 from nalora_jax.common import trees
 from nalora_jax.method import activations, statistics
@@ -43,6 +42,7 @@ from nalora_jax.method.low_rank import (
 )
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import by_shard, sampled, sampled_weights
+from nalora_jax.ops.shardings import RowSharding
 from nalora_jax.ops.storage import dot
 
 
@@ -59,7 +59,7 @@ class GateStatsConfig:
     )
     checks: GateChecks | None = None
     # Of [batch, seq, d_model]. If it splits the rows, sums have a leading axis [shards].
-    sharding: NamedSharding | None = None
+    sharding: RowSharding = None
 
     def of_rows(self, length: int) -> GateStatsConfig:
         """Returns the configuration with the strides for rows of ``length`` positions."""
@@ -311,7 +311,7 @@ class GateChecks:
         delta: Array | LowRankHidden | None,
         activation: Activation,
         numerics: Numerics,
-        sharding: NamedSharding | None,
+        sharding: RowSharding,
     ) -> dict[str, Array]:
         """Returns the checks of a block's ``(z, u, phi(z) u)``, by shard if ``sharding`` splits
         rows."""

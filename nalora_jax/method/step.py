@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.sharding import NamedSharding
 
 from nalora_jax.common import trees
 from nalora_jax.method import statistics
@@ -34,6 +33,7 @@ from nalora_jax.method.transform import (
     own_factors,
 )
 from nalora_jax.ops.reductions import count, pinned
+from nalora_jax.ops.shardings import UNSHARDED, RowSharding, Shardings
 
 Batch = Mapping[str, Array]
 BlockStats = dict[str, dict[str, Array]]  # by block, then by statistic
@@ -90,11 +90,7 @@ class StepConfig:
     mechanisms: Mechanisms
     # channel shape of each measured block, e.g. (L, d_ff)
     blocks: Mapping[str, tuple[int, ...]]
-    # Of adapters and masks within the step, if the state is sharded further.
-    lora_sharding: Any = None
-    mask_sharding: NamedSharding | None = None
-    # the blocks' (`measurement.GateStatsConfig`)
-    stats_sharding: NamedSharding | None = None
+    shardings: Shardings = UNSHARDED
     # Log metrics from a block's statistics, the mechanisms' own factors and their products.
     metrics: Callable[[BlockStats, BlockStats, Factors], Any] | None = None
     checks: tuple[str, ...] = ()  # names of the blocks' checks
@@ -156,11 +152,11 @@ def make_train_step(
         masks = _nested({path: {"mask": m} for path, m in masks_of_blocks.items()})
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         lora = state.lora
-        if config.lora_sharding is not None:  # gathered once, not in every layer
-            lora = lax.with_sharding_constraint(lora, config.lora_sharding)
+        shardings = config.shardings
+        if shardings.adapters is not None:  # gathered once, not in every layer
+            lora = lax.with_sharding_constraint(lora, shardings.adapters)
             masks = jax.tree.map(
-                lambda mask: lax.with_sharding_constraint(mask, config.mask_sharding),
-                masks,
+                lambda mask: lax.with_sharding_constraint(mask, shardings.masks), masks
             )
         sums = accumulate(lambda b, k: evaluate(params, lora, masks, b, k), batch, key)
         if config.verify is not None:
@@ -170,7 +166,7 @@ def make_train_step(
         stats = {}
         for path, block in sums["stats"].items():
             stats[path] = statistics.per_target(block, targets)
-        reduced = over_shards(stats, mechanisms.statistics, config.stats_sharding)
+        reduced = over_shards(stats, mechanisms.statistics, shardings.rows)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.lora, gate_stats=reduced
         )
@@ -220,7 +216,7 @@ def micro_gradients(
         (loss, measured), (grads, of_taps) = differentiate(
             lora, _taps(config), params, masks, batch, key
         )
-        stats = pinned(_by_block(of_taps), config.stats_sharding, axis=1)
+        stats = pinned(_by_block(of_taps), config.shardings.rows, axis=1)
         tokens, targets = objective.counts(batch)
         return {
             "loss": loss,
@@ -237,17 +233,17 @@ def micro_gradients(
 def _taps(config: StepConfig) -> Any:
     """Returns zeros, nested by block, whose gradients are the statistics and checks, by shard."""
     names = (*statistics.STANDARD, *config.mechanisms.statistics)
-    shards = count(config.stats_sharding)
+    shards = count(config.shardings.rows)
     zeros: BlockStats = {}
     for path, (layers, *channels) in config.blocks.items():
         lead = (layers, shards) if shards > 1 else (layers,)
         zeros[path] = statistics.taps(dict.fromkeys(names), (*lead, *channels))
         zeros[path] |= {name: jnp.zeros(lead, jnp.float32) for name in config.checks}
-    return _nested(pinned(zeros, config.stats_sharding, axis=1))
+    return _nested(pinned(zeros, config.shardings.rows, axis=1))
 
 
 def over_shards(
-    stats: BlockStats, names: tuple[str, ...], sharding: NamedSharding | None
+    stats: BlockStats, names: tuple[str, ...], sharding: RowSharding
 ) -> BlockStats:
     """Returns sums by block over the global batch: the only reduction of statistics in a step."""
     if count(sharding) == 1:

@@ -281,7 +281,7 @@ def attend(
       sinks: see `Keys`.
     """
     c: ModelConfig = module.config
-    sharding = module.options.sharding
+    sharding = module.options.shardings.rows
     numerics = module.options.numerics.within()
     config = AttentionConfig(
         c.query_scale or c.head_dim**-0.5,

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.method.ffn import Adapters
@@ -41,6 +40,7 @@ from nalora_jax.models.stacks import Stack, groups, parts, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import RUN, sampled_weights
+from nalora_jax.ops.shardings import UNSHARDED, Shardings
 from nalora_jax.ops.split_rows import (
     Row,
     block_length,
@@ -93,7 +93,7 @@ class Block(nn.Module):
         # Without a reader the update would be stacked over all layers for nothing.
         if layer.cached is None and not c.hands:
             update = None
-        return constrain(x, self.options.sharding), update
+        return constrain(x, self.options.shardings.rows), update
 
     def _result(self, norm: str, y: jax.Array, shared: SharedInputs) -> jax.Array:
         """Returns a part's output with the family's dropout and the norm ``norm``."""
@@ -152,11 +152,7 @@ class Decoder(nn.Module):
       numerics: dtypes, platform, implementation.
       remat: one of `nalora_jax.models.remat.REMAT`.
       stats: strides of the gate statistics, which are the gradients of ``gate_taps``.
-      activation_sharding: sharding of ``[batch, seq, d_model]`` between layers on a mesh; None
-        leaves it to the compiler.
-      routing_sharding: sharding of the same arrays when tokens are routed to experts: every device
-        routes its own tokens. Default: as between layers. Evaluation sets only this one and leaves
-        the rest to the compiler.
+      shardings: of activations on a mesh.
       experts: "gather", "send" or "auto", see `nalora_jax.config.ComputeConfig`.
     """
 
@@ -165,8 +161,7 @@ class Decoder(nn.Module):
     numerics: Numerics = Numerics()
     remat: str = "none"
     stats: GateStatsConfig | None = None
-    activation_sharding: NamedSharding | None = None
-    routing_sharding: NamedSharding | None = None
+    shardings: Shardings = UNSHARDED
     experts: str = "auto"
 
     def setup(self) -> None:
@@ -174,19 +169,20 @@ class Decoder(nn.Module):
         c = self.config
         # token ids of single rows of the embedding that are trained
         trained = dict(self.adapters.token_indices).get("embed_tokens", ())
-        self.embed = Embedding(
-            c.vocab_size, c.d_model, self.activation_sharding, trained
-        )
+        self.embed = Embedding(c.vocab_size, c.d_model, self.shardings.rows, trained)
         if c.layer_embeddings is not None:
             self.layer_embeddings = c.layer_embeddings.module(
-                c.n_layers, self.activation_sharding, c.norm_eps, c.norm_offset
+                c.n_layers, self.shardings.rows, c.norm_eps, c.norm_offset
             )
-        shardings = (
-            self.activation_sharding,
-            self.routing_sharding or self.activation_sharding,
+        options = PartOptions(
+            "layers",
+            "",
+            Adapters(),
+            self.numerics,
+            self.stats or GateStatsConfig(),
+            self.shardings,
+            self.experts,
         )
-        given = self.numerics, self.stats or GateStatsConfig(), *shardings, self.experts
-        options = PartOptions("layers", "", Adapters(), *given)
         if c.layer_kinds:
             self.layers = Groups(c, self.remat, self.adapters, options)
         else:
@@ -227,7 +223,7 @@ class Decoder(nn.Module):
           lengths: int ``[batch]``, tokens of each row's text, for RoPE that depends on it; by
             default the text ends with these tokens.
 
-        If ``activation_sharding`` splits the tokens of rows, the arguments have whole rows and the
+        If ``shardings.rows`` splits the tokens of rows, the arguments have whole rows and the
         result has their parts (`nalora_jax.ops.split_rows.split`).
 
         Returns:
@@ -235,7 +231,7 @@ class Decoder(nn.Module):
         """
         given = (positions, segment_ids, token_weights, cache, deterministic, lengths)
         shared = self._shared_inputs(tokens, *given)
-        sharding = self.activation_sharding
+        sharding = self.shardings.rows
         whole = tokens
         tokens = split(whole, sharding)  # of this device, if the mesh splits rows
         # [batch, seq, d_model]
@@ -276,7 +272,7 @@ class Decoder(nn.Module):
         Without segments and positions their leading axis is 1, so that masks of whole rows stay
         small.
         """
-        sharding = self.activation_sharding
+        sharding = self.shardings.rows
         shape = tokens.shape
         row = None
         segments = jnp.ones((1, shape[1]), jnp.int32)
@@ -338,7 +334,7 @@ class Decoder(nn.Module):
         are of whole rows, x may have their parts.
         """
         vision = self.config.vision
-        sharding = self.activation_sharding
+        sharding = self.shardings.rows
         row = shared.row
         assert vision is not None
         # [batch, seq of whole rows]: image tokens, and how many precede each

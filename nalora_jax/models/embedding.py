@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import BATCH_AXES, CONTEXT, DATA, FSDP, RUN, WEIGHT_AXES
 from nalora_jax.method.ffn import frozen_kernel
 from nalora_jax.models.parts import RMSNorm, constrain
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.shardings import RowSharding, of_mesh
 from nalora_jax.ops.split_rows import shards_of
 from nalora_jax.ops.storage import Kernel, dot, take_rows
 
@@ -34,7 +33,7 @@ class Embedding(nn.Module):
 
     vocab_size: int
     d_model: int
-    sharding: NamedSharding | None = None
+    sharding: RowSharding = None
     trained: tuple[int, ...] = ()
 
     def setup(self) -> None:
@@ -73,11 +72,7 @@ class Embedding(nn.Module):
         # [shards * batch, seq] -> [shards, batch, seq]
         shape = (shards_of(self.sharding), -1, tokens.shape[1])
 
-        def at(*spec: Any) -> NamedSharding:
-            """Returns the sharding on the mesh with the axes ``spec``."""
-            assert self.sharding is not None
-            return NamedSharding(self.sharding.mesh, P(*spec))
-
+        at = partial(of_mesh, self.sharding)
         sharded = constrain(tokens.reshape(shape), at(None, DATA))
         rows: jax.Array = take_rows(self.table(), sharded, numerics)
         rows = constrain(rows, at(None, DATA, None, WEIGHT_AXES))
@@ -112,8 +107,8 @@ def _with_rows(
 
 
 def column_layouts(
-    sharding: NamedSharding | None,
-) -> tuple[NamedSharding | None, NamedSharding | None]:
+    sharding: RowSharding,
+) -> tuple[RowSharding, RowSharding]:
     """Returns the shardings of tokens ``[batch, seq]`` and of their embeddings before ``sharding``.
 
     If the mesh splits the batch further by "fsdp", a device holds some columns of the table. It
@@ -129,9 +124,7 @@ def column_layouts(
     if min(batch, *sizes.values()) == 1:
         return None, None
     data, *fsdp = sharding.spec[0]
-    return NamedSharding(sharding.mesh, P(data)), NamedSharding(
-        sharding.mesh, P(data, None, tuple(fsdp))
-    )
+    return of_mesh(sharding, data), of_mesh(sharding, data, None, tuple(fsdp))
 
 
 class LMHead(nn.Module):
@@ -171,7 +164,7 @@ class LayerEmbeddings:
         }
 
     def module(
-        self, layers: int, sharding: NamedSharding | None, eps: float, offset: float
+        self, layers: int, sharding: RowSharding, eps: float, offset: float
     ) -> nn.Module:
         """Returns the module.
 

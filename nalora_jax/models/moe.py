@@ -49,6 +49,7 @@ from nalora_jax.models.parts import PartOptions, RMSNorm, adapters_below, scales
 from nalora_jax.models.routing import RouterSpec
 from nalora_jax.ops.quantize import Coded
 from nalora_jax.ops.reductions import count, first_alone
+from nalora_jax.ops.shardings import RowSharding
 from nalora_jax.ops.storage import Kernel, in_stored_layout, round_and_save
 
 
@@ -112,7 +113,7 @@ class MoEFFN(nn.Module):
         if config.dropout > 0 and not deterministic:
             keys = jax.random.split(self.make_rng("dropout"), x.shape[0])
         y, measured = on_mesh(
-            options.routing,
+            options.shardings.routed,
             x,
             weights,
             keys,
@@ -174,7 +175,7 @@ class Router(nn.Module):
 
 
 def on_mesh(
-    sharding: NamedSharding | None,
+    sharding: RowSharding,
     x: jax.Array,
     weights: jax.Array,
     keys: jax.Array | None,

@@ -9,7 +9,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
@@ -17,6 +16,7 @@ from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import residual_norm, rms_norm
+from nalora_jax.ops.shardings import RowSharding, Shardings
 from nalora_jax.ops.split_rows import Row
 
 
@@ -106,7 +106,7 @@ def scales_below(scales: Mapping[str, Any] | None, prefix: str) -> dict[str, Any
     }
 
 
-def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+def constrain(x: jax.Array, sharding: RowSharding) -> jax.Array:
     """Returns ``x`` with its sharding pinned.
 
     Without the constraint the compiler may shard activations like the weights instead of by batch.
@@ -125,8 +125,7 @@ class PartOptions:
     adapters: Adapters
     numerics: Numerics
     stats: GateStatsConfig
-    sharding: NamedSharding | None  # of [batch, seq, d_model] between layers
-    routing: NamedSharding | None  # the same for tokens that are routed to experts
+    shardings: Shardings
     experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
 
     def of_block(self, bias: bool) -> dict[str, Any]:

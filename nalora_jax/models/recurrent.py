@@ -23,8 +23,6 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import TENSOR
 from nalora_jax.method import activations
@@ -40,6 +38,7 @@ from nalora_jax.models.parts import (
 from nalora_jax.ops.causal_conv import causal_conv, causal_conv_after
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.shardings import RowSharding, of_mesh
 from nalora_jax.ops.split_mixers import split_conv, split_delta_rule
 from nalora_jax.ops.storage import round_and_save
 
@@ -168,7 +167,7 @@ class GatedDeltaNetLayer(nn.Module):
         cache."""
         sizes = self.sizes
         numerics = self.options.numerics
-        sharding = self.options.sharding
+        sharding = self.options.shardings.rows
         # The projections of x: qkv [batch, seq, channels], z [batch, seq, values], and b and a
         # [batch, seq, value heads].
         outputs = self.options.projected(x, sizes.inputs(), layer, shared)
@@ -226,13 +225,13 @@ class GatedDeltaNetLayer(nn.Module):
         """Returns ``[batch, seq, key heads, *shape]``, its heads split over the mesh axis
         "tensor"."""
         heads = self.sizes.key_heads
-        sharding = self.options.sharding
+        sharding = self.options.shardings.rows
         if sharding is not None:
             if heads % sharding.mesh.shape.get(TENSOR, 1) == 0:
                 axis = TENSOR
             else:
                 axis = None
-            sharding = NamedSharding(sharding.mesh, P(sharding.spec[0], None, axis))
+            sharding = of_mesh(sharding, sharding.spec[0], None, axis)
         return constrain(x.reshape(*x.shape[:2], heads, *shape), sharding)
 
 
@@ -241,7 +240,7 @@ class Convolution(nn.Module):
 
     channels: int
     width: int
-    sharding: NamedSharding | None  # of ``[batch, seq, d_model]`` on a mesh
+    sharding: RowSharding  # of ``[batch, seq, d_model]`` on a mesh
 
     @nn.compact
     def __call__(
@@ -262,7 +261,7 @@ def _convolved(
     weight: jax.Array,
     shared: SharedInputs,
     before: jax.Array | None,
-    sharding: NamedSharding | None,
+    sharding: RowSharding,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns `Convolution` of ``x`` by ``weight [channels, 1, width]``."""
     # [channels, 1, width] -> [width, channels]
@@ -366,7 +365,7 @@ class GatedConvolution(nn.Module):
         if layer.cached is not None:
             earlier = layer.cached.arrays["inputs"]
         mixed, inputs = _convolved(
-            before * u, taps, shared, earlier, self.options.sharding
+            before * u, taps, shared, earlier, self.options.shardings.rows
         )
         if bias:
             of_taps = self.param(

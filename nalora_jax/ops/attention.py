@@ -23,12 +23,12 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import TENSOR
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.reductions import in_tiles, of_tiles
+from nalora_jax.ops.shardings import RowSharding
 from nalora_jax.ops.storage import (
     Kernel,
     expand,
@@ -60,7 +60,7 @@ class AttentionConfig:
     windows: tuple[
         int, ...
     ] = ()  # all values of the window, ascending; () if no window is used
-    sharding: NamedSharding | None = None  # sharding of [batch, seq, d_model] on a mesh
+    sharding: RowSharding = None  # sharding of [batch, seq, d_model] on a mesh
     interpret: bool = False  # run Pallas kernels in Python, for tests
     recomputed: str = (
         ""  # letters of "qkv": arrays that follow from saved ones without a matmul

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import CONTEXT, TENSOR
@@ -34,6 +33,7 @@ from nalora_jax.ops.attention import (
     self_attention,
 )
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.shardings import of_mesh
 from nalora_jax.ops.split_attention import on_shards, reach, split_attention
 from nalora_jax.ops.split_rows import (
     Row,
@@ -225,7 +225,7 @@ def split_splash_attention(
         return out
 
     kernels = tuple(of_row(size) for size in far)
-    by_query = NamedSharding(sharding.mesh, P(None, CONTEXT))
+    by_query = of_mesh(sharding, None, CONTEXT)
     specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
     spread: Callable[[jax.Array], jax.Array] = gathered
     if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS:

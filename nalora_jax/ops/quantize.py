@@ -29,10 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.ops.reductions import mesh_axes
+from nalora_jax.ops.shardings import mesh_axes, of_mesh
 from nalora_jax.ops.storage import Stored
 
 Kind = Literal["int8", "nf4", "mxfp4"]
@@ -115,7 +114,7 @@ class Quantized(Coded):
 
 def _at(array: Array, place: NamedSharding) -> Array:
     """Returns codes or scales with their last two axes sharded as in ``place``."""
-    sharding = NamedSharding(place.mesh, P(*[None] * (array.ndim - 2), *place.spec))
+    sharding = of_mesh(place, *[None] * (array.ndim - 2), *place.spec)
     return lax.with_sharding_constraint(array, sharding)
 
 
@@ -276,4 +275,4 @@ def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding |
     for entry in spec[-2:]:
         names = tuple(name for name in mesh_axes(entry) if name not in axes)
         remaining.append(names or None)
-    return NamedSharding(sharding.mesh, P(*remaining))
+    return of_mesh(sharding, *remaining)

@@ -7,7 +7,6 @@ layers it needs one per layer. Sums by shard need none there: they leave the loo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,24 +14,18 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from nalora_jax.ops.shardings import RowSharding, mesh_axes, of_mesh, ways
 
 RUN = 8  # positions that are taken together if only some are sampled
 
 
-def count(rows: NamedSharding | None) -> int:
+def count(rows: RowSharding) -> int:
     """Returns the number of shards of arrays ``[batch, ...]``; 1 without a sharding."""
     if rows is None or not rows.spec:
         return 1
-    return math.prod(rows.mesh.shape[name] for name in mesh_axes(rows.spec[0]))
-
-
-def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Returns the mesh axes in an entry of a `PartitionSpec`."""
-    if isinstance(entry, str):
-        return (entry,)
-    return entry or ()
+    return ways(rows.mesh, mesh_axes(rows.spec[0]))
 
 
 def with_zeros(x: Array, count: int, axis: int) -> Array:
@@ -59,7 +52,7 @@ def of_tiles(x: Array, seq: int) -> Array:
     return rows[:, :seq]
 
 
-def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any) -> Any:
+def by_shard(sums: Callable[..., Any], rows: RowSharding, *arrays: Any) -> Any:
     """Returns ``sums(*arrays)`` for the rows of each shard of arrays ``[batch, ...]`` with the
     sharding ``rows``.
 
@@ -82,7 +75,7 @@ def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any)
     return pinned(jax.vmap(sums)(*parts), rows)
 
 
-def pinned(tree: Any, rows: NamedSharding | None, axis: int = 0) -> Any:
+def pinned(tree: Any, rows: RowSharding, axis: int = 0) -> Any:
     """Returns ``tree`` with a sharding of the axis ``[shards]``; the compiler places all other
     axes."""
     if rows is None or count(rows) == 1:
@@ -92,12 +85,12 @@ def pinned(tree: Any, rows: NamedSharding | None, axis: int = 0) -> Any:
         """Returns an array with the axis ``[shards]`` split over the mesh."""
         spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
         spec[axis] = rows.spec[0]
-        return lax.with_sharding_constraint(x, NamedSharding(rows.mesh, P(*spec)))
+        return lax.with_sharding_constraint(x, of_mesh(rows, *spec))
 
     return jax.tree.map(pin, tree)
 
 
-def first_alone(value: Array, rows: NamedSharding | None) -> Array:
+def first_alone(value: Array, rows: RowSharding) -> Array:
     """Returns sums of a whole batch, ``[...]``, as sums by shard, ``[shards, ...]``: all in the
     first shard, zeros in the others.
 

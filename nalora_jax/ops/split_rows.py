@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import BATCH_AXES, CONTEXT
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.reductions import with_zeros
+from nalora_jax.ops.shardings import RowSharding, of_mesh
 
 _ALIGNED = 128  # blocks of at least this length are multiples of it, as kernels need
 
@@ -64,18 +63,18 @@ class Row(NamedTuple):
         return Row(of_blocks(self.positions, 0), of_blocks(self.segments, -1), starts)
 
 
-def shards_of(sharding: NamedSharding | None) -> int:
+def shards_of(sharding: RowSharding) -> int:
     """Returns the number of parts of a row of arrays with this sharding; 1 if rows are whole."""
     if sharding is None or not sharding.spec or CONTEXT not in (sharding.spec[0] or ()):
         return 1
     return int(sharding.mesh.shape[CONTEXT])
 
 
-def of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
+def of_whole_rows(sharding: RowSharding) -> RowSharding:
     """Returns the sharding of whole rows for a sharding of their parts."""
     if sharding is None or shards_of(sharding) == 1:
         return sharding
-    return NamedSharding(sharding.mesh, P(BATCH_AXES))
+    return of_mesh(sharding, BATCH_AXES)
 
 
 def block_length(seq: int, shards: int) -> int:
@@ -97,7 +96,7 @@ def block_length(seq: int, shards: int) -> int:
     return -(-block // _ALIGNED) * _ALIGNED
 
 
-def padded(x: Array, sharding: NamedSharding | None) -> Array:
+def padded(x: Array, sharding: RowSharding) -> Array:
     """Returns rows ``[batch, seq, ...]`` with zeros at their end up to whole blocks."""
     shards = shards_of(sharding)
     if shards == 1:
@@ -107,7 +106,7 @@ def padded(x: Array, sharding: NamedSharding | None) -> Array:
     return with_zeros(x, whole - seq, 1)
 
 
-def split(x: Array, sharding: NamedSharding | None) -> Array:
+def split(x: Array, sharding: RowSharding) -> Array:
     """Returns the parts of rows: ``[shards * batch, 2 * block, ...]`` of ``[batch, seq, ...]``.
 
     Whole rows (one shard) are returned as they are.
@@ -125,13 +124,13 @@ def split(x: Array, sharding: NamedSharding | None) -> Array:
     x = x.reshape(batch, 2 * shards, -1, *rest)
     x = jnp.moveaxis(x[:, order], 1, 0)
     x = x.reshape(shards, batch, -1, *rest)
-    by_shard = NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES))
+    by_shard = of_mesh(sharding, CONTEXT, BATCH_AXES)
     x = lax.with_sharding_constraint(x, by_shard)
     x = x.reshape(shards * batch, -1, *rest)
     return lax.with_sharding_constraint(x, sharding)
 
 
-def joined(x: Array, sharding: NamedSharding | None, seq: int) -> Array:
+def joined(x: Array, sharding: RowSharding, seq: int) -> Array:
     """Returns rows ``[batch, seq, ...]`` of their parts ``[shards * batch, 2 * block, ...]``: the
     inverse of `split` and `padded`.
 
@@ -144,11 +143,11 @@ def joined(x: Array, sharding: NamedSharding | None, seq: int) -> Array:
     block = length // 2
     # [shards * batch, 2 * block, ...] -> [shards, batch, 2, block, ...] -> [batch, seq, ...]
     x = _natural(x.reshape(shards, -1, 2, block, *rest))
-    whole = NamedSharding(sharding.mesh, P(BATCH_AXES))
+    whole = of_mesh(sharding, BATCH_AXES)
     return lax.with_sharding_constraint(x[:, :seq], whole)
 
 
-def repeated(x: Array, sharding: NamedSharding | None) -> Array:
+def repeated(x: Array, sharding: RowSharding) -> Array:
     """Returns an array of rows, ``[batch, ...]``, once for each part of a row: ``[shards * batch,
     ...]``."""
     shards = shards_of(sharding)
@@ -156,7 +155,7 @@ def repeated(x: Array, sharding: NamedSharding | None) -> Array:
         return x
     _, *rest = x.shape
     x = jnp.broadcast_to(x[None], (shards, *x.shape))
-    by_shard = NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES))
+    by_shard = of_mesh(sharding, CONTEXT, BATCH_AXES)
     x = lax.with_sharding_constraint(x, by_shard)
     return lax.with_sharding_constraint(x.reshape(-1, *rest), sharding)
 

@@ -18,13 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, Sharding
 
 from nalora_jax.assembly.program import RunProgram, decoder_program
-from nalora_jax.assembly.stacked import stacked_sharding, step_of_runs
+from nalora_jax.assembly.stacked import step_of_runs
 from nalora_jax.common import trees
-from nalora_jax.common.devices import BATCH_AXES, WEIGHT_AXES
+from nalora_jax.common.devices import WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.tokenizer import read_json
@@ -178,11 +177,11 @@ def step_and_arguments(
 
     def of_runs(leaf: Any) -> Any:
         """Returns the shape ``[runs, ...]`` of a run's array."""
-        place = stacked_sharding(mesh, leaf.sharding)
+        place = distributed.stacked_sharding(mesh, leaf.sharding)
         return jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype, sharding=place)
 
     states, batches = jax.tree.map(of_runs, (state, batch))
-    everywhere = NamedSharding(mesh, P())
+    everywhere = distributed.replicated(mesh)
     rates = of_runs(
         jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=everywhere)
     )
@@ -236,18 +235,18 @@ def rollout_and_arguments(
         config.data.max_length - rl.max_new_tokens, minimum=16
     )
 
-    def of(shape: tuple[int, ...], dtype: Any, spec: P = P(BATCH_AXES)) -> Any:  # noqa: B008
+    by_rows = distributed.batch_sharding(mesh)
+
+    def of(shape: tuple[int, ...], dtype: Any, place: Sharding = by_rows) -> Any:
         """Returns the shape of an array, by default sharded by rows."""
-        return jax.ShapeDtypeStruct(
-            shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec)
-        )
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
     sampling = make_sampling(count * samples, temperature=rl.temperature)
     rows = programs.Prompts(
         tokens=of((count, longest), "int32"),
         lengths=of((count,), "int32"),
         live=of((count,), "bool"),
-        stop_ids=of((8,), "int32", P()),
+        stop_ids=of((8,), "int32", distributed.replicated(mesh)),
         sampling=jax.tree.map(lambda x: of(x.shape, x.dtype), sampling),
     )
     model = program.eval_model
@@ -293,7 +292,7 @@ def _batch(
     config: RunConfig, base: ModelConfig, mesh: Mesh, images: int
 ) -> dict[str, Any]:
     """Returns the shapes of a step's batch, ``[accumulate, rows, ...]`` by name."""
-    by_rows = NamedSharding(mesh, P(None, BATCH_AXES))
+    by_rows = distributed.batch_sharding(mesh, None)
     lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
 
     def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from nalora_jax.common.devices import FSDP, RUN
 from nalora_jax.config import RunConfig
 from nalora_jax.kinds.record import kind_of
 from nalora_jax.mesh import distributed

@@ -25,14 +25,13 @@ import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import sharding
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
-from nalora_jax.ops.reductions import mesh_axes
+from nalora_jax.ops.shardings import mesh_axes, of_mesh, ways
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 from nalora_jax.weights.shards import FileTensor
 
@@ -535,14 +534,13 @@ def _fit_sharding(
     # A spec may have fewer entries than axes.
     for entry, size in zip(sharding.spec, shape, strict=False):
         names = mesh_axes(entry)
-        ways = math.prod(sharding.mesh.shape[name] for name in names)
-        if size % ways:
+        if size % ways(sharding.mesh, names):
             axes.append(None)
             left += names
         else:
             axes.append(names)
     if moves and left and len(axes) == len(shape):
         names = (*left, *(axes[-1] or ()))
-        if shape[-1] % math.prod(sharding.mesh.shape[name] for name in names) == 0:
+        if shape[-1] % ways(sharding.mesh, names) == 0:
             axes[-1] = names
-    return NamedSharding(sharding.mesh, P(*axes))
+    return of_mesh(sharding, *axes)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.train.test_preference import BASE, assembled
 
 from nalora_jax.assembly.program import next_token
 from nalora_jax.config import ComputeConfig, PreferenceConfig
 from nalora_jax.kinds.rl.policy import Policy
 from nalora_jax.ops.policy_losses import CLIPS, Name, PolicyLoss, denominator, policy_loss
+from tests.kinds.test_preference import BASE, assembled
 
 ROWS, SEQ, PROMPT, T = 4, 10, 3, 0.8
 
@@ -58,7 +58,7 @@ def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, update
     other losses."""
     made, state = assembly
     settings = PolicyLoss(name, *CLIPS[name], length=8, beta=0.1)
-    text = next_token(BASE, made.eval_model, ComputeConfig(dtype="float32"), made.mesh)
+    text = next_token(BASE, made.eval_model, ComputeConfig(dtype="float32"))
     objective = Policy(text, settings, T)
     batch = batch_of(np.random.default_rng(1))
 
@@ -106,9 +106,7 @@ def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, update
 
 
 def test_temperature_acts_after_the_cap(assembly) -> None:
-    text = next_token(
-        BASE, assembly[0].eval_model, ComputeConfig(dtype="float32"), assembly[0].mesh
-    )
+    text = next_token(BASE, assembly[0].eval_model, ComputeConfig(dtype="float32"))
     text = replace(text, head=text.head._replace(softcap=5.0, scale=0.5))
     products = np.linspace(-40, 40, 9)
     found = Policy(text, PolicyLoss("grpo", 0.2, 0.2, 8), T).policy.head.logits(products)[0]

@@ -7,7 +7,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from tests.train.test_preference import BASE, assembled
 
 from nalora_jax.assembly.program import next_token
 from nalora_jax.config import ComputeConfig, PreferenceConfig, RLConfig
@@ -19,6 +18,7 @@ from nalora_jax.kinds.rl.policy import Policy
 from nalora_jax.kinds.rl.rollout import Sampler, Samples, _read_stored, sample_batch
 from nalora_jax.ops.policy_losses import PolicyLoss
 from tests import tiny
+from tests.kinds.test_preference import BASE, assembled
 
 SAMPLES, LIMIT = 4, 5
 TEXTS = ("a b c", "d", "e f g h", "i j", "k l")
@@ -76,7 +76,7 @@ def test_log_probabilities_of_generator_and_training_agree(sampler, asked, lora)
     ids = [prompt.ids for prompt in asked for _ in range(SAMPLES)]
     batch = sample_batch(ids, samples, 6 + LIMIT)
     assert batch["loss_weights"].sum() == samples.lengths.sum()
-    text = next_token(BASE, sampler.model, ComputeConfig(dtype="float32"), sampler.mesh)
+    text = next_token(BASE, sampler.model, ComputeConfig(dtype="float32"))
     objective = Policy(text, PolicyLoss("grpo", 0.2, 0.2, LIMIT), 0.9)
     variables = {"params": sampler.params, "lora": lora}
     found = objective.log_probs(variables, sampler.params, batch, jax.random.key(0))

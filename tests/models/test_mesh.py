@@ -19,7 +19,7 @@ from nalora_jax.common import trees
 from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.loading.adapted import load
-from nalora_jax.mesh import distributed
+from nalora_jax.mesh import distributed, sharding
 from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig
 from nalora_jax.models import experts
 from nalora_jax.models.adapters import init_lora
@@ -28,6 +28,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.ops.dispatch import Numerics, Platform
+from nalora_jax.ops.shardings import Shardings
 from tests.models.family_fields import LATENT, TINY
 from tests.models.test_moe import block, variables_of
 from tests.observed import taps_of
@@ -92,8 +93,8 @@ def test_experts_are_gathered_if_a_block_has_too_few_rows(monkeypatch):
     variables = variables_of(block())
     x = np.random.default_rng(0).normal(size=(ROWS, SEQ, 8)).astype(np.float32)
 
-    def run(sharding: NamedSharding | None) -> Any:
-        module = block(stats=GateStatsConfig(2, 3), sharding=sharding, experts="send")
+    def run(by_rows: NamedSharding | None) -> Any:
+        module = block(stats=GateStatsConfig(2, 3), sharding=by_rows, experts="send")
 
         @jax.jit
         def step(x, variables):
@@ -181,19 +182,19 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
         {path: jnp.float32(rng.uniform(size=shape)) for path, shape in shapes.items()}
     )
 
-    def run(sharding: NamedSharding | None) -> Any:
-        stats = GateStatsConfig(stride=2, probe_stride=3, checks=checks, sharding=sharding)
+    def run(by_rows: NamedSharding | None) -> Any:
+        stats = GateStatsConfig(stride=2, probe_stride=3, checks=checks, sharding=by_rows)
         given = {
             "remat": remat,
             "stats": stats,
-            "activation_sharding": sharding,
+            "shardings": Shardings(by_rows, by_rows),
             "experts": experts_way,
         }
         model = Decoder(base, spec, Numerics(), **given)
         placed, rows = params, tokens
-        if sharding is not None:
-            places = sharding.shardings(params, sharding.mesh, sharding.PARAM_RULES)
-            placed, rows = jax.device_put(params, places), jax.device_put(tokens, sharding)
+        if by_rows is not None:
+            places = sharding.shardings(params, by_rows.mesh, sharding.PARAM_RULES)
+            placed, rows = jax.device_put(params, places), jax.device_put(tokens, by_rows)
 
         @jax.jit
         def step(lora, params, tokens):
@@ -243,5 +244,5 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     )
     monkeypatch.setattr("nalora_jax.loading.adapted.load_model", lambda *_, **__: loaded)
     for model in (evaluated, load("some", mesh=mesh, resolved=loaded).module):
-        assert model.activation_sharding is None
-        assert model.routing_sharding.spec[0] == BATCH_AXES
+        assert model.shardings.rows is None
+        assert model.shardings.routed.spec[0] == BATCH_AXES

@@ -21,6 +21,7 @@ from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.parts import PartOptions
 from nalora_jax.models.routing import Groups, RouterSpec, grouped_residual
 from nalora_jax.ops.dispatch import Numerics, Platform
+from nalora_jax.ops.shardings import Shardings
 from tests.models.family_fields import tiny_config
 from tests.observed import observed
 
@@ -75,7 +76,8 @@ def block(
     adapters = Adapters(
         tuple((f"{name}_proj", rank) for name in ("gate", "up", "down")), dropout=dropout
     )
-    options = PartOptions("layers", "ffn", adapters, numerics, stats, None, sharding, experts)
+    shardings = Shardings(routed=sharding)
+    options = PartOptions("layers", "ffn", adapters, numerics, stats, shardings, experts)
     return MoEFFN(config, RouterSpec(), options)
 
 

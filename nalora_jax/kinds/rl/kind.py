@@ -643,9 +643,7 @@ def scores_of(config: RunConfig, assembly: Assembly) -> Callable[..., jax.Array]
 
     ``rows`` is a batch of `nalora_jax.kinds.rl.policy`; with ``of_base`` the adapter is off.
     """
-    plain = next_token(
-        assembly.model.config, assembly.model, config.compute, assembly.mesh
-    )
+    plain = next_token(assembly.model.config, assembly.model, config.compute)
     return partial(_scored, _policy(config.rl, plain))
 
 

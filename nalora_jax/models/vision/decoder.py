@@ -7,6 +7,7 @@ The parameters are the decoder's tree with two more branches, so that code for d
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -42,7 +43,7 @@ class VisionDecoder(Decoder):
             self.numerics,
             self.remat,
             self.stats,
-            of_whole_rows(self.activation_sharding),
+            replace(self.shardings, rows=of_whole_rows(self.shardings.rows)),
         )
         self.image = Encoder(
             vision.running, tower_adapters(self.adapters, "image"), *shared

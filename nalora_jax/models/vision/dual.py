@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.method.measurement import GateStatsConfig
@@ -19,6 +18,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.shardings import UNSHARDED, Shardings
 
 # CLIP's initial temperature is log(1 / 0.07); SigLIP starts at log 10 and a bias of -10.
 _START = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
@@ -33,11 +33,11 @@ class DualEncoder(nn.Module):
     numerics: Numerics = Numerics()
     remat: str = "none"
     stats: GateStatsConfig | None = None
-    activation_sharding: NamedSharding | None = None
+    shardings: Shardings = UNSHARDED
 
     def setup(self) -> None:
         """Creates both towers."""
-        shared = (self.numerics, self.remat, self.stats, self.activation_sharding)
+        shared = (self.numerics, self.remat, self.stats, self.shardings)
         self.image = Encoder(
             self.config.image, tower_adapters(self.adapters, "image"), *shared
         )

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
 
 from nalora_jax.method import activations
 from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN, frozen_kernel
@@ -28,6 +27,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import EncoderConfig
 from nalora_jax.ops.attention import full_attention
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.shardings import UNSHARDED, Shardings
 from nalora_jax.ops.storage import LAYER_INPUT, expand, matmul, round_and_save
 
 
@@ -50,8 +50,7 @@ class Encoder(nn.Module):
       numerics: dtypes.
       remat: one of `nalora_jax.models.remat.REMAT`.
       stats: strides of the gate statistics.
-      activation_sharding: sharding of ``[batch, seq, d_model]`` between layers; None leaves it to
-        the compiler.
+      shardings: of activations on a mesh.
     """
 
     config: EncoderConfig
@@ -59,7 +58,7 @@ class Encoder(nn.Module):
     numerics: Numerics = Numerics()
     remat: str = "none"
     stats: GateStatsConfig | None = None
-    activation_sharding: NamedSharding | None = None
+    shardings: Shardings = UNSHARDED
 
     @nn.compact
     def __call__(
@@ -96,14 +95,14 @@ class Encoder(nn.Module):
             x = self._embedded_image(inputs, shapes)
         if c.embed_norm:
             x = LayerNorm(c.norm_eps, name="embed_norm")(x)
-        x = constrain(x.astype(self.numerics.result), self.activation_sharding)
+        x = constrain(x.astype(self.numerics.result), self.shardings.rows)
         if token_weights is None:
             token_weights = mask
         shared = Shared(mask, token_weights, deterministic)
         options = (
             self.numerics,
             self.stats or GateStatsConfig(),
-            self.activation_sharding,
+            self.shardings,
         )
         block = stacked(EncoderBlock, self.remat, c.n_layers)
         layers = block(c, self.adapters, *options, name="layers")
@@ -123,9 +122,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"text: expected at most {c.max_positions} tokens, found {seq}"
             )
-        table = Embedding(
-            c.vocab_size, c.d_model, self.activation_sharding, name="tokens"
-        )
+        table = Embedding(c.vocab_size, c.d_model, self.shardings.rows, name="tokens")
         x = table(tokens, self.numerics).astype(jnp.float32)
         rows = Embedding(c.max_positions, c.d_model, name="positions")(
             jnp.arange(seq)[None], self.numerics
@@ -371,7 +368,7 @@ class EncoderBlock(nn.Module):
     adapters: AdapterSpec = AdapterSpec()
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
-    activation_sharding: NamedSharding | None = None
+    shardings: Shardings = UNSHARDED
 
     @nn.compact
     def __call__(
@@ -412,7 +409,7 @@ class EncoderBlock(nn.Module):
             x = x + y.astype(x.dtype)
             if not c.pre_norm:
                 x = norm(x).astype(n.result)
-        return constrain(x, self.activation_sharding), None
+        return constrain(x, self.shardings.rows), None
 
     def _ffn(self) -> GatedFFN | SelfGatedFFN:
         """Returns the feed-forward block; without a gate, its input projection is activated."""

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from nalora_jax.assembly.program import Assembly
-from nalora_jax.assembly.stacked import stacked_sharding, step_of_runs
+from nalora_jax.assembly.stacked import step_of_runs
 from nalora_jax.assembly.state_metrics import StateMetrics
 from nalora_jax.common import trees
 from nalora_jax.common.notes import counting
@@ -108,8 +107,8 @@ def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
             return leaf
         arrays = [jnp.asarray(tree[path]) for tree in flat]
         stacked = jnp.stack([_pad(jnp, array, shapes[path]) for array in arrays])
-        sharding: Any = leaf.sharding
-        return jax.device_put(stacked, stacked_sharding(mesh, sharding))
+        solo: Any = leaf.sharding
+        return jax.device_put(stacked, distributed.stacked_sharding(mesh, solo))
 
     def axis_of(path: str, leaf: jax.Array) -> int | None:
         """Returns the place of the axis ``[runs]`` in an array, or None without it."""
@@ -154,9 +153,11 @@ class SweepProgram:
         # Shardings of one run's state, and of the states of all runs.
         self._solo = sharding.shardings(padded, self.mesh, sharding.STATE_RULES)
         self._places = jax.tree.map(
-            lambda place: stacked_sharding(self.mesh, place), self._solo
+            lambda place: distributed.stacked_sharding(self.mesh, place), self._solo
         )
-        self._by_run = stacked_sharding(self.mesh, NamedSharding(self.mesh, P()))
+        self._by_run = distributed.stacked_sharding(
+            self.mesh, distributed.replicated(self.mesh)
+        )
         self.values: Values = jax.device_put(values_of(runs, width), self._by_run)
         weights, axes = shared([run.params for run in runs], self.mesh)
         of_params: Any = None
