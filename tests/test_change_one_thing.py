@@ -254,7 +254,7 @@ def test_a_file_from_outside_is_short(name: str, lines: int) -> None:
 
 # The settings that ask for a kind of run, and comparisons of its name.
 OF_KINDS = re.compile(
-    r"\.(vision\.task|preference\.loss|rl\.rewards)\b|kind_of\(\w+\)\.name|kind_name\b"
+    r"\.(vision\.task|preference\.loss|rl\.rewards)\b|run_kind\(\w+\)\.name|kind_name\b"
 )
 # A study's subject of encoders has two tasks, and the report of a comparison is by settings.
 KNOW_KINDS = ("kinds/", "config/settings.py", "study/images.py")

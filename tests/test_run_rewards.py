@@ -21,8 +21,9 @@ from safetensors.numpy import load_file
 
 from nalora_jax import RunConfig, run
 from nalora_jax.__main__ import main
-from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RLConfig, TrainConfig, check
+from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RLConfig, TrainConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.kinds.record import check_config
 from nalora_jax.kinds.rl.kind import EarlyWarnings
 from nalora_jax.train.callbacks import Callback
 from tests import tiny
@@ -98,7 +99,7 @@ def test_a_run_with_rewards_learns_and_shows_its_samples(
     rl = replace(RL, updates=1, loss="dr_grpo", beta=0.01)
     train = replace(TRAIN, batch_size=16, log_every=3)
     optimizer = OptimizerConfig(learning_rate=0.1)
-    callback = mock.Mock(spec=Callback)
+    callback = mock.Mock(spec=Callback, required=False)
     config = replace(config, steps=24, rl=rl, train=train, optimizer=optimizer)
     result = run(config, callbacks=[callback])
     assert result.after["reward"] >= result.before["reward"]  # of four prompts
@@ -211,7 +212,7 @@ def test_rewards_that_fail_are_left_out_where_that_is_asked_for(config, rewards)
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_named(config, changes, message) -> None:
     with pytest.raises(NaloraError, match=message):
-        check(replace(config, **changes))
+        check_config(replace(config, **changes))
 
 
 def test_prompts_that_leave_no_room_for_a_sample_are_named(config: RunConfig) -> None:

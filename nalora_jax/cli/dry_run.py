@@ -60,7 +60,7 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
             recorded = recorded_settings(run.output)
         adapted_runs.append(initial_adapter.with_adapter(run, recorded))
     runs = adapted_runs
-    kind = record.kind_of(runs[0])
+    kind = record.run_kind(runs[0])
     inputs = kind.open_inputs(runs[0], None)
     if kind.describe is None:
         lines = _describe(inputs, runs)
@@ -108,7 +108,7 @@ def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     for run in runs:
         if run.model == runs[0].model:
             adapters.adapter_spec(run, base)  # raises for rules that match nothing
-            rate = record.kind_of(run).rate
+            rate = record.run_kind(run).rate
             run = optimizers.with_learning_rate(run, base.d_model, rate)
         settings.append(run)
     size = sum(map(math.prod, stacks.param_shapes(base).values()))
@@ -167,7 +167,7 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     """
     rl = config.rl
     shards = prompt_shards(mesh)
-    if not record.kind_of(config).draws_samples:
+    if not record.run_kind(config).draws_samples:
         return []
     prompts = config.train.batch_size // rl.samples
     _, count, samples = distributed.program_shape(prompts, rl.samples, shards)
@@ -267,7 +267,7 @@ def _memory(
     # only.
     where = of_devices(list(mesh.devices.flat))
     if where is None:
-        if record.kind_of(config).draws_samples:
+        if record.run_kind(config).draws_samples:
             where = _this_machine(config, mesh)
         else:
             where = topology("v5e:1x1")
@@ -283,7 +283,7 @@ def _memory(
         f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
         f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",
     ]
-    if record.kind_of(config).draws_samples:
+    if record.run_kind(config).draws_samples:
         update = layout.seconds - layout.rollout
         lines.append(
             f"time of a step, estimated: {layout.rollout:.2g} s for a rollout "

@@ -100,7 +100,7 @@ def evaluate(args: EvalArgs) -> None:
     place = located.locate(args.model, args.adapter)
     named = args.tasks or args.dataset
     run = config_from_dict(place.run)
-    if record.kind_of(run).compares_with_base and not (named or args.harness):
+    if record.run_kind(run).compares_with_base and not (named or args.harness):
         return _compared_with_base(args, run)
     sets: list[DataConfig] = []
     if named or not args.harness:
@@ -297,9 +297,9 @@ def _harness(
 def _held_out(args: EvalArgs, model: adapted.AdaptedModel, data: DataConfig) -> None:
     """Prints the held-out metric as a run computes it."""
     run = replace(config_from_dict(model.located.run), data=data)
-    kind = record.kind_of(run)
+    kind = record.run_kind(run)
     if kind.compares_with_base:  # the data that the user named are texts
-        kind = record.kind_of(RunConfig())
+        kind = record.run_kind(RunConfig())
     with name_flags_of("--dataset"):
         named = bool(_collect_changes(args))
         evaluator = kind.evaluate(model, run, mesh_of(args.mesh), named)
@@ -319,7 +319,7 @@ def _images(args: EvalArgs) -> None:
     )
     data = data_settings(model.located.run, _collect_changes(args))
     run = replace(config_from_dict(model.located.run), data=data)
-    evaluator = record.kind_of(run).evaluate(model, run, None, True)
+    evaluator = record.run_kind(run).evaluate(model, run, None, True)
     _report(args, model, data, evaluator)
 
 
@@ -333,7 +333,7 @@ def _compared_with_base(args: EvalArgs, run: RunConfig) -> None:
     changed = replace(run.data, **_collect_changes(args))
     run = replace(run, data=changed)
     model = _sides(args, None)[0].model
-    evaluator = record.kind_of(run).evaluate(model, run, mesh_of(args.mesh), True)
+    evaluator = record.run_kind(run).evaluate(model, run, mesh_of(args.mesh), True)
     _report(args, model, changed, evaluator)
 
 

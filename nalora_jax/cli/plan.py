@@ -86,7 +86,9 @@ class PlanArgs:
         if self.images:
             vision = replace(vision, task="chat")
         batch = replace(train, batch_size=rows)
-        return kinds.check_run(replace(self.run, data=data, train=batch, vision=vision))
+        return kinds.check_config(
+            replace(self.run, data=data, train=batch, vision=vision)
+        )
 
 
 def plan(args: PlanArgs) -> None:

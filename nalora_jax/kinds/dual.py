@@ -164,11 +164,11 @@ def evaluator(
     return image_evaluator(encoders, images, inputs.data.classes, inputs.config.vision)
 
 
-def evaluate(
+def adapter_evaluator(
     model: AdaptedDual, config: RunConfig, mesh: Mesh | None, named: bool
 ) -> ClassEvaluator | RetrievalEvaluator:
     """Returns the evaluator of a trained adapter on held-out images, see
-    `nalora_jax.kinds.text.evaluate`."""
+    `nalora_jax.kinds.text.adapter_evaluator`."""
     data = config.data
     vision = config.vision
     classes: tuple[str, ...] = ()
@@ -179,7 +179,7 @@ def evaluate(
     return image_evaluator(model.encoders, shown, classes, vision)
 
 
-def describe(inputs: Inputs) -> Described:
+def describe_inputs(inputs: Inputs) -> Described:
     """Returns the facts about a run that ``--dry-run`` prints."""
     config = inputs.config
     records = inputs.data
@@ -680,9 +680,9 @@ KIND = register_kind(
         build_step=build_step,
         evaluator=evaluator,
         export_run=export_run,
-        evaluate=evaluate,
+        evaluate=adapter_evaluator,
         limits=limits,
-        describe=describe,
+        describe=describe_inputs,
         subject="nalora_jax.study.images:DualEncoders",
     )
 )

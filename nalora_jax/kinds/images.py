@@ -86,10 +86,13 @@ def program_parts(config: RunConfig, processor: ImageProcessor) -> dict[str, Any
     return {"module": VisionDecoder, "objective": objective}
 
 
-def evaluate(
+def adapter_evaluator(
     model: AdaptedModel, config: RunConfig, mesh: Mesh | None, named: bool
 ) -> TextEvaluator:
-    """Returns the evaluator of a trained adapter on held-out conversations, see `text.evaluate`."""
+    """Returns the evaluator of a trained adapter on held-out conversations.
+
+    See `text.adapter_evaluator`.
+    """
     data = config.data
     splits = [data.train_split, data.eval_split]
     if named:
@@ -192,7 +195,7 @@ KIND = register_kind(
         name="images",
         open_inputs=open_inputs,
         evaluator=evaluator,
-        evaluate=evaluate,
+        evaluate=adapter_evaluator,
         program_parts=program_parts,
         limits=limits,
         batch_arrays=batch_arrays,

@@ -19,7 +19,7 @@ from nalora_jax.data.source import MixedSource, SelectedSource, Source
 from nalora_jax.data.sources import have_same_records, open_pair
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import kind_of
+from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed
 from nalora_jax.models.adapters import adapter_spec, check_token_indices
 from nalora_jax.models.config import ModelConfig
@@ -83,7 +83,7 @@ def settled(config: RunConfig, width: int, examples: int, noun: str) -> RunConfi
         log.info(message, config.epochs, unit, examples, noun, steps, batch)
         config = replace(config, steps=steps)
     if not config.optimizer.learning_rate:
-        config = with_learning_rate(config, width, kind_of(config).rate)
+        config = with_learning_rate(config, width, run_kind(config).rate)
         log.info("learning rate %g", config.optimizer.learning_rate)
     every = config.train.eval_every
     if every < 0:

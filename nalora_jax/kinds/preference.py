@@ -100,10 +100,13 @@ def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
     return {"objective": partial(Preference, config=config.preference)}
 
 
-def evaluate(
+def adapter_evaluator(
     model: AdaptedModel, config: RunConfig, mesh: Mesh | None, named: bool
 ) -> PreferenceEvaluator:
-    """Returns the evaluator of a trained adapter on held-out pairs, see `text.evaluate`."""
+    """Returns the evaluator of a trained adapter on held-out pairs.
+
+    See `text.adapter_evaluator`.
+    """
     data = config.data
     tokenizer = model.base.tokenizer
     records = open_held_out(data, data.eval_split)
@@ -231,7 +234,7 @@ KIND = register_kind(
         name="preference",
         open_inputs=open_inputs,
         evaluator=evaluator,
-        evaluate=evaluate,
+        evaluate=adapter_evaluator,
         program_parts=program_parts,
         limits=limits,
         rate=1 / 8,  # a guess, without evidence (docs/data.md)

@@ -189,7 +189,7 @@ def register_kind(kind: Kind) -> Kind:
     return KINDS.add(kind.name, kind)
 
 
-def kind_of(config: RunConfig) -> Kind:
+def run_kind(config: RunConfig) -> Kind:
     """Returns the kind of run that the settings ask for.
 
     Raises:
@@ -205,10 +205,10 @@ def kind_settings(config: RunConfig) -> Any:
       NaloraError: an unknown setting, or a value of another type.
     """
     _, _, options = config.kind.partition(":")
-    return settings_from(kind_of(config).settings, options, f"--kind {config.kind}")
+    return settings_from(run_kind(config).settings, options, f"--kind {config.kind}")
 
 
-def check_run(config: RunConfig) -> RunConfig:
+def check_config(config: RunConfig) -> RunConfig:
     """Returns ``config`` after checking every field that can be checked without data.
 
     Raises:
@@ -219,7 +219,7 @@ def check_run(config: RunConfig) -> RunConfig:
 
 def check_kind(config: RunConfig) -> RunConfig:
     """Returns a config that `nalora_jax.config.check` accepted, after checking the settings and the
-    limits of its kind; raises as `check_run` does."""
+    limits of its kind; raises as `check_config` does."""
     kind_settings(config)
-    check_limits(config, kind_of(config).limits(config))
+    check_limits(config, run_kind(config).limits(config))
     return config

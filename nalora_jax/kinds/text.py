@@ -35,7 +35,7 @@ from nalora_jax.kinds.inputs import (
     settled,
     stream_shape,
 )
-from nalora_jax.kinds.record import Built, Inputs, Job, Kind, kind_of, register_kind
+from nalora_jax.kinds.record import Built, Inputs, Job, Kind, register_kind, run_kind
 from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import TrainState
@@ -125,7 +125,7 @@ def build_step(
     else:
         loaded = cast(LoadedModel, like.loaded)
     shared = None if like is None else like.assembly
-    of_kind = kind_of(placed).parts(placed, inputs.files.processor)
+    of_kind = run_kind(placed).parts(placed, inputs.files.processor)
     assembly = assemble(
         placed, loaded.config, loaded.params, mesh, like=shared, **of_kind
     )
@@ -181,7 +181,7 @@ def evaluator(
     return TextEvaluator(model, answers, items, mesh=mesh, fitting=every)
 
 
-def evaluate(
+def adapter_evaluator(
     model: AdaptedModel, config: RunConfig, mesh: Mesh | None, named: bool
 ) -> TextEvaluator:
     """Returns the evaluator of a trained adapter on held-out examples.
@@ -202,7 +202,10 @@ def evaluator_of_records(
     named: bool,
     source: Mapping[str, Source] | None,
 ) -> TextEvaluator:
-    """Returns the result of `evaluate` on records by split; None: those of ``config.data``."""
+    """Returns the result of `adapter_evaluator` on records by split.
+
+    ``source`` is None for those of ``config.data``.
+    """
     data = config.data
     tokenizer = model.base.tokenizer
     if named:
@@ -334,7 +337,7 @@ KIND = register_kind(
         build_step=build_step,
         evaluator=evaluator,
         export_run=export_run,
-        evaluate=evaluate,
+        evaluate=adapter_evaluator,
         program_parts=lambda config, processor: {},
     )
 )

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from nalora_jax.common.devices import AXES, DATA, FSDP, RUN, TENSOR
 from nalora_jax.config import ComputeConfig, RunConfig
-from nalora_jax.kinds.record import kind_of
+from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed
 from nalora_jax.mesh.distributed import program_shape
 from nalora_jax.models.adapters import adapter_spec
@@ -565,7 +565,7 @@ class _Share:
         if split > 1:
             working += 2 * tables + self._copied_weights() / (split * tensor)
         useful = useful_flops(base, self.spec, self.micro, self.seq) / where.size
-        if kind_of(self.config).draws_samples:
+        if run_kind(self.config).draws_samples:
             rollout, cache = self._rollout()
         else:
             rollout, cache = (0.0, 0.0)

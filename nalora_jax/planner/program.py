@@ -30,7 +30,7 @@ from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import programs
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.kinds.record import kind_of
+from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.method.step import init_state
 from nalora_jax.models import adapters, stacks, targets
@@ -199,7 +199,7 @@ def _program_and_state(
       The program, the shapes of its weights and of its state, and the state's shardings.
     """
     spec = adapters.adapter_spec(config, base)
-    parts = kind_of(config).parts(config, ImageProcessor())
+    parts = run_kind(config).parts(config, ImageProcessor())
     program = decoder_program(config, base, spec, mesh, **parts)
     weights = {
         path: _weight(path, shape, base, config.compute)
@@ -303,7 +303,7 @@ def _batch(
         name: of((config.data.max_length,), dtype) for name, dtype in _BATCH.items()
     }
     for name, (shape, dtype) in (
-        kind_of(config).batch_arrays(config, base, images).items()
+        run_kind(config).batch_arrays(config, base, images).items()
     ):
         batch[name] = of(shape, dtype)
     return batch

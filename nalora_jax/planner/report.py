@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from nalora_jax.config import RunConfig
-from nalora_jax.kinds.record import kind_of
+from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed
 from nalora_jax.mesh.distributed import prompt_shards
 from nalora_jax.method.transform import with_gate_state
@@ -217,7 +217,7 @@ def make_plan(
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
     other = figures(without_statistics(step, mesh), arguments)
     rollout = None
-    if kind_of(config).draws_samples:
+    if run_kind(config).draws_samples:
         rollout = _plan_rollout(placed, base, where, other, arguments)
     ours, bound = result.program
     return Plan(config, where, layout, ours, other, bound, rollout)

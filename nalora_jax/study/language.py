@@ -18,7 +18,7 @@ from nalora_jax.data import packing, pipeline, questions, sources, tokenizer
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.kinds import inputs
-from nalora_jax.kinds.record import kind_of
+from nalora_jax.kinds.record import run_kind
 from nalora_jax.loading import initial_adapter
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Step
@@ -162,7 +162,7 @@ class Language(Subject):
         """Returns adapters, optimizer and step for the result of `program` for ``config``."""
         model = self.model(config)
         mesh = distributed.smallest_mesh(config.mesh)
-        parts = kind_of(general).parts(general)
+        parts = run_kind(general).parts(general)
         made = assemble(general, model.config, model.params, mesh, last=last, **parts)
         if general.lora.init == "pissa":
             return start.in_components(made)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import kind_of
+from nalora_jax.kinds.record import run_kind
 
 if TYPE_CHECKING:
     from nalora_jax.study.language import Subject
@@ -19,7 +19,7 @@ def subject_of(config: RunConfig) -> type[Subject]:
     Raises:
       NaloraError: there are no studies of such runs.
     """
-    kind = kind_of(config)
+    kind = run_kind(config)
     if not kind.subject:
         raise NaloraError(
             "kind of run",

@@ -1,6 +1,6 @@
 """Stages of a fine-tuning run, in order of execution.
 
-settle -> open -> build -> restore -> evaluate the base -> train -> finish
+settle -> read inputs -> build -> restore -> evaluate the base -> take steps -> finish
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.run_log import ADAPTER, read_evaluation
 from nalora_jax.evaluate.statistics import compare
-from nalora_jax.kinds.record import Inputs, Job, check_kind, kind_of
+from nalora_jax.kinds.record import Inputs, Job, check_kind, run_kind
 from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.mesh.distributed import platform_of
@@ -116,14 +116,14 @@ def fine_tune(
     settled = settle(config, callbacks, data=data, format=format, source=source)
     with attend_processes() as stop, open_session(settled.config, stop) as session:
         spent = Stages()
-        inputs = open_inputs(settled, session)
+        inputs = read_inputs(settled, session)
         job = build_job(inputs, session.output)
         running = restore(job, session, settled.callbacks)
         spent.end("preparing")
         with running.reporting_errors():
             evaluate_base(running)
             spent.end("evaluating the base")
-            last = train(running)
+            last = take_steps(running)
             state = best_state(running, last)
             spent.end("training")
             return finish(running, state, last.step, spent)
@@ -167,7 +167,7 @@ def attend_processes() -> Iterator[StopSignals]:
 # ---------------------------------------------------------------- files, records, settings
 
 
-def open_inputs(settled: Settled, session: Session) -> Inputs:
+def read_inputs(settled: Settled, session: Session) -> Inputs:
     """Reads all that a run needs before its weights; each file is opened once.
 
     Raises:
@@ -177,7 +177,7 @@ def open_inputs(settled: Settled, session: Session) -> Inputs:
     if config.compute.compilation_cache:
         use_compilation_cache()
     config = with_adapter(config, session.recorded or None)
-    inputs = kind_of(config).open_inputs(config, settled.source)
+    inputs = run_kind(config).open_inputs(config, settled.source)
     session.check_continues(inputs.config)
     return inputs
 
@@ -208,7 +208,7 @@ def build_placed(
 ) -> Job:
     """Loads the base and builds step and evaluators; ``like`` is a job with the same program, to
     share."""
-    kind = kind_of(placed)
+    kind = run_kind(placed)
     built = kind.build_step(inputs, placed, mesh, output, like)
     # The same adapters: the evaluators' compiled programs are shared.
     if like is not None and like.assembly.spec == built.assembly.spec:
@@ -353,7 +353,7 @@ def evaluate_base(
     return measured
 
 
-def train(run: Running) -> loop.FitResult:
+def take_steps(run: Running) -> loop.FitResult:
     """Runs the training steps.
 
     Raises:

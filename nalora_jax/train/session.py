@@ -20,7 +20,7 @@ from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import Interrupted, NaloraError, bounded_text
 from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.run_log import ROLLOUTS, recorded_settings, to_json
-from nalora_jax.kinds.record import Job, kind_of
+from nalora_jax.kinds.record import Job, run_kind
 from nalora_jax.mesh.machine import describe_device, peak_memory, versions
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, read_samples
@@ -316,7 +316,7 @@ def way_on(config: RunConfig) -> str:
 
 def hidden_numbers(config: RunConfig) -> list[str]:
     """Returns the names of numbers that the line of a log step leaves out."""
-    if kind_of(config).draws_samples or not config.mechanisms:
+    if run_kind(config).draws_samples or not config.mechanisms:
         return ["misalignment"]
     return []
 

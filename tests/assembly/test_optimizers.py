@@ -21,7 +21,7 @@ from nalora_jax.config import (
     check,
 )  # fmt: skip
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import kind_of
+from nalora_jax.kinds.record import run_kind
 
 PATHS = [f"layers/ffn/{name}/{leaf}" for name in ("gate_proj", "up_proj") for leaf in "ab"]
 LORA = trees.unflatten({path: np.ones((2, 3), np.float32) for path in PATHS})
@@ -97,7 +97,7 @@ def test_the_automatic_rate_falls_with_the_width_and_follows_the_method(
     changes, width, rate
 ) -> None:
     config = replace(LEFT, **changes)
-    settled = with_learning_rate(config, width, kind_of(config).rate)
+    settled = with_learning_rate(config, width, run_kind(config).rate)
     assert settled.optimizer.learning_rate == rate
 
 

@@ -29,7 +29,7 @@ from nalora_jax.kinds import dual
 from nalora_jax.kinds.dual import sigmoid_contrastive, softmax_contrastive
 from nalora_jax.kinds.record import Job
 from nalora_jax.mesh import distributed, processes
-from nalora_jax.train.run import built
+from nalora_jax.train.run import build_placed
 from tests import tiny
 from tests.vision import COLOURS
 
@@ -58,7 +58,8 @@ def config(model: Path, data: Path, target: str, vision: VisionConfig) -> RunCon
 def steps(settings: RunConfig, mesh: Mesh, count: int) -> tuple[Job, Any, list[float]]:
     """A run, its state after some steps, and their losses; the last step takes the first batch
     again."""
-    job = built(dual.open_inputs(settings, None), dual, settings, mesh, None)
+    nowhere: Any = None  # the folder is not read
+    job = build_placed(dual.open_inputs(settings, None), settings, mesh, nowhere)
     state, params, losses = job.assembly.state, job.assembly.view(job.assembly.params), []
     source = job.data.batches()
     batches = [distributed.make_global_batch(next(source), mesh, rows_axis=1) for _ in range(count)]

@@ -26,7 +26,7 @@ from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import likelihood
 from nalora_jax.evaluate.text import TextEvaluator
-from nalora_jax.kinds.record import kind_of
+from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -85,7 +85,7 @@ def batch_of(assembly: Assembly, seed: int) -> Any:
 
 def trained(base: ModelConfig, mesh: MeshConfig) -> tuple[Any, list[Any]]:
     """Returns the state after some steps of a run on ``base``, and their metrics."""
-    assembly, params = tiny.assembled(CONFIG, base, mesh, **kind_of(CONFIG).parts(CONFIG))
+    assembly, params = tiny.assembled(CONFIG, base, mesh, **run_kind(CONFIG).parts(CONFIG))
     state, history = assembly.state, []
     for i in range(STEPS):
         state, metrics = assembly.step(params, state, batch_of(assembly, i))
@@ -117,7 +117,7 @@ ALONE = MeshConfig(1, 1, 1, 8)
 def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
     """Both passes gather keys and values, and their gradients are summed; all other collectives are
     of weights."""
-    assembly, params = tiny.assembled(CONFIG, DENSE, ALONE, **kind_of(CONFIG).parts(CONFIG))
+    assembly, params = tiny.assembled(CONFIG, DENSE, ALONE, **run_kind(CONFIG).parts(CONFIG))
     text = assembly.step.lower(params, assembly.state, batch_of(assembly, 0)).compile().as_text()
     names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     collectives = [line for line in text.splitlines() if re.search(rf" ({names})(-start)?\(", line)]

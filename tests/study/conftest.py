@@ -5,10 +5,9 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Record
 from nalora_jax.study.resources import Resources
-from nalora_jax.train.run import built
+from nalora_jax.train.run import build_placed
 from tests import tiny
 
 # Settings of tiny runs and the task, of every protocol on `questions`.
@@ -107,10 +106,10 @@ def study(base: Path, questions: Path, tmp_path: Path) -> Path:
 
 def assert_starts_alone(kind: Any, run: Run, resources: Resources) -> None:
     """Asserts that rows and adapters of a study's run are those that its settings alone make."""
-    start = SimpleNamespace(with_start=lambda assembly, *_: assembly)
-    inputs = replace(kind.open_inputs(run.config, None), start=start)
+    inputs = kind.open_inputs(run.config, None)
     mesh = make_mesh(run.config.mesh, jax.devices()[:1])
-    job = built(inputs, kind, run.config, mesh, cast(Any, SimpleNamespace(folder=None)))
+    folder: Any = SimpleNamespace(folder=Path(), resumes=False)
+    job = build_placed(inputs, run.config, mesh, folder)
     data = resources.subject(run.config).data(run.config)
     with (
         contextlib.closing(job.data.batches()) as theirs,

@@ -94,14 +94,13 @@ def start_vision_from_a_subspace(_: pytest.MonkeyPatch, __: Path) -> None:
 
 
 def export_another_adapter(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    start = SimpleNamespace(exportable_adapter=lambda *_: ({}, None))
     job = SimpleNamespace(
         config=RunConfig(),
         loaded=None,
         assembly=SimpleNamespace(initial=None),
-        inputs=SimpleNamespace(start=start),
         data=SimpleNamespace(batches=lambda: None),
     )
+    patch.setattr(text, "exportable_adapter", lambda *_: ({}, None))
     patch.setattr(text, "write_adapter", lambda *_, **__: None)
     patch.setattr(text, "_difference", lambda *_: 0.5)
     state = SimpleNamespace(lora={})

@@ -44,7 +44,7 @@ from nalora_jax.train.run import (
     checked_mesh,
     evaluate_base,
     finish,
-    open_inputs,
+    read_inputs,
     restore,
     settle,
 )
@@ -180,7 +180,7 @@ def _open_run(
     settings = replace(settled.config, resume=resume)
     opened = open_session(settings, stop, _Named(name), f"{name}: ")
     session = stack.enter_context(opened)
-    return _Run(open_inputs(settled, session), session, settled.callbacks)
+    return _Run(read_inputs(settled, session), session, settled.callbacks)
 
 
 def _key(run: _Run) -> str:

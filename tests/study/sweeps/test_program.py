@@ -25,7 +25,7 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.kinds.record import kind_of
+from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner.accounting import Program
@@ -56,7 +56,7 @@ def _assembled(
     params = init_params(base, jax.random.key(1))
     params = jax.device_put(params, sharding.shardings(params, mesh, sharding.PARAM_RULES))
     return [
-        assemble(config, base, params, mesh, **kind_of(config).parts(config)) for config in configs
+        assemble(config, base, params, mesh, **run_kind(config).parts(config)) for config in configs
     ]
 
 
