@@ -186,11 +186,10 @@ class LatentAttentionLayer(nn.Module):
             deterministic=shared.deterministic,
         )
         before = None
-        slots = 0
-        if isinstance(layer.cached, Latents):
+        # A cache without slots is of a first call.
+        if isinstance(layer.cached, Latents) and layer.cached.latents.shape[1]:
             before = expand(layer.cached.latents)
-            slots = before.shape[1]
-        if before is not None and slots and part.absorbs(c, q.shape[1], slots):
+        if before is not None and part.absorbs(c, q.shape[1], before.shape[1]):
             out = self._absorbed(q, state, before, up, layer, shared)
         else:
             out = self._expanded(q, state, before, up, layer, shared)

@@ -12,6 +12,7 @@ import pytest
 
 from nalora_jax.common.trees import map_named
 from nalora_jax.models.adapters import init_lora
+from nalora_jax.models.cache import grow
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.latent import LatentAttention
@@ -80,6 +81,17 @@ def test_calls_with_a_cache_equal_one_without(kind, absorbs, calls, monkeypatch)
         parts.append(hidden)
         first += count
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
+
+
+def test_a_cache_without_slots_grows():
+    config = ModelConfig.from_hf(SMALL)
+    model = Decoder(config)
+    variables = {"params": init_params(config, jax.random.key(0))}
+    tokens = np.random.default_rng(0).integers(0, 64, (2, SEQ))
+    first, cache = model.apply(variables, tokens[:, :-1], cache=init_cache(config, 2, 0))
+    last, _ = model.apply(variables, tokens[:, -1:], cache=grow(cache, SEQ))
+    parts = jnp.concatenate([first, last], axis=1)
+    np.testing.assert_allclose(parts, model.apply(variables, tokens), atol=2e-5)
 
 
 @pytest.mark.parametrize("absorbs", [True, False])
