@@ -134,7 +134,8 @@ def score_groups(
 
 def _longest_sharing(config: ModelConfig) -> int | None:
     """Returns the length up to which texts can share a computed prefix, or None without a limit."""
-    if any(stack.config.mixer is not None for stack in stacks(config)):
+    mixers = [stack.config.mixer for stack in stacks(config)]
+    if any(mixer is not None and not mixer.has_slots for mixer in mixers):
         return 0  # a packed row of prefixes has one state, after its last prefix
     return sharing_length(config.ropes)
 

@@ -224,6 +224,8 @@ class Mixer(Part):
     )
     # True: the module also computes parts of rows (`nalora_jax.ops.split_rows`).
     splits_rows: ClassVar[bool] = False
+    # True: the state has a slot of each token, so that texts may share a prefix's.
+    has_slots: ClassVar[bool] = False
     hands: str = ""  # name under which later layers read this layer's keys and values
     reads: str = ""  # name of an earlier layer's keys and values that this layer reads
 

@@ -75,6 +75,7 @@ class LatentAttention(Mixer):
     name: ClassVar[str] = "attn"
     attends: ClassVar[bool] = True
     splits_rows: ClassVar[bool] = True
+    has_slots: ClassVar[bool] = True
 
     @property
     def state_dim(self) -> int:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 import torch
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate import likelihood
 from nalora_jax.evaluate.likelihood import _stems_and_tails, score_groups, split_group
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from tests.models.family_fields import LATENT, TINY
+from tests.param_trees import init_params
 
 
 def random_groups(count: int) -> list:
@@ -64,3 +70,18 @@ def test_nothing_to_score_is_an_error_that_names_the_item(model, variables):
     for group in ([], [([], [1])], [([1], [2]), ([1], [])]):
         with pytest.raises(NaloraError, match="evaluation item 1"):
             score_groups(model, variables, [[([1], [2])], group])
+
+
+def test_texts_share_the_latents_of_a_prefix(monkeypatch):
+    """The log-likelihoods equal those of texts that are computed alone."""
+    config = ModelConfig.from_hf(TINY | LATENT | {"model_type": "youtu", "vocab_size": 256})
+    assert likelihood._longest_sharing(config) is None
+    model = Decoder(config)
+    variables = {"params": init_params(config, jax.random.key(0))}
+    groups = random_groups(10)
+    shared = score_groups(model, variables, groups, batch_tokens=48)
+    monkeypatch.setattr(likelihood, "_longest_sharing", lambda _: 0)
+    alone = score_groups(model, variables, groups, batch_tokens=48)
+    for ours, theirs in zip(shared, alone, strict=True):
+        for score, expected in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(score.log_prob, expected.log_prob, rtol=1e-5, atol=1e-5)
