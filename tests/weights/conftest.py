@@ -18,7 +18,7 @@ from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from tests.models.family_fields import GRANITE, LATENT
+from tests.models.family_fields import GRANITE, LATENT, model_class
 from tests.param_trees import params_from_tensors
 
 COMMON = {
@@ -90,6 +90,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT_EXPERTS | {"q_lora_rank": None, "n_group": 2, "topk_group": 1},
     # transformers sets the row of a padding token to zero when it loads the model
     "youtu": ROTATED | {"tie_word_embeddings": False, "pad_token_id": None},
+    "mistral4": LATENT_EXPERTS | {"head_dim": 12},
     "glm4_moe": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -121,9 +122,8 @@ def tiny_model() -> Callable[..., tuple[Any, ModelConfig]]:
         config = transformers.AutoConfig.for_model(model_type, **settings)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager"
-            ).eval()
+            kind = model_class(model_type)
+            model = kind._from_config(config, attn_implementation="eager").eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for (

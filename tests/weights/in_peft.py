@@ -61,12 +61,10 @@ def load(model: Any, folder: Path, *, tied: bool = False) -> Any:
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
 
 
-def load_merged(folder: Path) -> Any:
+def load_merged(folder: Path, kind: Any = transformers.AutoModelForCausalLM) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager"
-        ).eval()
+        return kind.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 def logits(model: Any, tokens: np.ndarray = TOKENS) -> np.ndarray:

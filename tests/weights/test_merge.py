@@ -141,7 +141,7 @@ def test_adapter_and_merged_folder_agree(
     write(tmp_path / "merged", config, params, lora, spec, hf_config=raw, shard_bytes=20_000)
 
     adapted = torch_logits(in_peft.load(model, tmp_path / "adapter"))
-    merged = torch_logits(load_merged(tmp_path / "merged"))
+    merged = torch_logits(load_merged(tmp_path / "merged", type(model)))
     assert max_logit_difference(lambda _: adapted, lambda _: merged, TOKENS) < 2e-5
     exact = verify_export(tmp_path / "adapter", lora, spec, config) == 0
     assert exact or family == "phi3" or config.n_experts  # of which one module has several scales
