@@ -31,7 +31,7 @@ from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data import sources
 from nalora_jax.data.chat import messages_of
 from nalora_jax.data.forms import canonical
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 from nalora_jax.method import activations, rules, statistics
 from nalora_jax.models import family
 from tests import tiny
@@ -187,7 +187,7 @@ def check_command(words: list[str]) -> None:
         if not {"--help", "--help-all", "--version"} & set(rest):
             verb, args = command.parse(rest)
             if verb == "train":
-                check_config(args.run)
+                check_run_config(args.run)
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), words
     elif words[:2] == ["python", "-m"] and rest[1].startswith("tests."):
@@ -224,7 +224,7 @@ def test_records_settings_and_entry_points_of_pages_are_read(block: Block, tmp_p
         keys = set(yaml.safe_load(block.text))
         if keys <= {one.name for one in fields(RunConfig)}:
             (tmp_path / "page.yaml").write_text(block.text)
-            check_config(config_files.load_config(tmp_path / "page.yaml"))
+            check_run_config(config_files.load_config(tmp_path / "page.yaml"))
         else:  # a task of the evaluation harness
             assert {"task", "doc_to_text", "doc_to_target", "metric_list"} <= keys
     else:
@@ -274,7 +274,7 @@ def execute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Execute:
     small, whole = tiny.make_config(folder), nalora_jax.run
 
     def small_run(config: RunConfig, *, data: Any = None, **more: Any) -> Any:
-        check_config(config)
+        check_run_config(config)
         lora = replace(small.lora, modules_to_save=config.lora.modules_to_save)
         given = {"output": config.output, "epochs": config.epochs, "lora": lora}
         if data is not None:

@@ -23,7 +23,7 @@ from nalora_jax import RunConfig, run
 from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RLConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 from nalora_jax.kinds.rl.kind import EarlyWarnings
 from nalora_jax.train.callbacks import Callback
 from tests import tiny
@@ -212,7 +212,7 @@ def test_rewards_that_fail_are_left_out_where_that_is_asked_for(config, rewards)
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_named(config, changes, message) -> None:
     with pytest.raises(NaloraError, match=message):
-        check_config(replace(config, **changes))
+        check_run_config(replace(config, **changes))
 
 
 def test_prompts_that_leave_no_room_for_a_sample_are_named(config: RunConfig) -> None:

@@ -86,7 +86,7 @@ class PlanArgs:
         if self.images:
             vision = replace(vision, task="chat")
         batch = replace(train, batch_size=rows)
-        return kinds.check_config(
+        return kinds.check_run_config(
             replace(self.run, data=data, train=batch, vision=vision)
         )
 

@@ -99,7 +99,8 @@ def adapter_evaluator(
         splits = [data.eval_split]
     tokens = model.base.tokenizer.images
     source = vision_sources(data, config.vision, tokens, splits=splits)
-    return text.evaluator_of_records(model, config, mesh, named, source)
+    items = text.asked_items(data, model.base.tokenizer, named, source)
+    return evaluator_of(model.base, model.module, items, mesh)
 
 
 def limits(config: RunConfig) -> Iterator[Limits]:

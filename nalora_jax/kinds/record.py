@@ -208,7 +208,7 @@ def kind_settings(config: RunConfig) -> Any:
     return settings_from(run_kind(config).settings, options, f"--kind {config.kind}")
 
 
-def check_config(config: RunConfig) -> RunConfig:
+def check_run_config(config: RunConfig) -> RunConfig:
     """Returns ``config`` after checking every field that can be checked without data.
 
     Raises:
@@ -219,7 +219,7 @@ def check_config(config: RunConfig) -> RunConfig:
 
 def check_kind(config: RunConfig) -> RunConfig:
     """Returns a config that `nalora_jax.config.check` accepted, after checking the settings and the
-    limits of its kind; raises as `check_config` does."""
+    limits of its kind; raises as `check_run_config` does."""
     kind_settings(config)
     check_limits(config, run_kind(config).limits(config))
     return config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,18 +16,17 @@ from jax.sharding import Mesh
 from nalora_jax.assembly.program import Assembly, assemble
 from nalora_jax.assembly.start import exportable_adapter, with_start
 from nalora_jax.common import trees
-from nalora_jax.config import RunConfig
+from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.forms import in_turns
-from nalora_jax.data.items import digest
+from nalora_jax.data.items import Item, digest
 from nalora_jax.data.pipeline import BatchIterator, packed_data
 from nalora_jax.data.questions import eval_examples, held_out
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_pair
-from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.generator import answering
 from nalora_jax.evaluate.text import TextEvaluator
-from nalora_jax.evaluate.vision import evaluator_of
 from nalora_jax.kinds.inputs import (
     check_layout,
     check_longest,
@@ -36,7 +35,6 @@ from nalora_jax.kinds.inputs import (
     stream_shape,
 )
 from nalora_jax.kinds.record import Built, Inputs, Job, Kind, register_kind, run_kind
-from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
@@ -60,6 +58,7 @@ from nalora_jax.weights.peft import (
 
 if TYPE_CHECKING:
     from nalora_jax.common.folders import RunFolder
+    from nalora_jax.loading.adapted import AdaptedModel
 
 log = logging.getLogger(__name__)
 
@@ -192,27 +191,26 @@ def adapter_evaluator(
       mesh: its devices; None for one.
       named: True if the user named other data than the run's reported examples.
     """
-    return evaluator_of_records(model, config, mesh, named, None)
-
-
-def evaluator_of_records(
-    model: AdaptedModel,
-    config: RunConfig,
-    mesh: Mesh | None,
-    named: bool,
-    source: Mapping[str, Source] | None,
-) -> TextEvaluator:
-    """Returns the result of `adapter_evaluator` on records by split.
-
-    ``source`` is None for those of ``config.data``.
-    """
-    data = config.data
     tokenizer = model.base.tokenizer
+    items = asked_items(config.data, tokenizer, named)
+    answers = answering(model.module, tokenizer, mesh)
+    return TextEvaluator(model.module, answers, items, mesh=mesh)
+
+
+def asked_items(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    named: bool,
+    source: Mapping[str, Source] | None = None,
+) -> Sequence[Item]:
+    """Returns the examples of ``data.eval_split``: those that a run reports, or with ``named`` all.
+
+    ``source`` has records by split, which replace the data set.
+    """
     if named:
-        items = eval_examples(data, tokenizer, split=data.eval_split, source=source)
-    else:
-        items, _ = held_out(open_pair(data, source=source)[1], data, tokenizer)
-    return evaluator_of(model.base, model.module, items, mesh)
+        return eval_examples(data, tokenizer, split=data.eval_split, source=source)
+    items, _ = held_out(open_pair(data, source=source)[1], data, tokenizer)
+    return items
 
 
 def export_run(

@@ -45,7 +45,7 @@ from nalora_jax.config.structured import (
     structured,
 )
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 from nalora_jax.method.rules import make
 from nalora_jax.study.subjects import subject_of
 
@@ -226,7 +226,7 @@ class Protocol:
         for rule in config.mechanisms:
             make(rule)  # raises for an unknown name or setting
         config = replace(config, output=RunConfig().output, resume=False)
-        return check_config(config)  # runs of a study have no folder
+        return check_run_config(config)  # runs of a study have no folder
 
 
 def read_protocol(path: str | Path) -> Protocol:

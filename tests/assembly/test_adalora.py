@@ -13,7 +13,7 @@ from nalora_jax.assembly.adalora import adalora
 from nalora_jax.common import trees
 from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -64,7 +64,7 @@ def test_what_does_not_go_together_is_refused_by_name() -> None:
         (LoRAConfig(), AdaLoRAConfig(target_rank=2, **late), "--adalora.warmup-share"),
     ):
         with pytest.raises(NaloraError, match=where):
-            check_config(RunConfig(lora=lora, adalora=adalora_config))
+            check_run_config(RunConfig(lora=lora, adalora=adalora_config))
     rules = LoRARule("layers/0/ffn", 2), LoRARule("ffn", 4)
     config = RunConfig(lora=LoRAConfig(rules=rules), adalora=AdaLoRAConfig(target_rank=3))
     spec = adapter_spec(config, BASE)

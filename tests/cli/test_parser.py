@@ -19,7 +19,7 @@ from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.config.structured import ranges
 from nalora_jax.data import pipeline
 from nalora_jax.errors import ListedError, NaloraError
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -190,7 +190,7 @@ def test_a_broken_config_file_is_one_error(tmp_path, capsys, body, said):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_the_configs_of_the_repository_are_valid_and_say_their_command(path):
-    check_config(cli.load_config(path))
+    check_run_config(cli.load_config(path))
     described = path.read_text().split('"""')[1]
     assert all(said in described for said in (f"--config configs/{path.name}", "Expected", "Cost"))
 

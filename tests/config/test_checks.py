@@ -19,7 +19,7 @@ from nalora_jax.config import (
     VisionConfig,
 )
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 
 REWARDS = {"rl": RLConfig(rewards=("exact",), samples=8)}
 DPO = {"preference": PreferenceConfig(loss="dpo")}
@@ -134,7 +134,7 @@ def test_settings_that_do_not_fit_are_refused_by_flag(
     settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(NaloraError) as caught:
-        check_config(RunConfig(**settings))
+        check_run_config(RunConfig(**settings))
     assert str(caught.value).startswith(message)
 
 
@@ -147,10 +147,10 @@ def test_settings_that_fit_are_accepted() -> None:
         data(loss_last=0.5),
     ):
         config = RunConfig(**settings)
-        assert check_config(config) is config
+        assert check_run_config(config) is config
 
 
 def test_a_config_of_another_type_is_refused() -> None:
     config: Any = {"steps": 3}
     with pytest.raises(NaloraError, match="config: expected a RunConfig, found a dict"):
-        check_config(config)
+        check_run_config(config)

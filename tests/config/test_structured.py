@@ -13,7 +13,7 @@ import pytest
 from nalora_jax.config import LoRAConfig, LoRARule, RunConfig, config_from_dict
 from nalora_jax.config.structured import INTERNAL, dotted, ranges, structured
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 
 RULE = LoRARule("x", 1)
 # Values that are refused, and values at the edge that are accepted.
@@ -46,10 +46,10 @@ def test_what_is_out_of_range_is_refused_by_the_name_of_its_flag(name: str) -> N
     refused, accepted = RANGES[name]
     for value in refused:
         with pytest.raises(NaloraError) as caught:
-            check_config(with_field(name, value))
+            check_run_config(with_field(name, value))
         assert caught.value.where == f"--{name.replace('_', '-')}"
     for value in accepted:
-        check_config(with_field(name, value))
+        check_run_config(with_field(name, value))
 
 
 def test_every_number_of_a_run_has_a_range_at_its_field() -> None:
@@ -83,7 +83,7 @@ def test_a_value_of_another_type_and_one_that_does_not_divide_are_named(
     name: str, value: Any, message: str
 ) -> None:
     with pytest.raises(NaloraError, match=message):
-        check_config(with_field(name, value))
+        check_run_config(with_field(name, value))
 
 
 def test_contrasted_pairs_are_not_split_into_micro_batches() -> None:
@@ -92,7 +92,7 @@ def test_contrasted_pairs_are_not_split_into_micro_batches() -> None:
     with pytest.raises(
         NaloraError, match='--train.accumulate: expected 1 with --vision.task "contrast"'
     ):
-        check_config(dataclasses.replace(check_config(contrast), train=split))
+        check_run_config(dataclasses.replace(check_run_config(contrast), train=split))
 
 
 def test_every_setting_comes_back_from_json() -> None:

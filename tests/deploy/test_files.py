@@ -15,7 +15,7 @@ import yaml
 
 from nalora_jax.cli.command import parse
 from nalora_jax.cli.parser import StudyArgs
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 from tests.deploy.stand_ins import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -72,7 +72,7 @@ def test_jobs_restart_lost_hosts_only_and_have_the_hosts_chips_and_flags_that_ag
         spec["parallelism"] == spec["completions"] == chips / resources["limits"]["google.com/tpu"]
     )
     assert pod["terminationGracePeriodSeconds"] >= 60
-    config = check_config(args.run)
+    config = check_run_config(args.run)
     assert (verb, config.resume) == ("train", "auto")
     assert config.train.batch_size % (chips * replicas) == 0
     assert all(str(place).startswith("gs:/") for place in (config.output, config.data.dataset))

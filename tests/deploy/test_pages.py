@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from nalora_jax.cli.command import parse
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 from nalora_jax.planner.machines import topology
 from tests.deploy import stand_ins
 
@@ -35,7 +35,7 @@ def check_train(words: list[str]) -> None:
     """Parses the arguments of `nalora train`, as the command line does."""
     verb, args = parse(words)
     assert verb == "train"
-    check_config(args.run)
+    check_run_config(args.run)
 
 
 def test_the_commands_run_in_their_order_and_leave_no_slice_behind(cloud) -> None:

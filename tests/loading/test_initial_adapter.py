@@ -24,6 +24,7 @@ from nalora_jax.config import (
     VisionConfig,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.kinds.record import check_run_config
 from nalora_jax.kinds.text import write_adapter
 from nalora_jax.loading.initial_adapter import lora_rules, read_initial, with_adapter
 from nalora_jax.models.adapters import adapter_spec, init_lora
@@ -97,7 +98,7 @@ def test_named_settings_stay(adapter: Path) -> None:
 )  # fmt: skip
 def test_settings_that_differ_from_the_adapter_are_one_error(adapter, changes, match) -> None:
     with pytest.raises(NaloraError, match=match):
-        with_adapter(replace(RunConfig(adapter=str(adapter)), **changes))
+        with_adapter(check_run_config(replace(RunConfig(adapter=str(adapter)), **changes)))
 
 
 def copied(adapter: Path, folder: Path) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from nalora_jax.common.trees import flatten
 from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import check_config
+from nalora_jax.kinds.record import check_run_config
 from nalora_jax.method.low_rank import init_a
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
@@ -93,4 +93,4 @@ def test_zero_a_starts_with_a_gaussian_b() -> None:
 def test_zero_a_is_refused_by_name() -> None:
     config = RunConfig(lora=ZERO_A, adalora=AdaLoRAConfig(target_rank=2))
     with pytest.raises(NaloraError, match="--lora.init: expected default .*found zero_a"):
-        check_config(config)
+        check_run_config(config)
