@@ -114,11 +114,14 @@ def fine_tune(
                 f"--mesh.{flag}", expected="0 or 1 without --sweep", found=size
             )
     settled = settle(config, callbacks, data=data, format=format, source=source)
-    with attend_processes() as stop, open_session(settled.config, stop) as session:
+    with (
+        attend_processes() as stop,
+        open_session(settled.config, stop, settled.callbacks) as session,
+    ):
         spent = Stages()
         inputs = read_inputs(settled, session)
         job = build_job(inputs, session.output)
-        running = restore(job, session, settled.callbacks)
+        running = restore(job, session)
         spent.end("preparing")
         with running.reporting_errors():
             evaluate_base(running)
@@ -231,16 +234,8 @@ def checked_mesh(placed: RunConfig) -> Mesh:
 # ---------------------------------------------------------------- start or resumption
 
 
-def restore(
-    job: Job, session: Session, callbacks: Sequence[Callback], together: int = 1
-) -> Running:
+def restore(job: Job, session: Session) -> Running:
     """Returns the run with the state to train from: the first one, or the last checkpoint's.
-
-    Args:
-      job: the run.
-      session: its session, which closes what is opened here.
-      callbacks: its callbacks.
-      together: number of runs that the compiled step trains; above 1 in a sweep.
 
     Raises:
       NaloraError: a damaged checkpoint, other evaluation questions than before, or a callback that
@@ -262,9 +257,7 @@ def restore(
         steps = session.recorded.get("steps", config.steps)
         _log_resumption(config, int(state.step), steps, session.label)
         before = _known_before(session.output, job.inputs.questions)
-    return Running(
-        job, session, checkpointer, batches, state, before, callbacks, together
-    )
+    return Running(job, session, checkpointer, batches, state, before)
 
 
 def _log_resumption(config: RunConfig, start: int, steps: int, label: str) -> None:

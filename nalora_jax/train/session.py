@@ -41,23 +41,28 @@ class Session:
     Args:
       output: its locked folder.
       stop: stop requests.
+      callbacks: what surrounds the run, besides its log.
       console: of its messages; the terminal, with a progress bar, by default.
       label: precedes its log messages if other runs train with it, as ``"seed-1: "``.
 
     Attributes:
       closing: closes what the run opens: checkpoints, callbacks, progress bar.
       recorded: last recorded settings of a resumed run; {} otherwise.
+      runs_in_program: number of runs that the compiled step trains; above 1 in a sweep.
     """
 
     def __init__(
         self,
         output: Output,
         stop: StopSignals,
+        callbacks: Sequence[Callback],
         console: Console | None = None,
         label: str = "",
     ) -> None:
         self.output = output
         self.stop = stop
+        self.callbacks = callbacks
+        self.runs_in_program = 1
         self.console = console
         self.label = label
         self.closing = ExitStack()
@@ -95,6 +100,7 @@ class Session:
 def open_session(
     config: RunConfig,
     stop: StopSignals,
+    callbacks: Sequence[Callback],
     console: Console | None = None,
     label: str = "",
 ) -> Iterator[Session]:
@@ -102,14 +108,14 @@ def open_session(
 
     Args:
       config: the run's settings, with the folder.
-      stop, console, label: see `Session`.
+      stop, callbacks, console, label: see `Session`.
 
     Raises:
       NaloraError: see `nalora_jax.train.output.open_output`.
       Interrupted: a stop outside of training, with the way to resume if there are checkpoints.
     """
     with open_output(config.output, config.resume) as output:
-        session = Session(output, stop, console, label)
+        session = Session(output, stop, callbacks, console, label)
         try:
             with session.closing:
                 yield session
@@ -151,8 +157,6 @@ class Running:
       batches: its next batches.
       state: before its next step.
       before: held-out metrics of the base model, if they are known.
-      callbacks: what surrounds the run, besides its log.
-      together: number of runs that the compiled step trains; above 1 in a sweep.
 
     Attributes:
       state_metrics: metrics of a state; a sweep computes those of all runs at once.
@@ -170,8 +174,6 @@ class Running:
         batches: BatchIterator,
         state: TrainState,
         before: Mapping[str, Any] | None,
-        callbacks: Sequence[Callback],
-        together: int = 1,
     ) -> None:
         config = job.config
         start = int(state.step)
@@ -198,7 +200,7 @@ class Running:
                 self.output.folder, resume=start or None, goes_on=goes_on
             )
             self._begun = metrics.begun
-            self.callbacks = Callbacks([metrics, *callbacks])
+            self.callbacks = Callbacks([metrics, *session.callbacks])
             self.progress = Progress(
                 config.steps,
                 start=start,
@@ -207,7 +209,7 @@ class Running:
             )
         session.closing.enter_context(self.callbacks)
         session.closing.enter_context(self.progress)
-        self.callbacks.start(_started(job, self.output, start, together))
+        self.callbacks.start(_started(job, self.output, start, session.runs_in_program))
 
     @contextmanager
     def reporting_errors(self) -> Iterator[None]:

@@ -32,7 +32,6 @@ from nalora_jax.study.sweeps import fit, values
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.study.sweeps.program import RunLoop, StopOfAll, SweepProgram, fit_all
 from nalora_jax.train import preemption, progress
-from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.cards import CardWriter
 from nalora_jax.train.output import write_text
 from nalora_jax.train.run import (
@@ -75,7 +74,6 @@ class _Run(NamedTuple):
 
     inputs: Inputs
     session: Session
-    callbacks: Sequence[Callback]
 
 
 _Results = dict[str, RunResult | TrainingDivergedError]  # by folder
@@ -178,9 +176,9 @@ def _open_run(
         resume = "auto"
     name = Path(config.output).name
     settings = replace(settled.config, resume=resume)
-    opened = open_session(settings, stop, _Named(name), f"{name}: ")
+    opened = open_session(settings, stop, settled.callbacks, _Named(name), f"{name}: ")
     session = stack.enter_context(opened)
-    return _Run(read_inputs(settled, session), session, settled.callbacks)
+    return _Run(read_inputs(settled, session), session)
 
 
 def _key(run: _Run) -> str:
@@ -234,12 +232,13 @@ def _train_together(
     trained: list[Running] = []
     results: _Results = {}
     with ExitStack() as stack:
-        for inputs, session, callbacks in runs:
+        for inputs, session in runs:
             stack.enter_context(session.closing)
             placed = fits.layout.into(inputs.config)
             job = build_placed(inputs, placed, mesh, session.output, like)
             like = like or job
-            trained.append(restore(job, session, callbacks, len(runs)))
+            session.runs_in_program = len(runs)
+            trained.append(restore(job, session))
         # Runs that ask the same questions share them.
         measured: dict[str, BaseMetrics | None] = {}
         for run in trained:
