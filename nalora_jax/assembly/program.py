@@ -427,6 +427,7 @@ def assemble(
     params: Any,
     mesh: Mesh,
     *,
+    spec: AdapterSpec | None = None,
     last: optax.GradientTransformation | None = None,
     objective: MakeObjective | None = None,
     module: type[Decoder] = Decoder,
@@ -440,6 +441,7 @@ def assemble(
       base: architecture of the base model.
       params: its weights on ``mesh``.
       mesh: the run's devices.
+      spec: the adapters, if they are known; by the rules of the settings by default.
       last: transform applied to the updates after all transforms of the config.
       objective: makes the run's objective of the cross-entropy of the next token, which is the
         objective by default.
@@ -452,7 +454,8 @@ def assemble(
         does not have, rows that the tables do not have, or a tensor axis that splits a head.
     """
     check_decoder(config, base, mesh)
-    spec = adapter_spec(config, base)
+    if spec is None:
+        spec = adapter_spec(config, base)
     lora = init_lora(base, spec, jax.random.key(config.seed), params)
     if like is None or like.spec != spec:
         program = decoder_program(

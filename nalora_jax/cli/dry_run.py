@@ -102,8 +102,8 @@ def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     assert files is not None
     concrete = layouts.laid_out(config, base)
     mesh = distributed.make_mesh(concrete.mesh)
-    check_layout(concrete, base, files, mesh)
-    spec = adapters.adapter_spec(config, base)
+    check_layout(concrete, inputs, mesh)
+    spec = inputs.adapters
     settings = []  # of all runs, with concrete learning rates
     for run in runs:
         if run.model == runs[0].model:

@@ -19,9 +19,9 @@ from nalora_jax.data.source import MixedSource, SelectedSource, Source
 from nalora_jax.data.sources import have_same_records, open_pair
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.record import run_kind
+from nalora_jax.kinds.record import Inputs, run_kind
 from nalora_jax.mesh import distributed
-from nalora_jax.models.adapters import adapter_spec, check_token_indices
+from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.model_files import ModelFiles
@@ -124,15 +124,12 @@ def check_longest(longest: int, base: ModelConfig) -> None:
         )
 
 
-def check_layout(
-    config: RunConfig, base: ModelConfig, files: ModelFiles, mesh: Mesh
-) -> None:
+def check_layout(placed: RunConfig, inputs: Inputs, mesh: Mesh) -> None:
     """Checks that the model fits the mesh and the rules, from its config files only.
 
     Args:
-      config: the run's settings.
-      base: the model's architecture, with rows for added tokens.
-      files: its files.
+      placed: the run's settings with a concrete layout.
+      inputs: of the run, on a decoder.
       mesh: the devices.
 
     Raises:
@@ -140,9 +137,11 @@ def check_layout(
         not divide, rules that match nothing, an added token without a trained row, or a trained row
         without a token.
     """
-    check_decoder(config, base, mesh)
-    distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
-    _check_rows(config, files, base, adapter_spec(config, base))
+    assert inputs.base is not None
+    assert inputs.files is not None
+    check_decoder(placed, inputs.base, mesh)
+    distributed.process_rows(mesh, placed.train.batch_size // placed.train.accumulate)
+    _check_rows(placed, inputs.files, inputs.base, inputs.adapters)
 
 
 def _check_rows(

@@ -57,7 +57,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     base = files.described(added)
     tokenizer = files.tokenizer_with(added)
     # raises for rules that match nothing, before data is tokenized
-    adapter_spec(config, base)
+    spec = adapter_spec(config, base)
     context = base.max_positions
     train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
@@ -81,7 +81,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
         "reported": pairs_digest(pairs[0]),
         "selecting": pairs_digest(pairs[1]),
     }
-    return Inputs(config, base, files, data, pairs, questions, turns)
+    return Inputs(config, base, files, data, pairs, questions, turns, spec)
 
 
 def evaluator(

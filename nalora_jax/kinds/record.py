@@ -24,6 +24,7 @@ from nalora_jax.config import RunConfig, check
 from nalora_jax.config.checks import Limits, check_limits
 from nalora_jax.data.pipeline import TrainingRows
 from nalora_jax.data.source import Source
+from nalora_jax.models.adapters import adapter_spec
 
 if TYPE_CHECKING:
     from nalora_jax.assembly.program import Assembly
@@ -49,6 +50,17 @@ class Inputs:
     questions: Mapping[str, str]  # digests of both
     # True if the training texts are formatted by a chat template; None without texts
     in_turns: bool | None = None
+    spec: AdapterSpec | None = None  # the adapters of a decoder
+
+    @property
+    def adapters(self) -> AdapterSpec:
+        """Returns the adapters of a decoder, by the rules of the settings.
+
+        Raises:
+          NaloraError: rules that match nothing, or that the base has no place for.
+        """
+        assert self.base is not None
+        return self.spec or adapter_spec(self.config, self.base)
 
 
 class Built(NamedTuple):

@@ -87,7 +87,7 @@ def tokenized(
     base = files.described(added)
     tokenizer = files.tokenizer_with(added)
     # raises for rules that match nothing, before data is tokenized
-    adapter_spec(config, base)
+    spec = adapter_spec(config, base)
     turns = in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
     shape = stream_shape(config) | {"context": base.max_positions}
     data = packed_data(train, config.data, tokenizer, **shape)
@@ -98,7 +98,7 @@ def tokenized(
     config = settled(config, base.d_model, data.rows_per_epoch, "rows")
     items = held_out(held, config.data, tokenizer)
     questions = {"reported": digest(items[0]), "selecting": digest(items[1])}
-    return Inputs(config, base, files, data, items, questions, turns)
+    return Inputs(config, base, files, data, items, questions, turns, spec)
 
 
 def build_step(
@@ -118,7 +118,7 @@ def build_step(
     """
     assert inputs.base is not None
     assert inputs.files is not None
-    check_layout(placed, inputs.base, inputs.files, mesh)
+    check_layout(placed, inputs, mesh)
     if like is None:
         loaded = _loaded(inputs.files, placed, mesh)
     else:
@@ -126,7 +126,13 @@ def build_step(
     shared = None if like is None else like.assembly
     of_kind = run_kind(placed).parts(placed, inputs.files.processor)
     assembly = assemble(
-        placed, loaded.config, loaded.params, mesh, like=shared, **of_kind
+        placed,
+        loaded.config,
+        loaded.params,
+        mesh,
+        spec=inputs.adapters,
+        like=shared,
+        **of_kind,
     )
     data = replace(inputs.data, **stream_shape(placed, mesh))
     return Built(loaded, with_start(assembly, loaded, data, output), data)

@@ -25,7 +25,6 @@ from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
 from nalora_jax.evaluate import evaluator, run_log
 from nalora_jax.kinds.record import Inputs, Job
 from nalora_jax.mesh import processes
-from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.report import compare, history
 from nalora_jax.report.writer import ReportWriter
 from nalora_jax.study.sweeps import fit, values
@@ -186,7 +185,7 @@ def _key(run: _Run) -> str:
     config = run.inputs.config
     spec = None
     if run.inputs.base is not None:
-        spec = adapter_spec(config, run.inputs.base)
+        spec = run.inputs.adapters
     return values.program_key(config, spec)
 
 
