@@ -42,10 +42,9 @@ class Scheme:
     # Order of the codes: as they are, packed along the inputs of [out, in], or as GPTQ and AWQ do.
     packing: Literal["plain", "inputs", "gptq", "awq"] = "plain"
     element: Element | None = None  # by default that of the codes' format
-    # Dtype to which the reference implementation rounds a product.
-    rounds: Literal["", "scale", "bfloat16"] = (
-        ""  # "" for float32, "scale" for the scales' dtype
-    )
+    # Dtype to which the reference implementation rounds a product: float32, that of the scales, or
+    # bfloat16.
+    rounds: Literal["", "scale", "bfloat16"] = ""
     divides: bool = False  # by the outer scale
     zeros_below: int = 0  # the file's zeros are too small by this number
 
@@ -62,13 +61,14 @@ class Scheme:
         if self.element in ("int4", "e2m1"):
             bits = 4
         inputs, outputs = self.blocks[-1]
-        if not inputs:
+        if not inputs or not outputs:
             return float(bits)
-        scale = 16
+        of_block = 16
         if not set(self.scale_formats) & set(FLOATS):
-            scale = 8
-        zero = 8 if self.zeros else 0  # in memory
-        return bits + (scale + zero) / (inputs * outputs)
+            of_block = 8
+        if self.zeros:
+            of_block += 8
+        return bits + of_block / (inputs * outputs)
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,10 @@ class QuantizedTensors(TensorSource):
         scales = scales.astype(np.float32)
         if "outer" in weight.names:
             outer = self._outer(weight)
-            scales = scales / outer if scaling.divides else scales * outer
+            if scaling.divides:
+                scales = scales / outer
+            else:
+                scales = scales * outer
         values *= scales[places]
         return values.T.astype(DTYPES[_FORMATS[scaling.rounds]])
 
@@ -320,7 +323,9 @@ class QuantizedTensors(TensorSource):
         scales: np.dtype[Any] = np.dtype(np.uint8)
         if scaling.scale in _FORMATS:
             scales = DTYPES[_FORMATS[scaling.scale]]
-        codes = np.dtype(np.int8 if scaling.element == "int8" else np.uint8)
+        codes: np.dtype[Any] = np.dtype(np.uint8)
+        if scaling.element == "int8":
+            codes = np.dtype(np.int8)
         arrays: dict[str, Any] = {"zeros": None, "outer": None, "order": None}
         wanted: dict[str, tuple[Block, np.dtype[Any]]] = {
             "codes": ((d_in // scaling.per_byte, d_out), codes),
@@ -353,11 +358,10 @@ class QuantizedTensors(TensorSource):
             by_rows = self._weights[place.name].scheme.packing in ("gptq", "awq")
             for part_rows, part_columns in _pieces(rows, columns, by_rows=by_rows):
                 part = self._part(role, place, part_rows, part_columns)
-                target[
-                    part_rows.start - rows.start : part_rows.stop - rows.start,
-                    part_columns.start - columns.start : part_columns.stop
-                    - columns.start,
-                ] = part
+                row = part_rows.start - rows.start
+                column = part_columns.start - columns.start
+                height, width = part.shape
+                target[row : row + height, column : column + width] = part
 
         with ThreadPoolExecutor(WORKERS) as pool:
             list(pool.map(copy, places))  # list() raises the workers' errors
@@ -415,8 +419,7 @@ class QuantizedTensors(TensorSource):
         packing = weight.scheme.packing
         if packing == "plain":
             return self._grid(weight, name, rows, columns)
-        axis = 0 if packing == "inputs" else 1
-        zeros = self._unpacked(weight, name, rows, columns, axis)
+        zeros = self._unpacked(weight, name, rows, columns, int(packing != "inputs"))
         return (zeros + weight.scheme.zeros_below) & (2**weight.bits - 1)
 
     def _grid(
@@ -440,9 +443,8 @@ class QuantizedTensors(TensorSource):
         """Returns the block of each input, int32 ``[inputs, 1]``."""
         if "order" in weight.names:
             name = weight.names["order"]
-            return self._words(name, whole(self._source.shapes()[name])).astype(
-                np.int32
-            )[:, None]
+            order = self._words(name, whole(self._source.shapes()[name]))
+            return order.astype(np.int32)[:, None]
         d_in = weight.shape[0]
         blocks = np.arange(d_in, dtype=np.int32) // (weight.scaling.block[0] or d_in)
         return blocks[:, None]
@@ -561,11 +563,9 @@ class QuantizedTensors(TensorSource):
         """Checks the shapes of zeros, outer scale and order."""
         n_in, n_out = weight.scaling.blocks(weight.shape)
         packing = weight.scheme.packing
+        if packing != "plain":  # zeros are packed along the outputs
+            n_out = -(-n_out // (32 // weight.bits))
         grid = _file_grid((n_in, n_out), packing)
-        if packing != "plain":
-            per_word = 32 // weight.bits
-            words = -(-n_out // per_word)
-            grid = (words, n_in) if packing == "inputs" else (n_in, words)
         expected = {"zeros": grid, "outer": (1,), "order": (weight.shape[0],)}
         for role, shape in expected.items():
             name = weight.names.get(role)

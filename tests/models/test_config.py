@@ -183,6 +183,10 @@ REFUSED = {
         "llama_4_scaling_beta: expected 0 without",
     ),
     "another gate in gpt-oss": ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act: expected 'silu'"),
+    "an unknown quantization": (
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        "quantization_config: quant_method: expected one of awq, .*found 'bitsandbytes'; load the unquantized model",
+    ),
     "another quantization of gpt-oss": (
         {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
         "quant_method: expected 'mxfp4'.* found 'awq'",
