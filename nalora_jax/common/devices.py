@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
+if TYPE_CHECKING:
+    import jax  # imported late, for types alone: help needs no JAX
 
 # Axes of meshes, and the fields of `nalora_jax.config.MeshConfig` with their sizes.
 DATA = "data"

@@ -28,7 +28,6 @@ from nalora_jax.config import (
     PreferenceConfig,
     RunConfig,
     VisionConfig,
-    check,
 )
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import view_weights
@@ -172,7 +171,7 @@ def test_settings_are_judged(lora, changes, said):
     if any(name.startswith("add_") for name in changes):
         changes = {"data": DataConfig(**changes)}
     with pytest.raises(NaloraError, match=said):
-        check(RunConfig(lora=lora, **changes))
+        check_run_config(RunConfig(lora=lora, **changes))
 
 
 def test_a_tied_head_has_no_rows_beside_a_trained_table():
