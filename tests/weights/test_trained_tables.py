@@ -32,6 +32,7 @@ from nalora_jax.config import (
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import view_weights
 from nalora_jax.evaluate.generate.slots import AdapterSlot
+from nalora_jax.kinds.record import check_run_config
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
