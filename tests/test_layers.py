@@ -126,6 +126,64 @@ def test_devices_are_read_in_one_module(modules: dict[str, Module]) -> None:
     assert not DEVICE_READS.search("jax.process_index()")
 
 
+# Modules that make shardings of axes. `mesh` decides; the others hold the type, change a sharding that
+# they are given, or map a function over shards (`jax.shard_map`).
+SHARDING_MODULES = {
+    "nalora_jax.mesh.distributed",
+    "nalora_jax.mesh.sharding",
+    "nalora_jax.ops.shardings",
+    # those that change one
+    "nalora_jax.ops.quantize",
+    "nalora_jax.ops.reductions",
+    "nalora_jax.weights.tensors",
+    # those that map a function
+    "nalora_jax.assembly.stacked",
+    "nalora_jax.models.moe",
+    "nalora_jax.ops.attention",
+    "nalora_jax.ops.attention_tpu",
+    "nalora_jax.ops.split_attention",
+    "nalora_jax.ops.split_mixers",
+}
+SHARDING_TYPES = {"jax.sharding.NamedSharding", "jax.sharding.PartitionSpec"}
+
+
+def test_shardings_are_made_in_few_modules(modules: dict[str, Module]) -> None:
+    found = {name for name, module in modules.items() if module.imported & SHARDING_TYPES}
+    assert found == SHARDING_MODULES
+
+
+# An axis as a string: a word that means nothing else, or any in a place for axes.
+AXIS_WORDS = re.compile(r"\"(fsdp|tensor)\"")
+AXIS_PLACES = re.compile(
+    r"\.shape(\[|\.get\()\"|\b(P|of_mesh|batch_sharding)\([^()]*\"|axis_name=\"|sizes\[\""
+)
+
+
+def test_axes_of_meshes_are_constants(modules: dict[str, Module]) -> None:
+    found = set()
+    for name, module in modules.items():
+        # Without comments and docstrings.
+        code = ast.unparse(_without_docstrings(module.source)).replace("'", '"')
+        if AXIS_WORDS.search(code) or AXIS_PLACES.search(code):
+            found.add(name)
+    assert found == {"nalora_jax.common.devices"}
+    for example in ('mesh.shape["data"]', 'P(None, "run")', 'mesh.shape.get("context", 1)'):
+        assert AXIS_PLACES.search(example), example
+
+
+def _without_docstrings(source: str) -> ast.Module:
+    """A syntax tree without statements that are only a text."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            texts = [
+                x for x in body if isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)
+            ]
+            node.body = [x for x in body if x not in texts] or [ast.Pass()]
+    return tree
+
+
 # Modules, nodes and longest chain of imports: of the way alone, and with the kind for text.
 BOUNDS = {
     "nalora_jax.train.run": (126, 226_500, 18),

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 
 from nalora_jax.assembly.program import Assembly
 from nalora_jax.assembly.stacked import step_of_runs
@@ -191,7 +191,7 @@ class SweepProgram:
         filled = [*states, *[states[-1]] * empty]
         flat = [trees.flatten(jax.tree.map(processes.fetch, state)) for state in filled]
 
-        def join(path: str, place: NamedSharding) -> jax.Array:
+        def join(path: str, place: Sharding) -> jax.Array:
             """Returns the array of all runs, padded to one shape and stacked."""
             arrays = [np.asarray(tree[path]) for tree in flat]
             shape = self._shapes[path]
