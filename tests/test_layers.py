@@ -134,6 +134,7 @@ SHARDING_MODULES = {
     "nalora_jax.ops.shardings",
     # those that change one
     "nalora_jax.ops.quantize",
+    "nalora_jax.ops.scaled",
     "nalora_jax.ops.reductions",
     "nalora_jax.weights.tensors",
     # those that map a function
@@ -166,7 +167,8 @@ def test_axes_of_meshes_are_constants(modules: dict[str, Module]) -> None:
         code = ast.unparse(_without_docstrings(module.source)).replace("'", '"')
         if AXIS_WORDS.search(code) or AXIS_PLACES.search(code):
             found.add(name)
-    assert found == {"nalora_jax.common.devices"}
+    # Scales of a whole "tensor" are a format's.
+    assert found == {"nalora_jax.common.devices", "nalora_jax.weights.quantization_config"}
     for example in ('mesh.shape["data"]', 'P(None, "run")', 'mesh.shape.get("context", 1)'):
         assert AXIS_PLACES.search(example), example
 

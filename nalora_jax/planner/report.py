@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from nalora_jax.common.devices import FSDP, RUN
 from nalora_jax.config import RunConfig
 from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed
@@ -176,9 +177,9 @@ class SweepPlan:
             "seconds": self.seconds,
             "mfu": self.mfu,
             "mesh": {
-                "run": self.layout.run,
+                RUN: self.layout.run,
                 "runs_per_device": self.layout.runs_per_device,
-                "fsdp": self.layout.fsdp,
+                FSDP: self.layout.fsdp,
             },
             "remat": self.layout.remat,
             "collectives": collectives,
