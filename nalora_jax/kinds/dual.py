@@ -28,7 +28,7 @@ from nalora_jax.common import trees
 from nalora_jax.common.devices import TENSOR
 from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import RunConfig, VisionConfig
-from nalora_jax.config.checks import Limits, trained_tables
+from nalora_jax.config.checks import Limits, require, trained_tables
 from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
 from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.images.opened import (
@@ -211,6 +211,8 @@ def describe_inputs(inputs: Inputs) -> Described:
 def limits(config: RunConfig) -> Iterator[Limits]:
     """Yields the values that other settings may have in a run on image and text encoders."""
     vision = config.vision
+    expected = '"classify" or "contrast"'
+    require("--vision.task", vision.trains_encoders, expected, repr(vision.task))
     decoders = {"vision.task": ("", "chat")}
     if config.adapter:
         yield Limits("--adapter, whose values the run starts from", decoders)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from nalora_jax.assembly.objectives import NextToken
 from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
-from nalora_jax.config.checks import Limits, trained_tables
+from nalora_jax.config.checks import Limits, require, trained_tables
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.chat import ChatImages, open_chats, row_images
 from nalora_jax.data.images.files import ImageProcessor
@@ -105,6 +105,8 @@ def adapter_evaluator(
 
 def limits(config: RunConfig) -> Iterator[Limits]:
     """Yields the values that other settings may have in a run on conversations about images."""
+    vision = config.vision
+    require("--vision.task", vision.reads_chats, '"chat"', repr(vision.task))
     for flag in trained_tables(config):
         yield Limits(flag, {"vision.task": ("",)})
 

@@ -57,6 +57,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"rl": RLConfig(rewards=("exact",), samples=3)},
         "--train.batch-size: expected a multiple of --rl.samples (3), found 8",
     ),
+    # Kinds that are named without the settings that they need.
+    ({"kind": "rl"}, "--rl.rewards: expected at least one, found none"),
+    ({"kind": "images"}, "--vision.task: expected \"chat\", found ''"),
+    ({"kind": "dual"}, "--vision.task: expected \"classify\" or \"contrast\", found ''"),
     # Preferences.
     (DPO | lora(init="pissa"), "--lora.init: expected default or zero_a with --preference.loss"),
     (DPO | data(loss_last=4), "--data.loss-last: expected 0 with --preference.loss"),

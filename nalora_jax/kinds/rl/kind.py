@@ -187,9 +187,11 @@ def limits(config: RunConfig) -> Iterator[Limits]:
     """Yields the values that other settings may have in a run with rewards.
 
     Raises:
-      NaloraError: weights of other rewards, or a batch that groups of samples do not divide.
+      NaloraError: no reward, weights of other rewards, or a batch that groups of samples do not
+        divide.
     """
     rl = config.rl
+    require("--rl.rewards", bool(rl.rewards), "at least one", "none")
     # The penalty compares with the base, whose kernels PiSSA changes. Initializations by gradients
     # read batches of targets, which prompts do not have.
     inits: tuple[str, ...] = (*UNCHANGED, "pissa")
