@@ -447,17 +447,24 @@ class PreferenceConfig:
     The reference is the base without the adapter.
     """
 
-    # "none" (train on the data set's responses) or "dpo" (direct preference optimization, arXiv
-    # 2305.18290).
-    loss: Literal["none", "dpo"] = "none"
+    # "none" (train on the data set's responses), "dpo" (direct preference optimization, arXiv
+    # 2305.18290), "robust" (DPO for pairs of which a known share is swapped, 2403.00409), "ipo"
+    # (2310.12036), or without a reference "simpo" (2405.14734) or "orpo" (2403.07691).
+    loss: Literal["none", "dpo", "robust", "ipo", "simpo", "orpo"] = "none"
     # Beta: weight of the log-ratio to the reference; with small values the model may move further
-    # from it.
+    # from it. In "simpo" it is the weight of the log-probability per token (2 to 10), in "orpo"
+    # that of the odds ratio.
     beta: Annotated[float, Range("a number", "(0, 1000]")] = 0.1
-    # Assumed share of pairs with swapped labels (conservative DPO).
+    # Assumed share of pairs with swapped labels: of "dpo" (conservative DPO), "robust" and "simpo".
     label_smoothing: Annotated[float, Range("a share", "[0, 0.5)")] = 0.0
     # Divide each log-ratio by the number of tokens of its response, so that long responses do not
-    # count more; beta is then larger, 1 to 10 (TRL's "sigmoid_norm").
+    # count more; beta is then larger, 1 to 10 (TRL's "sigmoid_norm"). Of "dpo" and "robust".
     per_token: bool = False
+    # Gamma: margin that "simpo" demands between the rewards of both responses.
+    gamma: Annotated[float, Range("a number", "[0, 1000]")] = 0.5
+    # Weight of the chosen response's negative log-likelihood per token, added to the loss; "orpo"
+    # has it with weight 1.
+    nll_weight: Annotated[float, Range("a number", "[0, 1000]")] = 0.0
     # Field of a record that holds the preferred response: a text, or chat messages.
     chosen_field: str = "chosen"
     # Field that holds the other response.

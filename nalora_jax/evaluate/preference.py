@@ -24,10 +24,11 @@ from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.preference_losses import LOSSES, Answers, chosen_nll, pair_losses
 
 
 class PreferenceEvaluator(Evaluator):
-    """Evaluates adapters on the same pairs; the base, whose rewards are 0, is scored once.
+    """Evaluates adapters on the same pairs; the base is scored once, if it is the reference.
 
     Args:
       model: the decoder, with the adapters' spec.
@@ -64,7 +65,7 @@ class PreferenceEvaluator(Evaluator):
         self._config = config
         self._mesh = mesh
         # log-probabilities of the base, [pairs, 2] as from `_scores`; None: not computed yet
-        self._reference: np.ndarray | None = None
+        self._base: np.ndarray | None = None
         lengths = []
         for pair in pairs:
             chosen = pair.chosen.divided[1]
@@ -73,38 +74,32 @@ class PreferenceEvaluator(Evaluator):
         self._tokens = np.array(lengths)  # [pairs, 2]
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns ``prompt``, ``loss``, ``rewards_chosen`` and ``rewards_rejected`` of every pair.
+        """Returns ``prompt``, ``loss``, ``rewards_chosen``, ``rewards_rejected`` and
+        ``chosen_nll`` of every pair, see `nalora_jax.ops.preference_losses`.
 
-        A completion's reward is beta times the log-ratio of its probability to the base's, with
-        ``config.per_token`` divided by its tokens. The loss is DPO's (arXiv 2305.18290) with label
-        smoothing.
+        A loss without a reference scores the base only if ``lora`` is None.
         """
-        if self._reference is None:
-            base = self._model.clone(adapters=AdapterSpec())
-            self._reference = self._scores(base, {"params": params})
+        has_reference = LOSSES[self._config.loss].has_reference
         if lora is None:
-            scores = self._reference
+            scores = self._base_scores(params)
         else:
             scores = self._scores(self._model, variables_of(params, lora))
-        ratios = scores - self._reference  # [pairs, 2], chosen and rejected
-        if self._config.per_token:
-            ratios = ratios / self._tokens
-        rewards = self._config.beta * ratios
-        margin = rewards[:, 0] - rewards[:, 1]
-        # -log(sigmoid(margin)), and the same for a pair whose label is wrong
-        as_labelled = np.logaddexp(0.0, -margin)
-        swapped = np.logaddexp(0.0, margin)
-        smoothing = self._config.label_smoothing
-        losses = (1 - smoothing) * as_labelled + smoothing * swapped
+        ratios = np.zeros_like(scores)
+        if has_reference:
+            ratios = scores - self._base_scores(params)
+        answers = Answers(scores, ratios, self._tokens)  # [pairs, 2], chosen first
+        losses = pair_losses(answers, self._config)
+        nll = chosen_nll(answers)
         records = []
         for row, pair in enumerate(self._pairs):
-            chosen, rejected = rewards[row].tolist()
+            chosen, rejected = losses.rewards[row].tolist()
             records.append(
                 {
                     "prompt": pair.prompt,
-                    "loss": losses[row].item(),
+                    "loss": losses.loss[row].item(),
                     "rewards_chosen": chosen,
                     "rewards_rejected": rejected,
+                    "chosen_nll": nll[row].item(),
                 }
             )
         return records
@@ -114,12 +109,14 @@ class PreferenceEvaluator(Evaluator):
 
         Returns:
           ``loss`` per pair with its 95% interval ``low`` and ``high``, ``n``, ``rewards_chosen``,
-          ``rewards_rejected``, ``rewards_margin``, and ``rewards_accuracy``, the share of pairs
-          whose chosen completion has the larger reward.
+          ``rewards_rejected``, ``rewards_margin``, ``rewards_accuracy``, the share of pairs
+          whose chosen completion has the larger reward, and ``chosen_nll``, in nats per token of
+          the chosen completion.
         """
         losses = np.array([record["loss"] for record in records])
         chosen = np.array([record["rewards_chosen"] for record in records])
         rejected = np.array([record["rewards_rejected"] for record in records])
+        nll = np.array([record["chosen_nll"] for record in records])
         low, high = bootstrap(losses)
         return {
             "loss": float(losses.mean()),
@@ -130,6 +127,7 @@ class PreferenceEvaluator(Evaluator):
             "rewards_rejected": float(rejected.mean()),
             "rewards_margin": float((chosen - rejected).mean()),
             "rewards_accuracy": float((chosen > rejected).mean()),
+            "chosen_nll": float(nll.mean()),
         }
 
     def samples(
@@ -155,6 +153,13 @@ class PreferenceEvaluator(Evaluator):
                 }
             )
         return {"samples": samples}
+
+    def _base_scores(self, params: Any) -> np.ndarray:
+        """Returns the result of `_scores` for the model without adapters, computed once."""
+        if self._base is None:
+            base = self._model.clone(adapters=AdapterSpec())
+            self._base = self._scores(base, {"params": params})
+        return self._base
 
     def _scores(self, model: Decoder, variables: Mapping[str, Any]) -> np.ndarray:
         """Returns log-probabilities ``[pairs, 2]`` of both completions, chosen first."""

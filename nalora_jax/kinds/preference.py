@@ -1,12 +1,10 @@
-"""Runs on preference pairs: direct preference optimisation (arXiv 2305.18290).
+"""Runs on preference pairs, with a loss of `nalora_jax.ops.preference_losses`.
 
-    delta = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)
-    loss  = -(1 - s) log sigmoid(beta delta) - s log sigmoid(-beta delta)
-
-p_ref is the base with the adapter off: a second forward pass with the same frozen weights. The loss
-depends on tokens only through delta. So its gradient equals the gradient of a cross-entropy whose
-weights are the derivative of the loss with respect to each token's log-probability, and logits are
-computed in chunks like in any other step.
+The reference of a loss that has one is the base with the adapter off: a second forward pass with
+the same frozen weights. A loss depends on tokens only through the log-probabilities of the answers.
+So its gradient equals the gradient of a cross-entropy whose weights are the derivative of the loss
+with respect to each token's log-probability, and logits are computed in chunks like in any other
+step.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +37,19 @@ from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.ops.preference_losses import (
+    LOSSES,
+    Answers,
+    PairLosses,
+    chosen_nll,
+    pair_losses,
+)
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
+
+_WITHOUT_REFERENCE = " or ".join(
+    name for name, loss in LOSSES.items() if not loss.has_reference
+)
 
 
 def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
@@ -119,47 +128,38 @@ def adapter_evaluator(
 
 def limits(config: RunConfig) -> Iterator[Limits]:
     """Yields the values that other settings may have in a run on pairs."""
-    remedy = (
-        "the reference is the base with the adapter off, which these adapters change"
-    )
-    yield Limits("--preference.loss", {"lora.init": UNCHANGED}, remedy)
+    # also of --kind preference
+    yield Limits("preference pairs", {"preference.loss": tuple(LOSSES)})
+    preference = config.preference
+    loss = LOSSES[preference.loss]
+    if loss.has_reference:
+        remedy = (
+            "the reference is the base with the adapter off, which these adapters change: "
+            f"use --preference.loss {_WITHOUT_REFERENCE}"
+        )
+        yield Limits("--preference.loss", {"lora.init": UNCHANGED}, remedy)
+    unread = {}
+    for name in ("label_smoothing", "per_token", "gamma", "nll_weight"):
+        if name not in loss.settings:
+            unread[f"preference.{name}"] = (getattr(PreferenceConfig(), name),)
+    cause = f"--preference.loss {preference.loss}, which does not read it"
+    yield Limits(cause, unread)
     rows = {"data.loss_last": (0,), "data.too_long": ("drop", "truncate", "error")}
     cause = "--preference.loss, which compares entire answers"
     yield Limits(cause, {"vision.task": ("",)} | rows)
-    if config.adapter:
-        remedy = "the reference is the base without an adapter: merge this one first (nalora merge)"
+    if config.adapter and loss.has_reference:
+        remedy = (
+            "the reference is the base without an adapter: merge this one first (nalora merge), "
+            f"or use --preference.loss {_WITHOUT_REFERENCE}"
+        )
         yield Limits("--adapter", {"preference.loss": ("none",)}, remedy)
     for flag in trained_tables(config):
         yield Limits(flag, {"preference.loss": ("none",)})
 
 
-class Pairs(NamedTuple):
-    """Loss and rewards of pairs, each float32 with the shape of the log-ratios."""
-
-    loss: jax.Array
-    chosen: jax.Array  # rewards: beta times the log-ratio
-    rejected: jax.Array
-
-
-def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pairs:
-    """Returns the DPO loss and the rewards of pairs.
-
-    Args:
-      chosen, rejected: log-ratios of policy and reference; per completion token with
-        ``config.per_token``.
-      config: beta and label smoothing.
-    """
-    margin = config.beta * (chosen - rejected)
-    smoothing = config.label_smoothing
-    loss = (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(
-        margin
-    )
-    return Pairs(loss, config.beta * chosen, config.beta * rejected)
-
-
 @dataclass(frozen=True)
 class Preference:
-    """`nalora_jax.method.step.Objective` of DPO on packed pairs (`nalora_jax.data.preference`)."""
+    """`nalora_jax.method.step.Objective` of packed pairs (`nalora_jax.data.preference`)."""
 
     policy: NextToken
     config: PreferenceConfig
@@ -172,36 +172,41 @@ class Preference:
         The batch has the arrays of text and ``pairs [rows, pairs]``.
         """
         hidden = self.policy.hidden(variables, batch, key)
-        reference = self.policy.base_hidden(variables, batch)
         # Minus log-probabilities, [rows, seq], without a gradient: the surrogate below has it.
-        policy_losses, reference_losses = (
-            self.policy.target_losses(h, params, batch) for h in (hidden, reference)
-        )
-        # [rows, pairs, 2]: log-ratios of the completions, chosen first, and their token counts.
-        ratios = self._by_answer(reference_losses - policy_losses, batch)
+        policy_losses = self.policy.target_losses(hidden, params, batch)
+        # [rows, pairs, 2]: of the answers, chosen first.
+        log_probs = self._by_answer(-policy_losses, batch)
+        ratios = jnp.zeros_like(log_probs)
+        if LOSSES[self.config.loss].has_reference:
+            base = self.policy.base_hidden(variables, batch)
+            reference_losses = self.policy.target_losses(base, params, batch)
+            ratios = self._by_answer(reference_losses - policy_losses, batch)
         tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
-        # Weight of a completion's log-ratio.
-        per = 1.0 / tokens if self.config.per_token else jnp.ones_like(tokens)
         real = batch["pairs"]
 
-        def total(ratios: jax.Array) -> tuple[jax.Array, Pairs]:
-            """Returns the loss, summed over real pairs, and its parts, for ``[rows, pairs, 2]``."""
-            losses = dpo(
-                ratios[..., 0] * per[..., 0], ratios[..., 1] * per[..., 1], self.config
-            )
+        def total(change: jax.Array) -> tuple[jax.Array, PairLosses]:
+            """Returns the loss, summed over real pairs, and its parts, after a change of the
+            log-probabilities ``[rows, pairs, 2]``."""
+            answers = Answers(log_probs + change, ratios + change, tokens)
+            losses = pair_losses(answers, self.config)
             return jnp.sum(real * losses.loss), losses
 
-        # The gradient in the log-ratios, [rows, pairs, 2], becomes the weights of the tokens'
-        # cross-entropy in a surrogate with the same gradient.
-        (value, losses), slope = jax.value_and_grad(total, has_aux=True)(ratios)
+        # The gradient in the log-probabilities, [rows, pairs, 2], becomes the weights of the
+        # tokens' cross-entropy in a surrogate with the same gradient.
+        differentiate = jax.value_and_grad(total, has_aux=True)
+        (value, losses), slope = differentiate(jnp.zeros_like(log_probs))
         surrogate = self.policy.cross_entropy(
             hidden, params, batch, self._by_token(-slope, batch)
         )
+        chosen = losses.rewards[..., 0]
+        rejected = losses.rewards[..., 1]
+        nll = chosen_nll(Answers(log_probs, ratios, tokens))
         measured = {
-            "rewards_chosen": jnp.sum(real * losses.chosen),
-            "rewards_rejected": jnp.sum(real * losses.rejected),
-            "rewards_margin": jnp.sum(real * (losses.chosen - losses.rejected)),
-            "rewards_accuracy": jnp.sum(real * (losses.chosen > losses.rejected)),
+            "rewards_chosen": jnp.sum(real * chosen),
+            "rewards_rejected": jnp.sum(real * rejected),
+            "rewards_margin": jnp.sum(real * (chosen - rejected)),
+            "rewards_accuracy": jnp.sum(real * (chosen > rejected)),
+            "chosen_nll": jnp.sum(real * nll),
         }
         return through_surrogate(value, surrogate, measured)
 

@@ -326,7 +326,8 @@ def evaluate_base(
         # same programs. Rewards of the base are exactly 0 only without adapters, by the reference's
         # program.
         base: tuple[Any, Any] = (job.loaded.params, None)
-        if job.config.lora.init in UNCHANGED and not job.kind.compares_with_base:
+        is_reference = job.kind.compares_with_base and not job.config.adapter
+        if job.config.lora.init in UNCHANGED and not is_reference:
             base = (job.assembly.params, job.assembly.state.lora)
         measured = BaseMetrics(
             job.evaluator.measure(*base, samples=True), job.selector.measure(*base)

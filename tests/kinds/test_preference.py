@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.__main__ import main
+from nalora_jax.assembly.objectives import NextToken
 from nalora_jax.assembly.program import assemble
 from nalora_jax.cli.training import run
 from nalora_jax.common import trees
@@ -30,9 +30,12 @@ from nalora_jax.data.preference import pair_data, tokenize_pairs
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.kinds.preference import program_parts
+from nalora_jax.kinds.preference import Preference, program_parts
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.losses import Head
+from nalora_jax.ops.preference_losses import Answers, pair_losses
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -93,8 +96,9 @@ def sides(data):
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def plain_loss(lora, model, params, texts, preference):
-    """DPO of texts, each in a row of its own, padded at its end: chosen and rejected in turn."""
+def plain_answers(lora, model, params, texts):
+    """Log-probabilities and log-ratios of texts, ``[pairs, 2]``, each in a row of its own, padded
+    at its end: chosen and rejected in turn; and their numbers of answer tokens."""
     longest = max(len(ids) for ids, _ in texts)
     ids = np.stack([np.pad(ids, (0, longest - len(ids))) for ids, _ in texts])
     ends, counts = np.array([[len(ids) - 1, count] for ids, count in texts]).T[:, :, None]
@@ -106,32 +110,76 @@ def plain_loss(lora, model, params, texts, preference):
         hidden = decoder.apply(variables, ids[:, :-1])
         table = jax.nn.log_softmax(decoder.apply(variables, hidden, method="unembed"))
         picked = jnp.take_along_axis(table, ids[:, 1:, None], axis=2)[..., 0] * answer
-        return jnp.sum(picked, axis=1) / (answer.sum(axis=1) if preference.per_token else 1)
+        return jnp.sum(picked, axis=1).reshape(-1, 2)
 
-    ratios = (log_probs(model, lora=lora) - log_probs(Decoder(BASE))).reshape(-1, 2)
+    policy = log_probs(model, lora=lora)
+    return Answers(policy, policy - log_probs(Decoder(BASE)), counts.reshape(-1, 2))
+
+
+def plain_dpo(answers, preference):
+    """The formula of the paper, with labels that are smoothed, per token."""
+    ratios = answers.ratios / answers.tokens
     margin, s = preference.beta * (ratios[:, 0] - ratios[:, 1]), preference.label_smoothing
-    return jnp.mean(-(1 - s) * jax.nn.log_sigmoid(margin) - s * jax.nn.log_sigmoid(-margin))
+    return -(1 - s) * jax.nn.log_sigmoid(margin) - s * jax.nn.log_sigmoid(-margin)
 
 
-def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(tokenizer):
-    """With labels that are smoothed, and per token; the whole run below has neither."""
-    preference = PreferenceConfig("dpo", beta=2.0, label_smoothing=0.1, per_token=True)
+@pytest.mark.parametrize(
+    ("preference", "formula"),
+    [
+        (PreferenceConfig("dpo", beta=2.0, label_smoothing=0.1, per_token=True), plain_dpo),
+        # tests/ops/test_preference_losses.py compares these formulas with TRL's.
+        *(
+            (PreferenceConfig(name, beta=2.0, nll_weight=weight), lambda *given: pair_losses(*given).loss)
+            for name, weight in (("robust", 0.0), ("ipo", 0.5), ("simpo", 0.5), ("orpo", 0.0))
+        ),
+    ],
+    ids=["dpo", "robust", "ipo", "simpo", "orpo"],
+)  # fmt: skip
+def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(
+    tokenizer, preference, formula
+):
     data = pairs(tokenizer, preference=preference)
     made, state = assembled(preference)
     batch = data.batch_at(0)
     which = np.concatenate([data.records_of(i) for i in range(2)])
     assert batch["pairs"].sum() == len(which) > 2
     texts = [text for index in which for text in sides(data)[index]]
-    formula = partial(
-        plain_loss, model=made.eval_model, params=made.params, texts=texts, preference=preference
-    )
-    value, grads = jax.jit(jax.value_and_grad(formula))(state.lora)
+
+    def mean(lora):
+        return jnp.mean(
+            formula(plain_answers(lora, made.eval_model, made.params, texts), preference)
+        )
+
+    value, grads = jax.jit(jax.value_and_grad(mean))(state.lora)
     expected_norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
     _, metrics = made.step(made.view(made.params), state, batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], expected_norm, rtol=1e-4)
     assert float(metrics["target_tokens"]) == len(which)
-    assert abs(float(value) - np.log(2)) > 0.005
+    if preference.loss == "dpo":
+        assert abs(float(value) - np.log(2)) > 0.005
+
+
+@pytest.mark.parametrize(("name", "passes"), [("dpo", 2), ("simpo", 1), ("orpo", 1)])
+def test_forward_passes_of_a_step(tokenizer, monkeypatch, name, passes):
+    """A loss without a reference does not run the base."""
+    calls = []
+    apply = Decoder.__call__
+
+    def counted(self, *args, **kwargs):
+        calls.append(self.adapters)
+        return apply(self, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "__call__", counted)
+    preference = PreferenceConfig(name)
+    batch = {key: value[0] for key, value in pairs(tokenizer).batch_at(0).items()}
+    made, state = assembled(preference)
+    head = Head(transposed=BASE.tie_embeddings)
+    objective = Preference(NextToken(made.eval_model, head, Numerics()), preference)
+    variables = {"params": made.params, "lora": state.lora}
+    calls.clear()
+    jax.eval_shape(objective.loss, variables, made.params, batch, jax.random.key(0))
+    assert len(calls) == passes
 
 
 USER = [{"role": "user", "content": "x"}]

@@ -1,0 +1,79 @@
+"""Losses of preference pairs equal those of TRL's trainers; see trl_preference_losses.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.config import PreferenceConfig
+from nalora_jax.ops.preference_losses import LOSSES, Answers, pair_losses
+
+TRL = json.loads(Path(__file__).with_name("trl_preference_losses.json").read_text())
+
+
+def answers_of(logits: jax.Array, base: jax.Array, labels: jax.Array) -> Answers:
+    """Returns the answers whose tokens, after the first, have these logits."""
+    targets = labels[..., 1:]
+
+    def log_probs(values: jax.Array) -> jax.Array:
+        table = jax.nn.log_softmax(values[..., :-1, :])
+        picked = jnp.take_along_axis(table, jnp.maximum(targets, 0)[..., None], axis=-1)
+        return jnp.sum(picked[..., 0] * (targets >= 0), axis=-1)
+
+    policy = log_probs(logits)
+    return Answers(policy, policy - log_probs(base), jnp.sum(targets >= 0, axis=-1))
+
+
+def name_of(case: dict) -> str:
+    settings = case["settings"]
+    return "-".join([settings["loss"], *(name for name in settings if name.startswith("nll"))])
+
+
+@pytest.mark.parametrize("case", TRL["cases"], ids=name_of)
+def test_loss_gradient_and_rewards_are_those_of_trl(case):
+    config = PreferenceConfig(**case["settings"])
+    with jax.enable_x64(True):
+        logits, base = (jnp.array(case[name], float) for name in ("logits", "base"))
+        labels = jnp.array(case["labels"])
+
+        def mean(logits: jax.Array) -> jax.Array:
+            return jnp.mean(pair_losses(answers_of(logits, base, labels), config).loss)
+
+        loss, gradient = jax.value_and_grad(mean)(logits)
+        answers = Answers(*map(np.asarray, answers_of(logits, base, labels)))
+    np.testing.assert_allclose(loss, case["loss"], rtol=1e-12)
+    np.testing.assert_allclose(gradient, case["gradient"], rtol=1e-10, atol=1e-14)
+    # As the evaluation calls it, on arrays of NumPy.
+    losses = pair_losses(answers, config)
+    assert isinstance(losses.loss, np.ndarray)
+    np.testing.assert_allclose(losses.loss.mean(), case["loss"], rtol=1e-12)
+    if not config.per_token:  # TRL's rewards are of whole answers
+        np.testing.assert_allclose(losses.rewards, case["rewards"], rtol=1e-12)
+
+
+def test_every_loss_of_the_settings_is_in_the_table():
+    names = get_args(get_type_hints(PreferenceConfig)["loss"])
+    assert set(names) == {"none", *LOSSES}
+    for loss in LOSSES.values():
+        assert set(loss.settings) < set(PreferenceConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients_are_finite_for_answers_of_any_probability(name):
+    """Padding has answers with log-probability 0."""
+    log_probs = jnp.array([[0.0, 0.0], [-1e-7, -3e4], [-3e4, 0.0]])
+    config = PreferenceConfig(name, beta=1.0, nll_weight=1.0)
+
+    def total(change: jax.Array) -> jax.Array:
+        answers = Answers(log_probs + change, log_probs + change, jnp.ones_like(log_probs))
+        return jnp.sum(pair_losses(answers, config).loss)
+
+    loss, slope = jax.value_and_grad(total)(jnp.zeros_like(log_probs))
+    assert np.isfinite(loss)
+    assert np.isfinite(slope).all()
