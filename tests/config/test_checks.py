@@ -63,6 +63,26 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kind": "dual"}, "--vision.task: expected \"classify\" or \"contrast\", found ''"),
     # Preferences.
     (DPO | lora(init="pissa"), "--lora.init: expected default or zero_a with --preference.loss"),
+    (
+        {"preference": PreferenceConfig("dpo", gamma=1.0)},
+        "--preference.gamma: expected 0.5 with --preference.loss dpo, which does not read it",
+    ),
+    (
+        {"preference": PreferenceConfig("ipo", per_token=True)},
+        "--preference.per-token: expected False with --preference.loss ipo",
+    ),
+    (
+        {"preference": PreferenceConfig("orpo", nll_weight=1.0)},
+        "--preference.nll-weight: expected 0.0 with --preference.loss orpo",
+    ),
+    (
+        {"preference": PreferenceConfig("orpo", label_smoothing=0.1)},
+        "--preference.label-smoothing: expected 0.0 with --preference.loss orpo",
+    ),
+    (
+        {"kind": "preference"},
+        "--preference.loss: expected dpo or robust or ipo or simpo or orpo with preference",
+    ),
     (DPO | data(loss_last=4), "--data.loss-last: expected 0 with --preference.loss"),
     (DPO | data(too_long="split"), "--data.too-long: expected drop or truncate or error with"),
     (
@@ -146,6 +166,8 @@ def test_settings_that_fit_are_accepted() -> None:
     for settings in (
         REWARDS | lora(init="pissa"),
         DPO | lora(init="zero_a"),
+        {"preference": PreferenceConfig("simpo", gamma=1.0, nll_weight=0.5)} | lora(init="pissa"),
+        {"preference": PreferenceConfig("orpo")} | ADAPTER,
         ADAPTER | {"train": TrainConfig(batch_size=4)},
         data(add_tokens=("a",)) | lora(modules_to_save=TABLES),
         data(loss_last=0.5),

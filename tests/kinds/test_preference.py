@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
 from nalora_jax.assembly.objectives import NextToken
@@ -36,6 +38,8 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head
 from nalora_jax.ops.preference_losses import Answers, pair_losses
+from nalora_jax.train.callbacks import Callback
+from nalora_jax.weights.peft import TENSORS_NAME
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -275,3 +279,71 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
         assert found[name] == pytest.approx(result.after[name], rel=1e-6)
     assert main(["eval", str(result.folder), "--against", "base"]) == 2
     assert "--against: expected --tasks or --dataset with it" in capsys.readouterr().err
+
+
+def pairs_config(folder, **changes):
+    """A run of 2 steps on pairs whose chosen answer is z."""
+    rng = np.random.default_rng(0)
+    prompts = [" ".join(rng.choice(list("abcdefgh"), 2)) for _ in range(40)]
+    records = [{"prompt": prompt, "chosen": " z", "rejected": " y x"} for prompt in prompts]
+    file = folder / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)) + "\n")
+    splits = {"train_split": "train[:80%]", "eval_split": "train[80%:]"}
+    splits |= {"eval_limit": 4, "select_limit": 2}
+    settings = {
+        "steps": 2,
+        "data": DataConfig(str(file), max_length=16, **splits),
+        "train": TrainConfig(batch_size=8, log_every=1, eval_every=1, save_every=1),
+        "preference": PreferenceConfig("simpo", beta=2.0, gamma=0.3, nll_weight=0.1),
+    }
+    return tiny.make_config(folder, **(settings | changes))
+
+
+class EndsAfterStep(Callback):
+    """Ends the process after the first step."""
+
+    def on_log(self, step: int, record: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_without_a_reference_resumes_reports_and_evaluates(tmp_path, capsys):
+    config = pairs_config(tmp_path)
+    whole = run(replace(config, output=str(tmp_path / "whole")))
+    config = replace(config, resume="auto")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[EndsAfterStep()])
+    resumed = run(config)
+    assert (
+        load_file(resumed.adapter / TENSORS_NAME).keys()
+        == load_file(whole.adapter / TENSORS_NAME).keys()
+    )
+    for name, value in load_file(whole.adapter / TENSORS_NAME).items():
+        np.testing.assert_array_equal(load_file(resumed.adapter / TENSORS_NAME)[name], value)
+    assert resumed.after == whole.after
+    assert whole.after["loss"] < whole.before["loss"]
+    assert whole.after["rewards_chosen"] < 0  # beta times a log-probability
+    assert whole.before["chosen_nll"] == pytest.approx(-whole.before["rewards_chosen"] / 2)
+    report = (whole.folder / "report.html").read_text()
+    assert "simpo" in report
+    assert "reward" in report
+    capsys.readouterr()
+    out = tmp_path / "eval.json"
+    assert main(["eval", str(whole.folder), "--output", str(out)]) == 0
+    assert f"held-out preference loss {whole.after['loss']:.4f}" in capsys.readouterr().out
+    assert json.loads(out.read_text())["loss"] == pytest.approx(whole.after["loss"], rel=1e-6)
+    # A second run continues the adapter of the first one.
+    continued = pairs_config(tmp_path, output=str(tmp_path / "next"), adapter=str(whole.folder))
+    result = run(continued)
+    assert result.before["loss"] == pytest.approx(whole.after["loss"], rel=1e-5)
+    assert result.after["loss"] < result.before["loss"]
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("init", ["pissa", "gradient", "lora_ga"])
+def test_a_loss_without_a_reference_takes_every_initialization(tmp_path, init):
+    lora = LoRAConfig(rules=(LoRARule("ffn", 4),), init=init)
+    mechanisms = () if init == "lora_ga" else ("soft:warmup=1",)
+    preference = PreferenceConfig("orpo")
+    result = run(pairs_config(tmp_path, lora=lora, mechanisms=mechanisms, preference=preference))
+    assert result.after["loss"] < result.before["loss"]
