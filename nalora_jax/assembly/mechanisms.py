@@ -12,7 +12,7 @@ from jax import Array
 from nalora_jax.config import RunConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.step import BlockStats
-from nalora_jax.method.transform import Factors, Mechanisms, make_mechanisms
+from nalora_jax.method.transform import Mechanisms, RuleFactors, make_mechanisms
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def log_first_step(mechanisms: Mechanisms, steps: int) -> None:
 
 def layer_metrics(
     mechanisms: Mechanisms,
-) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
+) -> Callable[[BlockStats, BlockStats, RuleFactors], BlockStats]:
     """Returns the metrics of a step's blocks, for `nalora_jax.method.step.StepConfig.metrics`.
 
     The function takes sums by block (channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``,
@@ -80,7 +80,7 @@ def layer_metrics(
     """
 
     def metrics(
-        stats: BlockStats, own_factors: BlockStats, factors: Factors
+        stats: BlockStats, own_factors: BlockStats, factors: RuleFactors
     ) -> BlockStats:
         """Returns the log metrics by block; see `layer_metrics`."""
         blocks = {path: layer_means(sums) for path, sums in stats.items()}

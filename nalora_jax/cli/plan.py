@@ -18,7 +18,7 @@ from tyro.conf import arg
 
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig
-from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
+from nalora_jax.config.structured import AMOUNT, COUNT, TOKEN_COUNT, check_ranges
 from nalora_jax.errors import NaloraError
 
 # on first use: help needs no JAX, and `_prepare` comes before it
@@ -48,7 +48,7 @@ class PlanArgs:
     # micro-batch.
     batch: Annotated[int, COUNT] = 0
     # Short for --data.max-length: tokens per row. By default 4096.
-    seq: Annotated[int | None, TOKENS] = None
+    seq: Annotated[int | None, TOKEN_COUNT] = None
     # Images per row, for the config.json of a model with image input (LLaVA, Gemma 3); 0: its text
     # model alone.
     images: Annotated[int, COUNT] = 0

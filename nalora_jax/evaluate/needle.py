@@ -42,7 +42,8 @@ def exact_match(
       normalise: applied to both before the comparison, such as
         `nalora_jax.evaluate.answers.normalised_text`.
       batch_size: prompts per batch.
-      **settings: generation settings, the fields of `nalora_jax.evaluate.generate.Settings`.
+      **settings: the fields of
+        `nalora_jax.evaluate.generate.GenerationSettings`.
 
     Returns:
       Records with ``prompt``, ``expected`` and ``answer`` (texts) and ``correct``.

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig
-from nalora_jax.data.preference import Pair
+from nalora_jax.data.preference import PreferencePair
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import (
@@ -44,7 +44,7 @@ class PreferenceEvaluator(Evaluator):
         self,
         model: Decoder,
         tokenizer: Tokenizer,
-        pairs: Sequence[Pair],
+        pairs: Sequence[PreferencePair],
         config: PreferenceConfig,
         *,
         mesh: Mesh | None = None,

@@ -40,12 +40,12 @@ from nalora_jax.data.images.opened import (
 )
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
-from nalora_jax.data.sources import AUTO, check_disjoint
+from nalora_jax.data.sources import AUTO_SPLIT, check_disjoint
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import (
     ClassEvaluator,
     Encoders,
-    Images,
+    RecordImages,
     RetrievalEvaluator,
 )
 from nalora_jax.kinds.inputs import settled, stream_shape
@@ -112,14 +112,16 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     vision = config.vision
     train = open_images(data, vision, data.train_split)
     held = open_images(
-        data, vision, "validation" if data.eval_split == AUTO else data.eval_split
+        data, vision, "validation" if data.eval_split == AUTO_SPLIT else data.eval_split
     )
     check_disjoint(train, held)
     records = trained_on(
         config, train, train.classes() if vision.task == "classify" else ()
     )
     config = settled(config, 0, len(records.indices), "images")
-    images = tuple(Images(held, indices) for indices in image_indices(config, held))
+    images = tuple(
+        RecordImages(held, indices) for indices in image_indices(config, held)
+    )
     questions = {"reported": images[0].digest, "selecting": images[1].digest}
     return Inputs(config, None, None, records, (images[0], images[1]), questions)
 
@@ -157,7 +159,7 @@ def build_step(
 
 
 def evaluator(
-    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, images: Images
+    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, images: RecordImages
 ) -> ClassEvaluator | RetrievalEvaluator:
     """Returns the evaluator of some held-out images."""
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
@@ -175,7 +177,7 @@ def adapter_evaluator(
     if vision.task == "classify":
         classes = open_images(data, vision, data.train_split).classes()
     held = open_images(data, vision, data.eval_split)
-    shown = Images(held, image_indices(config, held)[0])
+    shown = RecordImages(held, image_indices(config, held)[0])
     return image_evaluator(model.encoders, shown, classes, vision)
 
 
@@ -362,7 +364,10 @@ def drawn_images(source: ImageSource, limit: int) -> np.ndarray:
 
 
 def image_evaluator(
-    encoders: Encoders, images: Images, classes: tuple[str, ...], vision: VisionConfig
+    encoders: Encoders,
+    images: RecordImages,
+    classes: tuple[str, ...],
+    vision: VisionConfig,
 ) -> ClassEvaluator | RetrievalEvaluator:
     """Returns the evaluator of ``images``: by classes, or by captions without classes."""
     if not classes:

@@ -19,7 +19,7 @@ from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.chat import ChatImages, open_chats, row_images
 from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.source import Source
-from nalora_jax.data.sources import AUTO
+from nalora_jax.data.sources import AUTO_SPLIT
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.evaluate.vision import evaluator_of
@@ -173,7 +173,7 @@ def vision_sources(
         )
     sources: dict[str, Source] = {}
     for split in dict.fromkeys(splits or (data.train_split, data.eval_split)):
-        if split == AUTO:  # drawn from the training split
+        if split == AUTO_SPLIT:  # drawn from the training split
             continue
         if source is None:
             chats = open_chats(data, vision, split, tokens)

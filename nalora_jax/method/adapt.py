@@ -52,8 +52,8 @@ from nalora_jax.method.transform import (
 
 _DENSE = "...i,io->...o"
 # An einsum, the name of the layer's attribute with it, or a function of the layer.
-Form = str | Callable[[Any], str]
-Classes = Mapping[type, Form]
+_Form = str | Callable[[Any], str]
+Classes = Mapping[type, _Form]
 
 
 class Contraction(NamedTuple):

@@ -41,7 +41,7 @@ from nalora_jax.method import activations
 from nalora_jax.method.activations import Activation, Partition, regions
 from nalora_jax.ops.storage import SUMS
 
-Sums = dict[str, Array]
+StatisticSums = dict[str, Array]
 
 
 def gate_decomposition(
@@ -200,7 +200,7 @@ def channel_statistics(
     activation: Activation,
     partition: Partition,
     names: Iterable[str] = STANDARD,
-) -> Sums:
+) -> StatisticSums:
     """Returns ``tokens`` and the sums of the gate statistics in ``names``.
 
     Args:
@@ -221,7 +221,7 @@ def probe_statistics(
     weights: Array,
     activation: Activation,
     names: Iterable[str] = STANDARD,
-) -> Sums:
+) -> StatisticSums:
     """Returns ``probe_tokens`` and the sums of the probe statistics in ``names``.
 
     Args:
@@ -238,7 +238,9 @@ def probe_statistics(
     return {"probe_tokens": _tokens(weights)} | _sums("probe", values, weights, names)
 
 
-def cotangent_statistics(delta: Array, weights: Array, names: Iterable[str]) -> Sums:
+def cotangent_statistics(
+    delta: Array, weights: Array, names: Iterable[str]
+) -> StatisticSums:
     """Returns the sums of the cotangent statistics in ``names``, [d_ff] each.
 
     Args:
@@ -249,7 +251,9 @@ def cotangent_statistics(delta: Array, weights: Array, names: Iterable[str]) -> 
     return _sums("cotangent", _float32(delta, weights), weights, names)
 
 
-def _sums(source: str, values: Any, weights: Array, names: Iterable[str]) -> Sums:
+def _sums(
+    source: str, values: Any, weights: Array, names: Iterable[str]
+) -> StatisticSums:
     """Returns the sums over tokens of the statistics in ``names`` that have this ``source``.
 
     ``values`` is the argument of their functions, ``weights`` is ``[..., tokens]``; a sum is
@@ -296,7 +300,7 @@ def total(values: Array, weights: Array) -> Array:
 # ---------------------------------------------------------------- the way out of a model
 
 
-def taps(names: Iterable[str], channels: tuple[int, ...]) -> Sums:
+def taps(names: Iterable[str], channels: tuple[int, ...]) -> StatisticSums:
     """Returns zeros whose gradients become the statistics in ``names`` and their counts.
 
     Example:
@@ -384,7 +388,7 @@ def _rows_of(z: Array) -> Array:
     return rows.astype(jnp.float32)
 
 
-def _of_tokens(delta: Array, weights: Array, names: Iterable[str]) -> Sums:
+def _of_tokens(delta: Array, weights: Array, names: Iterable[str]) -> StatisticSums:
     """Returns the statistics of a cotangent ``[..., d_ff]`` with weights ``[...]``."""
     rows = delta.reshape(-1, delta.shape[-1])
     return cotangent_statistics(rows, weights.reshape(-1), names)
@@ -458,7 +462,7 @@ def merged(path: str, first: Array, second: Array) -> Array:
     return first + second
 
 
-def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
+def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> StatisticSums:
     """Returns a block's counts and the sums in ``names``, summed over shards.
 
     The last part of a `Statistic.complete` entry is not communicated; it follows from the count.
@@ -482,7 +486,7 @@ def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
     return totals
 
 
-def per_target(sums: Mapping[str, Array], target_tokens: Array) -> Sums:
+def per_target(sums: Mapping[str, Array], target_tokens: Array) -> StatisticSums:
     """Returns a block's sums with delta as the cotangent of the mean loss per target token.
 
     The differentiated loss is a sum over target tokens, so that micro-batches and devices add up. A

@@ -25,9 +25,9 @@ from jax import Array, lax
 from nalora_jax.common import trees
 from nalora_jax.method import statistics
 from nalora_jax.method.transform import (
-    Factors,
     GateState,
     Mechanisms,
+    RuleFactors,
     channel_factors,
     gate_state,
     own_factors,
@@ -92,7 +92,7 @@ class StepConfig:
     blocks: Mapping[str, tuple[int, ...]]
     shardings: Shardings = UNSHARDED
     # Log metrics from a block's statistics, the mechanisms' own factors and their products.
-    metrics: Callable[[BlockStats, BlockStats, Factors], Any] | None = None
+    metrics: Callable[[BlockStats, BlockStats, RuleFactors], Any] | None = None
     checks: tuple[str, ...] = ()  # names of the blocks' checks
     # Asserts with chex: batch, adapters, masks by block, sums of the step.
     verify: (

@@ -31,7 +31,7 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.rules import PLACES, Context, Mechanism, Memory, make
 
 # By place (`nalora_jax.method.rules.PLACES`), then by block: [..., d_ff] float32.
-Factors = dict[str, dict[str, Array]]
+RuleFactors = dict[str, dict[str, Array]]
 DEFAULT = ("curvature_cap",)
 # names of the leaves of a gate next to A and B
 TAPS = "taps"
@@ -243,7 +243,7 @@ def channel_factors(
     state: GateState,
     mechanisms: Mechanisms,
     own: Mapping[str, Mapping[str, Array]] | None = None,
-) -> Factors:
+) -> RuleFactors:
     """Returns the factor of each channel in the next step by place and block, [..., d_ff] float32.
 
     Factors that reallocate are multiplied and normalized to a root mean square of 1 over each
@@ -276,7 +276,7 @@ def channel_factors(
                 product = product * factor
         return product
 
-    by_place: Factors = {}
+    by_place: RuleFactors = {}
     for place in mechanisms.places:
         by_place[place] = {path: joint(place, path) for path in state.updates}
     return by_place

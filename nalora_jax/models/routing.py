@@ -86,7 +86,7 @@ def _taken(x: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.asarray(x).at[rows].get(mode="promise_in_bounds")
 
 
-class Groups(NamedTuple):
+class ExpertGroups(NamedTuple):
     """The groups of rows that are sorted by expert."""
 
     sizes: jax.Array  # int [experts], rows of each
@@ -142,7 +142,7 @@ def grouped_residual(
     a: jax.Array,
     b: jax.Array,
     scale: jax.Array | float,
-    groups: Groups,
+    groups: ExpertGroups,
     numerics: Numerics,
     mask: jax.Array | None = None,
 ) -> jax.Array:
@@ -175,7 +175,7 @@ def grouped_residual(
 class GroupedProducts(Products):
     """Matmuls of every row with its expert's adapter; factors have a leading axis ``[experts]``."""
 
-    groups: Groups
+    groups: ExpertGroups
     operand: str = field(metadata={"static": True})
     # the factors of all experts are concatenated
     joined: bool = field(metadata={"static": True})
@@ -256,9 +256,9 @@ class Routing(NamedTuple):
     back: jax.Array  # int [tokens * top_k], inverse of ``order``
 
     @property
-    def groups(self) -> Groups:
+    def groups(self) -> ExpertGroups:
         """The rows' experts, without tokens and weights."""
-        return Groups(self.sizes, self.expert)
+        return ExpertGroups(self.sizes, self.expert)
 
 
 def route(

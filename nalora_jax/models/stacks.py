@@ -28,8 +28,8 @@ from nalora_jax.models.config import (
     Gates,
     Mixer,
     ModelConfig,
+    ParamShapes,
     Part,
-    Shapes,
 )
 from nalora_jax.models.targets import uniform_path
 
@@ -158,7 +158,7 @@ def stacked_places(
     }
 
 
-def param_shapes(config: ModelConfig) -> Shapes:
+def param_shapes(config: ModelConfig) -> ParamShapes:
     """Returns the shape of every base parameter by path, layers stacked.
 
     Example (Llama, tied):
@@ -167,7 +167,7 @@ def param_shapes(config: ModelConfig) -> Shapes:
     """
     d = config.d_model
     v = config.vocab_size
-    shapes: Shapes = {"embed/embedding": (v, d)}
+    shapes: ParamShapes = {"embed/embedding": (v, d)}
     norms = ["attn_norm", "ffn_norm"] * config.pre_norm + [
         "attn_post_norm",
         "ffn_post_norm",
@@ -187,7 +187,7 @@ def param_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
-def projection_shapes(config: ModelConfig | DualConfig) -> Shapes:
+def projection_shapes(config: ModelConfig | DualConfig) -> ParamShapes:
     """Returns per-layer kernel shapes of all projections that can be adapted, by stacked path.
 
     Kernels of experts have a leading axis ``[experts]``.

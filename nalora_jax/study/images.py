@@ -17,7 +17,7 @@ from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import (
     ClassEvaluator,
     Encoders,
-    Images,
+    RecordImages,
     RetrievalEvaluator,
 )
 from nalora_jax.kinds import dual
@@ -213,7 +213,7 @@ class DualEncoders(Subject):
         if data.train_split != data.eval_split:
             check_disjoint(train, held_out)
         indices = dual.drawn_images(held_out, data.eval_limit)
-        images = Images(
+        images = RecordImages(
             held_out, indices[indices.argsort()]
         )  # in the order of the source
         classes = self._classes(config, data)

@@ -78,8 +78,8 @@ def load_dual(
 
     Args:
       source: a Hugging Face folder or hub id of CLIP, SigLIP, SigLIP 2 or a VisionTextDualEncoder;
-        or two towers, ``image+text``, each a folder, a hub id or an alias of `hub.ENCODERS`, which
-        get fresh projections.
+        or two towers, ``image+text``, each a folder, a hub id or an alias of
+        `hub.ENCODER_FOLDERS`, which get fresh projections.
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters; the first device by default.
       d_out: features of two towers' projections; 0: the smaller tower's width.
@@ -178,7 +178,7 @@ def _weights(
 def load_encoder(
     source: str, *, dtype: str, mesh: Mesh | None = None, prefix: str = ""
 ) -> LoadedEncoder:
-    """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ENCODERS`.
+    """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ENCODER_FOLDERS`.
 
     Args:
       source, dtype, mesh: as in `load_dual`.

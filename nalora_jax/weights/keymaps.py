@@ -28,7 +28,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import BUILT_IN, GGUF, family_of
 from nalora_jax.models.stacks import param_shapes, stacks
-from nalora_jax.models.tensor_rows import Source, TensorRow
+from nalora_jax.models.tensor_rows import TensorNames, TensorRow
 
 if TYPE_CHECKING:
     from nalora_jax.models.vision.config import DualConfig, EncoderConfig
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParamSlot:
     """A position in the parameter tree.
 
     ``layer`` indexes a stacked leaf, ``expert`` the axis after it.
@@ -80,7 +80,7 @@ class SourceTensor:
 
     name: str  # canonical name, see `KeyMap.canonical`
     shape: tuple[int, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[ParamSlot, ...]
     # of each slot along `axis`, which all share if columns alternate
     rows: tuple[int, ...]
     transform: Transform
@@ -211,7 +211,7 @@ OF_ENCODERS: dict[str, Callable[[Any], Any]] = {}
 
 
 def keymap_for(
-    config: ModelConfig | DualConfig | EncoderConfig, source: Source = "hf"
+    config: ModelConfig | DualConfig | EncoderConfig, source: TensorNames = "hf"
 ) -> KeyMap:
     """Returns the key map of the files of a decoder, a dual encoder or one tower.
 
@@ -354,7 +354,7 @@ def row_tensors(
         rows = shape[:1]
     for index, number in layers:
         for expert in experts:
-            slots = tuple(Slot(path, index, expert) for path in paths)
+            slots = tuple(ParamSlot(path, index, expert) for path in paths)
             name = row.name.format(layer=number, expert=expert)
             yield SourceTensor(name, shape, slots, rows, transform)
 

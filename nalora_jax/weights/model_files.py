@@ -21,9 +21,9 @@ from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import MXFP4_BLOCK as BLOCK
 from nalora_jax.ops.quantize import MXFP4_LEVELS as LEVELS
-from nalora_jax.ops.quantize import Kind, gathered
+from nalora_jax.ops.quantize import QuantizedFormat, gathered
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
-from nalora_jax.weights.keymaps import KeyMap, Slot, keymap_for
+from nalora_jax.weights.keymaps import KeyMap, ParamSlot, keymap_for
 from nalora_jax.weights.origin import Origin, number_formats, origin
 from nalora_jax.weights.quantization_config import (
     Quantization,
@@ -148,7 +148,7 @@ def load_weights(
     *,
     dtype: str,
     mesh: Mesh | None = None,
-    quantized: Kind | None = None,
+    quantized: QuantizedFormat | None = None,
 ) -> LoadedModel:
     """Loads the weights of a model whose files are open.
 
@@ -348,9 +348,9 @@ def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
             count += 1
         if count:  # [outputs, inputs] each -> [experts, outputs of all parts, inputs]
             rows = tuple(part.shape[0] for part in parts)
-            slots: list[Slot] = []
+            slots: list[ParamSlot] = []
             for part in parts:
-                slots += [Slot(slot.path, slot.layer) for slot in part.slots]
+                slots += [ParamSlot(slot.path, slot.layer) for slot in part.slots]
             shape = (count, sum(rows), parts[0].shape[1])
             tensors[name] = replace(
                 parts[0], name=name, shape=shape, slots=tuple(slots), rows=rows

@@ -33,9 +33,9 @@ from nalora_jax.weights.peft_config import (
     read_peft_config,
 )
 from nalora_jax.weights.peft_modules import (
-    Form,
     ModuleAdapter,
     ModuleLayout,
+    PeftForm,
     Place,
     alpha_for,
     compact,
@@ -62,14 +62,14 @@ from nalora_jax.weights.peft_tables import (
     trained_tensors,
 )
 from nalora_jax.weights.shards import read_tensors, write_tensors
-from nalora_jax.weights.tokenizer_files import FILES
+from nalora_jax.weights.tokenizer_files import TEXT_FILES
 
 if TYPE_CHECKING:
     from nalora_jax.weights.peft_modules import Host
 
 __all__ = ["export_adapter", "import_adapter", "max_logit_difference", "verify_export"]
 
-OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, TRAINED, "README.md", *FILES})
+OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, TRAINED, "README.md", *TEXT_FILES})
 _KEY = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
@@ -150,7 +150,7 @@ def export_adapter(
         # PEFT treats names of target_modules that end like an expert's modules in transformers 4 as
         # the experts, also if they name a dense layer or a shared expert.
         by_weight = {module.short for module in of_form(layout, "expert")}
-    experts: Form = "stack"
+    experts: PeftForm = "stack"
     if for_vllm and of_form(layout, "expert"):
         experts = "expert"
     layout = of_form(layout, "linear", experts)
@@ -647,12 +647,12 @@ def _check_exists(path: Path) -> None:
 
 
 # Tensors of a module in the order of their names: A, B and, with DoRA, the magnitude.
-Factors = list[np.ndarray]
+_Tensors = list[np.ndarray]
 
 
 def _group_by_module(
     tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool
-) -> dict[str, Factors]:
+) -> dict[str, _Tensors]:
     """Groups tensors by module: ``{"model.layers.0.mlp.up_proj": [A, B]}``.
 
     With DoRA each list also contains the magnitude.
@@ -695,7 +695,7 @@ def _group_by_module(
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorPlace:
     """A possible location of tensors: a Linear module, an expert, or a stack of experts."""
 
     key: str  # module name in the tensors' keys
@@ -705,7 +705,9 @@ class Slot:
     alpha: float
 
 
-def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> dict[str, Slot]:
+def _slots(
+    layout: ModuleLayout, config: Host, peft: PeftConfig
+) -> dict[str, TensorPlace]:
     """Returns every module that can have tensors, by its name in the tensors' keys.
 
     Stacks of experts that are not targeted are omitted, because a stack's key depends on which
@@ -727,7 +729,7 @@ def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> dict[str, Sl
         if f"{name}.weight" in parameters:
             name = f"{name}.weight"
         targeted = name in modules or name in parameters
-        slots[key] = Slot(
+        slots[key] = TensorPlace(
             key,
             place,
             targeted,
@@ -740,8 +742,8 @@ def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> dict[str, Sl
 def _check_complete(
     peft: PeftConfig,
     path: Path,
-    slots: Mapping[str, Slot],
-    modules: Mapping[str, Factors],
+    slots: Mapping[str, TensorPlace],
+    modules: Mapping[str, _Tensors],
 ) -> None:
     """Raises a NaloraError unless the file has the tensors of exactly the modules that are
     targeted."""
@@ -782,7 +784,10 @@ def _check_complete(
 
 
 def _group_by_projection(
-    config: Host, peft: PeftConfig, path: Path, filled: list[tuple[Slot, Factors]]
+    config: Host,
+    peft: PeftConfig,
+    path: Path,
+    filled: list[tuple[TensorPlace, _Tensors]],
 ) -> dict[str, dict[int, ModuleAdapter]]:
     """Returns the adapter of each projection, by stacked path and index on the stack.
 
@@ -824,7 +829,7 @@ def _group_by_projection(
 
 
 def _read_adapter(
-    peft: PeftConfig, path: Path, slot: Slot, factors: Factors
+    peft: PeftConfig, path: Path, slot: TensorPlace, factors: _Tensors
 ) -> ModuleAdapter:
     """Returns the adapter of a slot in this library's layout: a ``[d_in, r]``, b ``[r, d_out]``.
 

@@ -11,7 +11,7 @@ from nalora_jax.data.images.opened import open_images
 from nalora_jax.evaluate.images import (
     ClassEvaluator,
     Encoders,
-    Images,
+    RecordImages,
     RetrievalEvaluator,
     own_ranks,
 )
@@ -39,7 +39,7 @@ def scene(dual_folder, tmp_path_factory):
     loaded = load_dual(str(dual_folder("clip")), dtype="float32")
     encoders = Encoders(DualEncoder(loaded.config), loaded.processor, loaded.tokenizer)
     source = open_images(DataConfig(dataset=str(folder)), VisionConfig(), "train")
-    return loaded, encoders, Images(source, np.arange(70))
+    return loaded, encoders, RecordImages(source, np.arange(70))
 
 
 def test_accuracy_and_confusion_are_counts(scene) -> None:

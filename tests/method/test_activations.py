@@ -87,7 +87,9 @@ def test_finite_at_extremes_and_dtype_kept(name):
         assert jnp.isfinite(value).all()
 
 
-@pytest.mark.parametrize("name", [*SELF_GATED[:-1], "relu", "relu2", *activations.ALIASES])
+@pytest.mark.parametrize(
+    "name", [*SELF_GATED[:-1], "relu", "relu2", *activations.ACTIVATION_ALIASES]
+)
 def test_names_compute_what_transformers_computes(name):
     z, theirs = np.linspace(-6, 6, 481), "gelu_pytorch_tanh" if name == "gelu_tanh" else name
     expected = ACT2FN[theirs](torch.from_numpy(z)).numpy()

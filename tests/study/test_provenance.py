@@ -26,7 +26,7 @@ from nalora_jax.study.provenance import (
     checked_records,
     record_digest,
 )
-from nalora_jax.study.records import Record, Records
+from nalora_jax.study.records import Records, StudyRecord
 from nalora_jax.study.report import render_results, status, write_tables
 from nalora_jax.study.resources import Resources
 
@@ -110,7 +110,7 @@ def test_a_test_is_listed_before_it_reads_test_items(
 ) -> None:
     perform_all = execution.perform_all
 
-    def killed(runs: Sequence[Run], *arguments: Any) -> list[Record]:
+    def killed(runs: Sequence[Run], *arguments: Any) -> list[StudyRecord]:
         if runs[0].stage == "test":
             raise KeyboardInterrupt
         return perform_all(runs, *arguments)

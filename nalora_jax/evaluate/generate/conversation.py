@@ -56,7 +56,7 @@ class Conversation:
           text: the user's message.
           generator: generates the answer.
           images: images before the text, processed by the model's processor.
-          **settings: the fields of `nalora_jax.evaluate.generate.Settings`.
+          **settings: the fields of `nalora_jax.evaluate.generate.GenerationSettings`.
 
         Raises:
           NaloraError: the chat template rejects the turns, they fill the context, or the text has

@@ -36,7 +36,12 @@ from nalora_jax.config.checks import Limits, check_divides, require
 from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.forms import in_turns
 from nalora_jax.data.pipeline import BatchIterator
-from nalora_jax.data.prompts import Prompt, PromptData, held_out_prompts, prompt_data
+from nalora_jax.data.prompts import (
+    PromptData,
+    PromptRecord,
+    held_out_prompts,
+    prompt_data,
+)
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
@@ -225,7 +230,7 @@ def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
     return arrays | {"advantages": ((), "float32"), "real": ((), "float32")}
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
+def prompts_digest(prompts: Sequence[PromptRecord]) -> str:
     """Returns the digest of the token ids and the reference completions."""
     asked = [[list(prompt.ids), str(prompt.record["answer"])] for prompt in prompts]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -504,7 +509,7 @@ class RolloutStep:
     def _write(
         self,
         step: int,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptRecord],
         samples: Samples,
         advantages: np.ndarray,
     ) -> None:
@@ -682,7 +687,7 @@ class RewardEvaluator(Evaluator):
         rl: RLConfig,
         loaded: LoadedModel,
         assembly: Assembly,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptRecord],
     ) -> None:
         self._rl = rl
         self._scorer = Scorer(rl)

@@ -39,7 +39,7 @@ _VALUES = re.compile(
     r"|(optimizer\.clip_norm|lora\.plus_ratio)$)"  # see `program_key`
 )
 # By kind, then by name: arrays [runs, ...].
-Values = dict[str, dict[Any, Any]]
+RunValues = dict[str, dict[Any, Any]]
 
 
 # ---------------------------------------------------------------- runs of one program
@@ -129,7 +129,7 @@ def _rules(config: RunConfig) -> list[Any]:
 # ---------------------------------------------------------------- values
 
 
-def values_of(runs: Sequence[Assembly], width: int) -> Values:
+def values_of(runs: Sequence[Assembly], width: int) -> RunValues:
     """Returns the values of runs that share a program (`program_key`).
 
     Args:
