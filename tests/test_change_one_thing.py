@@ -82,7 +82,7 @@ def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dic
 
 def test_an_activation(use: Any) -> None:
     use("softer")
-    softer, z = activations.get("softer"), np.linspace(-8, 8, 101)
+    softer, z = activations.get_activation("softer"), np.linspace(-8, 8, 101)
     np.testing.assert_allclose(
         softer.phi(jnp.float32(z)), z * special.expit(z / 2), rtol=1e-5, atol=1e-6
     )

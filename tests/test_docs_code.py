@@ -228,7 +228,7 @@ def test_records_settings_and_entry_points_of_pages_are_read(block: Block, tmp_p
         else:  # a task of the evaluation harness
             assert {"task", "doc_to_text", "doc_to_target", "metric_list"} <= keys
     else:
-        activations.get("silu")  # registers the built-in activations
+        activations.get_activation("silu")  # registers the built-in activations
         registries = (
             rules.MECHANISMS,
             statistics.TABLE,

@@ -333,7 +333,7 @@ def from_peft(args: cli.FromPeftArgs) -> None:
             found=found,
             remedy="settings of TRL have a table in docs/from_peft.md",
         )
-    settings, notes = peft_settings.from_peft(values)
+    settings, notes = peft_settings.convert_peft_config(values)
     config = check(config_files.settings_of(settings, path))
     content = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(
         config, changed_only=True

@@ -58,7 +58,7 @@ from nalora_jax.models.parts import constrain
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
-from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
+from nalora_jax.models.vision.dual import DualEncoder, init_dual_lora, normalised
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.shardings import RowSharding, of_mesh
 from nalora_jax.weights.dual import JOIN, LoadedDual, described_dual, load_dual
@@ -192,7 +192,7 @@ def describe_inputs(inputs: Inputs) -> Described:
     like = {
         path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()
     }
-    start = partial(init_lora, base, spec)
+    start = partial(init_dual_lora, base, spec)
     lora = jax.eval_shape(start, jax.random.key(0), trees.unflatten(like))
     of = ""
     if records.classes:
@@ -432,7 +432,7 @@ def assemble_dual(
         expected = "default for image and text encoders"
         raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
     spec = resolve_dual(config, base)
-    lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    lora = init_dual_lora(base, spec, jax.random.key(config.seed), params)
     compute = config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
     adapted = {name: base.towers[name] for name in adapted_towers(spec)}

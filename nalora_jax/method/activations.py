@@ -161,7 +161,7 @@ def partition(name: str) -> Partition:
     Raises:
       NaloraError: unknown name, or a phi that does not fall anywhere below 0.
     """
-    activation = get(name)
+    activation = get_activation(name)
     if not activation.self_gated:
         degrees = (activation.degree,) * 4
         return Partition(activation.name, -math.inf, 0.0, degrees, meaningful=False)
@@ -374,7 +374,7 @@ _NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 _CLAMPED = re.compile(rf"clamped_swish(?:\({_NUMBER},{_NUMBER}\))?")
 
 
-def get(name: str) -> Activation:
+def get_activation(name: str) -> Activation:
     """Returns the activation of a config.json's ``hidden_act``.
 
     Raises:

@@ -316,7 +316,7 @@ def _chosen(
             found={},
         )
     for gate, activation in gates.items():
-        activations.get(activation)
+        activations.get_activation(activation)
         for path in adapted:
             if re.search(gate, path) and not adapted[path].activation:
                 adapted[path] = replace(adapted[path], activation=activation)

@@ -73,7 +73,7 @@ def require_activation(program: ClosedJaxpr, path: str, name: str) -> None:
 def _distance(functions: Sequence[Array], name: str, z: Array) -> float:
     """Returns how far the activation ``name`` is from the nearest of ``functions``, given by their
     values at ``z``: the largest difference over z."""
-    phi = activations.get(name).phi(z)
+    phi = activations.get_activation(name).phi(z)
     return min(float(jnp.max(jnp.abs(function - phi))) for function in functions)
 
 

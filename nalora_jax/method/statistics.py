@@ -126,7 +126,7 @@ def register_statistic(statistic: Statistic, *, replace: bool = False) -> Statis
     return TABLE.add(statistic.name, statistic, replace=replace)
 
 
-def get(name: str) -> Statistic:
+def get_statistic(name: str) -> Statistic:
     """Returns the entry with that name.
 
     Raises:
@@ -186,7 +186,7 @@ def _of_sources(names: Iterable[str], *sources: str) -> tuple[str, ...]:
     for name in names:
         if name in COUNTS or name.startswith(CHECK):
             continue
-        if get(name).source in sources:
+        if get_statistic(name).source in sources:
             selected.append(name)
     return tuple(selected)
 
@@ -266,7 +266,7 @@ def _sums(
             return jnp.stack([total(value, weights) for value in values])
         return total(values, weights)
 
-    entries = [get(name) for name in dict.fromkeys(names)]
+    entries = [get_statistic(name) for name in dict.fromkeys(names)]
     return {
         entry.name: summed(entry.values(values))
         for entry in entries
@@ -307,7 +307,7 @@ def taps(names: Iterable[str], channels: tuple[int, ...]) -> StatisticSums:
       >>> {name: tap.shape for name, tap in taps(("slope", "delta_squared"), (30, 1536)).items()}
       {'slope': (30, 1536), 'delta_squared': (30, 1536), 'tokens': (30,)}
     """
-    entries = [get(name) for name in names]
+    entries = [get_statistic(name) for name in names]
     shapes = {entry.name: entry.shape(channels) for entry in entries}
     if entries:
         counts = [entry.count for entry in entries]
@@ -360,7 +360,7 @@ def observe(
       >>> y = (jax.nn.silu(z) * u) @ down
     """
     if isinstance(activation, str):
-        activation = activations.get(activation)
+        activation = activations.get_activation(activation)
     if weights is None:
         weights = _WEIGHTS.get()
     if weights is None:
@@ -462,7 +462,7 @@ def merged(path: str, first: Array, second: Array) -> Array:
     return first + second
 
 
-def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> StatisticSums:
+def sum_over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> StatisticSums:
     """Returns a block's counts and the sums in ``names``, summed over shards.
 
     The last part of a `Statistic.complete` entry is not communicated; it follows from the count.
@@ -474,7 +474,7 @@ def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> StatisticSum
     """
     totals = {name: jnp.sum(sums[name], axis=1) for name in COUNTS if name in sums}
     for name in names:
-        entry = get(name)
+        entry = get_statistic(name)
         value = sums[name]
         if not entry.complete:
             totals[name] = jnp.sum(value, axis=1)
@@ -495,8 +495,8 @@ def per_target(sums: Mapping[str, Array], target_tokens: Array) -> StatisticSums
     scale = jnp.maximum(target_tokens, 1.0)
     scaled = dict(sums)
     for name in sums:
-        if name in TABLE and get(name).degree:
-            scaled[name] = sums[name] / scale ** get(name).degree
+        if name in TABLE and get_statistic(name).degree:
+            scaled[name] = sums[name] / scale ** get_statistic(name).degree
     return scaled
 
 
@@ -506,7 +506,7 @@ def mean(name: str, sums: Mapping[str, Array]) -> Array:
     Leading axes (layers, experts) are those of the count, e.g. [L] with ``slope`` [L, d_ff].
     """
     value = sums[name]
-    count = sums[get(name).count]
+    count = sums[get_statistic(name).count]
     missing = (1,) * (value.ndim - count.ndim)
     count = count.reshape(count.shape + missing)
     divisor = jnp.where(count > 0, count, 1)

@@ -166,7 +166,7 @@ def make_train_step(
         stats = {}
         for path, block in sums["stats"].items():
             stats[path] = statistics.per_target(block, targets)
-        reduced = over_shards(stats, mechanisms.statistics, shardings.rows)
+        reduced = reduce_stats(stats, mechanisms.statistics, shardings.rows)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.lora, gate_stats=reduced
         )
@@ -242,7 +242,7 @@ def _taps(config: StepConfig) -> Any:
     return _nested(pinned(zeros, config.shardings.rows, axis=1))
 
 
-def over_shards(
+def reduce_stats(
     stats: BlockStats, names: tuple[str, ...], sharding: RowSharding
 ) -> BlockStats:
     """Returns sums by block over the global batch: the only reduction of statistics in a step."""
@@ -250,7 +250,8 @@ def over_shards(
         return stats
     with jax.named_scope("statistics"):
         return {
-            path: statistics.over_shards(block, names) for path, block in stats.items()
+            path: statistics.sum_over_shards(block, names)
+            for path, block in stats.items()
         }
 
 

@@ -56,7 +56,7 @@ class Mechanisms:
         """Raises a NaloraError if a rule has an unknown statistic or place."""
         for _, mechanism in self.entries:
             for name in mechanism.statistics:
-                statistics.get(name)
+                statistics.get_statistic(name)
             unknown = sorted(set(mechanism.places) - set(PLACES))
             if unknown:
                 field = f"mechanism {mechanism.name}"
@@ -184,7 +184,9 @@ def update_gate_state(
         has_tokens = _leaf(flat, path, "tokens") > 0
         updates[path] = before + has_tokens.astype(jnp.int32)
         for label, mechanism in mechanisms.entries:
-            counts = (statistics.get(name).count for name in mechanism.statistics)
+            counts = (
+                statistics.get_statistic(name).count for name in mechanism.statistics
+            )
             names = sorted({*mechanism.statistics, *counts})
             sums = {name: _leaf(flat, path, name) for name in names}
             memory[label][path] = mechanism.advance(

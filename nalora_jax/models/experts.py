@@ -259,7 +259,7 @@ def expert_rows(
       ``[rows, d_model]``, partial sums over ``config.axis``; and the statistics.
     """
     numerics = config.numerics
-    activation = activations.get(config.base.activation)
+    activation = activations.get_activation(config.base.activation)
     axis = config.axis
     inner = drop(0, rows)
     base, delta = _projected(layer.gate, rows, inner, groups, numerics)

@@ -356,7 +356,7 @@ def _by_channel(name: str, axis: str | None) -> P:
     """Returns the spec of a statistic ``[experts, ...]``; counts and checks have no channels."""
     if name in statistics.COUNTS or name.startswith(statistics.CHECK):
         return P()
-    rank = len(statistics.get(name).shape((1, 1)))
+    rank = len(statistics.get_statistic(name).shape((1, 1)))
     return P(*[None] * (rank - 1), axis)
 
 

@@ -58,7 +58,7 @@ def base_values(f: Fields, name: str, features: Mapping[str, Any]) -> dict[str, 
 def activation_name(f: Fields, name: str) -> str:
     """Returns the registered activation that the field ``name`` names."""
     try:
-        return activations.get(f.text(name)).name
+        return activations.get_activation(f.text(name)).name
     except NaloraError as error:
         raise f.error(name, error.expected, error.found) from error
 

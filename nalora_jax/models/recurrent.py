@@ -186,7 +186,11 @@ class GatedDeltaNetLayer(nn.Module):
             sizes.channels, sizes.conv_width, sharding, name="conv"
         )
         out, convolved = convolution(qkv, shared, before.get("conv"))
-        qkv = activations.get(self.config.activation).phi(out).astype(qkv.dtype)
+        qkv = (
+            activations.get_activation(self.config.activation)
+            .phi(out)
+            .astype(qkv.dtype)
+        )
         q, k, v = jnp.split(qkv, (sizes.keys, 2 * sizes.keys), axis=-1)
         # q, k: [batch, seq, key heads, key_dim]; v: [batch, seq, key heads, values per key,
         # value_dim].

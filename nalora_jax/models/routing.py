@@ -34,7 +34,7 @@ from nalora_jax.ops.grouped_matmul import (
     ragged_outer,
 )
 from nalora_jax.ops.reductions import sampled as sampled_positions
-from nalora_jax.ops.split_rows import block_numbers, gathered
+from nalora_jax.ops.split_rows import block_numbers, gather_rows
 from nalora_jax.ops.storage import Kernel, expand
 
 
@@ -522,7 +522,7 @@ def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Arr
     batch, _, experts = counts.shape
     # [batch, experts, blocks of the sequence]
     counts, last = jnp.moveaxis(
-        gathered(jnp.stack([counts, last], axis=-1)), (3, 2), (0, 2)
+        gather_rows(jnp.stack([counts, last], axis=-1)), (3, 2), (0, 2)
     )
     # Places of a sequence are sorted by expert, then by block: [batch, experts * blocks].
     flat = counts.reshape(batch, -1)

@@ -39,7 +39,7 @@ from nalora_jax.ops.split_rows import (
     Row,
     by_block,
     by_part,
-    gathered,
+    gather_rows,
     gathered_exactly,
     shards_of,
     with_preceding,
@@ -227,7 +227,7 @@ def split_splash_attention(
     kernels = tuple(of_row(size) for size in far)
     by_query = of_mesh(sharding, None, CONTEXT)
     specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
-    spread: Callable[[jax.Array], jax.Array] = gathered
+    spread: Callable[[jax.Array], jax.Array] = gather_rows
     if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS:
         spread = gathered_exactly
     out = on_shards(

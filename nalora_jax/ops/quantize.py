@@ -61,7 +61,7 @@ class Coded(Stored):
 
     codes: Array
     # Shardings of one layer's arrays for matmuls, in their order as leaves, if a mesh splits the
-    # stored ones further (`gathered`).
+    # stored ones further (`mark_gathered`).
     places: tuple[NamedSharding, ...] | None
 
     @abstractmethod
@@ -237,7 +237,7 @@ def of_levels(codes: Array, levels: Sequence[float]) -> Array:
     return jnp.where((codes & half) > 0, high, low)
 
 
-def gathered(params: Any, axes: Collection[str]) -> Any:
+def mark_gathered(params: Any, axes: Collection[str]) -> Any:
     """Returns ``params`` with quantized kernels marked to be gathered over mesh ``axes`` as codes.
 
     Without the mark the compiler expands each device's part and gathers float32: four times the

@@ -87,7 +87,7 @@ class Scaled(Coded):
     def expand(self, dtype: Any = None) -> Array:
         """Returns the kernel in ``dtype``, by default float32; codes are gathered before they are
         expanded."""
-        return dequantize(self.in_place(), dtype or jnp.float32)
+        return dequantize_scaled(self.in_place(), dtype or jnp.float32)
 
     def splits(self, axis: int, parts: int) -> bool:
         """See `Coded`."""
@@ -105,7 +105,7 @@ class Scaled(Coded):
         return all(size % (parts * step) == 0 for step in steps)
 
 
-def dequantize(kernel: Scaled, dtype: Any = jnp.float32) -> Array:
+def dequantize_scaled(kernel: Scaled, dtype: Any = jnp.float32) -> Array:
     """Returns the kernel of codes and scales, rounded to the format's dtype and to ``dtype``."""
     scaling = kernel.scaling
     *lead, d_in, d_out = kernel.shape

@@ -36,7 +36,7 @@ from nalora_jax.method.step import init_state
 from nalora_jax.models import adapters, stacks, targets
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.rope_scaling import with_rope_scaling
-from nalora_jax.ops.quantize import gathered, kernels, quantize
+from nalora_jax.ops.quantize import kernels, mark_gathered, quantize
 from nalora_jax.planner import machines
 from nalora_jax.planner.figures import Figures
 from nalora_jax.weights import hub
@@ -205,7 +205,7 @@ def _program_and_state(
         path: _weight(path, shape, base, config.compute)
         for path, shape in stacks.param_shapes(base).items()
     }
-    params = gathered(
+    params = mark_gathered(
         placed(trees.unflatten(weights), mesh, sharding.PARAM_RULES)[0], WEIGHT_AXES
     )
     fresh = jax.eval_shape(

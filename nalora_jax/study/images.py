@@ -22,7 +22,7 @@ from nalora_jax.evaluate.images import (
 )
 from nalora_jax.kinds import dual
 from nalora_jax.mesh import distributed
-from nalora_jax.models.vision.dual import init_lora
+from nalora_jax.models.vision.dual import init_dual_lora
 from nalora_jax.study.language import Items, Subject
 from nalora_jax.study.plan import MEASURES
 from nalora_jax.weights.dual import (
@@ -198,7 +198,7 @@ class DualEncoders(Subject):
     ) -> Any:
         """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
         loaded = self.model(config)
-        return init_lora(
+        return init_dual_lora(
             loaded.config, assembly.spec, jax.random.key(seed), loaded.params
         )
 

@@ -281,8 +281,10 @@ class RunInProgress:
         definitions: list[Any] = [
             type(mechanism) for _, mechanism in mechanisms.entries
         ]
-        definitions += [statistics.get(name).values for name in mechanisms.statistics]
-        definitions += [activations.get(name).gate for name in gates]
+        definitions += [
+            statistics.get_statistic(name).values for name in mechanisms.statistics
+        ]
+        definitions += [activations.get_activation(name).gate for name in gates]
         item_digests = {}
         for name, items in self.items.items():
             for kind, digest in items.digests.items():

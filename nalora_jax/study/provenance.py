@@ -214,7 +214,9 @@ def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
     for text in config.mechanisms:
         mechanism = make(text)
         definitions.append(type(mechanism))
-        definitions += [statistics.get(name).values for name in mechanism.statistics]
+        definitions += [
+            statistics.get_statistic(name).values for name in mechanism.statistics
+        ]
     return rule_files(definitions)
 
 

@@ -25,7 +25,7 @@ from nalora_jax.study.records import Records, StudyRecord, hours
 from nalora_jax.study.subjects import subject_of
 
 log = logging.getLogger(__name__)
-number = partial(tables.number, missing="-")
+_number = partial(tables.number, missing="-")
 
 _RESULTS = "results.md"
 PICTURES = "pictures"
@@ -368,7 +368,7 @@ class _Tables:
             row = [result.cell.method]
             for multiple in multiples:
                 mean = analysis.mean_of(result.losses(multiple))
-                row.append(f"{number(mean)} ({result.diverged(multiple)})")
+                row.append(f"{_number(mean)} ({result.diverged(multiple)})")
             rows.append(row)
         return heads, rows
 
@@ -434,10 +434,10 @@ class _Tables:
         return [
             *self._brief_row(comparison),
             p_value(statistics.wilcoxon_p, comparison.wilcoxon_holm),
-            number(statistics.sign_p, 3),
-            number(statistics.effect, 2),
+            _number(statistics.sign_p, 3),
+            _number(statistics.effect, 2),
             equivalent,
-            number(statistics.deviation),
+            _number(statistics.deviation),
             needed,
             margin,
         ]
@@ -487,8 +487,8 @@ def _tuned(grid: plan.Tuning, rate: float) -> str:
     if mean == math.inf:
         return "diverged"
     if rate == grid.chosen:
-        return f"**{number(mean)}**"
-    return number(mean)
+        return f"**{_number(mean)}**"
+    return _number(mean)
 
 
 def _difference(common: tuple[float, float | None] | None) -> str:
@@ -512,20 +512,20 @@ def _test_row(result: analysis.MethodResult, names: Sequence[str]) -> list[str]:
         f"{tests[0]['parameters']:,}",
         str(len(losses)),
         str(result.diverged()),
-        number(analysis.mean_of(losses)),
-        number(analysis.deviation(losses)),
+        _number(analysis.mean_of(losses)),
+        _number(analysis.deviation(losses)),
     ]
     for name in names:
         mean = analysis.mean_of(result.measured(name))
         if name == "loss":
-            row.append(number(mean, 4))
+            row.append(_number(mean, 4))
         else:
-            row.append(number(mean, 3))
+            row.append(_number(mean, 3))
     for name in _MOVEMENT:
         mean = analysis.mean_of(analysis.last_of(finite, name))
-        row.append(number(mean))
+        row.append(_number(mean))
     seconds = [float(record["seconds"]) for record in tests]
-    row.append(number(analysis.mean_of(seconds), 0))
+    row.append(_number(analysis.mean_of(seconds), 0))
     return row
 
 
@@ -533,7 +533,7 @@ def _probe(records: Sequence[StudyRecord], name: str) -> str:
     """Returns the loss on other data before training, and its mean change."""
     before = float(records[0]["probes"][name]["before"])
     changes = [analysis.forgotten(name, record) for record in records]
-    return f"{number(before)} {signed(analysis.mean_of(changes))}"
+    return f"{_number(before)} {signed(analysis.mean_of(changes))}"
 
 
 def signed(value: float) -> str:

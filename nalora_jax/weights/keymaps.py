@@ -33,7 +33,7 @@ from nalora_jax.models.tensor_rows import TensorNames, TensorRow
 if TYPE_CHECKING:
     from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 
-Array = Any  # NumPy or JAX arrays: conversions use only methods that both have
+_Array = Any  # NumPy or JAX arrays: conversions use only methods that both have
 T = TypeVar("T")
 
 
@@ -58,8 +58,8 @@ class ParamSlot:
 class Transform:
     """The conversion of a tensor when it is loaded, and its inverse."""
 
-    into: Callable[[Array], Array]
-    back: Callable[[Array], Array]
+    into: Callable[[_Array], _Array]
+    back: Callable[[_Array], _Array]
     swaps: bool = False  # exchanges the last two axes
     # a slice of the result needs more than the same slice of the tensor
     mixes_rows: bool = False
@@ -91,7 +91,7 @@ class SourceTensor:
         second."""
         return max(len(self.shape) - 2, 0)
 
-    def join(self, parts: Sequence[Array]) -> np.ndarray:
+    def join(self, parts: Sequence[_Array]) -> np.ndarray:
         """Builds the file's tensor from its slots, each in our layout."""
         arrays = [np.asarray(self.transform.back(array)) for array in parts]
         if self.transform.alternates:
@@ -414,17 +414,17 @@ def _transform(
     )
 
 
-def _same(array: Array) -> Array:
+def _same(array: _Array) -> _Array:
     """Returns the array itself."""
     return array
 
 
-def _swap(array: Array) -> Array:
+def _swap(array: _Array) -> _Array:
     """Returns the array with its last two axes exchanged."""
     return array.swapaxes(-1, -2)
 
 
-def halves_from_pairs(rows: Array, heads: int) -> Array:
+def halves_from_pairs(rows: _Array, heads: int) -> _Array:
     """Reorders each head's rows from llama.cpp's order to transformers'.
 
     Rotated partners are adjacent in llama.cpp and half a head apart in transformers.
@@ -437,7 +437,7 @@ def halves_from_pairs(rows: Array, heads: int) -> Array:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def pairs_from_halves(rows: Array, heads: int) -> Array:
+def pairs_from_halves(rows: _Array, heads: int) -> _Array:
     """Reorders rows to llama.cpp's order: the inverse of `halves_from_pairs`."""
     half = rows.shape[0] // heads // 2
     # [heads, 2, half, ...] -> [heads, half, 2, ...]

@@ -21,7 +21,7 @@ from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import MXFP4_BLOCK as BLOCK
 from nalora_jax.ops.quantize import MXFP4_LEVELS as LEVELS
-from nalora_jax.ops.quantize import QuantizedFormat, gathered
+from nalora_jax.ops.quantize import QuantizedFormat, mark_gathered
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
 from nalora_jax.weights.keymaps import KeyMap, ParamSlot, keymap_for
 from nalora_jax.weights.origin import Origin, number_formats, origin
@@ -180,7 +180,7 @@ def load_weights(
         quantized=quantized,
         loaders=loaders,
     )
-    params = gathered(params, WEIGHT_AXES)
+    params = mark_gathered(params, WEIGHT_AXES)
     described = replace(config, stored_bits=())  # the fingerprint covers the files
     source_of = origin(described, resolved, tensors, together=mesh is not None)
     if files.quantization is not None:

@@ -204,7 +204,7 @@ _ADALORA = {
 }
 
 
-def from_peft(values: Mapping[str, Any]) -> tuple[_Settings, list[str]]:
+def convert_peft_config(values: Mapping[str, Any]) -> tuple[_Settings, list[str]]:
     """Returns settings and notes from an ``adapter_config.json`` or a `LoraConfig` as a dict.
 
     Raises:

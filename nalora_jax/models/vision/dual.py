@@ -149,7 +149,7 @@ def init_params(
     return unflatten(leaves)
 
 
-def init_lora(
+def init_dual_lora(
     config: DualConfig,
     spec: AdapterSpec,
     key: jax.Array,

@@ -306,7 +306,7 @@ class FrozenFFN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[..., d]`` of ``[..., d]``."""
         z = PlainDense(self.d_ff, True, self.numerics, name="in_proj")(x)
-        hidden = activations.get(self.activation).phi(z.astype(jnp.float32))
+        hidden = activations.get_activation(self.activation).phi(z.astype(jnp.float32))
         return PlainDense(x.shape[-1], True, self.numerics, name="out_proj")(hidden)
 
 

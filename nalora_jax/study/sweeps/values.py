@@ -210,7 +210,7 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
         jnp.zeros((), jnp.int32), "layers/ffn"
     )
     memory = jax.eval_shape(partial(mechanism.init, (2, 8)))  # 2 layers of 8 channels
-    counts = {statistics.get(key).count for key in mechanism.statistics}
+    counts = {statistics.get_statistic(key).count for key in mechanism.statistics}
     sums = memory | {key: jax.ShapeDtypeStruct((2,), "float32") for key in counts}
 
     def rule(value: Any, memory: Any, sums: Any, updates: Any) -> Any:
