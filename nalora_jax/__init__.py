@@ -46,7 +46,7 @@ with epy.lazy_api_imports(globals()):
         nalora,
         scale_by_gates,
     )
-    from nalora_jax.study.sweeps.run import SweepResult, sweep
+    from nalora_jax.study.sweeps.sweep_run import SweepResult, sweep
     from nalora_jax.train.run import RunResult
     from nalora_jax.weights.base import load_model
     from nalora_jax.weights.model_files import LoadedModel

@@ -18,7 +18,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.models.tensor_rows import TensorNames
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.models.vision.vision_config import DualConfig, EncoderConfig
 from nalora_jax.ops.quantize import QuantizedFormat, kernels, quantize
 from nalora_jax.ops.scaled import Scaled, Scaling
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for

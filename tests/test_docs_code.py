@@ -29,7 +29,7 @@ from nalora_jax.cli import command, config_files
 from nalora_jax.common import imports
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data import sources
-from nalora_jax.data.chat import messages_of
+from nalora_jax.data.chat_text import messages_of
 from nalora_jax.data.forms import canonical
 from nalora_jax.kinds.record import check_config
 from nalora_jax.method import activations, rules, statistics

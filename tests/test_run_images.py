@@ -21,7 +21,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.cli.training import run
 from nalora_jax.common.trees import flatten
-from nalora_jax.data.images.chat import asked
+from nalora_jax.data.images.image_chat import asked
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.adapted import load
 from nalora_jax.loading.adapted_dual import load_adapted_dual

@@ -20,7 +20,7 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
-from nalora_jax.data.files import RecordFile, is_path, open_rows, splits_of
+from nalora_jax.data.data_files import RecordFile, is_path, open_rows, splits_of
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import (
     JoinedSource,
@@ -324,7 +324,7 @@ class FileSource(JoinedSource):
     """Records of files, or the subset that a split expression selects.
 
     Args:
-      path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.files`.
+      path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.data_files`.
       split: an expression over the splits that `files.splits_of` returns for the path; a single
         file has one split, "train".
       opened: files by split in place of the path's.

@@ -16,7 +16,7 @@ from nalora_jax.common import buckets
 from nalora_jax.common.digests import digest_of
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.data import tasks
-from nalora_jax.data.files import DATA_FILE_EXTENSIONS
+from nalora_jax.data.data_files import DATA_FILE_EXTENSIONS
 from nalora_jax.data.source import Record, Source, Span, foreign_errors
 from nalora_jax.errors import NaloraError
 

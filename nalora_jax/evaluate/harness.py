@@ -23,8 +23,8 @@ from nalora_jax.common.digests import digest_of
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import GenerationSettings, Generator
+from nalora_jax.evaluate.intervals import compare, difference_of_means
 from nalora_jax.evaluate.likelihood import Score, score_groups
-from nalora_jax.evaluate.statistics import compare, difference_of_means
 from nalora_jax.models.decoder import Decoder
 
 

@@ -23,7 +23,7 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.answers import Normalise, matches
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.statistics import accuracy_of
+from nalora_jax.evaluate.intervals import accuracy_of
 
 
 def exact_match(

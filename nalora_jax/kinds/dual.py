@@ -30,7 +30,7 @@ from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import RunConfig, VisionConfig
 from nalora_jax.config.checks import Limits, trained_tables
 from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
-from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.images.image_files import ImageProcessor
 from nalora_jax.data.images.opened import (
     ImageData,
     ImageSource,
@@ -42,7 +42,7 @@ from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO_SPLIT, check_disjoint
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.images import (
+from nalora_jax.evaluate.image_evaluation import (
     ClassEvaluator,
     Encoders,
     RecordImages,
@@ -57,11 +57,15 @@ from nalora_jax.method.step import Batch, Evaluated, TrainState
 from nalora_jax.models.parts import constrain
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
-from nalora_jax.models.vision.config import TOWERS, DualConfig
-from nalora_jax.models.vision.dual import DualEncoder, init_dual_lora, normalised
+from nalora_jax.models.vision.dual_encoder import (
+    DualEncoder,
+    init_dual_lora,
+    normalised,
+)
+from nalora_jax.models.vision.vision_config import TOWERS, DualConfig
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.shardings import RowSharding, of_mesh
-from nalora_jax.weights.dual import JOIN, LoadedDual, described_dual, load_dual
+from nalora_jax.weights.dual_base import JOIN, LoadedDual, described_dual, load_dual
 from nalora_jax.weights.peft import export_adapter, verify_export
 
 log = logging.getLogger(__name__)
@@ -688,6 +692,6 @@ KIND = register_kind(
         evaluate=adapter_evaluator,
         limits=limits,
         describe=describe_inputs,
-        subject="nalora_jax.study.images:DualEncoders",
+        subject="nalora_jax.study.image_subject:DualEncoders",
     )
 )

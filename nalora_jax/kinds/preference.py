@@ -26,12 +26,12 @@ from nalora_jax.config import PreferenceConfig, RunConfig
 from nalora_jax.config.checks import Limits, trained_tables
 from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.forms import in_turns
-from nalora_jax.data.preference import held_out_pairs, pair_data, pairs_digest
+from nalora_jax.data.preference_pairs import held_out_pairs, pair_data, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.evaluate.preference_evaluation import PreferenceEvaluator
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records, settled, stream_shape
 from nalora_jax.kinds.record import Inputs, register_kind
@@ -159,7 +159,7 @@ def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pai
 
 @dataclass(frozen=True)
 class Preference:
-    """`nalora_jax.method.step.Objective` of DPO on packed pairs (`nalora_jax.data.preference`)."""
+    """`nalora_jax.method.step.Objective` of DPO on `nalora_jax.data.preference_pairs`."""
 
     policy: NextToken
     config: PreferenceConfig

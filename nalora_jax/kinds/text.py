@@ -26,7 +26,7 @@ from nalora_jax.data.sources import open_pair
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.generator import answering
-from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.evaluate.vision import evaluator_of
 from nalora_jax.kinds.inputs import (
     check_layout,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from nalora_jax.models.embedding import LayerEmbeddings
     from nalora_jax.models.parts import PartOptions
-    from nalora_jax.models.vision.config import VisionSpec
+    from nalora_jax.models.vision.vision_config import VisionSpec
     from nalora_jax.ops.dispatch import Numerics
 
 ParamShapes = dict[str, tuple[int, ...]]

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.method.low_rank import Dense, adapted_dense, dora_ratio
-from nalora_jax.models.attention import attend, cached_keys
+from nalora_jax.models.attention_layer import attend, cached_keys
 from nalora_jax.models.cache import grown, written
 from nalora_jax.models.config import Mixer, ModelConfig, ParamShapes
 from nalora_jax.models.parts import LayerInputs, PartOptions, RMSNorm, SharedInputs

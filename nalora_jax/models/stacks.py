@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from nalora_jax.models.attention import SoftmaxAttention
+from nalora_jax.models.attention_layer import SoftmaxAttention
 from nalora_jax.models.blocks import GatedBlock
 from nalora_jax.models.config import (
     FeedForward,
@@ -34,7 +34,7 @@ from nalora_jax.models.config import (
 from nalora_jax.models.targets import uniform_path
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import DualConfig
+    from nalora_jax.models.vision.vision_config import DualConfig
 
 T = TypeVar("T")
 

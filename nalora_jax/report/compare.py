@@ -16,7 +16,7 @@ from markupsafe import Markup
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.statistics import t_interval
+from nalora_jax.evaluate.intervals import t_interval
 from nalora_jax.report import plots
 from nalora_jax.report.drawing import COLOURS, new_figure, style, thin, to_svg
 from nalora_jax.report.history import History, read_history

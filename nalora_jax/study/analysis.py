@@ -11,7 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from nalora_jax.study.plan import (
+from nalora_jax.study.hypothesis_tests import Paired, holm, paired
+from nalora_jax.study.planned_runs import (
     COSTS,
     Cell,
     Tuning,
@@ -24,7 +25,6 @@ from nalora_jax.study.plan import (
 )
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import StudyRecord
-from nalora_jax.study.statistics import Paired, holm, paired
 
 
 @dataclass(frozen=True)

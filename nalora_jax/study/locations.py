@@ -9,7 +9,7 @@ from pathlib import Path
 from nalora_jax.common import buckets
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import RunConfig
-from nalora_jax.data.files import DATA_FILE_EXTENSIONS
+from nalora_jax.data.data_files import DATA_FILE_EXTENSIONS
 from nalora_jax.data.source import components
 from nalora_jax.errors import NaloraError
 

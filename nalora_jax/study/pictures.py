@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nalora_jax.report.drawing import file_style, to_svg_file
 from nalora_jax.study import analysis
-from nalora_jax.study.plan import cost
+from nalora_jax.study.planned_runs import cost
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import StudyRecord
 

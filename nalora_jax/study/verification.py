@@ -11,7 +11,7 @@ from typing import Any
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh.machine import describe_device
 from nalora_jax.study.execution import perform_all
-from nalora_jax.study.plan import Run, wanted
+from nalora_jax.study.planned_runs import Run, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import checked_records, describe_old
 from nalora_jax.study.records import Records, StudyRecord, exact_values

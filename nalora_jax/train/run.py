@@ -30,8 +30,8 @@ from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import describe
+from nalora_jax.evaluate.intervals import compare
 from nalora_jax.evaluate.run_log import ADAPTER, read_evaluation
-from nalora_jax.evaluate.statistics import compare
 from nalora_jax.kinds.record import Inputs, Job, check_kind, run_kind
 from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.mesh import distributed, processes

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.tensor_rows import Rows, TensorChange, TensorRow
-from nalora_jax.models.vision.config import (
+from nalora_jax.models.vision.vision_config import (
     UNUSED,
     DualConfig,
     EncoderConfig,

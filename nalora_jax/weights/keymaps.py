@@ -31,7 +31,7 @@ from nalora_jax.models.stacks import param_shapes, stacks
 from nalora_jax.models.tensor_rows import TensorNames, TensorRow
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+    from nalora_jax.models.vision.vision_config import DualConfig, EncoderConfig
 
 _Array = Any  # NumPy or JAX arrays: conversions use only methods that both have
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.targets import AdapterSpec, leaf_dtype
-from nalora_jax.models.vision.config import DualConfig
+from nalora_jax.models.vision.vision_config import DualConfig
 from nalora_jax.ops.storage import Stored, expand
 from nalora_jax.weights.encoders import file_name
 from nalora_jax.weights.keymaps import ParamSlot, keymap_for

@@ -17,7 +17,7 @@ from nalora_jax.data.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_js
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model
-from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
+from nalora_jax.models.scaled_ropes import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import MXFP4_BLOCK as BLOCK
 from nalora_jax.ops.quantize import MXFP4_LEVELS as LEVELS
@@ -35,7 +35,7 @@ from nalora_jax.weights.shards import FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource, load_params, param_shardings
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.files import ImageProcessor
+    from nalora_jax.data.images.image_files import ImageProcessor
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from nalora_jax.models.targets import scale_divisor
 from nalora_jax.weights.keymaps import OF_ENCODERS
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import DualConfig
+    from nalora_jax.models.vision.vision_config import DualConfig
 
     Host = ModelConfig | DualConfig
 

@@ -48,7 +48,7 @@ from nalora_jax.weights.peft_config import TENSORS_NAME, PeftConfig, read_peft_c
 from nalora_jax.weights.shards import read_header, read_tensors
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import DualConfig
+    from nalora_jax.models.vision.vision_config import DualConfig
 
 PREFIX = "base_model.model."
 _HEAD = TOKEN_TABLES["lm_head"]

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nalora_jax.study.analysis import MethodResult, results
+from nalora_jax.study.hypothesis_tests import Paired, holm, paired
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records, StudyRecord
-from nalora_jax.study.statistics import Paired, holm, paired
 
 STUCK = 0.683  # a validation loss above it after training; ln 2 = 0.693 before
 STARTS = ("b_zero", "a_zero")

@@ -10,9 +10,9 @@ import pytest
 from tensorflow_datasets.core import registered
 
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig, check
-from nalora_jax.data.chat import messages_of
+from nalora_jax.data.chat_text import messages_of
 from nalora_jax.data.given import IN_MEMORY, formatted, given_sources
-from nalora_jax.data.images.files import open_image
+from nalora_jax.data.images.image_files import open_image
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.source import RecordsSource, components, share_text
 from nalora_jax.data.sources import (

@@ -15,7 +15,7 @@ import pytest
 
 from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.study import execution
-from nalora_jax.study.plan import Run
+from nalora_jax.study.planned_runs import Run
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import StudyRecord
 from nalora_jax.study.resources import Resources

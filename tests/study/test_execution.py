@@ -19,8 +19,7 @@ from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.kinds import text
 from nalora_jax.study import execution
-from nalora_jax.study.plan import Run, pending, wanted
-from nalora_jax.study.progress import RunInProgress
+from nalora_jax.study.planned_runs import Run, pending, wanted
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import (
     Records,
@@ -29,8 +28,9 @@ from nalora_jax.study.records import (
     read_snapshot,
     write_snapshot,
 )
-from nalora_jax.study.report import status
 from nalora_jax.study.resources import Resources
+from nalora_jax.study.study_progress import RunInProgress
+from nalora_jax.study.study_report import status
 from nalora_jax.study.verification import verify_records
 from tests.study.conftest import assert_starts_alone, write_study
 
@@ -154,7 +154,7 @@ def test_a_run_that_diverges_has_a_record_that_says_so(
     def diverge(*_: Any, **__: Any) -> None:
         raise TrainingDivergedError("step 3: loss", expected="a finite number", found="nan")
 
-    monkeypatch.setattr("nalora_jax.study.progress.run_steps", diverge)
+    monkeypatch.setattr("nalora_jax.study.study_progress.run_steps", diverge)
     (record,) = execution.perform_all(
         wanted(resources.protocol, {})[:1], resources, [tmp_path / "x.npz"]
     )

@@ -11,11 +11,11 @@ import pytest
 
 from nalora_jax.common import trees
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.evaluate.images import ClassEvaluator, Encoders, RecordImages
+from nalora_jax.evaluate.image_evaluation import ClassEvaluator, Encoders, RecordImages
 from nalora_jax.kinds import dual
-from nalora_jax.models.vision.dual import DualEncoder
+from nalora_jax.models.vision.dual_encoder import DualEncoder
 from nalora_jax.study import execution
-from nalora_jax.study.plan import Cell, Run
+from nalora_jax.study.planned_runs import Cell, Run
 from nalora_jax.study.protocol import Method, read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.resources import Resources

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nalora_jax.config import RunConfig
-from nalora_jax.study.plan import Cell, Run, pending, tuning, wanted
+from nalora_jax.study.planned_runs import Cell, Run, pending, tuning, wanted
 from nalora_jax.study.protocol import Method, Protocol, Task
 from nalora_jax.study.records import StudyRecord
 

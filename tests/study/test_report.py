@@ -14,11 +14,11 @@ from scipy import stats
 
 from nalora_jax.__main__ import main
 from nalora_jax.study.analysis import comparisons, results
-from nalora_jax.study.plan import Run, pending
+from nalora_jax.study.hypothesis_tests import holm
+from nalora_jax.study.planned_runs import Run, pending
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records, StudyRecord
-from nalora_jax.study.report import render_results, write_tables
-from nalora_jax.study.statistics import holm
+from nalora_jax.study.study_report import render_results, write_tables
 from tests.study import conftest
 
 

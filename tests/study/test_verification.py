@@ -10,7 +10,7 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.execution import run_study
-from nalora_jax.study.plan import Run
+from nalora_jax.study.planned_runs import Run
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import StudyRecord
 from nalora_jax.study.verification import _compare, verify_records

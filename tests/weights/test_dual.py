@@ -22,10 +22,10 @@ from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.models.targets import resolve
-from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.models.vision.dual import DualEncoder, init_dual_lora, init_params
+from nalora_jax.models.vision.dual_encoder import DualEncoder, init_dual_lora, init_params
 from nalora_jax.models.vision.families import compose, read_encoder
-from nalora_jax.weights.dual import load_dual
+from nalora_jax.models.vision.vision_config import DualConfig
+from nalora_jax.weights.dual_base import load_dual
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 

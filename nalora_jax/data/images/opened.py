@@ -23,8 +23,8 @@ from nalora_jax.common.downloads import cache_dir
 from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.files import DELIMITERS, loaded_rows, open_rows
-from nalora_jax.data.images.files import (
+from nalora_jax.data.data_files import DELIMITERS, loaded_rows, open_rows
+from nalora_jax.data.images.image_files import (
     IMAGE_EXTENSIONS,
     ImageProcessor,
     TextTokenizer,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.data.chat import Message, text_field
+from nalora_jax.data.chat_text import Message, text_field
 from nalora_jax.data.forms import Parts, check_role
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError

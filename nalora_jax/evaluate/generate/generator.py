@@ -36,7 +36,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.files import ImageProcessor
+    from nalora_jax.data.images.image_files import ImageProcessor
 
 
 @dataclass(frozen=True)

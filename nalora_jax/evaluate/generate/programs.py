@@ -31,7 +31,7 @@ from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.ops.storage import prepare
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.files import ImageProcessor
+    from nalora_jax.data.images.image_files import ImageProcessor
 
 # Parameters of the logits, tied or not.
 _HEAD = ("embed", "lm_head")

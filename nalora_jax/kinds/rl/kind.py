@@ -47,8 +47,8 @@ from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.intervals import bootstrap
 from nalora_jax.evaluate.run_log import ROLLOUTS
-from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records, settled, stream_shape
 from nalora_jax.kinds.record import Arrays, Built, Inputs, Job, register_kind
@@ -781,6 +781,6 @@ KIND = register_kind(
         rate=1 / 8,
         batch_arrays=batch_arrays,
         draws_samples=True,
-        subject="nalora_jax.study.rewards:Rewards",
+        subject="nalora_jax.study.reward_subject:Rewards",
     )
 )

@@ -14,7 +14,7 @@ from typing import Any
 from nalora_jax.common.fields import Fields
 from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
-from nalora_jax.models.attention import NormedAttention
+from nalora_jax.models.attention_layer import NormedAttention
 from nalora_jax.models.blocks import ScaledTail
 from nalora_jax.models.embedding import LayerEmbeddings
 from nalora_jax.models.family import GGUF, Family, Features, Metadata, hf_defaults

@@ -24,7 +24,7 @@ from nalora_jax.models.embedding import Embedding
 from nalora_jax.models.parts import constrain, layer_scales, part_adapters
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.config import EncoderConfig
+from nalora_jax.models.vision.vision_config import EncoderConfig
 from nalora_jax.ops.attention import full_attention
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.shardings import UNSHARDED, Shardings

@@ -11,7 +11,12 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.family import VisionReader, hf_defaults
 from nalora_jax.models.readers import activation_name
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss, VisionSpec
+from nalora_jax.models.vision.vision_config import (
+    DualConfig,
+    EncoderConfig,
+    Loss,
+    VisionSpec,
+)
 
 _COMPOSED = "vision-text-dual-encoder"  # of separately trained towers
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig
-from nalora_jax.data.preference import PreferencePair
+from nalora_jax.data.preference_pairs import PreferencePair
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import (
@@ -20,8 +20,8 @@ from nalora_jax.evaluate.evaluator import (
     variables_of,
 )
 from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.intervals import bootstrap
 from nalora_jax.evaluate.likelihood import score_groups
-from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.common.digests import digest_of
-from nalora_jax.data.images.files import ImageProcessor, TextTokenizer, resized_to
+from nalora_jax.data.images.image_files import ImageProcessor, TextTokenizer, resized_to
 from nalora_jax.data.images.opened import ImageSource
 from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
-from nalora_jax.evaluate.statistics import accuracy_of, bootstrap
+from nalora_jax.evaluate.intervals import accuracy_of, bootstrap
 from nalora_jax.mesh import processes
-from nalora_jax.models.vision.dual import DualEncoder, normalised
+from nalora_jax.models.vision.dual_encoder import DualEncoder, normalised
 
 _BATCH = 64  # images or texts at a time
 _THREADS = 4

@@ -19,7 +19,7 @@ from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.report import tables
 from nalora_jax.report.tables import markdown_table
-from nalora_jax.study import analysis, pictures, plan, provenance
+from nalora_jax.study import analysis, pictures, planned_runs, provenance
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Records, StudyRecord, hours
 from nalora_jax.study.subjects import subject_of
@@ -253,7 +253,7 @@ class _Tables:
         protocol = self._protocol
         several = len(protocol.tasks) * len(protocol.models) > 1
         tests = []
-        for run in plan.pending(protocol, self._records):
+        for run in planned_runs.pending(protocol, self._records):
             if run.stage == "test":
                 method = run.cell.method
                 if several:
@@ -477,7 +477,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(texts)
 
 
-def _tuned(grid: plan.Tuning, rate: float) -> str:
+def _tuned(grid: planned_runs.Tuning, rate: float) -> str:
     """Returns the mean cost at a rate, bold if it is chosen; "" if the grid lacks it."""
     if rate not in grid.costs:
         return ""
@@ -579,9 +579,10 @@ def status(protocol: Protocol) -> str:
     """
     store = Records(protocol.folder)
     records = provenance.checked_records(protocol, store)
-    runs = plan.wanted(protocol, records)
+    runs = planned_runs.wanted(protocol, records)
     grids = {
-        cell: plan.tuning(protocol, cell, records) for cell in plan.cells(protocol)
+        cell: planned_runs.tuning(protocol, cell, records)
+        for cell in planned_runs.cells(protocol)
     }
     left = [run for run in runs if run.id not in records]
     busy = sum(store.claimed(run.id) for run in left)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common import trees
 from nalora_jax.common.digests import digest_of
-from nalora_jax.data.images.files import (
+from nalora_jax.data.images.image_files import (
     ImageProcessor,
     TextTokenizer,
     read_processor,
@@ -21,8 +21,8 @@ from nalora_jax.data.images.files import (
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision import families
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss
-from nalora_jax.models.vision.dual import init_params
+from nalora_jax.models.vision.dual_encoder import init_params
+from nalora_jax.models.vision.vision_config import DualConfig, EncoderConfig, Loss
 from nalora_jax.weights import hub
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
 from nalora_jax.weights.keymaps import keymap_for

@@ -16,6 +16,12 @@ from nalora_jax.mesh.distributed import prompt_shards
 from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner import accounting, estimates, machines
+from nalora_jax.planner.abstract_step import (
+    devices,
+    moved_weights,
+    rollout_and_arguments,
+    step_and_arguments,
+)
 from nalora_jax.planner.decide import Compiled, decide
 from nalora_jax.planner.figures import (
     Figures,
@@ -26,12 +32,6 @@ from nalora_jax.planner.figures import (
     roofline,
 )
 from nalora_jax.planner.layouts import fastest, fitting, fitting_sweep
-from nalora_jax.planner.program import (
-    devices,
-    moved_weights,
-    rollout_and_arguments,
-    step_and_arguments,
-)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from nalora_jax.evaluate.evaluator import (
     ItemRecord,
     variables_of,
 )
+from nalora_jax.evaluate.intervals import accuracy_of, bootstrap
 from nalora_jax.evaluate.likelihood import Score, ScoredPair, score_groups
-from nalora_jax.evaluate.statistics import accuracy_of, bootstrap
 from nalora_jax.models.decoder import Decoder
 
 _LARGEST_EXPONENT = 700.0  # exp of more than 709 is no float

@@ -23,7 +23,7 @@ from nalora_jax.mesh import distributed, processes
 from nalora_jax.mesh.machine import describe_device, peak_memory, versions
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.step import TrainState
-from nalora_jax.study.plan import Run
+from nalora_jax.study.planned_runs import Run
 from nalora_jax.study.provenance import code_version, rule_files
 from nalora_jax.study.records import (
     StudyRecord,

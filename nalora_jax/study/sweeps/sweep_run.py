@@ -30,7 +30,12 @@ from nalora_jax.report import compare, history
 from nalora_jax.report.writer import ReportWriter
 from nalora_jax.study.sweeps import fit, values
 from nalora_jax.study.sweeps.grid import SWEEP_FILE, axes_of, check_names, grid
-from nalora_jax.study.sweeps.program import RunLoop, StopOfAll, SweepProgram, fit_all
+from nalora_jax.study.sweeps.stacked_program import (
+    RunLoop,
+    StopOfAll,
+    SweepProgram,
+    fit_all,
+)
 from nalora_jax.train import preemption, progress
 from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.cards import CardWriter

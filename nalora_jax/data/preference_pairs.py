@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from nalora_jax.config import DataConfig, PreferenceConfig
-from nalora_jax.data.chat import (
+from nalora_jax.data.chat_text import (
     Message,
     Rendered,
     messages_of,

@@ -14,7 +14,7 @@ from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
-from nalora_jax.evaluate.images import (
+from nalora_jax.evaluate.image_evaluation import (
     ClassEvaluator,
     Encoders,
     RecordImages,
@@ -22,10 +22,10 @@ from nalora_jax.evaluate.images import (
 )
 from nalora_jax.kinds import dual
 from nalora_jax.mesh import distributed
-from nalora_jax.models.vision.dual import init_dual_lora
+from nalora_jax.models.vision.dual_encoder import init_dual_lora
 from nalora_jax.study.language import Items, Subject
-from nalora_jax.study.plan import MEASURES
-from nalora_jax.weights.dual import (
+from nalora_jax.study.planned_runs import MEASURES
+from nalora_jax.weights.dual_base import (
     JOIN,
     LoadedDual,
     LoadedEncoder,
