@@ -66,7 +66,7 @@ from nalora_jax.models.vision.vision_config import TOWERS, DualConfig
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.shardings import RowSharding, of_mesh
 from nalora_jax.weights.dual_base import JOIN, LoadedDual, described_dual, load_dual
-from nalora_jax.weights.peft import export_adapter, verify_export
+from nalora_jax.weights.peft_export import export_adapter, verify_export
 
 log = logging.getLogger(__name__)
 

@@ -51,12 +51,12 @@ from nalora_jax.weights.model_files import (
 )
 from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
 from nalora_jax.weights.origin import original
-from nalora_jax.weights.peft import (
+from nalora_jax.weights.peft_export import (
     export_adapter,
-    import_adapter,
     max_logit_difference,
     verify_export,
 )
+from nalora_jax.weights.peft_import import import_adapter
 
 if TYPE_CHECKING:
     from nalora_jax.common.folders import RunFolder

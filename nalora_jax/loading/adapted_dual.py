@@ -14,7 +14,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual_encoder import DualEncoder
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.weights.dual_base import LoadedDual, load_dual
-from nalora_jax.weights.peft import import_adapter
+from nalora_jax.weights.peft_import import import_adapter
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from nalora_jax.models.vision.vision_config import DualConfig
 from nalora_jax.ops.storage import Stored, expand
 from nalora_jax.weights.encoders import file_name
 from nalora_jax.weights.keymaps import ParamSlot, keymap_for
-from nalora_jax.weights.peft import layer_adapter
+from nalora_jax.weights.peft_export import layer_adapter
 from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import size_of, write_shards
 

@@ -38,7 +38,7 @@ from nalora_jax.study.study_report import status
 from nalora_jax.weights.gguf import GGUFFile, hf_config, read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
-from nalora_jax.weights.peft import import_adapter
+from nalora_jax.weights.peft_import import import_adapter
 from nalora_jax.weights.tensors import check_tensors
 from tests import tiny
 from tests.report.conftest import fake_records, write_run

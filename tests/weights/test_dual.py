@@ -27,7 +27,8 @@ from nalora_jax.models.vision.families import compose, read_encoder
 from nalora_jax.models.vision.vision_config import DualConfig
 from nalora_jax.weights.dual_base import load_dual
 from nalora_jax.weights.merge import write_merged
-from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
+from nalora_jax.weights.peft_export import export_adapter, verify_export
+from nalora_jax.weights.peft_import import import_adapter
 
 EVERYTHING = (
     LoRARule("image/layers/0/ffn/in_proj", rank=3, alpha=5.0),

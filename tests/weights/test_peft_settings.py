@@ -22,7 +22,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.weights.peft import import_adapter
+from nalora_jax.weights.peft_import import import_adapter
 from nalora_jax.weights.peft_settings import PEFT, convert_peft_config
 from tests.weights.conftest import COMMON
 

@@ -21,8 +21,8 @@ from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights import base, hf, hub, new_tokens
 from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
-from nalora_jax.weights.peft import export_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
+from nalora_jax.weights.peft_export import export_adapter
 from tests import tiny
 from tests.models.family_fields import LATENT
 from tests.refused import Call, table_test
