@@ -63,7 +63,7 @@ RANK = 8
 
 def shape_of(name: str) -> dict[str, Any]:
     """Returns the ``config.json`` of a model by name; "tiny" is `TINY`."""
-    from nalora_jax.planner.program import CONFIGS
+    from nalora_jax.planner.abstract_step import CONFIGS
 
     return TINY if name == "tiny" else CONFIGS[name]
 

@@ -36,12 +36,12 @@ from plan_pairs import KNOWN, Pair, drawn
 
 from nalora_jax.cli.plan import _prepare
 from nalora_jax.mesh import distributed
+from nalora_jax.planner.abstract_step import devices, step_and_arguments
 from nalora_jax.planner.decide import EXHAUSTED, Compiled, Tried, decide
 from nalora_jax.planner.estimates import Layout
 from nalora_jax.planner.figures import of_compiled, roofline
 from nalora_jax.planner.layouts import fitting
 from nalora_jax.planner.machines import topology
-from nalora_jax.planner.program import devices, step_and_arguments
 
 RECORD = Path(__file__).parent / "results" / "plan_accuracy.jsonl"
 SEED, PAIRS = 35, 40

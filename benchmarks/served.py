@@ -59,7 +59,7 @@ def prompts(vocab: int) -> list[list[int]]:
 def prepare(name: str, folder: Path) -> dict[str, Any]:
     """Writes the files of a case and returns the tokens of this library and of transformers."""
     from nalora_jax.weights.merge import write_merged
-    from nalora_jax.weights.peft import export_adapter
+    from nalora_jax.weights.peft_export import export_adapter
 
     family, features, fields = CASES[name]
     helpers = tests()

@@ -55,7 +55,7 @@ def main() -> None:
     from nalora_jax.assembly.program import assemble
     from nalora_jax.config import MeshConfig
     from nalora_jax.mesh import distributed
-    from nalora_jax.study.sweeps.program import SweepProgram
+    from nalora_jax.study.sweeps.stacked_program import SweepProgram
 
     mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
     base, params = base_model(options, mesh)

@@ -46,11 +46,12 @@ with epy.lazy_api_imports(globals()):
         nalora,
         scale_by_gates,
     )
-    from nalora_jax.study.sweeps.run import SweepResult, sweep
+    from nalora_jax.study.sweeps.sweep_run import SweepResult, sweep
     from nalora_jax.train.run import RunResult
     from nalora_jax.weights.base import load_model
     from nalora_jax.weights.model_files import LoadedModel
-    from nalora_jax.weights.peft import export_adapter, import_adapter
+    from nalora_jax.weights.peft_export import export_adapter
+    from nalora_jax.weights.peft_import import import_adapter
 
 __all__ = [  # noqa: RUF022
     # The method, in any Flax model (docs/own_models.md).

@@ -39,7 +39,7 @@ from tensorflow_datasets.core import registered
 from nalora_jax.common.digests import file_digest
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import VisionConfig
-from nalora_jax.data.images.files import pillow
+from nalora_jax.data.images.image_files import pillow
 from nalora_jax.data.images.opened import ImageSource, TfdsImages, register_images
 from nalora_jax.data.tfds_source import prepared
 from nalora_jax.errors import NaloraError

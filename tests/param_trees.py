@@ -17,9 +17,9 @@ from nalora_jax.common.trees import flatten, map_named, unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
-from nalora_jax.models.tensor_rows import Source
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig
-from nalora_jax.ops.quantize import Kind, kernels, quantize
+from nalora_jax.models.tensor_rows import TensorNames
+from nalora_jax.models.vision.vision_config import DualConfig, EncoderConfig
+from nalora_jax.ops.quantize import QuantizedFormat, kernels, quantize
 from nalora_jax.ops.scaled import Scaled, Scaling
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for
 
@@ -52,7 +52,7 @@ def scaled_noise(config: ModelConfig, path: str, noise: jax.Array) -> jax.Array:
 def params_from_tensors(
     config: ModelConfig,
     get_tensor: Callable[[str], Any],
-    source: Source = "hf",
+    source: TensorNames = "hf",
     dtype: Any = np.float32,
 ) -> dict[str, Any]:
     """A model's parameter tree; ``get_tensor`` returns tensors by canonical name."""
@@ -60,7 +60,7 @@ def params_from_tensors(
 
 
 def tensors_from_params(
-    config: ModelConfig | DualConfig, params: Mapping[str, Any], source: Source = "hf"
+    config: ModelConfig | DualConfig, params: Mapping[str, Any], source: TensorNames = "hf"
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and tensors of a model's file: the inverse of `params_from_tensors`."""
     leaves = flatten(params)
@@ -113,7 +113,9 @@ def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
     return totals
 
 
-def quantize_params(params: Any, kind: Kind, pattern: str | None = None) -> dict[str, Any]:
+def quantize_params(
+    params: Any, kind: QuantizedFormat, pattern: str | None = None
+) -> dict[str, Any]:
     """Returns parameters with every kernel that ``pattern`` matches quantized, layer by layer."""
     quantized = jax.jit(quantize, static_argnums=1)
 

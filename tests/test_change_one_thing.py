@@ -34,7 +34,7 @@ from nalora_jax.mesh import distributed, sharding
 from nalora_jax.method import activations, rules, statistics
 from nalora_jax.models import family
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.planner.program import architecture, step_and_arguments
+from nalora_jax.planner.abstract_step import architecture, step_and_arguments
 from nalora_jax.report.history import read_history
 from tests import tiny
 from tests.param_trees import init_params
@@ -82,7 +82,7 @@ def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dic
 
 def test_an_activation(use: Any) -> None:
     use("softer")
-    softer, z = activations.get("softer"), np.linspace(-8, 8, 101)
+    softer, z = activations.get_activation("softer"), np.linspace(-8, 8, 101)
     np.testing.assert_allclose(
         softer.phi(jnp.float32(z)), z * special.expit(z / 2), rtol=1e-5, atol=1e-6
     )
@@ -257,7 +257,7 @@ OF_KINDS = re.compile(
     r"\.(vision\.task|preference\.loss|rl\.rewards)\b|run_kind\(\w+\)\.name|kind_name\b"
 )
 # A study's subject of encoders has two tasks, and the report of a comparison is by settings.
-KNOW_KINDS = ("kinds/", "config/settings.py", "study/images.py")
+KNOW_KINDS = ("kinds/", "config/settings.py", "study/image_subject.py")
 
 
 def test_no_other_module_asks_of_which_kind_a_run_is() -> None:

@@ -29,7 +29,7 @@ from nalora_jax.cli import command, config_files
 from nalora_jax.common import imports
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data import sources
-from nalora_jax.data.chat import messages_of
+from nalora_jax.data.chat_text import messages_of
 from nalora_jax.data.forms import canonical
 from nalora_jax.kinds.record import check_run_config
 from nalora_jax.method import activations, rules, statistics
@@ -228,7 +228,7 @@ def test_records_settings_and_entry_points_of_pages_are_read(block: Block, tmp_p
         else:  # a task of the evaluation harness
             assert {"task", "doc_to_text", "doc_to_target", "metric_list"} <= keys
     else:
-        activations.get("silu")  # registers the built-in activations
+        activations.get_activation("silu")  # registers the built-in activations
         registries = (
             rules.MECHANISMS,
             statistics.TABLE,

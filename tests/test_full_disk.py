@@ -24,7 +24,7 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.report.html import write_report
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.log import MetricsLog
-from nalora_jax.weights.peft import export_adapter
+from nalora_jax.weights.peft_export import export_adapter
 from tests import tiny
 
 FULL = r"No space left on device|File too large"

@@ -84,25 +84,6 @@ def test_modules_have_no_circles(modules: dict[str, Module]) -> None:
     order.prepare()  # raises CycleError with the modules of a circle
 
 
-# Names in two rooms: `cpu` implements operations under their names, and a subcommand's function has
-# the subcommand's name.
-SUBCOMMANDS = {"from_peft", "merge"}
-
-
-def test_no_name_is_defined_in_two_rooms(modules: dict[str, Module]) -> None:
-    rooms: dict[str, set[str]] = {}
-    for module in modules.values():
-        for node in module.tree.body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-                rooms.setdefault(node.name, set()).add(module.room)
-    several = {
-        name: of
-        for name, of in rooms.items()
-        if len(of - {"cpu"} if of & {"ops", "method"} else of) > 1 and name not in SUBCOMMANDS
-    }
-    assert several == {}
-
-
 # Attributes of devices, which mean different things on different platforms: read in one module
 # alone.
 DEVICE_READS = re.compile(
@@ -193,7 +174,7 @@ BOUNDS = {
 }
 AROUND = re.compile(
     r"^nalora_jax\.(cli|study|report|cpu|data\.images|models\.(families|vision|moe)|weights\.(base|gguf|card)"
-    r"|evaluate\.(images|preference|vision)|loading\.adapted|train\.cards|kinds\.(images|preference|dual|rl))\b"
+    r"|evaluate\.(image_evaluation|preference_evaluation|vision)|loading\.adapted|train\.cards|kinds\.(images|preference|dual|rl))\b"
 )
 
 
@@ -219,3 +200,52 @@ def test_the_way_of_a_run_is_short(modules: dict[str, Module]) -> None:
         assert sum(count_nodes(modules[name].tree) for name in way) <= nodes, start
         assert chain(start) <= longest, start
     assert [name for name in sorted(way) if AROUND.match(name)] == []
+
+
+# Names that several files define on purpose: what the file of every kind has, a logger, a type variable,
+# a subcommand next to the function for programs. `cpu` implements operations under their names.
+SAME_NAMES = {
+    "KIND", "T", "adapter_evaluator", "batch_arrays", "build_step", "evaluator", "export_run", "limits",
+    "log", "open_inputs", "program_parts",
+}  # fmt: skip
+# A subcommand has the command's name, a kind the name of its settings.
+SAME_MODULES: set[str] = set()
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    """Returns the public classes, functions and constants of a module."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return {name for name in names if not name.startswith("_")}
+
+
+def in_several_files(names: dict[str, set[str]]) -> dict[str, list[str]]:
+    """Returns the names that several modules outside `cpu` have, with these modules."""
+    homes: dict[str, list[str]] = {}
+    for module, defined in names.items():
+        for name in defined:
+            if not module.startswith("nalora_jax.cpu."):
+                homes.setdefault(name, []).append(module)
+    return {name: several for name, several in homes.items() if len(several) > 1}
+
+
+def test_a_public_name_has_one_meaning(modules: dict[str, Module]) -> None:
+    names = {path: public_names(module.tree) - SAME_NAMES for path, module in modules.items()}
+    assert in_several_files(names) == {}
+    assert in_several_files({"one": {"Kind"}, "two": {"Kind"}, "three": {"Rule"}}) == {
+        "Kind": ["one", "two"]
+    }
+
+
+def test_a_module_name_has_one_meaning(modules: dict[str, Module]) -> None:
+    names = {path: {path.rpartition(".")[2]} for path in modules}
+    files = {
+        path: name for path, name in names.items() if name.isdisjoint({"__init__", "__main__"})
+    }
+    assert in_several_files(files) == {}

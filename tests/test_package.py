@@ -19,7 +19,7 @@ import nalora_jax
 from nalora_jax import config
 from nalora_jax.__main__ import guarded
 from nalora_jax.errors import NaloraError, TrainingDivergedError
-from nalora_jax.evaluate.generate import Settings
+from nalora_jax.evaluate.generate import GenerationSettings
 
 ROOT = Path(__file__).parent.parent
 IMPORTS = """
@@ -54,7 +54,7 @@ def test_every_name_of_the_package_can_be_imported_and_generate_names_its_option
     assert {name for name in config.__all__ if name.endswith(("Config", "Rule"))} <= set(
         nalora_jax.__all__
     )
-    options = [field.name for field in dataclasses.fields(Settings)]
+    options = [field.name for field in dataclasses.fields(GenerationSettings)]
     for name in ("generate", "complete", "stream"):
         method = getattr(nalora_jax.Generator, name)
         assert list(inspect.signature(method).parameters)[-len(options) :] == options

@@ -38,7 +38,7 @@ class Told(Callback):
 def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("nalora_jax.data.pipeline.SHORTEST", 1)
-    monkeypatch.setattr("nalora_jax.data.pipeline.FULL", 0.7)
+    monkeypatch.setattr("nalora_jax.data.pipeline.FULL_EFFICIENCY", 0.7)
     config = tiny.make_config(tmp_path)
     lines = (tmp_path / "questions.jsonl").read_text().splitlines()
     records = [{"inner": json.loads(line)} for line in lines]

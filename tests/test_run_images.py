@@ -21,11 +21,11 @@ from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.cli.training import run
 from nalora_jax.common.trees import flatten
-from nalora_jax.data.images.chat import asked
+from nalora_jax.data.images.image_chat import asked
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.adapted import load
 from nalora_jax.loading.adapted_dual import load_adapted_dual
-from nalora_jax.weights.peft import import_adapter
+from nalora_jax.weights.peft_import import import_adapter
 from tests import tiny, vision
 from tests.vision import COLOURS, QUESTION
 

@@ -42,7 +42,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.weights.merge import write_merged
-from nalora_jax.weights.peft import export_adapter
+from nalora_jax.weights.peft_export import export_adapter
 from nalora_jax.weights.tokenizer_files import write_tokenizer
 from tests import xla_options
 from tests.param_trees import init_params

@@ -12,7 +12,7 @@ from jax import Array
 from nalora_jax.config import RunConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.step import BlockStats
-from nalora_jax.method.transform import Factors, Mechanisms, make_mechanisms
+from nalora_jax.method.transform import Mechanisms, RuleFactors, make_mechanisms
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def log_first_step(mechanisms: Mechanisms, steps: int) -> None:
 
 def layer_metrics(
     mechanisms: Mechanisms,
-) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
+) -> Callable[[BlockStats, BlockStats, RuleFactors], BlockStats]:
     """Returns the metrics of a step's blocks, for `nalora_jax.method.step.StepConfig.metrics`.
 
     The function takes sums by block (channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``,
@@ -80,7 +80,7 @@ def layer_metrics(
     """
 
     def metrics(
-        stats: BlockStats, own_factors: BlockStats, factors: Factors
+        stats: BlockStats, own_factors: BlockStats, factors: RuleFactors
     ) -> BlockStats:
         """Returns the log metrics by block; see `layer_metrics`."""
         blocks = {path: layer_means(sums) for path, sums in stats.items()}
@@ -124,18 +124,20 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
     for name in (
         name
         for name in sums
-        if name in statistics.TABLE and statistics.get(name).metric
+        if name in statistics.TABLE and statistics.get_statistic(name).metric
     ):
         # Measured tokens times channels, [layers].
-        count = totals[statistics.get(name).count] * sums[name].shape[-1]
-        if statistics.get(name).parts:
+        count = totals[statistics.get_statistic(name).count] * sums[name].shape[-1]
+        if statistics.get_statistic(name).parts:
             # Values are [layers, parts].
             count = count[:, None]
         value = totals[name] / jnp.where(count > 0, count, 1.0)
-        means[statistics.get(name).metric] = jnp.where(count > 0, value, jnp.nan)
+        means[statistics.get_statistic(name).metric] = jnp.where(
+            count > 0, value, jnp.nan
+        )
     for name, (above, below) in statistics.RATIOS.items():
         if above in sums and below in sums:
-            count = totals[statistics.get(below).count]
+            count = totals[statistics.get_statistic(below).count]
             means[name] = jnp.where(count > 0, statistics.ratio(name, totals), jnp.nan)
     return means
 
@@ -143,7 +145,7 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
 def _parts(name: str) -> int:
     """Returns the number of parts of a statistic; 0 if it has none, as counts."""
     if name in statistics.TABLE:
-        return statistics.get(name).parts
+        return statistics.get_statistic(name).parts
     return 0
 
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.common.devices import RUN
+from nalora_jax.common.devices import RUN_AXIS
 from nalora_jax.method.step import Batch, Evaluated
-from nalora_jax.models.targets import ROWS, AdapterSpec
+from nalora_jax.models.targets import TOKEN_ROWS, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import (
     Head,
@@ -116,7 +116,7 @@ class NextToken:
             return None
         # Only some rows of the head are trained: these and the frozen kernel form the head.
         name, ids = rows
-        group, leaf = ROWS[name].split("/")
+        group, leaf = TOKEN_ROWS[name].split("/")
         return HeadRows(
             lora[group][leaf], self.kernel(params), ids, self.head.transposed
         )
@@ -154,7 +154,9 @@ class NextToken:
         chunks as the one with most targets.
         """
         rows = self.shardings.rows
-        return rows is None or (self.batch_shards == 1 and RUN not in rows.mesh.shape)
+        return rows is None or (
+            self.batch_shards == 1 and RUN_AXIS not in rows.mesh.shape
+        )
 
     def cross_entropy(
         self, hidden: jax.Array, params: Any, batch: Batch, weights: jax.Array

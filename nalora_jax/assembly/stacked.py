@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.devices import RUN
+from nalora_jax.common.devices import RUN_AXIS
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch, TrainState
 
@@ -54,7 +54,7 @@ def step_of_runs(
     def spec_of(axis: int | None) -> Any:
         if axis is None:
             return P()
-        return P(RUN)
+        return P(RUN_AXIS)
 
     def together(params: Any, *stacked: Any) -> Any:
         """Returns the result of a step of all runs, arrays ``[runs, ...]``.
@@ -69,13 +69,23 @@ def step_of_runs(
         return jax.tree.map(lambda x: x[None], results)
 
     of_runs: Callable[..., Any] = together
-    if RUN in mesh.shape and distributed.devices_per_run(mesh) > 1:
-        of_runs = jax.vmap(one, in_axes, spmd_axis_name=RUN)
-    elif RUN in mesh.shape:
+    if RUN_AXIS in mesh.shape and distributed.devices_per_run(mesh) > 1:
+        of_runs = jax.vmap(one, in_axes, spmd_axis_name=RUN_AXIS)
+    elif RUN_AXIS in mesh.shape:
         # Every device runs the program of one device, so no collective crosses the axis.
-        in_specs = (by_axis(spec_of), P(RUN), P(RUN), P(RUN), P(RUN))
+        in_specs = (
+            by_axis(spec_of),
+            P(RUN_AXIS),
+            P(RUN_AXIS),
+            P(RUN_AXIS),
+            P(RUN_AXIS),
+        )
         of_runs = jax.shard_map(
-            together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
+            together,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=P(RUN_AXIS),
+            check_vma=False,
         )
     out = distributed.stacked_sharding(mesh, distributed.replicated(mesh))
     options = distributed.compiler_options(mesh)

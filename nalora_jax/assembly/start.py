@@ -68,7 +68,7 @@ from nalora_jax.method.step import (
     StepConfig,
     accumulate,
     micro_gradients,
-    over_shards,
+    reduce_stats,
 )
 from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.adapters import init_lora
@@ -369,7 +369,7 @@ class _Search:
             sums = accumulate(
                 lambda b, k: evaluate(params, lora, {}, b, k), batch, jax.random.key(0)
             )
-            stats = over_shards(
+            stats = reduce_stats(
                 sums["stats"], statistics.STANDARD, config.shardings.rows
             )
             return sums | {"stats": stats}

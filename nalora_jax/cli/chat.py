@@ -24,7 +24,7 @@ from nalora_jax.errors import NaloraError, visible
 with epy.lazy_imports():  # on first use: help needs no JAX
     import jax
 
-    from nalora_jax.data.images import files as image_files
+    from nalora_jax.data.images import image_files as image_files
     from nalora_jax.evaluate import generate
     from nalora_jax.evaluate.generate import conversation, slots
     from nalora_jax.loading import adapted, located

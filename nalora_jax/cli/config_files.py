@@ -27,7 +27,7 @@ from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.config.structured import first_wrong, structured, type_name
 from nalora_jax.errors import NaloraError, described
 
-ENDINGS = (".yaml", ".yml", ".json")
+_ENDINGS = (".yaml", ".yml", ".json")
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -38,7 +38,7 @@ def load_config(path: str | Path) -> RunConfig:
         another type.
     """
     path = Path(path)
-    if path.suffix in ENDINGS:
+    if path.suffix in _ENDINGS:
         return settings_of(read_values(path), path)
     if not path.is_file():
         found = "no such file"

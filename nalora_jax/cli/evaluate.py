@@ -28,7 +28,7 @@ from nalora_jax.errors import NaloraError
 with epy.lazy_imports():  # on first use: help needs no JAX
     from nalora_jax.data import questions, sources
     from nalora_jax.evaluate import evaluator as metrics
-    from nalora_jax.evaluate import generate, harness, needle, run_log, text
+    from nalora_jax.evaluate import generate, harness, needle, run_log, text_evaluation
     from nalora_jax.kinds import record
     from nalora_jax.loading import adapted, adapted_dual, located
     from nalora_jax.models import targets
@@ -225,7 +225,9 @@ def _task_results(
             items = questions.eval_examples(data, tokenizer, split=data.eval_split)
         else:  # the examples of the run's reported results
             items, _ = questions.held_out(sources.open_pair(data)[1], data, tokenizer)
-        evaluator = text.TextEvaluator(module, None, items, mesh=mesh_of(args.mesh))
+        evaluator = text_evaluation.TextEvaluator(
+            module, None, items, mesh=mesh_of(args.mesh)
+        )
         answers.append(evaluator.records(variables["params"], variables.get("lora")))
         summaries.append(evaluator.summary(answers[-1]))
         print(

@@ -23,7 +23,7 @@ from nalora_jax.cli.config_files import load_config
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.config.checks import check_path
 from nalora_jax.config.settings import GenerationConfig
-from nalora_jax.config.structured import COUNT, MAX_RANK, SEED, TOKENS, has_type
+from nalora_jax.config.structured import COUNT, MAX_RANK, SEED, TOKEN_COUNT, has_type
 from nalora_jax.study.sweeps.grid import recorded_sweep
 
 with epy.lazy_imports():  # on first use: help needs no NumPy
@@ -147,7 +147,7 @@ class InspectArgs:
     # Maximum number of examples of that data set.
     limit: Annotated[int, COUNT] = 32
     # Maximum tokens per text.
-    max_length: Annotated[int, TOKENS] = 256
+    max_length: Annotated[int, TOKEN_COUNT] = 256
     # Also draw a plot into this file (.png, .svg or .pdf).
     picture: Path | None = None
     # Seed of the small random adapter from which the linear limit is computed if no adapter changes

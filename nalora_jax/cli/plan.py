@@ -18,13 +18,13 @@ from tyro.conf import arg
 
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig
-from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
+from nalora_jax.config.structured import AMOUNT, COUNT, TOKEN_COUNT, check_ranges
 from nalora_jax.errors import NaloraError
 
 # on first use: help needs no JAX, and `_prepare` comes before it
 with epy.lazy_imports():
     from nalora_jax.kinds import record as kinds
-    from nalora_jax.planner import layouts, machines, program, report
+    from nalora_jax.planner import abstract_step, layouts, machines, plan_report
 
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class PlanArgs:
     # micro-batch.
     batch: Annotated[int, COUNT] = 0
     # Short for --data.max-length: tokens per row. By default 4096.
-    seq: Annotated[int | None, TOKENS] = None
+    seq: Annotated[int | None, TOKEN_COUNT] = None
     # Images per row, for the config.json of a model with image input (LLaVA, Gemma 3); 0: its text
     # model alone.
     images: Annotated[int, COUNT] = 0
@@ -152,7 +152,7 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
     seq = args.seq or args.run.data.max_length
     if not run.model:
         raise NaloraError("--model", expected="a model", found="none")
-    base = program.architecture(
+    base = abstract_step.architecture(
         run.model, images=args.images > 0, rope_scaling=run.rope_scaling
     )
     base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
@@ -174,15 +174,15 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
             chips = 1
         config = args.config(chips)
         if args.sweep:
-            sweep = report.plan_sweep(
+            sweep = plan_report.plan_sweep(
                 config, base, machine, args.sweep, compiles=not args.estimate
             )
             record = sweep.to_dict()
-            lines = report.describe_sweep(sweep, **shown)
+            lines = plan_report.describe_sweep(sweep, **shown)
         elif args.estimate:
             layout = layouts.fastest(layouts.fitting(config, base, machine))
             rate = config.train.batch_size * config.data.max_length / layout.seconds
-            record = report.common_fields(config, machine) | {
+            record = plan_report.common_fields(config, machine) | {
                 "memory": layout.memory,
                 "seconds": layout.seconds,
                 "mfu": layout.mfu,
@@ -192,11 +192,11 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
                 "tokens_per_second": rate,
             }
             print(f"{run.model} on {machine.name}: {layout}")
-            lines = report.cost_lines(machine, layout.seconds, rate, **shown)
+            lines = plan_report.cost_lines(machine, layout.seconds, rate, **shown)
         else:
-            planned = report.make_plan(config, base, machine, args.images)
+            planned = plan_report.make_plan(config, base, machine, args.images)
             record = planned.to_dict()
-            lines = report.plan_lines(planned, **shown)
+            lines = plan_report.plan_lines(planned, **shown)
         for line in lines:
             print(line, flush=True)
         if args.json is not None:

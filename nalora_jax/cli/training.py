@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nalora_jax.config import RunConfig
-from nalora_jax.data.given import Data, Format
+from nalora_jax.data.given import Data, RecordFormat
 from nalora_jax.data.source import Source
 from nalora_jax.report.writer import ReportWriter
 from nalora_jax.train.callbacks import Callback
@@ -18,7 +18,7 @@ def run(
     config: RunConfig,
     *,
     data: Data | None = None,
-    format: Format | None = None,
+    format: RecordFormat | None = None,
     callbacks: Sequence[Callback] = (),
     source: Mapping[str, Source] | None = None,
 ) -> RunResult:

@@ -19,10 +19,10 @@ from nalora_jax.errors import NaloraError
 
 with epy.lazy_imports():  # on first use: `nalora report` does not wait for JAX
     from nalora_jax.cli import dry_run, training
-    from nalora_jax.data import chat, sources
+    from nalora_jax.data import chat_text, sources
     from nalora_jax.data import tokenizer as tokenizers
-    from nalora_jax.data.images import chat as image_chat
-    from nalora_jax.data.images import files as image_files
+    from nalora_jax.data.images import image_chat as image_chat
+    from nalora_jax.data.images import image_files as image_files
     from nalora_jax.evaluate import generate as generation
     from nalora_jax.evaluate.generate import conversation
     from nalora_jax.kinds import dual, text
@@ -30,9 +30,9 @@ with epy.lazy_imports():  # on first use: `nalora report` does not wait for JAX
     from nalora_jax.report import compare, history, html
     from nalora_jax.report import inspect as inspection
     from nalora_jax.study import execution, protocol, verification
-    from nalora_jax.study import report as study_report
+    from nalora_jax.study import study_report as study_report
     from nalora_jax.study.sweeps import grid
-    from nalora_jax.study.sweeps import run as sweeps
+    from nalora_jax.study.sweeps import sweep_run as sweeps
     from nalora_jax.weights import card as model_card
     from nalora_jax.weights import (
         gguf_export,
@@ -265,7 +265,7 @@ def inspect(args: cli.InspectArgs) -> None:
     if source is not None:  # its first records, as in training
         records = source.read(range(min(len(source), data.eval_limit or len(source))))
         texts = [
-            chat.render_record(
+            chat_text.render_record(
                 record, data, model.base.tokenizer, source.where(index)
             ).text
             for index, record in enumerate(records)
@@ -333,7 +333,7 @@ def from_peft(args: cli.FromPeftArgs) -> None:
             found=found,
             remedy="settings of TRL have a table in docs/from_peft.md",
         )
-    settings, notes = peft_settings.from_peft(values)
+    settings, notes = peft_settings.convert_peft_config(values)
     config = check(config_files.settings_of(settings, path))
     content = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(
         config, changed_only=True

@@ -14,7 +14,7 @@ from typing import Any
 
 from nalora_jax.errors import visible
 
-MARK = "***"  # in place of a password or token
+REDACTED = "***"  # in place of a password or token
 _SECRET = (
     r"(?:password|passwd|pwd|secret|token|(?:api|access|private)[_-]?key"
     r"|credentials?|signature|sig)"
@@ -63,7 +63,7 @@ _SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))")
 
 
 def redacted(value: Any) -> Any:
-    """Returns nested settings or a text with `MARK` in place of passwords and tokens.
+    """Returns nested settings or a text with `REDACTED` in place of passwords and tokens.
 
     Example:
       >>> redacted({"callbacks": ("mlflow:uri=https://me:pass@host/x",)})
@@ -73,7 +73,7 @@ def redacted(value: Any) -> Any:
         settings = {}
         for name, setting in value.items():
             if isinstance(setting, str) and setting and _NAMED.search(str(name)):
-                settings[name] = MARK
+                settings[name] = REDACTED
             else:
                 settings[name] = redacted(setting)
         return settings
@@ -81,9 +81,9 @@ def redacted(value: Any) -> Any:
         return type(value)(map(redacted, value))
     if not isinstance(value, str):
         return value
-    text = _USER.sub(f"{MARK}@", value)
-    text = _ASSIGNED.sub(rf"\g<1>{MARK}", text)
-    return _TOKEN.sub(MARK, text)
+    text = _USER.sub(f"{REDACTED}@", value)
+    text = _ASSIGNED.sub(rf"\g<1>{REDACTED}", text)
+    return _TOKEN.sub(REDACTED, text)
 
 
 def published(value: Any, name: str = "") -> Any:

@@ -30,7 +30,7 @@ from nalora_jax.common import buckets, downloads
 from nalora_jax.common.digests import digest_of
 from nalora_jax.errors import NaloraError
 
-MARK = ".nalora-upload"
+UPLOAD_MARK = ".nalora-upload"
 # Files without which a folder is neither a model nor an adapter.
 _LAST = ("adapter_config.json", "config.json")
 _BEAT = 30.0  # seconds between two writes of a mark
@@ -93,7 +93,7 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
     def write_mark(**options: Any) -> None:
         """Writes the file that marks the folder as being written by this process."""
         mark = json.dumps(owner | {"time": time.time(), "names": names})
-        store.pipe_file(f"{where}/{MARK}", mark.encode(), **options)
+        store.pipe_file(f"{where}/{UPLOAD_MARK}", mark.encode(), **options)
 
     def owns() -> bool:
         return bool(_read_mark(where)["token"] == owner["token"])
@@ -155,7 +155,7 @@ def _remove(where: str, names: Sequence[str]) -> None:
     """Removes files of a bucket's folder, in reverse order, and then the mark."""
     with _store_errors(where):
         # Twice: a cancelled request may have arrived meanwhile.
-        for removed in (names, [MARK, *names]):
+        for removed in (names, [UPLOAD_MARK, *names]):
             present = _names(where)
             for name in removed[::-1]:
                 if name in present:
@@ -185,7 +185,7 @@ def _leftovers(where: str) -> list[str]:
     where = where.rstrip("/")
     names = list[str]()
     present = _names(where)
-    if MARK in present and not present.intersection(_LAST):
+    if UPLOAD_MARK in present and not present.intersection(_LAST):
         mark = _read_mark(where)
         age = time.time() - mark["time"]
         here = socket.gethostname(), str(stage(where))
@@ -197,7 +197,7 @@ def _leftovers(where: str) -> list[str]:
         names = mark["names"]
     if "" in present:  # ``where`` is itself a file
         raise _taken(where, "an existing file")
-    if others := sorted(present - {MARK, *names}):
+    if others := sorted(present - {UPLOAD_MARK, *names}):
         raise _taken(where, f"one that holds {first_names(others)}")
     return names
 
@@ -229,7 +229,7 @@ def _read_mark(where: str) -> dict[str, Any]:
         OverflowError,
     )
     with _store_errors(where), suppress(*invalid):
-        mark = json.loads(buckets.filesystem(where).cat_file(f"{where}/{MARK}"))
+        mark = json.loads(buckets.filesystem(where).cat_file(f"{where}/{UPLOAD_MARK}"))
         texts = {name: str(mark[name]) for name in ("host", "stage", "token")}
         return texts | {
             "time": float(mark["time"]),

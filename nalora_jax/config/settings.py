@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from nalora_jax.config.structured import (
+    ACCEPTS_AUTO,
     AMOUNT,
-    AUTO,
     AXIS,
     BELOW_ONE,
     COUNT,
@@ -26,11 +26,11 @@ from nalora_jax.config.structured import (
     POSITIVE,
     POSITIVE_SHARE,
     RANK,
-    ROWS,
+    ROW_COUNT,
     SEED,
-    SHARE,
+    SHARE_RANGE,
     SIZE,
-    TOKENS,
+    TOKEN_COUNT,
     Range,
     structured,
 )
@@ -174,7 +174,7 @@ class OptimizerConfig:
     name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
     # Peak learning rate; 0, "auto" on the command line: 4e-3 on SmolLM2-135M; lower on wider
     # models, with an alpha above 16 and with non-zero initializations, higher with AdaLoRA.
-    learning_rate: Annotated[float, Range("a number", "[0, 1000]"), AUTO] = 0.0
+    learning_rate: Annotated[float, Range("a number", "[0, 1000]"), ACCEPTS_AUTO] = 0.0
     # "cosine", "linear" or "constant", after a linear warm-up.
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     # Learning rate of some adapters relative to the others: (pattern, factor) pairs, the first
@@ -182,14 +182,14 @@ class OptimizerConfig:
     # "layers/ffn/gate_proj"; an unused pattern is an error.
     rates: tuple[tuple[str, float], ...] = ()
     # Share of the steps spent warming up.
-    warmup_share: Annotated[float, SHARE] = 0.05
+    warmup_share: Annotated[float, SHARE_RANGE] = 0.05
     # Steps spent warming up, in place of the share; 0: the share decides.
     warmup_steps: Annotated[int, COUNT] = 0
     # Start the warm-up at a learning rate of 0, as transformers does; the first step then has no
     # effect.
     warmup_from_zero: bool = False
     # Learning rate at the end divided by its peak.
-    final_ratio: Annotated[float, SHARE] = 0.1
+    final_ratio: Annotated[float, SHARE_RANGE] = 0.1
     # Decoupled weight decay.
     weight_decay: Annotated[float, Range("a number", "[0, 1000]")] = 0.0
     # Adam's b1, the decay of its EMA of gradients (lion's too).
@@ -227,7 +227,7 @@ class DataConfig:
     # Tokens per packed sequence; 0, "auto" on the command line: a multiple of 8 that fits 99% of
     # the examples without truncation, at least 128 with packing and up to four times as long where
     # shorter rows are less than 90% full, at most the model's context.
-    max_length: Annotated[int, LENGTH, AUTO] = 0
+    max_length: Annotated[int, LENGTH, ACCEPTS_AUTO] = 0
     # Pack several examples into one sequence (they never attend to each other); off: one example
     # per sequence.
     pack: bool = True
@@ -287,9 +287,9 @@ class TrainConfig:
     """Batch, intervals and checkpoints."""
 
     # Packed sequences (examples of image tasks) per optimizer step over all devices.
-    batch_size: Annotated[int, ROWS] = 8
+    batch_size: Annotated[int, ROW_COUNT] = 8
     # Micro-batches per step; batch_size is split into them and their gradients are accumulated.
-    accumulate: Annotated[int, ROWS] = 1
+    accumulate: Annotated[int, ROW_COUNT] = 1
     # Steps between log lines.
     log_every: Annotated[int, SIZE] = 10
     # Steps between evaluations; -1: 50, or half of a run below 100 steps; 0: none during training.
@@ -308,7 +308,7 @@ Remat = Literal[
     "auto", "none", "full", "attention", "dots_last", "dots",
     "full_offload", "attention_offload", "dots_offload",
 ]  # fmt: skip
-Experts = Literal["auto", "gather", "send"]
+ExpertDispatch = Literal["auto", "gather", "send"]
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,7 @@ class ComputeConfig:
     # Experts that "fsdp" splits: "gather" them for each layer, "send" each token to its experts, or
     # "auto" (the faster by the estimates of --mesh auto; elsewhere the way that moves fewer bytes;
     # "gather" with offloaded activations).
-    experts: Experts = "auto"
+    experts: ExpertDispatch = "auto"
     # Compute the channel statistics on one in n positions of each packed sequence (1: on all).
     stats_stride: Annotated[int, SIZE] = 4
     # Largest number of these positions per packed sequence: longer sequences get larger strides,
@@ -528,7 +528,7 @@ class GenerationConfig:
     """Settings of sampling, as transformers defines them."""
 
     # Maximum number of generated tokens; fewer at the end of the context.
-    max_new_tokens: Annotated[int, TOKENS] = 128
+    max_new_tokens: Annotated[int, TOKEN_COUNT] = 128
     # Sampling temperature; 0 takes the likeliest token each time.
     temperature: Annotated[float, AMOUNT] = 0.0
     # Sample from the k likeliest tokens only (0: from all).
@@ -536,7 +536,7 @@ class GenerationConfig:
     # Sample from the likeliest tokens that together have this probability.
     top_p: Annotated[float, POSITIVE_SHARE] = 1.0
     # Sample from tokens with at least this share of the highest probability (0: from all).
-    min_p: Annotated[float, SHARE] = 0.0
+    min_p: Annotated[float, SHARE_RANGE] = 0.0
     # Penalty of tokens that occur in the prompt or the response, also at temperature 0; 1: none,
     # above 1 repeats less.
     repetition_penalty: Annotated[float, POSITIVE] = 1.0

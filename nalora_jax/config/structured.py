@@ -77,20 +77,20 @@ _INDEX = 2**31 - 1  # the largest int32, JAX's integer type
 COUNT = Range("a whole number", f"[0, {_INDEX}]")
 SIZE = Range("a whole number", f"[1, {_INDEX}]")
 SEED = Range("a whole number", f"[0, {2**32 - 1}]")
-TOKENS = Range("a whole number", f"[1, {2**24}]")
+TOKEN_COUNT = Range("a whole number", f"[1, {2**24}]")
 LENGTH = Range("a whole number", f"[0, {2**24}]")  # 0: the library chooses
 INTERVAL = Range("a whole number", f"[0, {_INDEX}]", also=-1)  # -1: the library chooses
-ROWS = Range("a whole number", "[1, 1000000]")
+ROW_COUNT = Range("a whole number", "[1, 1000000]")
 AXIS = Range("a whole number", "[0, 1000000]", also=-1)
 BELOW_ONE = Range("a number", "[0, 1)")
-SHARE = Range("a share", "[0, 1]")
+SHARE_RANGE = Range("a share", "[0, 1]")
 POSITIVE_SHARE = Range("a share", "(0, 1]")
 RANK = Range("a whole number", "[0, 65536]")
 MAX_RANK = Range("a whole number", "[1, 65536]")
 AMOUNT = Range("a number", "[0, 1e6]")
 POSITIVE = Range("a number", "(0, 1e6]")
 
-AUTO = "auto"  # marks a field that this text sets to 0: the library chooses
+ACCEPTS_AUTO = "auto"  # marks a field that this text sets to 0: the library chooses
 
 
 def ranges(kind: type) -> Mapping[str, Range]:
@@ -284,7 +284,7 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
     """Returns a value of a table with the type of its field.
 
     Args:
-      hint: the field's annotation, perhaps with a range or `AUTO`.
+      hint: the field's annotation, perhaps with a range or `ACCEPTS_AUTO`.
       value: the value of the table.
       place: its name in messages.
       base: the field's value in the instance whose values missing fields have; None without one.
@@ -317,7 +317,7 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
             ignore_unknown=ignore_unknown,
         )
     # The field's zero means the automatic choice.
-    if AUTO in extras and value == AUTO:
+    if ACCEPTS_AUTO in extras and value == ACCEPTS_AUTO:
         return kind(0)
     read = partial(_read, base=None, ignore_unknown=ignore_unknown)
     if origin is tuple and isinstance(value, list | tuple):

@@ -30,7 +30,7 @@ from nalora_jax.ops.storage import (
 )
 
 # Logits of a block take 1 MB.
-BLOCK = 2048
+_BLOCK = 2048
 _ROWS = 128  # of XLA's chunks: few targets cost little, and logits little memory
 
 
@@ -81,7 +81,7 @@ def blocks(
     """
     vocab = kernel.shape[head.axis]
     whole = isinstance(kernel, Array) and numerics.platform.devices == 1
-    if vocab <= BLOCK or not (whole or isinstance(kernel, Bits)):
+    if vocab <= _BLOCK or not (whole or isinstance(kernel, Bits)):
         return NotImplemented
     hidden = rounded(hidden, numerics.operand, numerics)
     table = bits_of(kernel)
@@ -92,13 +92,13 @@ def blocks(
         top, total, attended = carry
         # The last block ends at the end of the vocabulary; it overlaps the block before, whose
         # entries are masked.
-        start = jnp.minimum(i * BLOCK, vocab - BLOCK)
-        rows = from_bits(lax.dynamic_slice_in_dim(table, start, BLOCK, axis=head.axis))
+        start = jnp.minimum(i * _BLOCK, vocab - _BLOCK)
+        rows = from_bits(lax.dynamic_slice_in_dim(table, start, _BLOCK, axis=head.axis))
         products = dot(hidden, rows, numerics, dims=(1, 1 - head.axis))
         logits, slope = head.logits(products)
-        if vocab % BLOCK:
-            entries = start + jnp.arange(BLOCK)
-            logits = jnp.where(entries >= i * BLOCK, logits, -jnp.inf)
+        if vocab % _BLOCK:
+            entries = start + jnp.arange(_BLOCK)
+            logits = jnp.where(entries >= i * _BLOCK, logits, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1))
         fade = jnp.exp(top - higher)
         exps = jnp.exp(logits - higher[:, None])
@@ -111,7 +111,7 @@ def blocks(
     lowest = jnp.full((n,), jnp.finfo(jnp.float32).min)
     zeros = jnp.zeros((n,), jnp.float32)
     attended = jnp.zeros((n, _gradient_width(hidden, grad)), jnp.float32)
-    count = -(-vocab // BLOCK)
+    count = -(-vocab // _BLOCK)
     sums = lax.fori_loop(0, count, add, (lowest, zeros, attended))
     target_rows = _target_rows(kernel, targets, head.transposed)
     return _losses(sums, hidden, target_rows, weights, head, grad)

@@ -43,7 +43,7 @@ _MISNAMED = {
 class Parts(list[dict[str, str]]):
     """Texts and images of a message in order, for a vision-language model.
 
-    See `nalora_jax.data.images.chat`.
+    See `nalora_jax.data.images.image_chat`.
     """
 
 

@@ -18,17 +18,17 @@ from nalora_jax.data.source import (
     SourceView,
     TableRecord,
 )
-from nalora_jax.data.sources import AUTO, open_source
+from nalora_jax.data.sources import AUTO_SPLIT, open_source
 from nalora_jax.data.tokenize import batches
 from nalora_jax.errors import NaloraError, described
 
-NAME = "in memory"  # name of a data set that a program passed in
+IN_MEMORY = "in memory"  # name of a data set that a program passed in
 # Returns an example (of any form of `nalora_jax.data.forms`) for a record, or None to skip it.
-Format = Callable[[Record], Record | None]
+RecordFormat = Callable[[Record], Record | None]
 Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 
 
-def formatted(base: Source, function: Format) -> SourceView:
+def formatted(base: Source, function: RecordFormat) -> SourceView:
     """Returns the records of another source, converted by a function.
 
     The function is called once for every record now, to find the records that it skips and to
@@ -77,7 +77,7 @@ def given_sources(
     *,
     data: Data | None = None,
     source: Mapping[str, Source] | None = None,
-    format: Format | None,
+    format: RecordFormat | None,
 ) -> tuple[DataConfig, Mapping[str, Source] | None]:
     """Returns in-memory data as sources by split, with the matching data settings.
 
@@ -101,16 +101,16 @@ def given_sources(
         if not isinstance(data, Mapping):
             data = {"train": data}
         sources = {name: _records(name, records) for name, records in data.items()}
-        config = replace(config, dataset=NAME)
+        config = replace(config, dataset=IN_MEMORY)
     if format is None:
         return config, sources
     if sources is None:
         train = open_source(config, config.train_split)
         sources = {config.train_split: train}
         held = config.eval_split
-        if held == AUTO and "validation" in train.siblings:
+        if held == AUTO_SPLIT and "validation" in train.siblings:
             held = "validation"
-        if held != AUTO:  # otherwise some training records are held out
+        if held != AUTO_SPLIT:  # otherwise some training records are held out
             sources[held] = open_source(config, held)
     return config, {
         name: formatted(records, format) for name, records in sources.items()
@@ -133,4 +133,4 @@ def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
                 f"data[{split!r}], record {index}", expected="a dict", found=f"a {name}"
             )
         read.append(kind(record))
-    return RecordsSource(f"{NAME}[{split}]", read)
+    return RecordsSource(f"{IN_MEMORY}[{split}]", read)

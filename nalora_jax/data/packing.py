@@ -18,7 +18,7 @@ from itertools import chain
 import numpy as np
 
 # Rows with equal slots: the lengths in one row, and the number of rows.
-Group = tuple[tuple[int, ...], int]
+_RowGroup = tuple[tuple[int, ...], int]
 # Packing efficiency at which the result of best fit is accepted.
 _FULL = 0.99
 # Limit of distinct lengths times capacity for the slower method, which takes half a second there.
@@ -88,7 +88,7 @@ def pack(
     assert counts[0] == 0, "no example is empty"
     assert len(counts) <= capacity + 1, "no example is longer than a row"
     sizes = [(int(size), int(counts[size])) for size in np.flatnonzero(counts)[::-1]]
-    groups: list[Group] = [((size,), count) for size, count in sizes]
+    groups: list[_RowGroup] = [((size,), count) for size, count in sizes]
     if several:
         groups = _best_fit(sizes, capacity)
         filled = int(counts @ np.arange(len(counts)))  # positions of all examples
@@ -187,19 +187,21 @@ def fill_rows(
     return batch
 
 
-def _rows(groups: Sequence[Group]) -> int:
+def _rows(groups: Sequence[_RowGroup]) -> int:
     """Returns the number of rows in all groups."""
     return sum(count for _, count in groups)
 
 
-def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
+def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[_RowGroup]:
     """Returns rows of examples: each, longest first, is put into the row with the least room that
     is enough.
 
     ``sizes`` are (length, count) of the examples, longest first. Rows with equal slots are treated
     as one group.
     """
-    groups: dict[int, list[Group]] = defaultdict(list)  # by the free positions in a row
+    groups: dict[int, list[_RowGroup]] = defaultdict(
+        list
+    )  # by the free positions in a row
     free: list[int] = []  # sorted keys of the non-empty `groups`
     row: tuple[int, ...]
 
@@ -238,14 +240,14 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
     return list(chain.from_iterable(groups.values()))
 
 
-def _fullest_first(counts: np.ndarray, capacity: int) -> list[Group]:
+def _fullest_first(counts: np.ndarray, capacity: int) -> list[_RowGroup]:
     """Returns rows of examples: the fullest row that contains the longest remaining example, as
     often as the examples allow; then the next one.
 
     ``counts[length]`` is the number of examples of a length.
     """
     counts = counts.copy()
-    groups = list[Group]()
+    groups = list[_RowGroup]()
     while counts.any():
         longest = int(np.flatnonzero(counts)[-1])
         counts[longest] -= 1  # while the other slots are chosen

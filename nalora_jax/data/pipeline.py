@@ -350,7 +350,9 @@ def packed_data(
 
 KEPT = 0.99  # share of the examples that fit a row
 SHORTEST = 128  # minimum of packed rows: shorter rows make batches too small
-FULL = 0.9  # packing efficiency for which rows become longer, at most four times
+FULL_EFFICIENCY = (
+    0.9  # packing efficiency for which rows become longer, at most four times
+)
 _LONGER = (1, 1.25, 1.5, 2, 3, 4)  # factors that are tried in order
 SAMPLE = 10_000  # maximum of measured examples
 _REPEATED = 1000  # examples: of fewer, the last row would decide the efficiency
@@ -386,7 +388,7 @@ def with_length(
                 repeated = np.tile(fitting, -(-_REPEATED // len(fitting)))
                 full = pack(repeated, longer).efficiency
                 tried.append((longer, full))
-                if full >= FULL:
+                if full >= FULL_EFFICIENCY:
                     break
         length, full = max(tried, key=lambda row: row[1], default=(length, 0.0))
     fit = float(np.mean(lengths <= length))

@@ -32,7 +32,7 @@ _OTHERS = 7  # key of the prompts that replace groups without variance
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptRecord:
     """A prompt and its record."""
 
     ids: Sequence[int]
@@ -111,7 +111,7 @@ class PromptData(Stream):
             "segment_ids": segments,
         }
 
-    def prompts(self, places: Sequence[int]) -> list[Prompt]:
+    def prompts(self, places: Sequence[int]) -> list[PromptRecord]:
         """Returns the prompts at ``places``, which ``prompt`` of the arrays holds."""
         indices = [int(self.indices[place]) for place in places]
         items = [self.items[place] for place in places]
@@ -184,7 +184,7 @@ def prompt_data(
 
 def held_out_prompts(
     records: Source, config: DataConfig, tokenizer: Tokenizer, limit: int
-) -> tuple[list[Prompt], list[Prompt]]:
+) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Returns held-out prompts in two lists: for reported results, and to choose a checkpoint.
 
     Args:
@@ -246,7 +246,7 @@ def _fitting(
 
 def _with_records(
     records: Source, indices: Sequence[int], items: Sequence[Any]
-) -> list[Prompt]:
+) -> list[PromptRecord]:
     """Returns one prompt per index, with the fields of its record; ``items[i]`` is made from the
     record at ``indices[i]``. A field ``answer`` of the record replaces the item's answer."""
     prompts = []
@@ -258,5 +258,5 @@ def _with_records(
             answer = item.completion
         record = {"answer": answer, **record}
         where = records.where(index)
-        prompts.append(Prompt(item.prompt_ids, item.prompt, record, where))
+        prompts.append(PromptRecord(item.prompt_ids, item.prompt, record, where))
     return prompts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import (
+from nalora_jax.data.chat_text import (
     THOUGHT_END,
     Message,
     Rendered,

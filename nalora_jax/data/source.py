@@ -28,7 +28,7 @@ from nalora_jax.errors import NaloraError
 Record = dict[str, Any]
 # Contiguous part of a split: its name, first index and the index after the last.
 Span = tuple[str, int, int]
-Change = Callable[[Record, str], Record]  # (record, where) -> record
+RecordChange = Callable[[Record, str], Record]  # (record, where) -> record
 
 
 class TableRecord(dict[str, Any]):
@@ -115,7 +115,7 @@ class JoinedSource(Source):
         members: Sequence[Any],
         of: np.ndarray,
         places: np.ndarray,
-        change: Change | None = None,
+        change: RecordChange | None = None,
     ) -> None:
         """Sets the records; subclasses set the other attributes of a `Source`."""
         self._members = members
@@ -149,7 +149,7 @@ class SourceView(JoinedSource):
         self,
         base: Source,
         indices: np.ndarray | None = None,
-        change: Change | None = None,
+        change: RecordChange | None = None,
     ) -> None:
         """Takes the attributes of ``base``; the fingerprint covers the indices."""
         chosen = indices

@@ -20,7 +20,7 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
-from nalora_jax.data.files import RecordFile, is_path, open_rows, splits_of
+from nalora_jax.data.data_files import RecordFile, is_path, open_rows, splits_of
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import (
     JoinedSource,
@@ -44,7 +44,7 @@ from nalora_jax.data.tfds_source import (
 from nalora_jax.errors import NaloraError
 
 _COMPARED = 16  # records of each source in a comparison
-AUTO = "auto"  # evaluation split "auto"; see `open_pair`
+AUTO_SPLIT = "auto"  # evaluation split "auto"; see `open_pair`
 
 # Opens ``NAME:ARGUMENT`` of a data set's name: (argument, split) -> source.
 Opener = Callable[[str, str], Source]
@@ -144,7 +144,7 @@ def open_pair(
     Raises:
       NaloraError: as of `open_source`; or the two share records.
     """
-    if config.eval_split != AUTO:
+    if config.eval_split != AUTO_SPLIT:
         train = open_training(config, source=source)
         held = open_source(config, config.eval_split, source=source)
         # equal splits measure the training fit
@@ -171,7 +171,7 @@ def open_training(
 ) -> Source:
     """Returns the training records of `open_pair`; an evaluation split that is named is not
     opened."""
-    if config.eval_split == AUTO:
+    if config.eval_split == AUTO_SPLIT:
         return open_pair(config, source=source)[0]
     return open_source(config, config.train_split, source=source, weighted=True)
 
@@ -187,9 +187,9 @@ def open_held_out(
     config: DataConfig, split: str, *, source: Mapping[str, Source] | None = None
 ) -> Source:
     """Returns the records of an evaluation split, which may be "auto"."""
-    if split != AUTO:
+    if split != AUTO_SPLIT:
         return open_source(config, split, source=source)
-    return open_pair(replace(config, eval_split=AUTO), source=source)[1]
+    return open_pair(replace(config, eval_split=AUTO_SPLIT), source=source)[1]
 
 
 def split_to_measure(config: DataConfig) -> str:
@@ -324,7 +324,7 @@ class FileSource(JoinedSource):
     """Records of files, or the subset that a split expression selects.
 
     Args:
-      path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.files`.
+      path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.data_files`.
       split: an expression over the splits that `files.splits_of` returns for the path; a single
         file has one split, "train".
       opened: files by split in place of the path's.
@@ -380,8 +380,8 @@ class FileSource(JoinedSource):
 
 
 # share and maximum of held-out records without a split
-SHARE = 0.05
-MOST = 500
+_SHARE = 0.05
+MOST_HELD_OUT = 500
 # few records: at least 20, at most a fifth of them
 ENOUGH = 20
 LARGEST_SHARE = 0.2
@@ -408,7 +408,7 @@ def draw_held_out(source: Source) -> tuple[Source, Source]:
         )
     size = len(source)
     enough = min(ENOUGH, round(LARGEST_SHARE * size))
-    count = min(max(round(SHARE * size), enough, 2), MOST)
+    count = min(max(round(_SHARE * size), enough, 2), MOST_HELD_OUT)
     order = permutation(size, _SEED)
     parts = []
     for indices in (order[count:], order[:count]):

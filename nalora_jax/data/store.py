@@ -23,7 +23,7 @@ from nalora_jax.common.downloads import cache_dir
 from nalora_jax.common.files import write_array
 from nalora_jax.common.locks import scratch_folder
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import Rendered, render_record
+from nalora_jax.data.chat_text import Rendered, render_record
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, require_some, share_text

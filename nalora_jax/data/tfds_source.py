@@ -16,7 +16,7 @@ from nalora_jax.common import buckets
 from nalora_jax.common.digests import digest_of
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.data import tasks
-from nalora_jax.data.files import ENDINGS
+from nalora_jax.data.data_files import DATA_FILE_EXTENSIONS
 from nalora_jax.data.source import Record, Source, Span, foreign_errors
 from nalora_jax.errors import NaloraError
 
@@ -115,7 +115,7 @@ class TfdsSource(Source):
 def is_tfds_folder(name: str) -> bool:
     """Returns True for the folder of a data set's version that TFDS prepared, also in a bucket."""
     if buckets.is_url(name):
-        is_file = "*" in name or PurePath(name).suffix.lower() in ENDINGS
+        is_file = "*" in name or PurePath(name).suffix.lower() in DATA_FILE_EXTENSIONS
         return not is_file and _FEATURES in buckets.names(name)
     return (Path(name).expanduser() / _FEATURES).is_file()
 

@@ -16,8 +16,8 @@ import tokenizers
 
 from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import MissingFieldError, Rendered
 from nalora_jax.data.chat_templates import EndlessTemplateError
+from nalora_jax.data.chat_text import MissingFieldError, Rendered
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.source import Record, Source
 from nalora_jax.errors import ListedError, NaloraError, shorten

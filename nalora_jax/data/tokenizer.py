@@ -453,7 +453,7 @@ def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
 # which the tokenizers library runs without a limit. LONGEST is the largest growth of a text that is
 # accepted: ALBERT's rules in sequence reach about 970.
 LONGEST = 1024.0
-TOKENS = 4096  # most tokens that a post-processor adds to a text
+_TOKENS = 4096  # most tokens that a post-processor adds to a text
 # Growth by a normalizer. A space becomes three bytes, a ligature eighteen letters.
 _UNICODE = {
     "NFKC": 18.0,
@@ -568,10 +568,10 @@ def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
         if part is not None
     }
     added = _added(rules.pop("post_processor", {}))
-    if added > TOKENS:
+    if added > _TOKENS:
         raise NaloraError(
             f"{where}: post_processor",
-            expected=f"at most {TOKENS} tokens added to a text",
+            expected=f"at most {_TOKENS} tokens added to a text",
             found=f"{added}",
         )
     for name, rule in rules.items():

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.statistics import compare, difference_of_means
+from nalora_jax.evaluate.intervals import compare, difference_of_means
 
 SAMPLES = 4  # examples that are shown with generated completions
 SAMPLE_TOKENS = 96  # length limit of a sample completion
@@ -155,7 +155,7 @@ def compare_records(
       ``loss``, if the records have it: difference per completion token with its paired bootstrap
         interval ``low`` and ``high``.
       ``accuracy``, if the records have ``correct``: the fields of
-        `nalora_jax.evaluate.statistics.compare`, which include McNemar's test.
+        `nalora_jax.evaluate.intervals.compare`, which include McNemar's test.
 
     Raises:
       NaloraError: the two have other items.

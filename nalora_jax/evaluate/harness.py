@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from nalora_jax.common.digests import digest_of
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate import Generator, Settings
+from nalora_jax.evaluate.generate import GenerationSettings, Generator
+from nalora_jax.evaluate.intervals import compare, difference_of_means
 from nalora_jax.evaluate.likelihood import Score, score_groups
-from nalora_jax.evaluate.statistics import compare, difference_of_means
 from nalora_jax.models.decoder import Decoder
 
 
@@ -264,7 +264,7 @@ def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         if options.get(name) is not None:
             settings[name] = options[name]
     try:
-        Settings(**settings)
+        GenerationSettings(**settings)
     except NaloraError as error:
         where = f"generation_kwargs: {error.where}"
         raise NaloraError(

@@ -61,9 +61,9 @@ class Score(NamedTuple):
 def score_groups(
     model: Decoder,
     variables: Mapping[str, Any],
-    groups: Sequence[Sequence[Pair]],
+    groups: Sequence[Sequence[ScoredPair]],
     *,
-    fitting: Sequence[Sequence[Pair]] = (),
+    fitting: Sequence[Sequence[ScoredPair]] = (),
     batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> list[list[Score]]:
@@ -250,7 +250,9 @@ def target_log_probs(
 
 # ---------------------------------------------------------------- packing
 
-Pair = tuple[Sequence[int], Sequence[int]]  # context and continuation, as token ids
+ScoredPair = tuple[
+    Sequence[int], Sequence[int]
+]  # context and continuation, as token ids
 
 # Number of open rows that are tried for a group.
 _OPEN_ROWS = 64
@@ -336,7 +338,7 @@ class ScoringRow:
 
 def split_group(
     index: int,
-    pairs: Sequence[Pair],
+    pairs: Sequence[ScoredPair],
     switch: int | None = None,
 ) -> Split:
     """Returns the stem and the tails of one group.

@@ -23,7 +23,7 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.answers import Normalise, matches
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.statistics import accuracy_of
+from nalora_jax.evaluate.intervals import accuracy_of
 
 
 def exact_match(
@@ -42,7 +42,8 @@ def exact_match(
       normalise: applied to both before the comparison, such as
         `nalora_jax.evaluate.answers.normalised_text`.
       batch_size: prompts per batch.
-      **settings: generation settings, the fields of `nalora_jax.evaluate.generate.Settings`.
+      **settings: the fields of
+        `nalora_jax.evaluate.generate.GenerationSettings`.
 
     Returns:
       Records with ``prompt``, ``expected`` and ``answer`` (texts) and ``correct``.

@@ -44,7 +44,7 @@ from nalora_jax.config import RunConfig, config_from_dict
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 ROLLOUTS = "rollouts.jsonl"  # in a run with rewards: some groups of samples of the logged steps
 ADAPTER = "adapter"  # subfolder of a run: the exported adapter
 _MAX_STEP = 2**53  # up to here a float holds every integer
@@ -114,7 +114,7 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
     Raises:
       NaloraError: the log cannot be read, or the settings have other types than a run writes.
     """
-    path = buckets.local_file(f"{str(folder).rstrip('/')}/{FILE}")
+    path = buckets.local_file(f"{str(folder).rstrip('/')}/{METRICS_FILE}")
     if path is None:
         return {}
     settings: dict[str, Any] = {}

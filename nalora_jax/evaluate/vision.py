@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nalora_jax.data.images.chat import opened
-from nalora_jax.data.images.files import MAX_PIXELS, ImageProcessor
+from nalora_jax.data.images.image_chat import opened
+from nalora_jax.data.images.image_files import MAX_PIXELS, ImageProcessor
 from nalora_jax.data.items import CompletionItem, Item, VisionItem
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.generate.generator import answering
 from nalora_jax.evaluate.generate.programs import bucket
 from nalora_jax.evaluate.likelihood import Score, target_log_probs
-from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.mesh.distributed import place_batch, prompt_shards
 from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.decoder import Decoder

@@ -30,7 +30,7 @@ from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import RunConfig, VisionConfig
 from nalora_jax.config.checks import Limits, require, trained_tables
 from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
-from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.images.image_files import ImageProcessor
 from nalora_jax.data.images.opened import (
     ImageData,
     ImageSource,
@@ -40,12 +40,12 @@ from nalora_jax.data.images.opened import (
 )
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
-from nalora_jax.data.sources import AUTO, check_disjoint
+from nalora_jax.data.sources import AUTO_SPLIT, check_disjoint
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.images import (
+from nalora_jax.evaluate.image_evaluation import (
     ClassEvaluator,
     Encoders,
-    Images,
+    RecordImages,
     RetrievalEvaluator,
 )
 from nalora_jax.kinds.inputs import settled, stream_shape
@@ -57,12 +57,16 @@ from nalora_jax.method.step import Batch, Evaluated, TrainState
 from nalora_jax.models.parts import constrain
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
-from nalora_jax.models.vision.config import TOWERS, DualConfig
-from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
+from nalora_jax.models.vision.dual_encoder import (
+    DualEncoder,
+    init_dual_lora,
+    normalised,
+)
+from nalora_jax.models.vision.vision_config import TOWERS, DualConfig
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.shardings import RowSharding, of_mesh
-from nalora_jax.weights.dual import JOIN, LoadedDual, described_dual, load_dual
-from nalora_jax.weights.peft import export_adapter, verify_export
+from nalora_jax.weights.dual_base import JOIN, LoadedDual, described_dual, load_dual
+from nalora_jax.weights.peft_export import export_adapter, verify_export
 
 log = logging.getLogger(__name__)
 
@@ -112,14 +116,16 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     vision = config.vision
     train = open_images(data, vision, data.train_split)
     held = open_images(
-        data, vision, "validation" if data.eval_split == AUTO else data.eval_split
+        data, vision, "validation" if data.eval_split == AUTO_SPLIT else data.eval_split
     )
     check_disjoint(train, held)
     records = trained_on(
         config, train, train.classes() if vision.task == "classify" else ()
     )
     config = settled(config, 0, len(records.indices), "images")
-    images = tuple(Images(held, indices) for indices in image_indices(config, held))
+    images = tuple(
+        RecordImages(held, indices) for indices in image_indices(config, held)
+    )
     questions = {"reported": images[0].digest, "selecting": images[1].digest}
     return Inputs(config, None, None, records, (images[0], images[1]), questions)
 
@@ -157,7 +163,7 @@ def build_step(
 
 
 def evaluator(
-    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, images: Images
+    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, images: RecordImages
 ) -> ClassEvaluator | RetrievalEvaluator:
     """Returns the evaluator of some held-out images."""
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
@@ -175,7 +181,7 @@ def adapter_evaluator(
     if vision.task == "classify":
         classes = open_images(data, vision, data.train_split).classes()
     held = open_images(data, vision, data.eval_split)
-    shown = Images(held, image_indices(config, held)[0])
+    shown = RecordImages(held, image_indices(config, held)[0])
     return image_evaluator(model.encoders, shown, classes, vision)
 
 
@@ -190,7 +196,7 @@ def describe_inputs(inputs: Inputs) -> Described:
     like = {
         path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()
     }
-    start = partial(init_lora, base, spec)
+    start = partial(init_dual_lora, base, spec)
     lora = jax.eval_shape(start, jax.random.key(0), trees.unflatten(like))
     of = ""
     if records.classes:
@@ -364,7 +370,10 @@ def drawn_images(source: ImageSource, limit: int) -> np.ndarray:
 
 
 def image_evaluator(
-    encoders: Encoders, images: Images, classes: tuple[str, ...], vision: VisionConfig
+    encoders: Encoders,
+    images: RecordImages,
+    classes: tuple[str, ...],
+    vision: VisionConfig,
 ) -> ClassEvaluator | RetrievalEvaluator:
     """Returns the evaluator of ``images``: by classes, or by captions without classes."""
     if not classes:
@@ -429,7 +438,7 @@ def assemble_dual(
         expected = "default for image and text encoders"
         raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
     spec = resolve_dual(config, base)
-    lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    lora = init_dual_lora(base, spec, jax.random.key(config.seed), params)
     compute = config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
     adapted = {name: base.towers[name] for name in adapted_towers(spec)}
@@ -685,6 +694,6 @@ KIND = register_kind(
         evaluate=adapter_evaluator,
         limits=limits,
         describe=describe_inputs,
-        subject="nalora_jax.study.images:DualEncoders",
+        subject="nalora_jax.study.image_subject:DualEncoders",
     )
 )

@@ -16,12 +16,12 @@ from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.config.checks import Limits, require, trained_tables
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.images.chat import ChatImages, open_chats, row_images
-from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.images.image_chat import ChatImages, open_chats, row_images
+from nalora_jax.data.images.image_files import ImageProcessor
 from nalora_jax.data.source import Source
-from nalora_jax.data.sources import AUTO
+from nalora_jax.data.sources import AUTO_SPLIT
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.evaluate.vision import evaluator_of
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records
@@ -30,7 +30,7 @@ from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.vision.decoder import VisionDecoder
+from nalora_jax.models.vision.vision_decoder import VisionDecoder
 from nalora_jax.weights.base import vision_files
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
@@ -123,7 +123,7 @@ def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
 class VisionNextToken(NextToken):
     """`NextToken` of a vision-language model whose packed sequences contain images."""
 
-    # `nalora_jax.data.images.files.ImageProcessor`: uint8 pixels to floats
+    # `nalora_jax.data.images.image_files.ImageProcessor`: uint8 pixels to floats
     processor: Any = None
 
     def hidden(
@@ -176,7 +176,7 @@ def vision_sources(
         )
     sources: dict[str, Source] = {}
     for split in dict.fromkeys(splits or (data.train_split, data.eval_split)):
-        if split == AUTO:  # drawn from the training split
+        if split == AUTO_SPLIT:  # drawn from the training split
             continue
         if source is None:
             chats = open_chats(data, vision, split, tokens)

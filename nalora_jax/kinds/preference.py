@@ -24,12 +24,12 @@ from nalora_jax.config import PreferenceConfig, RunConfig
 from nalora_jax.config.checks import Limits, trained_tables
 from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.forms import in_turns
-from nalora_jax.data.preference import held_out_pairs, pair_data, pairs_digest
+from nalora_jax.data.preference_pairs import held_out_pairs, pair_data, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.evaluate.preference_evaluation import PreferenceEvaluator
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records, settled, stream_shape
 from nalora_jax.kinds.record import Inputs, register_kind
@@ -39,7 +39,7 @@ from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.ops.preference_losses import (
     LOSSES,
-    Answers,
+    AnswerScores,
     PairLosses,
     chosen_nll,
     pair_losses,
@@ -159,7 +159,7 @@ def limits(config: RunConfig) -> Iterator[Limits]:
 
 @dataclass(frozen=True)
 class Preference:
-    """`nalora_jax.method.step.Objective` of packed pairs (`nalora_jax.data.preference`)."""
+    """`nalora_jax.method.step.Objective` of packed pairs (`nalora_jax.data.preference_pairs`)."""
 
     policy: NextToken
     config: PreferenceConfig
@@ -187,7 +187,7 @@ class Preference:
         def total(change: jax.Array) -> tuple[jax.Array, PairLosses]:
             """Returns the loss, summed over real pairs, and its parts, after a change of the
             log-probabilities ``[rows, pairs, 2]``."""
-            answers = Answers(log_probs + change, ratios + change, tokens)
+            answers = AnswerScores(log_probs + change, ratios + change, tokens)
             losses = pair_losses(answers, self.config)
             return jnp.sum(real * losses.loss), losses
 
@@ -200,7 +200,7 @@ class Preference:
         )
         chosen = losses.rewards[..., 0]
         rejected = losses.rewards[..., 1]
-        nll = chosen_nll(Answers(log_probs, ratios, tokens))
+        nll = chosen_nll(AnswerScores(log_probs, ratios, tokens))
         measured = {
             "rewards_chosen": jnp.sum(real * chosen),
             "rewards_rejected": jnp.sum(real * rejected),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nalora_jax.method.step import TrainState
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.targets import AdapterSpec
-    from nalora_jax.weights.dual import LoadedDual
+    from nalora_jax.weights.dual_base import LoadedDual
     from nalora_jax.weights.model_files import LoadedModel, ModelFiles
 
 

@@ -26,7 +26,7 @@ from nalora_jax.data.sources import open_pair
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.generator import answering
-from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.kinds.inputs import (
     check_layout,
     check_longest,
@@ -49,12 +49,12 @@ from nalora_jax.weights.model_files import (
 )
 from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
 from nalora_jax.weights.origin import original
-from nalora_jax.weights.peft import (
+from nalora_jax.weights.peft_export import (
     export_adapter,
-    import_adapter,
     max_logit_difference,
     verify_export,
 )
+from nalora_jax.weights.peft_import import import_adapter
 
 if TYPE_CHECKING:
     from nalora_jax.common.folders import RunFolder

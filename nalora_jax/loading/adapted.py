@@ -17,7 +17,7 @@ from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.decoder import decoder_for
+from nalora_jax.models.vision.vision_decoder import decoder_for
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.shardings import Shardings
 from nalora_jax.weights.base import load_model
@@ -25,8 +25,8 @@ from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.new_tokens import check_adapter, for_adapter
-from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import recorded_fact
+from nalora_jax.weights.peft_import import import_adapter
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load(
 
     Raises:
       NaloraError: see `locate`, `weights.load_model`, `weights.new_tokens.for_adapter` and
-        `weights.peft.import_adapter`; or a tensor axis of the mesh splits a head.
+        `weights.peft_import.import_adapter`; or a tensor axis of the mesh splits a head.
     """
     located = locate(model, adapter)
     run = config_from_dict(located.run)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.config import config_from_dict
-from nalora_jax.evaluate.images import Encoders
+from nalora_jax.evaluate.image_evaluation import Encoders
 from nalora_jax.loading.located import Located, locate
 from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.dual import DualEncoder
+from nalora_jax.models.vision.dual_encoder import DualEncoder
 from nalora_jax.ops.dispatch import numerics_for
-from nalora_jax.weights.dual import LoadedDual, load_dual
-from nalora_jax.weights.peft import import_adapter
+from nalora_jax.weights.dual_base import LoadedDual, load_dual
+from nalora_jax.weights.peft_import import import_adapter
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def load_adapted_dual(
     """Loads the dual encoder called ``model`` and applies its adapter.
 
     Args:
-      model: a name for `nalora_jax.weights.dual.load_dual`; or the folder of a run or of
+      model: a name for `nalora_jax.weights.dual_base.load_dual`; or the folder of a run or of
         an adapter.
       adapter: folder of a run or of an adapter; allowed only if ``model`` is a base.
       dtype: of the base weights; by default the run's, otherwise float32.

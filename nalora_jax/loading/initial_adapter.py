@@ -34,8 +34,8 @@ from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 from nalora_jax.weights.new_tokens import for_adapter
-from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import TENSORS_NAME, recorded_fact
+from nalora_jax.weights.peft_import import import_adapter
 
 log = logging.getLogger(__name__)
 

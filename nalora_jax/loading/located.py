@@ -15,7 +15,7 @@ from nalora_jax.config import config_from_dict
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import ADAPTER
-from nalora_jax.evaluate.run_log import FILE as METRICS
+from nalora_jax.evaluate.run_log import METRICS_FILE as METRICS
 from nalora_jax.weights.hub import alias_of
 from nalora_jax.weights.peft_config import CONFIG_NAME, recorded_fact
 

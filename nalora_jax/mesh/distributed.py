@@ -24,7 +24,7 @@ from nalora_jax.common.devices import (
     BATCH_AXES,
     CONTEXT,
     DATA,
-    RUN,
+    RUN_AXIS,
     TENSOR,
     WEIGHT_AXES,
     domains,
@@ -91,7 +91,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     grid = _place(available, (groups * data, *inner_sizes))
     if groups > 1:
         grid = grid.reshape(groups, data, *inner_sizes)
-        axes = (RUN, *axes)
+        axes = (RUN_AXIS, *axes)
     return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
@@ -248,14 +248,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
     """Returns the sharding of ``[runs, ...]`` for the sharding of one run's array."""
     axis = None
-    if RUN in mesh.shape:
-        axis = RUN
+    if RUN_AXIS in mesh.shape:
+        axis = RUN_AXIS
     return NamedSharding(mesh, P(axis, *solo.spec))
 
 
 def devices_per_run(mesh: Mesh) -> int:
     """Returns the number of devices that train a run together."""
-    return mesh.size // mesh.shape.get(RUN, 1)
+    return mesh.size // mesh.shape.get(RUN_AXIS, 1)
 
 
 def check_heads(tensor: int, *, n_heads: int, n_kv_heads: int) -> None:
@@ -298,7 +298,7 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
     """
     processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
     data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
-    groups = mesh.shape.get(RUN, 1)
+    groups = mesh.shape.get(RUN_AXIS, 1)
     # [run, data, fsdp, others] -> [data, fsdp, others x run]: a process reads one set of rows.
     processes = np.moveaxis(processes.reshape(groups, data, fsdp, -1), 0, -1).reshape(
         data, fsdp, -1
@@ -342,8 +342,8 @@ def make_global_batch(
     parts = prompt_shards(mesh)
     local_parts = len(process_rows(mesh, parts))
     lead: list[str | None] = [None] * rows_axis
-    if rows_axis == 2 and RUN in mesh.shape:
-        lead[0] = RUN
+    if rows_axis == 2 and RUN_AXIS in mesh.shape:
+        lead[0] = RUN_AXIS
     sharding = batch_sharding(mesh, *lead)
 
     def whole(value: np.ndarray) -> jax.Array:
@@ -489,11 +489,11 @@ def place_batch(tree: Any, mesh: Mesh | None) -> Any:
 
 
 # Rows that are generated at once on each shard of a batch.
-ROWS = 64
+GENERATED_ROWS = 64
 
 
 def program_shape(
-    prompts: int, samples: int, shards: int, rows: int = ROWS
+    prompts: int, samples: int, shards: int, rows: int = GENERATED_ROWS
 ) -> tuple[int, int, int]:
     """Returns how groups of samples are divided among programs and shards.
 

@@ -161,7 +161,7 @@ def partition(name: str) -> Partition:
     Raises:
       NaloraError: unknown name, or a phi that does not fall anywhere below 0.
     """
-    activation = get(name)
+    activation = get_activation(name)
     if not activation.self_gated:
         degrees = (activation.degree,) * 4
         return Partition(activation.name, -math.inf, 0.0, degrees, meaningful=False)
@@ -346,7 +346,7 @@ def _identity(z: Array) -> tuple[Array, Array]:
 
 # Names in transformers' ACT2FN of the same functions up to rounding; "gelu_10" clips and is
 # different.
-ALIASES = {
+ACTIVATION_ALIASES = {
     "swish": "silu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
@@ -374,7 +374,7 @@ _NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 _CLAMPED = re.compile(rf"clamped_swish(?:\({_NUMBER},{_NUMBER}\))?")
 
 
-def get(name: str) -> Activation:
+def get_activation(name: str) -> Activation:
     """Returns the activation of a config.json's ``hidden_act``.
 
     Raises:
@@ -386,10 +386,10 @@ def get(name: str) -> Activation:
         slope = clamped[1] or _QUICK_SLOPE
         limit = clamped[2] or _CLAMP_LIMIT
         return clamped_swish(float(slope), float(limit))
-    canonical = ALIASES.get(str(name), str(name))
+    canonical = ACTIVATION_ALIASES.get(str(name), str(name))
     if canonical in ACTIVATIONS:
         return ACTIVATIONS.get(canonical)
-    known = {*ALIASES, *ACTIVATIONS.names(), "clamped_swish(slope,limit)"}
+    known = {*ACTIVATION_ALIASES, *ACTIVATIONS.names(), "clamped_swish(slope,limit)"}
     raise NaloraError(
         "activation", expected=f"one of {', '.join(sorted(known))}", found=repr(name)
     )
@@ -415,7 +415,7 @@ def register_activation(
     def register(gate: Selection) -> Selection:
         """Registers the decorated function and returns it."""
         built_in = [activation.name for activation in _BUILT_IN]
-        if name in (*ALIASES, *built_in) or _CLAMPED.fullmatch(name):
+        if name in (*ACTIVATION_ALIASES, *built_in) or _CLAMPED.fullmatch(name):
             raise NaloraError(
                 f"activation {name!r}",
                 expected="a name that is free",

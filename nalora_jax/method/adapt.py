@@ -52,8 +52,8 @@ from nalora_jax.method.transform import (
 
 _DENSE = "...i,io->...o"
 # An einsum, the name of the layer's attribute with it, or a function of the layer.
-Form = str | Callable[[Any], str]
-Classes = Mapping[type, Form]
+_Form = str | Callable[[Any], str]
+Classes = Mapping[type, _Form]
 
 
 class Contraction(NamedTuple):
@@ -316,7 +316,7 @@ def _chosen(
             found={},
         )
     for gate, activation in gates.items():
-        activations.get(activation)
+        activations.get_activation(activation)
         for path in adapted:
             if re.search(gate, path) and not adapted[path].activation:
                 adapted[path] = replace(adapted[path], activation=activation)

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
 
-Values = dict[Any, Array]  # by variable of a program
+_Values = dict[Any, Array]  # by variable of a program
 _TAG = "nalora.output:"
 _CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 # Operations that leave the elements as they are.
@@ -73,7 +73,7 @@ def require_activation(program: ClosedJaxpr, path: str, name: str) -> None:
 def _distance(functions: Sequence[Array], name: str, z: Array) -> float:
     """Returns how far the activation ``name`` is from the nearest of ``functions``, given by their
     values at ``z``: the largest difference over z."""
-    phi = activations.get(name).phi(z)
+    phi = activations.get_activation(name).phi(z)
     return min(float(jnp.max(jnp.abs(function - phi))) for function in functions)
 
 
@@ -90,7 +90,7 @@ def _functions(jaxpr: Jaxpr, tagged: str, z: Array) -> Iterator[Array]:
             yield from _functions(inner, tagged, z)
 
 
-def _ends(jaxpr: Jaxpr, values: Values) -> Iterator[Array]:
+def _ends(jaxpr: Jaxpr, values: _Values) -> Iterator[Array]:
     """Yields the values, computed from the given ``values`` alone, that the program combines with
     others or returns."""
     for equation in jaxpr.eqns:
@@ -105,12 +105,12 @@ def _ends(jaxpr: Jaxpr, values: Values) -> Iterator[Array]:
     yield from (values[v] for v in jaxpr.outvars if _is_known(v, values))
 
 
-def _is_known(variable: Any, values: Values) -> bool:
+def _is_known(variable: Any, values: _Values) -> bool:
     """Returns True if a variable has one of the ``values``; literals cannot be looked up."""
     return not isinstance(variable, Literal) and variable in values
 
 
-def _evaluate(equation: Any, values: Values) -> list[Array] | None:
+def _evaluate(equation: Any, values: _Values) -> list[Array] | None:
     """Returns the results of an operation for known ``values``, all of one shape.
 
     None if an input is not known, or if the operation is neither elementwise, nor a copy, nor a
@@ -140,7 +140,7 @@ def _evaluate(equation: Any, values: Values) -> list[Array] | None:
     program = next(_programs(equation.params.values()))
     if len(program.invars) != len(inputs):
         return None
-    within: Values = dict(zip(program.invars, inputs, strict=True))
+    within: _Values = dict(zip(program.invars, inputs, strict=True))
     for inner in program.eqns:
         results = _evaluate(inner, within)
         if results is None:

@@ -419,7 +419,7 @@ class AdaptedBlock(nn.Module):
             measurement = Measurement.of(token_weights, self.stats, taps)
         # A replacement of the operation computes projections, not a given factor.
         block = gated_mlp.plain if up is not None else gated_mlp
-        phi = activations.get(self.activation)
+        phi = activations.get_activation(self.activation)
         y, measured = block(x, gate, factor, down, phi, self.numerics, measurement)
         # The gradients of the taps are the statistics.
         if measured is None:

@@ -120,7 +120,7 @@ class Mechanism:
         """Returns the memory of a block of ``channels`` (..., d_ff) before the first step."""
         memory = {}
         for name in self.statistics:
-            shape = statistics.get(name).shape(channels)
+            shape = statistics.get_statistic(name).shape(channels)
             memory[name] = jnp.zeros(shape, jnp.float32)
         return memory
 
@@ -179,7 +179,7 @@ class Mechanism:
         With n updates the bias-corrected average moves by (1 - decay) / (1 - decay^n) of the
         difference to the mean of this step.
         """
-        count = sums[statistics.get(name).count]
+        count = sums[statistics.get_statistic(name).count]
         value = sums[name]
         n = jnp.maximum(updates, 1).astype(jnp.float32)
         library: Any = math

@@ -41,7 +41,7 @@ from nalora_jax.method import activations
 from nalora_jax.method.activations import Activation, Partition, regions
 from nalora_jax.ops.storage import SUMS
 
-Sums = dict[str, Array]
+StatisticSums = dict[str, Array]
 
 
 def gate_decomposition(
@@ -126,7 +126,7 @@ def register_statistic(statistic: Statistic, *, replace: bool = False) -> Statis
     return TABLE.add(statistic.name, statistic, replace=replace)
 
 
-def get(name: str) -> Statistic:
+def get_statistic(name: str) -> Statistic:
     """Returns the entry with that name.
 
     Raises:
@@ -186,7 +186,7 @@ def _of_sources(names: Iterable[str], *sources: str) -> tuple[str, ...]:
     for name in names:
         if name in COUNTS or name.startswith(CHECK):
             continue
-        if get(name).source in sources:
+        if get_statistic(name).source in sources:
             selected.append(name)
     return tuple(selected)
 
@@ -200,7 +200,7 @@ def channel_statistics(
     activation: Activation,
     partition: Partition,
     names: Iterable[str] = STANDARD,
-) -> Sums:
+) -> StatisticSums:
     """Returns ``tokens`` and the sums of the gate statistics in ``names``.
 
     Args:
@@ -221,7 +221,7 @@ def probe_statistics(
     weights: Array,
     activation: Activation,
     names: Iterable[str] = STANDARD,
-) -> Sums:
+) -> StatisticSums:
     """Returns ``probe_tokens`` and the sums of the probe statistics in ``names``.
 
     Args:
@@ -238,7 +238,9 @@ def probe_statistics(
     return {"probe_tokens": _tokens(weights)} | _sums("probe", values, weights, names)
 
 
-def cotangent_statistics(delta: Array, weights: Array, names: Iterable[str]) -> Sums:
+def cotangent_statistics(
+    delta: Array, weights: Array, names: Iterable[str]
+) -> StatisticSums:
     """Returns the sums of the cotangent statistics in ``names``, [d_ff] each.
 
     Args:
@@ -249,7 +251,9 @@ def cotangent_statistics(delta: Array, weights: Array, names: Iterable[str]) -> 
     return _sums("cotangent", _float32(delta, weights), weights, names)
 
 
-def _sums(source: str, values: Any, weights: Array, names: Iterable[str]) -> Sums:
+def _sums(
+    source: str, values: Any, weights: Array, names: Iterable[str]
+) -> StatisticSums:
     """Returns the sums over tokens of the statistics in ``names`` that have this ``source``.
 
     ``values`` is the argument of their functions, ``weights`` is ``[..., tokens]``; a sum is
@@ -262,7 +266,7 @@ def _sums(source: str, values: Any, weights: Array, names: Iterable[str]) -> Sum
             return jnp.stack([total(value, weights) for value in values])
         return total(values, weights)
 
-    entries = [get(name) for name in dict.fromkeys(names)]
+    entries = [get_statistic(name) for name in dict.fromkeys(names)]
     return {
         entry.name: summed(entry.values(values))
         for entry in entries
@@ -296,14 +300,14 @@ def total(values: Array, weights: Array) -> Array:
 # ---------------------------------------------------------------- the way out of a model
 
 
-def taps(names: Iterable[str], channels: tuple[int, ...]) -> Sums:
+def taps(names: Iterable[str], channels: tuple[int, ...]) -> StatisticSums:
     """Returns zeros whose gradients become the statistics in ``names`` and their counts.
 
     Example:
       >>> {name: tap.shape for name, tap in taps(("slope", "delta_squared"), (30, 1536)).items()}
       {'slope': (30, 1536), 'delta_squared': (30, 1536), 'tokens': (30,)}
     """
-    entries = [get(name) for name in names]
+    entries = [get_statistic(name) for name in names]
     shapes = {entry.name: entry.shape(channels) for entry in entries}
     if entries:
         counts = [entry.count for entry in entries]
@@ -356,7 +360,7 @@ def observe(
       >>> y = (jax.nn.silu(z) * u) @ down
     """
     if isinstance(activation, str):
-        activation = activations.get(activation)
+        activation = activations.get_activation(activation)
     if weights is None:
         weights = _WEIGHTS.get()
     if weights is None:
@@ -384,7 +388,7 @@ def _rows_of(z: Array) -> Array:
     return rows.astype(jnp.float32)
 
 
-def _of_tokens(delta: Array, weights: Array, names: Iterable[str]) -> Sums:
+def _of_tokens(delta: Array, weights: Array, names: Iterable[str]) -> StatisticSums:
     """Returns the statistics of a cotangent ``[..., d_ff]`` with weights ``[...]``."""
     rows = delta.reshape(-1, delta.shape[-1])
     return cotangent_statistics(rows, weights.reshape(-1), names)
@@ -458,7 +462,7 @@ def merged(path: str, first: Array, second: Array) -> Array:
     return first + second
 
 
-def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
+def sum_over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> StatisticSums:
     """Returns a block's counts and the sums in ``names``, summed over shards.
 
     The last part of a `Statistic.complete` entry is not communicated; it follows from the count.
@@ -470,7 +474,7 @@ def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
     """
     totals = {name: jnp.sum(sums[name], axis=1) for name in COUNTS if name in sums}
     for name in names:
-        entry = get(name)
+        entry = get_statistic(name)
         value = sums[name]
         if not entry.complete:
             totals[name] = jnp.sum(value, axis=1)
@@ -482,7 +486,7 @@ def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
     return totals
 
 
-def per_target(sums: Mapping[str, Array], target_tokens: Array) -> Sums:
+def per_target(sums: Mapping[str, Array], target_tokens: Array) -> StatisticSums:
     """Returns a block's sums with delta as the cotangent of the mean loss per target token.
 
     The differentiated loss is a sum over target tokens, so that micro-batches and devices add up. A
@@ -491,8 +495,8 @@ def per_target(sums: Mapping[str, Array], target_tokens: Array) -> Sums:
     scale = jnp.maximum(target_tokens, 1.0)
     scaled = dict(sums)
     for name in sums:
-        if name in TABLE and get(name).degree:
-            scaled[name] = sums[name] / scale ** get(name).degree
+        if name in TABLE and get_statistic(name).degree:
+            scaled[name] = sums[name] / scale ** get_statistic(name).degree
     return scaled
 
 
@@ -502,7 +506,7 @@ def mean(name: str, sums: Mapping[str, Array]) -> Array:
     Leading axes (layers, experts) are those of the count, e.g. [L] with ``slope`` [L, d_ff].
     """
     value = sums[name]
-    count = sums[get(name).count]
+    count = sums[get_statistic(name).count]
     missing = (1,) * (value.ndim - count.ndim)
     count = count.reshape(count.shape + missing)
     divisor = jnp.where(count > 0, count, 1)

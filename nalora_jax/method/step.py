@@ -25,9 +25,9 @@ from jax import Array, lax
 from nalora_jax.common import trees
 from nalora_jax.method import statistics
 from nalora_jax.method.transform import (
-    Factors,
     GateState,
     Mechanisms,
+    RuleFactors,
     channel_factors,
     gate_state,
     own_factors,
@@ -92,7 +92,7 @@ class StepConfig:
     blocks: Mapping[str, tuple[int, ...]]
     shardings: Shardings = UNSHARDED
     # Log metrics from a block's statistics, the mechanisms' own factors and their products.
-    metrics: Callable[[BlockStats, BlockStats, Factors], Any] | None = None
+    metrics: Callable[[BlockStats, BlockStats, RuleFactors], Any] | None = None
     checks: tuple[str, ...] = ()  # names of the blocks' checks
     # Asserts with chex: batch, adapters, masks by block, sums of the step.
     verify: (
@@ -166,7 +166,7 @@ def make_train_step(
         stats = {}
         for path, block in sums["stats"].items():
             stats[path] = statistics.per_target(block, targets)
-        reduced = over_shards(stats, mechanisms.statistics, shardings.rows)
+        reduced = reduce_stats(stats, mechanisms.statistics, shardings.rows)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.lora, gate_stats=reduced
         )
@@ -242,7 +242,7 @@ def _taps(config: StepConfig) -> Any:
     return _nested(pinned(zeros, config.shardings.rows, axis=1))
 
 
-def over_shards(
+def reduce_stats(
     stats: BlockStats, names: tuple[str, ...], sharding: RowSharding
 ) -> BlockStats:
     """Returns sums by block over the global batch: the only reduction of statistics in a step."""
@@ -250,7 +250,8 @@ def over_shards(
         return stats
     with jax.named_scope("statistics"):
         return {
-            path: statistics.over_shards(block, names) for path, block in stats.items()
+            path: statistics.sum_over_shards(block, names)
+            for path, block in stats.items()
         }
 
 

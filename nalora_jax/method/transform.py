@@ -31,7 +31,7 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.rules import PLACES, Context, Mechanism, Memory, make
 
 # By place (`nalora_jax.method.rules.PLACES`), then by block: [..., d_ff] float32.
-Factors = dict[str, dict[str, Array]]
+RuleFactors = dict[str, dict[str, Array]]
 DEFAULT = ("curvature_cap",)
 # names of the leaves of a gate next to A and B
 TAPS = "taps"
@@ -56,7 +56,7 @@ class Mechanisms:
         """Raises a NaloraError if a rule has an unknown statistic or place."""
         for _, mechanism in self.entries:
             for name in mechanism.statistics:
-                statistics.get(name)
+                statistics.get_statistic(name)
             unknown = sorted(set(mechanism.places) - set(PLACES))
             if unknown:
                 field = f"mechanism {mechanism.name}"
@@ -184,7 +184,9 @@ def update_gate_state(
         has_tokens = _leaf(flat, path, "tokens") > 0
         updates[path] = before + has_tokens.astype(jnp.int32)
         for label, mechanism in mechanisms.entries:
-            counts = (statistics.get(name).count for name in mechanism.statistics)
+            counts = (
+                statistics.get_statistic(name).count for name in mechanism.statistics
+            )
             names = sorted({*mechanism.statistics, *counts})
             sums = {name: _leaf(flat, path, name) for name in names}
             memory[label][path] = mechanism.advance(
@@ -243,7 +245,7 @@ def channel_factors(
     state: GateState,
     mechanisms: Mechanisms,
     own: Mapping[str, Mapping[str, Array]] | None = None,
-) -> Factors:
+) -> RuleFactors:
     """Returns the factor of each channel in the next step by place and block, [..., d_ff] float32.
 
     Factors that reallocate are multiplied and normalized to a root mean square of 1 over each
@@ -276,7 +278,7 @@ def channel_factors(
                 product = product * factor
         return product
 
-    by_place: Factors = {}
+    by_place: RuleFactors = {}
     for place in mechanisms.places:
         by_place[place] = {path: joint(place, path) for path in state.updates}
     return by_place

@@ -23,7 +23,13 @@ from nalora_jax.models.stacks import (
     param_shapes,
     projection_shapes,
 )
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, TargetSpec, resolve
+from nalora_jax.models.targets import (
+    TOKEN_ROWS,
+    TOKEN_TABLES,
+    AdapterSpec,
+    TargetSpec,
+    resolve,
+)
 
 _ADALORA_STD = 0.02  # standard deviation of AdaLoRA's A and B, as in PEFT
 
@@ -69,17 +75,17 @@ def init_lora(
     kernels = {path: (depth, *shapes[path]) for path, depth in depths(config).items()}
     leaves = fresh_adapters(spec, kernels, key, base)
     for name in spec.saved:
-        if TABLES[name] in base:
-            table = base[TABLES[name]]
+        if TOKEN_TABLES[name] in base:
+            table = base[TOKEN_TABLES[name]]
         else:
-            table = base[TABLES["embed_tokens"]].T
-        leaves[TABLES[name]] = table.astype(jnp.float32)
+            table = base[TOKEN_TABLES["embed_tokens"]].T
+        leaves[TOKEN_TABLES[name]] = table.astype(jnp.float32)
     for name, ids in spec.own_rows(tied=config.tie_embeddings).items():
         if name == "lm_head" and not config.tie_embeddings:
-            rows = jnp.take(base[TABLES[name]], np.array(ids), axis=1).T
+            rows = jnp.take(base[TOKEN_TABLES[name]], np.array(ids), axis=1).T
         else:
-            rows = jnp.take(base[TABLES["embed_tokens"]], np.array(ids), axis=0)
-        leaves[ROWS[name]] = rows.astype(jnp.float32)
+            rows = jnp.take(base[TOKEN_TABLES["embed_tokens"]], np.array(ids), axis=0)
+        leaves[TOKEN_ROWS[name]] = rows.astype(jnp.float32)
     return unflatten(leaves)
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from nalora_jax.method.ffn import AdaptedBlock, GatedFFN, SelfGatedFFN
-from nalora_jax.models.config import FeedForward, Gates, ModelConfig, Part, Shapes
+from nalora_jax.models.config import FeedForward, Gates, ModelConfig, ParamShapes, Part
 from nalora_jax.models.parts import LayerInputs, PartOptions, RMSNorm, SharedInputs
 from nalora_jax.ops.storage import round_and_save
 
@@ -21,7 +21,7 @@ class GatedBlock(FeedForward):
 
     name: ClassVar[str] = "ffn"
 
-    def projections(self, config: ModelConfig) -> Shapes:
+    def projections(self, config: ModelConfig) -> ParamShapes:
         """See `Part`."""
         d = config.d_model
         f = config.d_ff
@@ -60,14 +60,14 @@ class ScaledTail(Part):
     width: int = 0
     name = "tail"
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the scale, and that of the norm."""
-        shapes: Shapes = {"scale": (1,)}
+        shapes: ParamShapes = {"scale": (1,)}
         if self.width:
             shapes["norm/scale"] = (config.d_model,)
         return shapes
 
-    def projections(self, config: ModelConfig) -> Shapes:
+    def projections(self, config: ModelConfig) -> ParamShapes:
         """Returns the kernel shapes of the projections."""
         d = config.d_model
         width = self.width

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from nalora_jax.models.embedding import LayerEmbeddings
     from nalora_jax.models.parts import PartOptions
-    from nalora_jax.models.vision.config import VisionSpec
+    from nalora_jax.models.vision.vision_config import VisionSpec
     from nalora_jax.ops.dispatch import Numerics
 
-Shapes = dict[str, tuple[int, ...]]
+ParamShapes = dict[str, tuple[int, ...]]
 Gates = dict[str, tuple[tuple[int, ...], str]]
 
 
@@ -173,7 +173,7 @@ class Part(ABC):
 
     name: ClassVar[str]  # of the module: parameters are at layers/<name>/...
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:
+    def param_shapes(self, config: ModelConfig) -> ParamShapes:
         """Returns the shapes of a layer's parameters: of `arrays`, and of kernels and biases of
         `projections`."""
         shapes = dict(self.arrays(config))
@@ -183,12 +183,12 @@ class Part(ABC):
                 shapes[f"{name}/bias"] = (*shape[:-2], shape[-1])
         return shapes
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the shapes of a layer's parameters that belong to no projection."""
         return {}
 
     @abstractmethod
-    def projections(self, config: ModelConfig) -> Shapes:
+    def projections(self, config: ModelConfig) -> ParamShapes:
         """Returns kernel shapes ``(..., d_in, d_out)`` of adaptable projections, by name."""
 
     def has_bias(self, config: ModelConfig, name: str) -> bool:

@@ -37,9 +37,9 @@ from nalora_jax.models.parts import (
 from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
 from nalora_jax.models.ropes import rope_tables
 from nalora_jax.models.stacks import Stack, groups, parts, stacks
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
+from nalora_jax.models.targets import TOKEN_ROWS, TOKEN_TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.reductions import RUN, sampled_weights
+from nalora_jax.ops.reductions import SAMPLED_RUN, sampled_weights
 from nalora_jax.ops.shardings import UNSHARDED, Shardings
 from nalora_jax.ops.split_rows import (
     Row,
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
             self.experts,
         )
         if c.layer_kinds:
-            self.layers = Groups(c, self.remat, self.adapters, options)
+            self.layers = LayerGroups(c, self.remat, self.adapters, options)
         else:
             block = stacked(
                 Block, self.remat, c.n_layers, drops=_drops(c, self.adapters)
@@ -386,15 +386,17 @@ class Decoder(nn.Module):
         # [..., d_model] -> [tokens, d_model]
         flat = hidden.reshape(-1, c.d_model)
         trained = flatten(self.variables.get("lora", {}))
-        if TABLES["lm_head"] in trained:  # the entire head
-            logits = dot(flat, trained[TABLES["lm_head"]], self.numerics)
+        if TOKEN_TABLES["lm_head"] in trained:  # the entire head
+            logits = dot(flat, trained[TOKEN_TABLES["lm_head"]], self.numerics)
         elif c.tie_embeddings:
             logits = dot(flat, self.embed.table(), self.numerics, dims=(1, 1))
         else:
             logits = self.lm_head(flat, self.numerics)
         head = self.adapters.head_rows(tied=c.tie_embeddings)
-        if head is not None and ROWS[head[0]] in trained:
-            of_rows = dot(flat, trained[ROWS[head[0]]], self.numerics, dims=(1, 1))
+        if head is not None and TOKEN_ROWS[head[0]] in trained:
+            of_rows = dot(
+                flat, trained[TOKEN_ROWS[head[0]]], self.numerics, dims=(1, 1)
+            )
             logits = logits.at[:, np.array(head[1])].set(of_rows)
         logits = (logits * c.logit_scale).reshape(*hidden.shape[:-1], c.vocab_size)
         if not c.final_softcap:
@@ -429,7 +431,7 @@ class Period(nn.Module):
         return x, tuple(updates)
 
 
-class Groups(nn.Module):
+class LayerGroups(nn.Module):
     """Layers of several kinds: each group is scanned over its periods."""
 
     config: ModelConfig
@@ -511,10 +513,10 @@ def sampled_as_whole(
         # the row consists of whole groups of a block, which take the group's run if the weights of
         # all others are 0. If the row's positions are taken singly, or blocks divide runs, all are
         # taken.
-        singly = length % (RUN * stride) or block % RUN
+        singly = length % (SAMPLED_RUN * stride) or block % SAMPLED_RUN
         if singly:
             return 1
-        return math.gcd(stride, block // RUN)
+        return math.gcd(stride, block // SAMPLED_RUN)
 
     gate, probe = map(within_blocks, strides)
     return SampledWeights(parts(weights), of_gate, of_probe, (gate, probe), length)

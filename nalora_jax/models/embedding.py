@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nalora_jax.common.devices import BATCH_AXES, CONTEXT, DATA, FSDP, RUN, WEIGHT_AXES
+from nalora_jax.common.devices import (
+    BATCH_AXES,
+    CONTEXT,
+    DATA,
+    FSDP,
+    RUN_AXIS,
+    WEIGHT_AXES,
+)
 from nalora_jax.method.ffn import frozen_kernel
 from nalora_jax.models.parts import RMSNorm, constrain
 from nalora_jax.ops.dispatch import Numerics
@@ -120,7 +127,7 @@ def column_layouts(
     if sharding is None:
         return None, None
     sizes = dict(sharding.mesh.shape)
-    batch = sizes.pop(DATA, 1) * sizes.pop(RUN, 1)
+    batch = sizes.pop(DATA, 1) * sizes.pop(RUN_AXIS, 1)
     if min(batch, *sizes.values()) == 1:
         return None, None
     data, *fsdp = sharding.spec[0]

@@ -31,7 +31,7 @@ from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
 from nalora_jax.method.measurement import CHECKS, GateStatsConfig, Live
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.routing import (
-    Groups,
+    ExpertGroups,
     Places,
     RouterSpec,
     Routing,
@@ -51,7 +51,7 @@ from nalora_jax.ops.grouped_matmul import recomputes_probe
 from nalora_jax.ops.storage import Kernel, expand
 
 
-class Experts(NamedTuple):
+class ExpertProjection(NamedTuple):
     """One projection of all experts; all arrays but the scale have an axis ``[experts]``."""
 
     kernel: Kernel  # [experts, d_in, d_out]
@@ -64,16 +64,18 @@ class Layer(NamedTuple):
 
     router: jax.Array  # [d_model, experts]
     router_bias: jax.Array | None  # [experts]
-    gate: Experts
-    up: Experts
-    down: Experts
+    gate: ExpertProjection
+    up: ExpertProjection
+    down: ExpertProjection
     # zeros whose gradients are statistics of z's cotangent
     taps: Mapping[str, jax.Array]
     correction: jax.Array | None = None  # [experts], of the router's scores
     expert_scale: jax.Array | None = None  # [experts], of the router's weights
 
 
-def of_each(layer: Layer, change: Callable[[Experts], Experts]) -> Layer:
+def of_each(
+    layer: Layer, change: Callable[[ExpertProjection], ExpertProjection]
+) -> Layer:
     """Returns the layer with all three projections changed."""
     return layer._replace(
         gate=change(layer.gate), up=change(layer.up), down=change(layer.down)
@@ -234,7 +236,7 @@ def expert_rows(
     rows: jax.Array,
     weight: jax.Array,
     layer: Layer,
-    groups: Groups,
+    groups: ExpertGroups,
     samples: tuple[SampledRows, SampledRows],
     config: RoutedConfig,
     drop: Drop = _unchanged,
@@ -257,7 +259,7 @@ def expert_rows(
       ``[rows, d_model]``, partial sums over ``config.axis``; and the statistics.
     """
     numerics = config.numerics
-    activation = activations.get(config.base.activation)
+    activation = activations.get_activation(config.base.activation)
     axis = config.axis
     inner = drop(0, rows)
     base, delta = _projected(layer.gate, rows, inner, groups, numerics)
@@ -301,10 +303,10 @@ def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
 
 
 def _projected(
-    experts: Experts,
+    experts: ExpertProjection,
     x: jax.Array,
     inner: jax.Array,
-    groups: Groups,
+    groups: ExpertGroups,
     numerics: Numerics,
     axis: str | None = None,
     weight: jax.Array | None = None,
@@ -343,12 +345,12 @@ def _projected(
 
 
 def _probed(
-    gate: Experts,
+    gate: ExpertProjection,
     x: jax.Array,
     inner: jax.Array,
     z: jax.Array,
     delta: jax.Array | None,
-    groups: Groups,
+    groups: ExpertGroups,
     probe: SampledRows,
     numerics: Numerics,
 ) -> tuple[jax.Array, jax.Array]:
@@ -368,7 +370,7 @@ def _probed(
     if plain and recomputes_probe(adapter.a.shape[0], adapter.a.shape[-1], numerics):
         # One matmul for all groups (`joins_factors`) reads only the rows' experts: the sizes,
         # which are those of all rows, have no effect.
-        few = Groups(groups.sizes, probe.take(groups.expert))
+        few = ExpertGroups(groups.sizes, probe.take(groups.expert))
         dz = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(
             delta.dtype
         )
@@ -497,7 +499,9 @@ def _exchanged(
             jnp.take(labelled, order, axis=0), axis=1
         )
         expert = expert.astype(jnp.int32)
-        groups = Groups(jnp.bincount(expert, length=local).astype(jnp.int32), expert)
+        groups = ExpertGroups(
+            jnp.bincount(expert, length=local).astype(jnp.int32), expert
+        )
         # [local, rows]: True for the rows of an expert
         reached = expert[None, :] == jnp.arange(local)[:, None]
         of_gate, of_probe = (

@@ -23,7 +23,7 @@ from nalora_jax.models.ropes import RopeRules
 from nalora_jax.models.tensor_rows import Rows
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import VisionSpec
+    from nalora_jax.models.vision.vision_config import VisionSpec
 
 
 class Architecture(Protocol):

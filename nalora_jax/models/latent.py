@@ -30,9 +30,9 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.method.low_rank import Dense, adapted_dense, dora_ratio
-from nalora_jax.models.attention import attend, cached_keys
+from nalora_jax.models.attention_layer import attend, cached_keys
 from nalora_jax.models.cache import grown, written
-from nalora_jax.models.config import Mixer, ModelConfig, Shapes
+from nalora_jax.models.config import Mixer, ModelConfig, ParamShapes
 from nalora_jax.models.parts import LayerInputs, PartOptions, RMSNorm, SharedInputs
 from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
 from nalora_jax.ops.attention import product
@@ -86,19 +86,19 @@ class LatentAttention(Mixer):
         """
         return self.kv_rank + self.rope_dim
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the norms of the latents."""
-        shapes: Shapes = {"kv_a_norm/scale": (self.kv_rank,)}
+        shapes: ParamShapes = {"kv_a_norm/scale": (self.kv_rank,)}
         if self.q_rank:
             shapes["q_a_norm/scale"] = (self.q_rank,)
         return shapes
 
-    def projections(self, config: ModelConfig) -> Shapes:
+    def projections(self, config: ModelConfig) -> ParamShapes:
         """Returns the kernel shapes of the projections."""
         d = config.d_model
         heads = config.n_heads
         queries = heads * config.head_dim
-        shapes: Shapes = {"q_proj": (d, queries)}
+        shapes: ParamShapes = {"q_proj": (d, queries)}
         if self.q_rank:
             shapes = {
                 "q_a_proj": (d, self.q_rank),

@@ -35,9 +35,9 @@ from nalora_jax.common.devices import FSDP, TENSOR
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import SampledWeights
 from nalora_jax.models.blocks import GatedBlock
-from nalora_jax.models.config import FeedForward, Gates, ModelConfig, Shapes
+from nalora_jax.models.config import FeedForward, Gates, ModelConfig, ParamShapes
 from nalora_jax.models.experts import (
-    Experts,
+    ExpertProjection,
     Layer,
     RoutedConfig,
     RoutedOutput,
@@ -133,7 +133,7 @@ class MoEFFN(nn.Module):
         d_out: int,
         scales: Mapping[str, Any] | None,
         mask: jax.Array | None = None,
-    ) -> Experts:
+    ) -> ExpertProjection:
         """Returns the arrays of one projection of all experts, with its adapter if it has one."""
         c = self.config
         adapters = self.options.adapters
@@ -143,7 +143,7 @@ class MoEFFN(nn.Module):
         adapter = dense.adapter
         if adapter is not None:
             adapter = adapter._replace(scale=jnp.asarray(adapter.scale, jnp.float32))
-        return Experts(dense.kernel, adapter, dense.bias)
+        return ExpertProjection(dense.kernel, adapter, dense.bias)
 
 
 class Router(nn.Module):
@@ -287,7 +287,7 @@ def _sends(
 def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:
     """Returns ``layer`` with one shard's taps and with kernels in the layout of their stack."""
 
-    def stored(experts: Experts) -> Experts:
+    def stored(experts: ExpertProjection) -> ExpertProjection:
         """Returns a projection whose kernel has the layout of the stack it was sliced from."""
         kernel = jax.tree.map(
             lambda x: in_stored_layout(x, config.numerics), experts.kernel
@@ -356,7 +356,7 @@ def _by_channel(name: str, axis: str | None) -> P:
     """Returns the spec of a statistic ``[experts, ...]``; counts and checks have no channels."""
     if name in statistics.COUNTS or name.startswith(statistics.CHECK):
         return P()
-    rank = len(statistics.get(name).shape((1, 1)))
+    rank = len(statistics.get_statistic(name).shape((1, 1)))
     return P(*[None] * (rank - 1), axis)
 
 
@@ -370,9 +370,9 @@ class Mixture(FeedForward):
     router: RouterSpec
     name: ClassVar[str] = "ffn"
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the router."""
-        shapes: Shapes = {"router/kernel": (config.d_model, config.n_experts)}
+        shapes: ParamShapes = {"router/kernel": (config.d_model, config.n_experts)}
         optional = {
             "bias": config.router_bias,
             "correction": self.router.correction,
@@ -382,7 +382,7 @@ class Mixture(FeedForward):
             f"router/{name}": (config.n_experts,) for name in optional if optional[name]
         }
 
-    def projections(self, config: ModelConfig) -> Shapes:
+    def projections(self, config: ModelConfig) -> ParamShapes:
         """See `Part`."""
         n = config.n_experts
         d = config.d_model
@@ -424,12 +424,12 @@ class WithExperts(FeedForward):
             self.block: (GatedBlock(), replace(config, d_ff=self.width)),
         }
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the router."""
         arrays = Mixture(self.router).arrays(config)
         return {f"experts_ffn/{name}": shape for name, shape in arrays.items()}
 
-    def projections(self, config: ModelConfig) -> Shapes:
+    def projections(self, config: ModelConfig) -> ParamShapes:
         """See `Part`."""
         return {
             f"{name}/{projection}": shape
@@ -501,10 +501,10 @@ class SharedExperts(WithExperts):
     block: ClassVar[str] = "shared_ffn"
     kind: ClassVar[Any] = SharedExpertsFFN
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the router, and the gate of the shared expert."""
         if self.gated:
-            gate: Shapes = {"shared_gate/kernel": (config.d_model, 1)}
+            gate: ParamShapes = {"shared_gate/kernel": (config.d_model, 1)}
         else:
             gate = {}
         return super().arrays(config) | gate
@@ -569,8 +569,8 @@ class DenseAndExperts(WithExperts):
     kind: ClassVar[Any] = DenseAndExpertsFFN
     reads_stream: ClassVar[bool] = True
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the scales of norms, and the router."""
         names = ("dense_norm", "experts_norm", "experts_post_norm", "router_norm")
-        shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in names}
+        shapes: ParamShapes = {f"{name}/scale": (config.d_model,) for name in names}
         return shapes | super().arrays(config)

@@ -15,7 +15,7 @@ from nalora_jax.method import activations
 from nalora_jax.models.ropes import context_length, read_ropes
 
 SLIDING = "sliding_attention"
-FULL = "full_attention"
+FULL_ATTENTION = "full_attention"
 # A window longer than any sequence: global attention as an integer that can be scanned over layers.
 GLOBAL_WINDOW = 2**30
 
@@ -58,7 +58,7 @@ def base_values(f: Fields, name: str, features: Mapping[str, Any]) -> dict[str, 
 def activation_name(f: Fields, name: str) -> str:
     """Returns the registered activation that the field ``name`` names."""
     try:
-        return activations.get(f.text(name)).name
+        return activations.get_activation(f.text(name)).name
     except NaloraError as error:
         raise f.error(name, error.expected, error.found) from error
 
@@ -82,8 +82,8 @@ def layer_types(f: Fields, other: str = SLIDING) -> list[str] | None:
     list."""
     kinds = f.items("layer_types", layer_count(f), str)
     for kind in kinds or ():
-        if kind not in (FULL, other):
-            raise f.error("layer_types", f"{FULL!r} or {other!r}", repr(kind))
+        if kind not in (FULL_ATTENTION, other):
+            raise f.error("layer_types", f"{FULL_ATTENTION!r} or {other!r}", repr(kind))
     return kinds
 
 
@@ -97,7 +97,7 @@ def windows_of(f: Fields, kinds: list[str]) -> tuple[int, ...]:
 
 def same_window(f: Fields) -> dict[str, Any]:
     """Returns one window for all layers, the only arrangement of these families in transformers."""
-    expected = FULL if f.get("sliding_window") is None else SLIDING
+    expected = FULL_ATTENTION if f.get("sliding_window") is None else SLIDING
     kinds = layer_types(f) or [expected] * layer_count(f)
     if set(kinds) != {expected}:
         raise f.error(
@@ -116,7 +116,10 @@ def optional_windows(f: Fields, slides: Callable[[int], bool]) -> dict[str, Any]
     on = f.flag("use_sliding_window") and f.get("sliding_window") is not None
     kinds = layer_types(f)
     if kinds is None:
-        kinds = [SLIDING if on and slides(i) else FULL for i in range(layer_count(f))]
+        kinds = [
+            SLIDING if on and slides(i) else FULL_ATTENTION
+            for i in range(layer_count(f))
+        ]
     if SLIDING in kinds and not on:
         raise f.error(
             "layer_types", "no sliding layers, as use_sliding_window says", SLIDING
@@ -128,7 +131,7 @@ def periodic(f: Fields, period: int) -> list[str]:
     """Returns the layers' kinds; without a list, the last layer of every period attends
     globally."""
     return layer_types(f) or [
-        SLIDING if (i + 1) % period else FULL for i in range(layer_count(f))
+        SLIDING if (i + 1) % period else FULL_ATTENTION for i in range(layer_count(f))
     ]
 
 

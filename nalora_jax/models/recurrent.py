@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from nalora_jax.common.devices import TENSOR
 from nalora_jax.method import activations
 from nalora_jax.models.cache import Recurrent
-from nalora_jax.models.config import Mixer, ModelConfig, Shapes
+from nalora_jax.models.config import Mixer, ModelConfig, ParamShapes
 from nalora_jax.models.parts import (
     LayerInputs,
     PartOptions,
@@ -36,7 +36,7 @@ from nalora_jax.models.parts import (
     constrain,
 )
 from nalora_jax.ops.causal_conv import causal_conv, causal_conv_after
-from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
+from nalora_jax.ops.delta_rule import CHUNK_TOKENS, DeltaInputs, gated_delta_rule
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.shardings import RowSharding, of_mesh
 from nalora_jax.ops.split_mixers import split_conv, split_delta_rule
@@ -94,7 +94,7 @@ class GatedDeltaNet(Mixer):
             "in_proj_a": heads,
         }
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the taps of the convolution, rates of decay by head and the norm's scale."""
         heads = (self.value_heads,)
         # The convolution's weight has torch's shape.
@@ -105,15 +105,17 @@ class GatedDeltaNet(Mixer):
             "norm/scale": (self.value_dim,),
         }
 
-    def projections(self, config: ModelConfig) -> Shapes:
+    def projections(self, config: ModelConfig) -> ParamShapes:
         """See `Part`."""
         d = config.d_model
-        shapes: Shapes = {name: (d, width) for name, width in self.inputs().items()}
+        shapes: ParamShapes = {
+            name: (d, width) for name, width in self.inputs().items()
+        }
         return shapes | {"out_proj": (self.values, d)}
 
     def flops(self, config: ModelConfig, seq: int) -> float:
         """Returns the forward flops for one row, without projections and triangular inverses."""
-        chunk = min(CHUNK, seq)
+        chunk = min(CHUNK_TOKENS, seq)
         of_key_head = 4.0 * chunk * self.key_dim  # scores of queries and of keys
         # The state is read twice and written once; corrections are solved for and summed.
         of_value_head = (
@@ -128,7 +130,7 @@ class GatedDeltaNet(Mixer):
     def saved(self, config: ModelConfig) -> float:
         """Returns the outputs of the input's projections, and one float32 state per chunk."""
         # A float32 counts as two values of the projections' dtype.
-        states = self.value_heads * self.key_dim * self.value_dim / CHUNK
+        states = self.value_heads * self.key_dim * self.value_dim / CHUNK_TOKENS
         return sum(self.inputs().values()) + 2 * states
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
@@ -184,7 +186,11 @@ class GatedDeltaNetLayer(nn.Module):
             sizes.channels, sizes.conv_width, sharding, name="conv"
         )
         out, convolved = convolution(qkv, shared, before.get("conv"))
-        qkv = activations.get(self.config.activation).phi(out).astype(qkv.dtype)
+        qkv = (
+            activations.get_activation(self.config.activation)
+            .phi(out)
+            .astype(qkv.dtype)
+        )
         q, k, v = jnp.split(qkv, (sizes.keys, 2 * sizes.keys), axis=-1)
         # q, k: [batch, seq, key heads, key_dim]; v: [batch, seq, key heads, values per key,
         # value_dim].
@@ -303,9 +309,9 @@ class ShortConvolution(Mixer):
     width: int  # taps of a channel
     bias: bool = False  # of the convolution and both projections
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the taps, which have torch's layout, and their bias."""
-        shapes: Shapes = {"taps": (config.d_model, 1, self.width)}
+        shapes: ParamShapes = {"taps": (config.d_model, 1, self.width)}
         if self.bias:
             shapes["taps_bias"] = (config.d_model,)
         return shapes
@@ -314,7 +320,7 @@ class ShortConvolution(Mixer):
         """See `Part`."""
         return self.bias
 
-    def projections(self, config: ModelConfig) -> Shapes:
+    def projections(self, config: ModelConfig) -> ParamShapes:
         """Returns the kernels of the projections to B, C and u, and of the output."""
         d = config.d_model
         return {"bcx_proj": (d, 3 * d), "o_proj": (d, d)}

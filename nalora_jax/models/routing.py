@@ -34,7 +34,7 @@ from nalora_jax.ops.grouped_matmul import (
     ragged_outer,
 )
 from nalora_jax.ops.reductions import sampled as sampled_positions
-from nalora_jax.ops.split_rows import block_numbers, gathered
+from nalora_jax.ops.split_rows import block_numbers, gather_rows
 from nalora_jax.ops.storage import Kernel, expand
 
 
@@ -86,7 +86,7 @@ def _taken(x: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.asarray(x).at[rows].get(mode="promise_in_bounds")
 
 
-class Groups(NamedTuple):
+class ExpertGroups(NamedTuple):
     """The groups of rows that are sorted by expert."""
 
     sizes: jax.Array  # int [experts], rows of each
@@ -142,7 +142,7 @@ def grouped_residual(
     a: jax.Array,
     b: jax.Array,
     scale: jax.Array | float,
-    groups: Groups,
+    groups: ExpertGroups,
     numerics: Numerics,
     mask: jax.Array | None = None,
 ) -> jax.Array:
@@ -175,7 +175,7 @@ def grouped_residual(
 class GroupedProducts(Products):
     """Matmuls of every row with its expert's adapter; factors have a leading axis ``[experts]``."""
 
-    groups: Groups
+    groups: ExpertGroups
     operand: str = field(metadata={"static": True})
     # the factors of all experts are concatenated
     joined: bool = field(metadata={"static": True})
@@ -256,9 +256,9 @@ class Routing(NamedTuple):
     back: jax.Array  # int [tokens * top_k], inverse of ``order``
 
     @property
-    def groups(self) -> Groups:
+    def groups(self) -> ExpertGroups:
         """The rows' experts, without tokens and weights."""
-        return Groups(self.sizes, self.expert)
+        return ExpertGroups(self.sizes, self.expert)
 
 
 def route(
@@ -522,7 +522,7 @@ def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Arr
     batch, _, experts = counts.shape
     # [batch, experts, blocks of the sequence]
     counts, last = jnp.moveaxis(
-        gathered(jnp.stack([counts, last], axis=-1)), (3, 2), (0, 2)
+        gather_rows(jnp.stack([counts, last], axis=-1)), (3, 2), (0, 2)
     )
     # Places of a sequence are sorted by expert, then by block: [batch, experts * blocks].
     flat = counts.reshape(batch, -1)

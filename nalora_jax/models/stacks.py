@@ -21,20 +21,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from nalora_jax.models.attention import SoftmaxAttention
+from nalora_jax.models.attention_layer import SoftmaxAttention
 from nalora_jax.models.blocks import GatedBlock
 from nalora_jax.models.config import (
     FeedForward,
     Gates,
     Mixer,
     ModelConfig,
+    ParamShapes,
     Part,
-    Shapes,
 )
 from nalora_jax.models.targets import uniform_path
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import DualConfig
+    from nalora_jax.models.vision.vision_config import DualConfig
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ def stacked_places(
     }
 
 
-def param_shapes(config: ModelConfig) -> Shapes:
+def param_shapes(config: ModelConfig) -> ParamShapes:
     """Returns the shape of every base parameter by path, layers stacked.
 
     Example (Llama, tied):
@@ -167,7 +167,7 @@ def param_shapes(config: ModelConfig) -> Shapes:
     """
     d = config.d_model
     v = config.vocab_size
-    shapes: Shapes = {"embed/embedding": (v, d)}
+    shapes: ParamShapes = {"embed/embedding": (v, d)}
     norms = ["attn_norm", "ffn_norm"] * config.pre_norm + [
         "attn_post_norm",
         "ffn_post_norm",
@@ -187,7 +187,7 @@ def param_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
-def projection_shapes(config: ModelConfig | DualConfig) -> Shapes:
+def projection_shapes(config: ModelConfig | DualConfig) -> ParamShapes:
     """Returns per-layer kernel shapes of all projections that can be adapted, by stacked path.
 
     Kernels of experts have a leading axis ``[experts]``.

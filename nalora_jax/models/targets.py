@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 # Tables that can be trained entirely, by PEFT's module name: their path in ``params`` and ``lora``.
-TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}
+TOKEN_TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}
 # The path of single trained rows of the same tables, ``[rows, d_model]`` in ``lora``; the other
 # rows stay frozen.
-ROWS = {"embed_tokens": "embed/rows", "lm_head": "lm_head/rows"}
+TOKEN_ROWS = {"embed_tokens": "embed/rows", "lm_head": "lm_head/rows"}
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class AdapterSpec:
     dropout: float = 0.0
     # A starts at zero instead of B; the trained adapter does not depend on it in any other way.
     zero_a: bool = field(default=False, compare=False)
-    # Names in `TABLES` that are trained entirely (PEFT's modules_to_save).
+    # Names in `TOKEN_TABLES` that are trained entirely (PEFT's modules_to_save).
     saved: tuple[str, ...] = ()
-    # By table in `ROWS`: token ids whose rows are trained (PEFT's trainable_token_indices), in the
-    # order of the rows.
+    # By table in `TOKEN_ROWS`: token ids whose rows are trained (PEFT's trainable_token_indices),
+    # in the order of the rows.
     token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def own_rows(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -218,10 +218,12 @@ def resolve(
         raise NaloraError(
             "--lora.rules", expected="at least one adapter", found=actual, remedy=remedy
         )
-    saved = tuple(name for name in TABLES if name in config.modules_to_save)
+    saved = tuple(name for name in TOKEN_TABLES if name in config.modules_to_save)
     ids = config.trainable_token_indices
     rows = tuple(
-        (name, ids) for name in ROWS if ids and name in config.trainable_token_modules
+        (name, ids)
+        for name in TOKEN_ROWS
+        if ids and name in config.trainable_token_modules
     )
     variant: dict[str, Any] = {
         "rslora": config.rslora,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Change = Literal[
+TensorChange = Literal[
     "",
     "transpose",
     "minus_one",
@@ -20,7 +20,7 @@ Change = Literal[
     "patches",
     "lead",
 ]
-Source = Literal["hf", "gguf"]  # names of transformers or of llama.cpp
+TensorNames = Literal["hf", "gguf"]  # names of transformers or of llama.cpp
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TensorRow:
     # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of
     # rotated rows; "columns": the last axis of the paths' arrays alternates: first, second, first,
     # ...; of encoders also "patches": kernel of a convolution, and "lead": axes of length 1.
-    change: Change = ""
+    change: TensorChange = ""
     experts: bool | None = (
         None  # True: only in layers with a mixture of experts; False: only in the others
     )
@@ -47,7 +47,7 @@ def module_rows(
     stem: str,
     modules: Modules,
     *,
-    norm: Change = "",
+    norm: TensorChange = "",
     paired: tuple[str, ...] = (),
     experts: bool | None = None,
 ) -> Rows:
@@ -66,7 +66,7 @@ def module_rows(
     rows = []
     for ours, theirs in modules.items():
         paths = (ours,) if isinstance(ours, str) else ours
-        leaves: dict[str, tuple[str, Change]] = {"weight": ("scale", norm)}
+        leaves: dict[str, tuple[str, TensorChange]] = {"weight": ("scale", norm)}
         if not paths[0].endswith("norm"):
             leaves = {"weight": ("kernel", "transpose"), "bias": ("bias", "")}
         if ours in paired:
@@ -106,7 +106,7 @@ FOUR_NORMS: Modules = {
 }
 
 
-def hf_row(name: str, *paths: str, change: Change = "") -> TensorRow:
+def hf_row(name: str, *paths: str, change: TensorChange = "") -> TensorRow:
     """Returns a tensor of a layer that is no module's."""
     return TensorRow(
         f"{HF_LAYER}.{name}", tuple(f"layers/{path}" for path in paths), change
@@ -169,7 +169,7 @@ GGUF_EXPERTS: Modules = {
 }
 
 
-def gguf(*modules: Modules, norm: Change = "", paired: bool = False) -> Rows:
+def gguf(*modules: Modules, norm: TensorChange = "", paired: bool = False) -> Rows:
     """Returns embedding, final norm, head, and the modules of a layer.
 
     ``paired``: llama.cpp rotates adjacent pairs in this family; in others it pairs channels half a

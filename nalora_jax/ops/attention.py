@@ -602,7 +602,7 @@ def _attend(
 
 # Running sums of a softmax: the largest score, the sum of weights ``exp(score - largest)`` and the
 # weighted sum of values.
-Sums = tuple[Array, Array, Array]
+_Sums = tuple[Array, Array, Array]
 
 
 def attention_over_cache(
@@ -636,13 +636,13 @@ def attention_over_cache(
         here = keys.positions[:, start:end], keys.segments[:, start:end]
 
         def add(
-            sums: Sums,
+            sums: _Sums,
             k: Array,
             v: Array,
             positions: Any,
             segments: Any,
             starts: Any = None,
-        ) -> Sums:
+        ) -> _Sums:
             """Adds keys to the running sums of the softmax; keys with segment 0 are not visible.
 
             ``k`` is ``[batch, kv_heads, head_dim, keys]``, ``v [batch, kv_heads, keys, head_dim]``.
@@ -664,7 +664,7 @@ def attention_over_cache(
             total = total * faded + jnp.sum(weights, axis=-1, keepdims=True)
             return higher, total, out * faded + values
 
-        def step(i: Array, sums: Sums) -> Sums:
+        def step(i: Array, sums: _Sums) -> _Sums:
             """Adds block ``i`` of the cached keys to the sums."""
             first = jnp.minimum(i * CACHE_BLOCK, slots - CACHE_BLOCK)
             # The last block overlaps the one before it: keys of both get segment 0, as unused.

@@ -36,7 +36,7 @@ from nalora_jax.ops.attention import (
     visibility,
     with_sinks,
 )
-from nalora_jax.ops.dispatch import AUTO, Numerics
+from nalora_jax.ops.dispatch import AUTO_IMPLEMENTATION, Numerics
 from nalora_jax.ops.split_attention import (
     Integers,
     Spread,
@@ -87,7 +87,9 @@ def cudnn_attention(
         device_rows, *_ = config.sharding.shard_shape((rows, 1, 1))
     if numerics.operand != "bfloat16" or not cudnn_takes(seq, head_dim, config.softcap):
         return NotImplemented
-    if numerics.implementation == AUTO and not fits_as_bias(device_rows, seq):
+    if numerics.implementation == AUTO_IMPLEMENTATION and not fits_as_bias(
+        device_rows, seq
+    ):
         return NotImplemented
     called_seq = seq
     called_dim = head_dim

@@ -39,7 +39,7 @@ from nalora_jax.ops.split_rows import (
     Row,
     by_block,
     by_part,
-    gathered,
+    gather_rows,
     gathered_exactly,
     shards_of,
     with_preceding,
@@ -47,13 +47,13 @@ from nalora_jax.ops.split_rows import (
 from nalora_jax.ops.storage import SAVED
 
 SPLASH = "splash"
-LANES = 128  # width of a TPU register; block sizes must be multiples of it
+REGISTER_LANES = 128  # width of a TPU register; block sizes must be multiples of it
 # Queries and keys per block. A block is computed entirely if any of its pairs is seen: large blocks
 # waste work along the diagonal, small blocks cost time between them.
-BLOCKS = (1024, 512, 256, LANES)
+BLOCKS = (1024, 512, 256, REGISTER_LANES)
 # Most numbers in a block of queries, keys or values: the backward pass holds several blocks in a
 # TPU's vector memory, and with 1,024 queries and heads of 256 v5p has too little of it.
-LARGEST = 1024 * LANES
+LARGEST = 1024 * REGISTER_LANES
 # The fused kernel writes one partial gradient of the queries per block of keys. With more parts
 # they take gigabytes.
 _MOST_PARTS = 8
@@ -93,7 +93,7 @@ def _index(window: Array | int, windows: tuple[int, ...]) -> Array:
 
 def takes(seq: int, head_dim: int) -> bool:
     """Returns True if the kernels support rows of ``seq`` tokens and heads of size ``head_dim``."""
-    return seq % LANES == 0 and head_dim % 64 == 0
+    return seq % REGISTER_LANES == 0 and head_dim % 64 == 0
 
 
 def _one_device(
@@ -153,7 +153,7 @@ def largest_block(length: int, most: int) -> int:
     """Returns the largest block size that divides ``length`` and is at most ``most``; at least
     128."""
     sizes = [size for size in BLOCKS if length % size == 0 and size <= most]
-    return max(sizes, default=LANES)
+    return max(sizes, default=REGISTER_LANES)
 
 
 def computed_pairs(seq: int, window: int, head_dim: int) -> float:
@@ -227,7 +227,7 @@ def split_splash_attention(
     kernels = tuple(of_row(size) for size in far)
     by_query = of_mesh(sharding, None, CONTEXT)
     specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
-    spread: Callable[[jax.Array], jax.Array] = gathered
+    spread: Callable[[jax.Array], jax.Array] = gather_rows
     if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS:
         spread = gathered_exactly
     out = on_shards(
@@ -247,7 +247,7 @@ def _attend_near(
 
     q, k, v = heads
     block = q.shape[1] // 2
-    ahead = -(-(window - 1) // LANES) * LANES  # rounded up to a multiple of `LANES`
+    ahead = -(-(window - 1) // REGISTER_LANES) * REGISTER_LANES  # rounded up
     segments = row.slices(ahead).segments
     mask = masks.LocalMask(
         (block, ahead + block), window_size=(window - 1, 0), offset=ahead
@@ -350,7 +350,7 @@ def _sizes(queries: int, keys: int, window: int, head_dim: int) -> dict[str, Any
 
     They divide the lengths and are at most half of the window.
     """
-    most = min(LARGEST // head_dim, max(window // 2, LANES))
+    most = min(LARGEST // head_dim, max(window // 2, REGISTER_LANES))
     of_queries = ("block_q", "block_q_dkv", "block_q_dq")
     of_keys = (
         "block_kv",

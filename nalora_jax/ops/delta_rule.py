@@ -22,7 +22,7 @@ from jax import Array, lax
 
 from nalora_jax.ops.dispatch import Numerics
 
-CHUNK = 64  # tokens; a shorter row takes the next power of two
+CHUNK_TOKENS = 64  # tokens; a shorter row takes the next power of two
 SCOPE = "delta_rule"  # of all operations, for `nalora_jax.planner.figures`
 _EPS = 1e-6  # added to the squared norm of queries and keys
 
@@ -55,7 +55,7 @@ def gated_delta_rule(
     batch, seq, groups, n, d_v = inputs.v.shape
     # A short row takes the smallest power of two that holds it.
     power_of_two = 1 << (seq - 1).bit_length()
-    size = min(CHUNK, power_of_two)
+    size = min(CHUNK_TOKENS, power_of_two)
     segments = jnp.broadcast_to(segments, (batch, seq))
     real = (segments > 0)[..., None, None]
     inputs = inputs._replace(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-AUTO = "auto"
+AUTO_IMPLEMENTATION = "auto"
 XLA = "xla"
 # By platform, in the order of choice: names of implementations.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -72,7 +72,9 @@ class Numerics:
         None  # of arrays between two matmuls of a block; None: ``result``
     )
     platform: Platform = Platform()
-    implementation: str = AUTO  # "auto", "xla" or one of `IMPLEMENTATIONS`
+    implementation: str = (
+        AUTO_IMPLEMENTATION  # "auto", "xla" or one of `IMPLEMENTATIONS`
+    )
 
     def within(self) -> Self:
         """Returns the numerics inside a block, where a matmul's result is the operand of the next
@@ -145,7 +147,7 @@ def _candidates(numerics: Numerics) -> tuple[str, ...]:
     if numerics.implementation == XLA:
         return ()
     register_all()
-    if numerics.implementation != AUTO:
+    if numerics.implementation != AUTO_IMPLEMENTATION:
         return (numerics.implementation,)
     return IMPLEMENTATIONS.get(numerics.platform.name, ())
 
@@ -162,7 +164,7 @@ def register_all() -> None:
 
 
 def numerics_for(
-    dtype: str, platform: Platform | str, implementation: str = AUTO
+    dtype: str, platform: Platform | str, implementation: str = AUTO_IMPLEMENTATION
 ) -> Numerics:
     """Returns the numerics that measured fastest for base weights of ``dtype`` on a platform.
 
@@ -200,10 +202,10 @@ def check_implementation(name: str, platform: str) -> None:
     """Raises a NaloraError unless ``name`` is "auto", "xla" or an implementation for
     ``platform``."""
     available = IMPLEMENTATIONS.get(platform, ())
-    if name in (AUTO, XLA, *available):
+    if name in (AUTO_IMPLEMENTATION, XLA, *available):
         return
     other = next((of for of, names in IMPLEMENTATIONS.items() if name in names), None)
-    choices = ", ".join((AUTO, XLA, *available))
+    choices = ", ".join((AUTO_IMPLEMENTATION, XLA, *available))
     found = repr(name)
     if other:
         found = f"{name!r}, which is for {other}"

@@ -22,8 +22,8 @@ from jax.custom_batching import custom_vmap
 
 from nalora_jax.ops.dispatch import Numerics, operation
 
-LANES = 128  # columns of a TPU's matrix unit: fewer columns take the same time
-NAME = (
+_LANES = 128  # columns of a TPU's matrix unit: fewer columns take the same time
+KERNEL_NAMES = (
     "grouped_matmul"  # the Triton kernel's name, by which `nalora plan` recognises it
 )
 # A tile of the Triton kernel: rows and columns of the result, and inputs that are loaded together.
@@ -228,7 +228,7 @@ def joins_factors(groups: int, rank: int, numerics: Numerics) -> bool:
     traffic. On a GPU XLA would otherwise copy the rows for every group.
     """
     if numerics.facts_of == "tpu":
-        return groups * rank <= LANES
+        return groups * rank <= _LANES
     return numerics.facts_of == "gpu"
 
 
@@ -267,7 +267,7 @@ def triton_grouped_matmul(
     tiles = x.shape[0] // _ROWS
     full_spec = lambda shape: pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))  # noqa: E731
     visits = _visits(sizes, tiles)
-    options: dict[str, Any] = {"name": NAME, "interpret": interpret}
+    options: dict[str, Any] = {"name": KERNEL_NAMES, "interpret": interpret}
     out: Array = pl.pallas_call(
         partial(_kernel, transposed=transposed),
         grid=(tiles + groups - 1, pl.cdiv(d_out, _COLUMNS)),
@@ -361,10 +361,10 @@ def _kernel(
 
 
 # By dimension, a tile's slice and the array's size; None for a dimension that tiles divide.
-Ranges = Sequence[tuple[Any, int] | None]
+_Ranges = Sequence[tuple[Any, int] | None]
 
 
-def _loaded(tile: Any, ranges: Ranges) -> Array:
+def _loaded(tile: Any, ranges: _Ranges) -> Array:
     """Returns a tile of an array, with zeros beyond the array's end."""
     from jax.experimental.pallas import triton
 
@@ -374,7 +374,7 @@ def _loaded(tile: Any, ranges: Ranges) -> Array:
     return triton.load(tile, mask=mask, other=0)
 
 
-def _inside(ranges: Ranges, shape: tuple[int, ...]) -> Array | None:
+def _inside(ranges: _Ranges, shape: tuple[int, ...]) -> Array | None:
     """Returns which elements of a tile are within the array, bool of ``shape``; None if tiles
     divide the array, so that all are."""
     mask = None

@@ -29,7 +29,7 @@ Array = Any
 _SURE = -1e-6
 
 
-class Answers(NamedTuple):
+class AnswerScores(NamedTuple):
     """The answers of pairs. Each array is ``[..., 2]``, the chosen answer first."""
 
     log_probs: Array
@@ -52,12 +52,12 @@ class PairLosses(NamedTuple):
 class PairLoss(NamedTuple):
     """A loss: its function, and what it reads."""
 
-    function: Callable[[Answers, PreferenceConfig], PairLosses]
+    function: Callable[[AnswerScores, PreferenceConfig], PairLosses]
     settings: tuple[str, ...]  # of `PreferenceConfig`, besides beta
     has_reference: bool = True
 
 
-def pair_losses(answers: Answers, config: PreferenceConfig) -> PairLosses:
+def pair_losses(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
     """Returns losses and rewards of pairs by ``config.loss``, with the weighted NLL."""
     losses = LOSSES[config.loss].function(answers, config)
     if not config.nll_weight:
@@ -65,18 +65,18 @@ def pair_losses(answers: Answers, config: PreferenceConfig) -> PairLosses:
     return losses._replace(loss=losses.loss + config.nll_weight * chosen_nll(answers))
 
 
-def chosen_nll(answers: Answers) -> Array:
+def chosen_nll(answers: AnswerScores) -> Array:
     """Returns the negative log-likelihood of each chosen answer, in nats per token."""
     return -answers.means[..., 0]
 
 
-def _dpo(answers: Answers, config: PreferenceConfig) -> PairLosses:
+def _dpo(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
     """Returns the loss of direct preference optimization; its rewards are beta R."""
     rewards = _ratio_rewards(answers, config)
     return PairLosses(_smoothed(_difference(rewards), config), rewards)
 
 
-def _robust(answers: Answers, config: PreferenceConfig) -> PairLosses:
+def _robust(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
     """Returns DPO's loss without the bias of swapped labels; its rewards are beta R."""
     rewards = _ratio_rewards(answers, config)
     margin = _difference(rewards)
@@ -86,7 +86,7 @@ def _robust(answers: Answers, config: PreferenceConfig) -> PairLosses:
     return PairLosses((clean - swapped) / (1 - 2 * smoothing), rewards)
 
 
-def _ipo(answers: Answers, config: PreferenceConfig) -> PairLosses:
+def _ipo(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
     """Returns the squared distance of the margin per token from its target.
 
     The division by tokens is that of TRL and of the paper's authors. As in TRL the rewards, beta R,
@@ -97,13 +97,13 @@ def _ipo(answers: Answers, config: PreferenceConfig) -> PairLosses:
     return PairLosses(loss, config.beta * answers.ratios)
 
 
-def _simpo(answers: Answers, config: PreferenceConfig) -> PairLosses:
+def _simpo(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
     """Returns the loss of a margin of gamma per token; its rewards are beta L / n."""
     rewards = config.beta * answers.means
     return PairLosses(_smoothed(_difference(rewards) - config.gamma, config), rewards)
 
 
-def _orpo(answers: Answers, config: PreferenceConfig) -> PairLosses:
+def _orpo(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
     """Returns the NLL of the chosen answer plus its odds ratio; its rewards are beta L / n."""
     means = answers.means
     xp = means.__array_namespace__()
@@ -113,7 +113,7 @@ def _orpo(answers: Answers, config: PreferenceConfig) -> PairLosses:
     return PairLosses(loss, config.beta * means)
 
 
-def _ratio_rewards(answers: Answers, config: PreferenceConfig) -> Array:
+def _ratio_rewards(answers: AnswerScores, config: PreferenceConfig) -> Array:
     """Returns beta times the log-ratios, per token with ``config.per_token``."""
     ratios = answers.ratios
     if config.per_token:

@@ -34,7 +34,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.ops.shardings import mesh_axes, of_mesh
 from nalora_jax.ops.storage import Stored
 
-Kind = Literal["int8", "nf4", "mxfp4"]
+QuantizedFormat = Literal["int8", "nf4", "mxfp4"]
 _BLOCKS = {"nf4": 64, "mxfp4": 32}  # inputs that share a scale
 MXFP4_BLOCK = _BLOCKS["mxfp4"]
 # Patterns of the leaves of ``params`` that are quantized.
@@ -61,7 +61,7 @@ class Coded(Stored):
 
     codes: Array
     # Shardings of one layer's arrays for matmuls, in their order as leaves, if a mesh splits the
-    # stored ones further (`gathered`).
+    # stored ones further (`mark_gathered`).
     places: tuple[NamedSharding, ...] | None
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Quantized(Coded):
 
     codes: Array  # int8 [..., d_in, d_out], or uint8 [..., d_in / 2, d_out]
     scales: Array  # float32 (mxfp4: uint8) [..., blocks, d_out]
-    kind: Kind = field(metadata={"static": True})
+    kind: QuantizedFormat = field(metadata={"static": True})
     places: tuple[NamedSharding, ...] | None = field(
         default=None, metadata={"static": True}
     )
@@ -118,14 +118,14 @@ def _at(array: Array, place: NamedSharding) -> Array:
     return lax.with_sharding_constraint(array, sharding)
 
 
-def kernels(kind: Kind) -> str:
+def kernels(kind: QuantizedFormat) -> str:
     """Returns the pattern of the leaves that are quantized in a model of that kind."""
     if kind == "mxfp4":
         return _FFN_KERNELS
     return _KERNELS
 
 
-def quantize(kernel: Array, kind: Kind) -> Quantized:
+def quantize(kernel: Array, kind: QuantizedFormat) -> Quantized:
     """Returns the nearest codes of a float kernel ``[..., d_in, d_out]``.
 
     The error of int8 is at most half a step of the channel's largest weight / 127.
@@ -237,7 +237,7 @@ def of_levels(codes: Array, levels: Sequence[float]) -> Array:
     return jnp.where((codes & half) > 0, high, low)
 
 
-def gathered(params: Any, axes: Collection[str]) -> Any:
+def mark_gathered(params: Any, axes: Collection[str]) -> Any:
     """Returns ``params`` with quantized kernels marked to be gathered over mesh ``axes`` as codes.
 
     Without the mark the compiler expands each device's part and gathers float32: four times the

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.ops.shardings import RowSharding, mesh_axes, of_mesh, ways
 
-RUN = 8  # positions that are taken together if only some are sampled
+SAMPLED_RUN = 8  # positions that are taken together if only some are sampled
 
 
 def count(rows: RowSharding) -> int:
@@ -107,7 +107,7 @@ def first_alone(value: Array, rows: RowSharding) -> Array:
 # ---------------------------------------------------------------- positions
 
 
-def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
+def sampled(x: Array, weights: Array, stride: int, run: int = SAMPLED_RUN) -> Array:
     """Returns one in ``stride`` positions of every row, with real tokens preferred to padding.
 
     Positions are taken in runs of 8, one of every ``stride`` runs: the run with most real tokens,
@@ -143,7 +143,7 @@ def sampled_weights(weights: Array, stride: int) -> Array:
     """Returns float32 ``weights [..., positions]``, 0 at positions that `sampled` leaves out."""
     if stride == 1:
         return weights.astype(jnp.float32)
-    run, groups = _grouping(weights.shape[-1], stride, RUN)
+    run, groups = _grouping(weights.shape[-1], stride, SAMPLED_RUN)
     # [..., groups, stride]
     mask = jax.nn.one_hot(_chosen(weights, stride, run), stride, dtype=bool)
     mask = mask.reshape(*weights.shape[:-1], groups * stride)

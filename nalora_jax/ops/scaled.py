@@ -27,13 +27,13 @@ from jax.sharding import NamedSharding
 
 from nalora_jax.ops.quantize import MXFP4_LEVELS, Coded, of_levels, powers_of_two
 
-RUN = 16  # inputs whose 4-bit codes share 8 bytes
+PACKED_INPUTS = 16  # inputs whose 4-bit codes share 8 bytes
 ZEROS = {"int4": 8, "uint8": 128}  # of unsigned codes without zeros; 0 for others
 _SMALLEST_NORMAL = 2.0**-14  # of float16
 _STEP = 2.0**-24  # between the numbers of float16 below it
 
 Element = Literal["e4m3", "e5m2", "int8", "uint8", "int4", "e2m1"]
-FLOATS: dict[str, Any] = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+_FLOATS: dict[str, Any] = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Scaled(Coded):
     def expand(self, dtype: Any = None) -> Array:
         """Returns the kernel in ``dtype``, by default float32; codes are gathered before they are
         expanded."""
-        return dequantize(self.in_place(), dtype or jnp.float32)
+        return dequantize_scaled(self.in_place(), dtype or jnp.float32)
 
     def splits(self, axis: int, parts: int) -> bool:
         """See `Coded`."""
@@ -99,13 +99,13 @@ class Scaled(Coded):
             return False
         steps = [1]
         if axis == ndim - 2 and self.scaling.per_byte == 2:
-            steps.append(RUN)
+            steps.append(PACKED_INPUTS)
         if self.scales.shape[axis] > 1:
             steps.append(self.scaling.block[axis - ndim])
         return all(size % (parts * step) == 0 for step in steps)
 
 
-def dequantize(kernel: Scaled, dtype: Any = jnp.float32) -> Array:
+def dequantize_scaled(kernel: Scaled, dtype: Any = jnp.float32) -> Array:
     """Returns the kernel of codes and scales, rounded to the format's dtype and to ``dtype``."""
     scaling = kernel.scaling
     *lead, d_in, d_out = kernel.shape
@@ -142,13 +142,15 @@ def dequantize(kernel: Scaled, dtype: Any = jnp.float32) -> Array:
 
 def _decoded(codes: Array, element: Element) -> Array:
     """Returns float32 ``[..., d_in, d_out]``, the values of codes."""
-    if element in FLOATS:
-        floats = lax.bitcast_convert_type(codes, FLOATS[element])
+    if element in _FLOATS:
+        floats = lax.bitcast_convert_type(codes, _FLOATS[element])
         return floats.astype(jnp.float32)
     if element in ("int8", "uint8"):
         return codes.astype(jnp.float32)
     *lead, rows, d_out = codes.shape
-    pairs = codes.reshape(*lead, 2 * rows // RUN, 1, RUN // 2, d_out)
+    pairs = codes.reshape(
+        *lead, 2 * rows // PACKED_INPUTS, 1, PACKED_INPUTS // 2, d_out
+    )
     shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
     nibbles = (pairs >> shifts) & 15  # [..., runs, 2, 8, d_out]
     if element == "int4":
@@ -163,7 +165,7 @@ def _decoded_scales(kernel: Scaled) -> Array:
     scaling = kernel.scaling
     if scaling.scale == "e8m0":
         scales = powers_of_two(kernel.scales)
-    elif scaling.scale in FLOATS:
+    elif scaling.scale in _FLOATS:
         scales = _decoded(kernel.scales, "e4m3")
     else:
         scales = kernel.scales.astype(jnp.float32)

@@ -35,7 +35,7 @@ from nalora_jax.ops.split_rows import (
     block_numbers,
     by_block,
     by_part,
-    gathered,
+    gather_rows,
     with_preceding,
 )
 
@@ -156,7 +156,7 @@ def on_shard(
         here = row.slices(0)
         first = block * jnp.stack(block_numbers())
         queries = Queries(by_part(here.positions), by_part(here.segments), first)
-        return attend(heads, Integers(queries, row, window), gathered, sinks)
+        return attend(heads, Integers(queries, row, window), gather_rows, sinks)
 
     if not ahead:
         return far(*heads)

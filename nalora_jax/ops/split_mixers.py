@@ -27,7 +27,7 @@ from nalora_jax.ops.split_rows import (
     block_numbers,
     by_block,
     by_part,
-    gathered,
+    gather_rows,
     with_preceding,
 )
 
@@ -102,7 +102,7 @@ def _states_before(summary: Array, d_v: int) -> Array:
     ``summary [2 * batch, groups, n, d_k, d_v + d_k]`` has the matrices D and M of the blocks.
     """
     _, *matrix = summary.shape
-    of_row = gathered(summary.reshape(-1, 2, *matrix))
+    of_row = gather_rows(summary.reshape(-1, 2, *matrix))
     # [blocks, batch, ...] in the order of the row
     summaries = jnp.moveaxis(of_row, 1, 0)
 

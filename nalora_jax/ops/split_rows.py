@@ -189,7 +189,7 @@ def by_part(x: Array) -> Array:
     return x.reshape(x.shape[0] // 2, 2 * x.shape[1], *x.shape[2:])
 
 
-def gathered(x: Array) -> Array:
+def gather_rows(x: Array) -> Array:
     """Returns rows ``[batch, seq, ...]`` of all shards' parts ``[batch, 2 * block, ...]``."""
     batch, _, *rest = x.shape
     blocks = x.reshape(batch, 2, -1, *rest)
@@ -198,12 +198,12 @@ def gathered(x: Array) -> Array:
 
 @jax.custom_vjp
 def gathered_exactly(x: Array) -> Array:
-    """Computes `gathered`; its backward pass exchanges the gradients and sums them in float32.
+    """Computes `gather_rows`; its backward pass exchanges the gradients and sums them in float32.
 
-    It sends as many bytes as the gradient of `gathered`, which v5e's compiler makes of the entire
-    array on every shard.
+    It sends as many bytes as the gradient of `gather_rows`, which v5e's compiler makes of the
+    entire array on every shard.
     """
-    return gathered(x)
+    return gather_rows(x)
 
 
 def _exchanged(_: None, g: Array) -> tuple[Array]:
@@ -222,7 +222,7 @@ def _exchanged(_: None, g: Array) -> tuple[Array]:
     return (total.reshape(batch, -1, *rest),)
 
 
-gathered_exactly.defvjp(lambda x: (gathered(x), None), _exchanged)
+gathered_exactly.defvjp(lambda x: (gather_rows(x), None), _exchanged)
 
 
 def with_preceding(x: Array, ahead: int) -> Array:

@@ -2,8 +2,8 @@
 
 A layout is accepted if its compiled step fits in memory and takes at most `SLOWER` times the
 estimated seconds, both according to its memory analysis and its scheduled collectives. Otherwise
-the next candidates are compiled, at most `MOST` in total. Their estimates are corrected by the
-programs compiled so far.
+the next candidates are compiled, at most `MOST_COMPILED` in total. Their estimates are corrected
+by the programs compiled so far.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nalora_jax.planner.layouts import fastest
 log = logging.getLogger(__name__)
 
 SLOWER = 1.3  # largest accepted ratio of compiled to estimated seconds
-MOST = 4  # largest number of layouts to compile
+MOST_COMPILED = 4  # largest number of layouts to compile
 _EXHAUSTED = (
     1.1  # of the limit: assumed memory of a program that was rejected without a figure
 )
@@ -63,11 +63,13 @@ Tried = list[tuple[Layout, Compiled]]  # compiled layouts, in their order
 
 
 def _next(candidates: Sequence[Layout], limit: float, tried: Tried) -> Layout | None:
-    """Returns the next layout to compile; None if one is accepted or `MOST` have been compiled."""
+    """Returns the next layout to compile; None after an accepted one or `MOST_COMPILED`."""
     if not tried:
         return fastest(candidates)
     layout, last = tried[-1]
-    if len(tried) >= MOST or (last.fits and last.seconds <= SLOWER * layout.seconds):
+    if len(tried) >= MOST_COMPILED or (
+        last.fits and last.seconds <= SLOWER * layout.seconds
+    ):
         return None
 
     def memory(layout: Layout) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from nalora_jax.common.devices import AXES, DATA, FSDP, RUN, TENSOR
+from nalora_jax.common.devices import AXES, DATA, FSDP, RUN_AXIS, TENSOR
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed
@@ -30,7 +30,7 @@ from nalora_jax.models.stacks import (
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops import attention_gpu
 from nalora_jax.ops.attention_tpu import (
-    LANES,
+    REGISTER_LANES,
     SPLASH,
     block_sizes,
     computed_pairs,
@@ -134,7 +134,7 @@ class Layout:
 
     def into(self, config: RunConfig) -> RunConfig:
         """Returns ``config`` with the mesh and the policies of the layout."""
-        names = (DATA, FSDP, TENSOR, RUN, "runs_per_device")
+        names = (DATA, FSDP, TENSOR, RUN_AXIS, "runs_per_device")
         mesh = replace(config.mesh, **{name: getattr(self, name) for name in names})
         if self.context > 1:
             mesh = replace(mesh, context=self.context)
@@ -391,7 +391,7 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
         normed = bool(base.qk_norm) and kernel in ("", attention_gpu.SPLIT_TRITON)
         # A TPU pads narrow heads to whole tiles, except of values, whose tokens are the last axis.
         if kernel == SPLASH:
-            padded = max(base.head_dim, LANES)
+            padded = max(base.head_dim, REGISTER_LANES)
         else:
             padded = base.head_dim
         of_queries = (queries + normed + base.attn_gate) * base.n_heads * padded

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from nalora_jax.ops.grouped_matmul import NAME as GROUPED_MATMUL
+from nalora_jax.ops.grouped_matmul import KERNEL_NAMES as GROUPED_MATMUL
 
 COLLECTIVES = (
     "all-gather",

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.statistics import t_interval
+from nalora_jax.evaluate.intervals import t_interval
 from nalora_jax.report import plots
 from nalora_jax.report.drawing import COLOURS, new_figure, style, thin, to_svg
 from nalora_jax.report.history import History, read_history
@@ -50,7 +50,7 @@ _ACTING = (
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs with equal settings."""
 
     label: str
@@ -130,7 +130,7 @@ def render_comparison(runs: Sequence[History]) -> str:
     )
 
 
-def group_runs(runs: Sequence[History]) -> list[Group]:
+def group_runs(runs: Sequence[History]) -> list[RunGroup]:
     """Groups runs that differ only in their seed, in the given order, named by differences."""
     identities: list[dict[str, str]] = []
     members: list[list[History]] = []
@@ -152,7 +152,7 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
     labels = _labels(identities, [_method(group[0].config) for group in members])
     columns = zip(labels, _GROUP_COLOURS, identities, members, strict=False)
     return [
-        Group(label, colour, identity, tuple(group))
+        RunGroup(label, colour, identity, tuple(group))
         for label, colour, identity, group in columns
     ]
 
@@ -200,7 +200,7 @@ def _method(config: Mapping[str, Any]) -> str:
     return "LoRA"
 
 
-def _plain_exports(groups: Sequence[Group]) -> Iterator[str]:
+def _plain_exports(groups: Sequence[RunGroup]) -> Iterator[str]:
     """Yields a sentence for each exported adapter in whose steps no mechanism acted."""
     for group in groups:
         first_steps = {}  # in which mechanisms act, by exported step
@@ -214,7 +214,7 @@ def _plain_exports(groups: Sequence[Group]) -> Iterator[str]:
             )
 
 
-def _row(group: Group) -> dict[str, str]:
+def _row(group: RunGroup) -> dict[str, str]:
     """Returns a group's cells by the heads of their columns.
 
     They are means over its runs, with the minimum and maximum if several runs differ.
@@ -257,7 +257,7 @@ def _row(group: Group) -> dict[str, str]:
     return row
 
 
-def _program_rates(group: Group) -> str:
+def _program_rates(group: RunGroup) -> str:
     """Returns the median tokens per second of the compiled programs, as text.
 
     If a program trained several runs, it includes their number.
@@ -275,7 +275,7 @@ def _program_rates(group: Group) -> str:
     return text
 
 
-def _seeds(group: Group) -> str:
+def _seeds(group: RunGroup) -> str:
     """Returns the number of runs with their seeds."""
     seeds = ", ".join(_seed(run) for run in group.runs)
     if len(group.runs) == 1:
@@ -315,7 +315,7 @@ class SeedDifferences:
     rows: list[list[str]]
 
 
-def compare_by_seed(groups: Sequence[Group]) -> SeedDifferences | None:
+def compare_by_seed(groups: Sequence[RunGroup]) -> SeedDifferences | None:
     """Returns the paired differences from plain LoRA, or from the first group without one.
 
     None if no other group shares two seeds with it. The interval is Student's t of the differences.
@@ -358,7 +358,7 @@ def compare_by_seed(groups: Sequence[Group]) -> SeedDifferences | None:
     return SeedDifferences(reference.label, rows)
 
 
-def _results_by_seed(group: Group) -> dict[str, float]:
+def _results_by_seed(group: RunGroup) -> dict[str, float]:
     """Returns the mean headline metric of the exported adapters by seed."""
     values: dict[str, list[float]] = {}
     for run in group.runs:
@@ -371,7 +371,7 @@ def _results_by_seed(group: Group) -> dict[str, float]:
 # ---------------------------------------------------------------- plots
 
 
-def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Markup]]:
+def _pictures(groups: Sequence[RunGroup]) -> Iterator[tuple[str, str, Markup]]:
     """Yields (name, title, plot); the template explains them by name."""
     metric = groups[0].metric.capitalize()
     if not metric.startswith("Held-out"):
@@ -384,7 +384,7 @@ def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Markup]]:
         loss_kind = loss_kinds.pop()
     titles = {
         "metric": metric,
-        loss_kind: plots.LOSSES[loss_kind].capitalize(),
+        loss_kind: plots.LOSS_NAMES[loss_kind].capitalize(),
         "misalignment": "Misalignment",
         "feature": "Feature movement",
         "grad_norm": "Gradient norm",
@@ -406,7 +406,7 @@ def _column(run: History, name: str) -> tuple[np.ndarray, np.ndarray]:
         evaluated = [score.step for score in run.scores]
         scores = [score.value for score in run.scores]
         return np.array(evaluated, float), np.array(scores)
-    if name in plots.LOSSES:
+    if name in plots.LOSS_NAMES:
         return run.column("loss")
     if name != "feature":
         return run.column(name)
@@ -417,7 +417,7 @@ def _column(run: History, name: str) -> tuple[np.ndarray, np.ndarray]:
     return steps[measured], np.nanmean(values[measured], axis=1)
 
 
-def _bands(groups: Sequence[Group], name: str, title: str) -> str | None:
+def _bands(groups: Sequence[RunGroup], name: str, title: str) -> str | None:
     """Returns a plot with a group's mean as a line and its range as a band; None if it is empty.
 
     Args:

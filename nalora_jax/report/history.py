@@ -12,7 +12,7 @@ import numpy as np
 
 from nalora_jax.common.redaction import redacted
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.run_log import FILE, acting_steps, read_metrics
+from nalora_jax.evaluate.run_log import METRICS_FILE, acting_steps, read_metrics
 
 REGIONS = ("inverted", "contracting", "expanding", "linear")
 # Headline metrics by preference: key in an evaluation, its name, and True if more is better.
@@ -302,7 +302,7 @@ def read_history(folder: str | Path) -> History:
     Raises:
       NaloraError: metrics.jsonl is missing, damaged, or has no line of a run.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / METRICS_FILE
     if not path.exists():
         _refuse_folder_of_runs(Path(folder))
     history = history_of(read_metrics(path))
@@ -319,7 +319,7 @@ def read_history(folder: str | Path) -> History:
 
 def _refuse_folder_of_runs(folder: Path) -> None:
     """Raises a NaloraError that names the runs below a folder, if there are any."""
-    logs = folder.glob(f"*/{FILE}")
+    logs = folder.glob(f"*/{METRICS_FILE}")
     runs = sorted(str(log.parent) for log in logs)
     if not runs:
         return

@@ -26,7 +26,7 @@ from nalora_jax.report.history import History, read_history
 from nalora_jax.report.tables import number
 from nalora_jax.weights.origin import Origin
 
-FILE = "report.html"
+REPORT_FILE = "report.html"
 # column heads that differ from metric names
 HEADS = {"favoured": "share with mask ≥ 1"}
 _LARGEST = 1e300  # limit of numbers; JSON's integers may exceed a float
@@ -47,8 +47,8 @@ def write_report(folder: str | Path) -> Path:
         needle=sections.read_needle(folder),
         rollouts=sections.read_rollouts(folder),
     )
-    write_atomically(folder / FILE, page)
-    return folder / FILE
+    write_atomically(folder / REPORT_FILE, page)
+    return folder / REPORT_FILE
 
 
 def render(

@@ -293,7 +293,7 @@ def _draw(summary: LayerSummary, title: str) -> Figure:
 
 # ---------------------------------------------------------------- texts through a model
 
-ROWS = 8  # texts in one batch
+_ROWS = 8  # texts in one batch
 PROBE_RANK = 8
 PROBE_SIZE = 1e-3  # entries of B; small for later layers, the limit is invariant
 
@@ -431,10 +431,10 @@ def _batches(
             found=f"{len(texts)} texts",
         )
     longest = max(map(len, rows))
-    for start in range(0, len(rows), ROWS):
-        tokens = np.zeros((ROWS, longest), np.int32)
-        segments = np.zeros((ROWS, longest), np.int32)
-        for row, ids in enumerate(rows[start : start + ROWS]):
+    for start in range(0, len(rows), _ROWS):
+        tokens = np.zeros((_ROWS, longest), np.int32)
+        segments = np.zeros((_ROWS, longest), np.int32)
+        for row, ids in enumerate(rows[start : start + _ROWS]):
             tokens[row, : len(ids)] = ids
             segments[row, : len(ids)] = 1
         yield tokens, segments

@@ -68,7 +68,7 @@ def _plot(
     return decorate
 
 
-LOSSES = {
+LOSS_NAMES = {
     "loss": "training loss",
     "policy_loss": "policy loss",
     "preference_loss": "preference loss",
@@ -77,7 +77,7 @@ LOSSES = {
 
 def loss(history: History) -> str | None:
     """Plots the loss of the log steps, which a run's objective defines."""
-    return _line("loss", LOSSES[history.loss_kind], "c1", noisy=True)(history)
+    return _line("loss", LOSS_NAMES[history.loss_kind], "c1", noisy=True)(history)
 
 
 @_plot("held-out-loss", "Held-out loss over the steps", "loss per completion token")

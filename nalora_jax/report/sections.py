@@ -157,7 +157,7 @@ def _verdict(
     Args:
       scores: before and after, or one of them.
       more_is_better: True if a higher metric is better.
-      paired: the values of `nalora_jax.evaluate.statistics.compare`, or None.
+      paired: the values of `nalora_jax.evaluate.intervals.compare`, or None.
     """
     if len(scores) < 2:
         return ""

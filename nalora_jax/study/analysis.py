@@ -11,7 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from nalora_jax.study.plan import (
+from nalora_jax.study.hypothesis_tests import Paired, holm, paired
+from nalora_jax.study.planned_runs import (
     COSTS,
     Cell,
     Tuning,
@@ -23,8 +24,7 @@ from nalora_jax.study.plan import (
     tuning_runs,
 )
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.records import Record
-from nalora_jax.study.statistics import Paired, holm, paired
+from nalora_jax.study.records import StudyRecord
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class MethodResult:
 
     cell: Cell
     tuning: Tuning
-    tuned: tuple[Record, ...]
-    tests: Mapping[tuple[int, float], Record]  # by seed and multiple of the chosen rate
+    tuned: tuple[StudyRecord, ...]
+    tests: Mapping[
+        tuple[int, float], StudyRecord
+    ]  # by seed and multiple of the chosen rate
     metric: str = "loss"  # of the protocol
 
-    def finite(self, multiple: float = 1.0) -> dict[int, Record]:
+    def finite(self, multiple: float = 1.0) -> dict[int, StudyRecord]:
         """Returns the tests at a multiple of the chosen rate that did not diverge, by seed."""
         finite = {}
         for (seed, of_record), record in self.tests.items():
@@ -68,7 +70,7 @@ class MethodResult:
             for (_, of_record), record in self.tests.items()
         )
 
-    def at_rate(self, rate: float) -> list[Record]:
+    def at_rate(self, rate: float) -> list[StudyRecord]:
         """Returns the finite tuning runs at ``rate``."""
         return [
             record
@@ -86,7 +88,7 @@ class Measure:
     # the loss on other data.
     kind: Literal["primary", "other", "multiple", "probe"]
     label: str
-    value: Callable[[Record], float | None]
+    value: Callable[[StudyRecord], float | None]
     multiple: float = 1.0
 
 
@@ -105,7 +107,9 @@ class MethodComparison:
     family: int = 0
 
 
-def results(protocol: Protocol, records: Mapping[str, Record]) -> list[MethodResult]:
+def results(
+    protocol: Protocol, records: Mapping[str, StudyRecord]
+) -> list[MethodResult]:
     """Returns every cell of the study with its runs, in the order of the file."""
     cell_results = []
     for cell in cells(protocol):
@@ -172,14 +176,14 @@ def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[M
     return all_measures
 
 
-def _test_cost(metric: str, record: Record) -> float | None:
+def _test_cost(metric: str, record: StudyRecord) -> float | None:
     """Returns the cost of a test by a measure; None if it was not measured."""
     if metric not in record["test"]:
         return None
     return cost(metric, record["test"])
 
 
-def forgotten(probe: str, record: Record) -> float:
+def forgotten(probe: str, record: StudyRecord) -> float:
     """Returns the increase of the loss on other data by training."""
     measured = record["probes"][probe]
     return float(measured["loss"]) - float(measured["before"])
@@ -317,7 +321,7 @@ def deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1))
 
 
-def last_of(records: Iterable[Record], name: str) -> list[float]:
+def last_of(records: Iterable[StudyRecord], name: str) -> list[float]:
     """Returns the last logged value of a number in each record; records without it are left out."""
     values = []
     for record in records:

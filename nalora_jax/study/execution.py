@@ -18,12 +18,12 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.study import provenance
-from nalora_jax.study.plan import Run, pending
-from nalora_jax.study.progress import RunInProgress
+from nalora_jax.study.planned_runs import Run, pending
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.records import Record, Records, exact_values, hours
+from nalora_jax.study.records import Records, StudyRecord, exact_values, hours
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.sweeps.program import RunLoop, SweepProgram, fit_all
+from nalora_jax.study.study_progress import RunInProgress
+from nalora_jax.study.sweeps.stacked_program import RunLoop, SweepProgram, fit_all
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def _do_some(
         return len(claimed)
 
 
-def _outcome(record: Record) -> str:
+def _outcome(record: StudyRecord) -> str:
     """Returns the final losses of a run as text."""
     if record["diverged"]:
         return "diverged"
@@ -172,8 +172,8 @@ def perform_all(
     runs: Sequence[Run],
     resources: Resources,
     snapshots: Sequence[Path],
-    records: Mapping[str, Record] | None = None,
-) -> list[Record]:
+    records: Mapping[str, StudyRecord] | None = None,
+) -> list[StudyRecord]:
     """Trains and measures runs, and returns their records.
 
     Args:

@@ -16,7 +16,7 @@ from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data import packing, pipeline, questions, sources, tokenizer
 from nalora_jax.data.items import ChoiceItem, CompletionItem
-from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.kinds import inputs
 from nalora_jax.kinds.record import run_kind
 from nalora_jax.loading import initial_adapter

@@ -9,7 +9,7 @@ from pathlib import Path
 from nalora_jax.common import buckets
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import RunConfig
-from nalora_jax.data.files import ENDINGS
+from nalora_jax.data.data_files import DATA_FILE_EXTENSIONS
 from nalora_jax.data.source import components
 from nalora_jax.errors import NaloraError
 
@@ -63,7 +63,7 @@ def located_from(text: str, folder: Path, *, is_model: bool = False) -> str:
     is_folder = inside.is_dir() and (is_model or "/" in text)
     if inside.is_file() or is_folder:
         return str(inside)
-    is_path = path.suffix.lower() in ENDINGS
+    is_path = path.suffix.lower() in DATA_FILE_EXTENSIONS
     if (is_path or "/" in text) and path.exists():
         raise NaloraError(
             f"{folder}: {text}",

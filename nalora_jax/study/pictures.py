@@ -13,9 +13,9 @@ from matplotlib.ticker import MaxNLocator
 
 from nalora_jax.report.drawing import file_style, to_svg_file
 from nalora_jax.study import analysis
-from nalora_jax.study.plan import cost
+from nalora_jax.study.planned_runs import cost
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.records import Record
+from nalora_jax.study.records import StudyRecord
 
 # Of methods; a control has its method's colour, lighter.
 _COLOURS = (*mpl.color_sequences["tab10"], *mpl.color_sequences["Dark2"])
@@ -39,7 +39,7 @@ class Panels(NamedTuple):
     scale: Callable[[Any, list[Line]], None] | None = None  # of the axes
 
 
-def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
+def draw(protocol: Protocol, records: Mapping[str, StudyRecord]) -> dict[str, str]:
     """Returns SVG text by file name, without the pictures that would be empty."""
     cell_results = analysis.results(protocol, records)
     marks = _marks(protocol)

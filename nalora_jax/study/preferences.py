@@ -9,8 +9,8 @@ import numpy as np
 
 from nalora_jax.assembly import program
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.data import packing, preference, sources
-from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.data import packing, preference_pairs, sources
+from nalora_jax.evaluate.preference_evaluation import PreferenceEvaluator
 from nalora_jax.kinds import inputs
 from nalora_jax.mesh import distributed
 from nalora_jax.study.language import Items, Language, LanguageItems
@@ -39,7 +39,7 @@ class Preferences(Language):
         def pack() -> Any:
             """Returns the packed pairs of the training split."""
             source, _ = sources.open_pair(config.data)
-            return preference.pair_data(
+            return preference_pairs.pair_data(
                 source, config.data, config.preference, tokenizer, **shape
             )
 
@@ -64,11 +64,13 @@ class Preferences(Language):
         indices = np.sort(drawn).tolist()
         tokenizer = self.model(config).tokenizer
         pairs = tuple(
-            preference.tokenize_pairs(
+            preference_pairs.tokenize_pairs(
                 records, indices, data, config.preference, tokenizer
             )
         )
-        return Items(preference.pairs_digest(pairs)[:16], len(pairs), config, pairs)
+        return Items(
+            preference_pairs.pairs_digest(pairs)[:16], len(pairs), config, pairs
+        )
 
     def measure(
         self,

@@ -49,7 +49,7 @@ from nalora_jax.kinds.record import check_run_config
 from nalora_jax.method.rules import make
 from nalora_jax.study.subjects import subject_of
 
-FILE = "protocol.toml"
+_FILE = "protocol.toml"
 # Settings that methods must share, because their runs are paired, and settings of a run's files.
 _OF_THE_STUDY = (
     *(
@@ -156,7 +156,7 @@ class Protocol:
     # in the repository has; the tables show them.
     respelled_from: tuple[str, ...] = ()
     # Not in the file: its path, and the sha256 of its content without comments and layout.
-    path: Path = field(default=Path(FILE), compare=False, metadata=INTERNAL)
+    path: Path = field(default=Path(_FILE), compare=False, metadata=INTERNAL)
     digest: str = field(default="", compare=False, metadata=INTERNAL)
     _settings: dict[tuple[str, str], RunConfig] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -238,7 +238,7 @@ def read_protocol(path: str | Path) -> Protocol:
     """
     path = Path(path)
     if path.is_dir():
-        path /= FILE
+        path /= _FILE
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -246,7 +246,7 @@ def read_protocol(path: str | Path) -> Protocol:
             str(path),
             expected="a study",
             found=error.strerror or error,
-            remedy=f"give a study's folder with a {FILE}, or the file",
+            remedy=f"give a study's folder with a {_FILE}, or the file",
         ) from error
     except (ValueError, RecursionError) as error:
         # not UTF-8, no TOML, 5,000 digits, 3,000 brackets

@@ -34,7 +34,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.method import statistics
 from nalora_jax.method.rules import make
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.records import FILE, Record, Records
+from nalora_jax.study.records import RECORDS_FILE, Records, StudyRecord
 
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {".py", ".cc", ".h"}
@@ -100,12 +100,12 @@ def record_digest(record: Mapping[str, Any]) -> str:
     return json_digest(content, sort_keys=True)
 
 
-def old_records(records: Mapping[str, Record]) -> list[str]:
+def old_records(records: Mapping[str, StudyRecord]) -> list[str]:
     """Returns the ids of the records that an earlier version wrote without all digests."""
     return [name for name, record in records.items() if not set(ADDED) <= set(record)]
 
 
-def describe_old(records: Mapping[str, Record]) -> str:
+def describe_old(records: Mapping[str, StudyRecord]) -> str:
     """Returns the note that is printed if some records cannot be checked completely, else ""."""
     count = len(old_records(records))
     if not count:
@@ -116,7 +116,7 @@ def describe_old(records: Mapping[str, Record]) -> str:
     )
 
 
-def check_records(records: Mapping[str, Record]) -> None:
+def check_records(records: Mapping[str, StudyRecord]) -> None:
     """Checks that records are unchanged and were made with the same base, data, items and rules.
 
     Raises:
@@ -134,7 +134,7 @@ def check_records(records: Mapping[str, Record]) -> None:
         _check_agreement(records, field)
 
 
-def _check_agreement(records: Mapping[str, Record], field: str) -> None:
+def _check_agreement(records: Mapping[str, StudyRecord], field: str) -> None:
     """Checks that a field agrees among the records that share it; see `_SHARED`.
 
     Raises:
@@ -168,7 +168,7 @@ def _check_agreement(records: Mapping[str, Record], field: str) -> None:
 # ---------------------------------------------------------------- a protocol that was fixed before
 
 
-def checked_records(protocol: Protocol, store: Records) -> dict[str, Record]:
+def checked_records(protocol: Protocol, store: Records) -> dict[str, StudyRecord]:
     """Reads a study's records, and checks them against rule files, tests and repository.
 
     Raises:
@@ -184,7 +184,7 @@ def checked_records(protocol: Protocol, store: Records) -> dict[str, Record]:
     return records
 
 
-def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
+def check_rules(protocol: Protocol, records: Mapping[str, StudyRecord]) -> None:
     """Checks that the files of users' rules have not changed since the runs of their methods.
 
     Raises:
@@ -214,14 +214,16 @@ def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
     for text in config.mechanisms:
         mechanism = make(text)
         definitions.append(type(mechanism))
-        definitions += [statistics.get(name).values for name in mechanism.statistics]
+        definitions += [
+            statistics.get_statistic(name).values for name in mechanism.statistics
+        ]
     return rule_files(definitions)
 
 
 def check_tests(
     protocol: Protocol,
     store: Records,
-    records: Mapping[str, Record],
+    records: Mapping[str, StudyRecord],
     listed: Sequence[Mapping[str, Any]],
 ) -> None:
     """Checks that all tests were made under this protocol, and that finished tests have records.
@@ -292,7 +294,7 @@ def check_committed(protocol: Protocol) -> str | None:
 def _committed_tests(protocol: Protocol) -> Iterator[dict[str, Any]]:
     """Yields all test records that were ever committed, including records deleted later."""
     options = ("--format=", "-p", "-U0", "--no-ext-diff")
-    history = _git(protocol, "log", *options, "--", FILE) or ""
+    history = _git(protocol, "log", *options, "--", RECORDS_FILE) or ""
     for line in history.splitlines():
         if not line.startswith("+{"):
             continue

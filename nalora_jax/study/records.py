@@ -34,12 +34,12 @@ from nalora_jax.config.structured import has_type
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import read_metrics, to_json
 
-FILE = "records.jsonl"
+RECORDS_FILE = "records.jsonl"
 TESTS = "tests.jsonl"
 CLAIMS = ".runs"
 _LARGEST = 1e300  # limit of numbers; JSON's integers may exceed a float
 
-Record = dict[str, Any]
+StudyRecord = dict[str, Any]
 _Row = dict[str, float | None]
 _TEXT = (str, "a text")
 _NUMBER = (float, "a finite number")
@@ -79,10 +79,10 @@ class Records:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.path = self.folder / FILE
+        self.path = self.folder / RECORDS_FILE
         self.tests_path = self.folder / TESTS
 
-    def read(self) -> dict[str, Record]:
+    def read(self) -> dict[str, StudyRecord]:
         """Returns the records by the id of their run, in the file's order.
 
         An incomplete last line is left out.
@@ -90,7 +90,7 @@ class Records:
         Raises:
           NaloraError: a line is not a JSON object, or two records have the same id.
         """
-        records: dict[str, Record] = {}
+        records: dict[str, StudyRecord] = {}
         for number, record in enumerate(_lines(self.path), start=1):
             _check_fields(record, f"{self.path}: line {number}")
             name = record.get("id")
@@ -198,7 +198,7 @@ class Records:
         return make_unlinked_folder(self.folder / CLAIMS)
 
 
-def hours(records: Mapping[str, Record]) -> float:
+def hours(records: Mapping[str, StudyRecord]) -> float:
     """Returns the total time of all runs in hours."""
     return sum(float(record["seconds"]) for record in records.values()) / 3600
 

@@ -13,7 +13,7 @@ import optax
 from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.method import rules, step
-from nalora_jax.study import language, locations, plan
+from nalora_jax.study import language, locations, planned_runs
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.subjects import subject_of
 from nalora_jax.study.sweeps.fit import Fitting
@@ -43,7 +43,7 @@ class Resources(language.Subject):
         subject = subject_of(config)
         return self.once(subject, subject)
 
-    def fitting(self, run: plan.Run) -> Fitting | None:
+    def fitting(self, run: planned_runs.Run) -> Fitting | None:
         """Returns the mesh of a program of several runs, and how many runs fit in it.
 
         It is None if runs train one at a time, and the same for all runs of a model, so that each
@@ -66,14 +66,14 @@ class Resources(language.Subject):
         layout = replace(fits.layout, runs_per_device=0)
         return replace(fits, layout=layout, capacity=capacity)
 
-    def placed(self, run: plan.Run) -> plan.Run:
+    def placed(self, run: planned_runs.Run) -> planned_runs.Run:
         """Returns the run on the mesh of programs of several runs, if there are any."""
         fits = self.fitting(run)
         if fits is None:
             return run
         return replace(run, mesh=fits.layout.into(run.config).mesh)
 
-    def assembly(self, run: plan.Run) -> Assembly:
+    def assembly(self, run: planned_runs.Run) -> Assembly:
         """Returns the run's method, compiled once for all its learning rates and seeds.
 
         The step is built for a learning rate of 1. Its updates are multiplied by the run's rate, a
@@ -95,7 +95,7 @@ class Resources(language.Subject):
         )
         return assembly
 
-    def start(self, run: plan.Run, data: Any) -> step.TrainState:
+    def start(self, run: planned_runs.Run, data: Any) -> step.TrainState:
         """Returns the initial state, with the seed's A and the run's learning rate."""
         config = run.config
         assembly = self.assembly(run)
@@ -108,11 +108,11 @@ class Resources(language.Subject):
         opt_state = optax.tree.set(state.opt_state, **{_RATE: rate})
         return state._replace(opt_state=opt_state)
 
-    def validation_items(self, run: plan.Run) -> Any:
+    def validation_items(self, run: planned_runs.Run) -> Any:
         """Returns the held-out items by whose loss the learning rate is chosen."""
         return self._draw(run.config, run.config.data)
 
-    def test_items(self, run: plan.Run) -> Any:
+    def test_items(self, run: planned_runs.Run) -> Any:
         """Returns the items that only test runs read.
 
         Raises:
@@ -131,7 +131,7 @@ class Resources(language.Subject):
             items = items.scoring(task.accuracy_items)
         return items
 
-    def probe_items(self, run: plan.Run) -> dict[str, language.Items]:
+    def probe_items(self, run: planned_runs.Run) -> dict[str, language.Items]:
         """Returns items of other data, by the name of the probe."""
         items = {}
         folder = self.protocol.folder
@@ -147,7 +147,9 @@ class Resources(language.Subject):
             items[name] = self._draw(run.config, data, "probe")
         return items
 
-    def measure_base(self, run: plan.Run, items: language.Items) -> dict[str, float]:
+    def measure_base(
+        self, run: planned_runs.Run, items: language.Items
+    ) -> dict[str, float]:
         """Returns the measures of the base without an adapter on some items.
 
         They are computed once for each base, precision and set of items.

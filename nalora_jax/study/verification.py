@@ -11,10 +11,10 @@ from typing import Any
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh.machine import describe_device
 from nalora_jax.study.execution import perform_all
-from nalora_jax.study.plan import Run, wanted
+from nalora_jax.study.planned_runs import Run, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import checked_records, describe_old
-from nalora_jax.study.records import Record, Records, exact_values
+from nalora_jax.study.records import Records, StudyRecord, exact_values
 from nalora_jax.study.resources import Resources
 
 # Nats per token. The same program on the same kind of machine gives the same bits. Within a few
@@ -91,7 +91,7 @@ def verify_records(
     return "\n".join(lines)
 
 
-def _compare(run: Run, record: Record, repeated: Record) -> None:
+def _compare(run: Run, record: StudyRecord, repeated: StudyRecord) -> None:
     """Raises a NaloraError if the repeated run has other digests or measures than its record."""
     differences: list[str] = []
     for name in _DIGESTS:
@@ -113,7 +113,7 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
         )
 
 
-def _explained(record: Record, repeated: Record) -> str:
+def _explained(record: StudyRecord, repeated: StudyRecord) -> str:
     """Returns the remedy for a run that differs from its record.
 
     It names what else differs (code, versions or device), and how to repeat the run exactly.

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from nalora_jax.common.redaction import MARK
+from nalora_jax.common.redaction import REDACTED
 from nalora_jax.common.registry import Registry, from_text
 from nalora_jax.errors import NaloraError, described
 
@@ -180,11 +180,11 @@ class Callbacks(AbstractContextManager["Callbacks"]):
                 close()
 
 
-Kind = TypeVar("Kind", bound=type[Callback])
+_CallbackType = TypeVar("_CallbackType", bound=type[Callback])
 _CALLBACKS: Registry[Any] = Registry("callback", "nalora_jax.callbacks", "--callbacks")
 
 
-def register_callback(name: str) -> Callable[[Kind], Kind]:
+def register_callback(name: str) -> Callable[[_CallbackType], _CallbackType]:
     """Returns a decorator that makes a class selectable as ``--callbacks NAME``.
 
     Its settings are its dataclass fields; each needs a default, whose type the setting has.
@@ -200,7 +200,7 @@ def make_callbacks(texts: Sequence[str]) -> list[Callback]:
         the settings of a resumed run (logs do not contain passwords).
     """
     for text in texts:
-        if MARK in text:
+        if REDACTED in text:
             remedy = "name --callbacks again: passwords and tokens are not recorded"
             raise NaloraError(
                 "--callbacks",

@@ -239,7 +239,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             )
             meta = self._manager.restore(step, args=small)
             saved = trees.flatten(self._manager.item_metadata(step).state.tree)
-        snapshot.check_config(where, meta.run, self._run)
+        snapshot.check_saved_config(where, meta.run, self._run)
         abstract = snapshot.abstract(like)
         snapshot.check_arrays(where, saved, trees.flatten(abstract))
         with _io_errors(where, "a readable checkpoint"):

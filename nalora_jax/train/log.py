@@ -22,7 +22,7 @@ from nalora_jax.common.digests import seal
 from nalora_jax.common.files import naming, open_unlinked, write_atomically
 from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.run_log import FILE, read_metrics, to_json
+from nalora_jax.evaluate.run_log import METRICS_FILE, read_metrics, to_json
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         self, folder: str | Path, *, resume: int | None = None, goes_on: bool = True
     ) -> None:
         """Opens the log, without the lines that a resumed run writes again; see the class."""
-        self.path = Path(folder) / FILE
+        self.path = Path(folder) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume is None and self.path.exists():
             raise NaloraError(

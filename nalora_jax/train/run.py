@@ -25,13 +25,13 @@ from nalora_jax.common.imports import import_files
 from nalora_jax.common.terminal import outliving_terminal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.settings import UNCHANGED
-from nalora_jax.data.given import Data, Format, given_sources
+from nalora_jax.data.given import Data, RecordFormat, given_sources
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import describe
+from nalora_jax.evaluate.intervals import compare
 from nalora_jax.evaluate.run_log import ADAPTER, read_evaluation
-from nalora_jax.evaluate.statistics import compare
 from nalora_jax.kinds.record import Inputs, Job, check_kind, run_kind
 from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.mesh import distributed, processes
@@ -93,7 +93,7 @@ def fine_tune(
     callbacks: Sequence[Callback] = (),
     *,
     data: Data | None = None,
-    format: Format | None = None,
+    format: RecordFormat | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> RunResult:
     """Fine-tunes a model. All processes of a multi-host run call it; the first one logs and writes.
@@ -137,7 +137,7 @@ def settle(
     callbacks: Sequence[Callback] = (),
     *,
     data: Data | None = None,
-    format: Format | None = None,
+    format: RecordFormat | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> Settled:
     """Checks the settings of a run, once; arguments are those of `fine_tune`.

@@ -114,7 +114,9 @@ def _settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in named.items() if not free.search(name)}
 
 
-def check_config(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_saved_config(
+    where: str, saved: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
     """Raises an error for a checkpoint of another base model or of incompatible settings."""
     if saved["base"] != now["base"]:
         model = saved["config"].get("model")

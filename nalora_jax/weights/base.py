@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.images.files import read_processor
+from nalora_jax.data.images.image_files import read_processor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
-from nalora_jax.models.vision.config import VisionSpec
-from nalora_jax.ops.quantize import Kind
+from nalora_jax.models.vision.vision_config import VisionSpec
+from nalora_jax.ops.quantize import QuantizedFormat
 from nalora_jax.weights import gguf, hub  # noqa: F401  (the first enters GGUF files)
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.model_files import (
@@ -32,7 +32,7 @@ def load_model(
     *,
     dtype: str,
     mesh: Mesh | None = None,
-    quantized: Kind | None = None,
+    quantized: QuantizedFormat | None = None,
     images: bool = False,
 ) -> LoadedModel:
     """Loads a model by name.

@@ -22,7 +22,7 @@ from nalora_jax.common.redaction import (
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import visible
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.weights.dual import LoadedDual
+from nalora_jax.weights.dual_base import LoadedDual
 from nalora_jax.weights.hub import alias_of
 from nalora_jax.weights.model_files import LoadedModel, rope_of
 from nalora_jax.weights.origin import Origin, original

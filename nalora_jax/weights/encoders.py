@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.tensor_rows import Change, Rows, TensorRow
-from nalora_jax.models.vision.config import (
+from nalora_jax.models.tensor_rows import Rows, TensorChange, TensorRow
+from nalora_jax.models.vision.vision_config import (
     UNUSED,
     DualConfig,
     EncoderConfig,
@@ -25,7 +25,7 @@ from nalora_jax.weights.keymaps import (
     VISION_TENSORS,
     KeyMap,
     Layers,
-    Slot,
+    ParamSlot,
     SourceTensor,
     check_covered,
     keymap_for,
@@ -175,7 +175,7 @@ _BERT = (
     *_POOLER,
 )
 
-TABLES: dict[str, Rows] = {
+_ENCODER_ROWS: dict[str, Rows] = {
     "clip_vision_model": _CLIP_VISION,
     "clip_text_model": _CLIP_TEXT,
     "siglip_vision_model": _CLIP_VISION,
@@ -259,7 +259,7 @@ def _names(config: DualConfig | EncoderConfig | VisionSpec) -> Rows:
         temperature; or the image tower of a multimodal model, followed by the projector.
     """
     if isinstance(config, EncoderConfig):
-        return TABLES[config.model_type]
+        return _ENCODER_ROWS[config.model_type]
     if isinstance(config, VisionSpec):
         tower = _add_prefix(config.tower, "image/", _TOWER)
         return tower + _PROJECTORS[config.projector]
@@ -267,7 +267,7 @@ def _names(config: DualConfig | EncoderConfig | VisionSpec) -> Rows:
     text = _add_prefix(config.text, "text/", "text_model.")
     # SigLIP's projections are in its towers, and its temperature is a vector of one number.
     projections: Rows = ()
-    change: Change = "lead"
+    change: TensorChange = "lead"
     if not config.model_type.startswith("siglip"):
         projections = _PROJECTIONS
         change = ""
@@ -279,7 +279,7 @@ def _names(config: DualConfig | EncoderConfig | VisionSpec) -> Rows:
 def _add_prefix(tower: EncoderConfig, path: str, prefix: str) -> Rows:
     """Returns a tower's rows, with ``path`` before our paths and ``prefix`` before file names."""
     rows = []
-    for row in TABLES[tower.model_type]:
+    for row in _ENCODER_ROWS[tower.model_type]:
         paths = tuple(path + name for name in row.paths)
         rows.append(TensorRow(prefix + row.name, paths, row.change))
     return tuple(rows)
@@ -319,7 +319,7 @@ def _vision_tensors(vision: VisionSpec) -> Iterator[SourceTensor]:
         if path.startswith("projector/"):
             stored[path] = shape
 
-    def place(slot: Slot) -> Slot:
+    def place(slot: ParamSlot) -> ParamSlot:
         """Returns the slot in the running model, or below `UNUSED` if the model does not run it."""
         path = slot.path.removeprefix("image/")
         if path == slot.path:

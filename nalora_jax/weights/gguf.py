@@ -43,7 +43,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.family import BUILT_IN, Metadata, nearest
 from nalora_jax.models.ropes import RopeSpec, inverse_frequencies
 from nalora_jax.weights.model_files import SINGLE_FILES
-from nalora_jax.weights.shards import DTYPES, FileTensor
+from nalora_jax.weights.shards import SAFETENSORS_DTYPES, FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource, whole
 
 READABLE = (
@@ -165,7 +165,7 @@ class GGUFFile(TensorSource):
         data = stored.read(start * row, (stop - start) * row)
         raw = data.reshape(stop - start, row)
         if stored.format in ("F16", "BF16"):
-            return raw.view(DTYPES[stored.format])
+            return raw.view(SAFETENSORS_DTYPES[stored.format])
         return dequantize(raw, GGMLQuantizationType[stored.format])
 
 

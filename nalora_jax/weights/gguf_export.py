@@ -23,7 +23,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.keymaps import SourceTensor, gguf_of, keymap_for
-from nalora_jax.weights.peft import differs, layer_adapter
+from nalora_jax.weights.peft_export import differs, layer_adapter
 from nalora_jax.weights.peft_modules import ModuleAdapter, fuse
 from nalora_jax.weights.peft_tables import refuse_saved
 

@@ -23,8 +23,8 @@ from nalora_jax.common import buckets
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.shards import (
-    DTYPES,
     INDEX,
+    SAFETENSORS_DTYPES,
     SINGLE,
     FileTensor,
     complaints,
@@ -65,7 +65,7 @@ class SafetensorsFolder(TensorSource):
         an index that names a missing file, or a tensor that is not in its file.
     """
 
-    readable = tuple(DTYPES)
+    readable = tuple(SAFETENSORS_DTYPES)
     remedy = "use the model's unquantized files"
 
     def __init__(self, folder: str | Path, where: str = "") -> None:
@@ -190,7 +190,7 @@ def open_tensors(resolved: ResolvedSource) -> SafetensorsFolder:
 # ---------------------------------------------------------------- folders in buckets
 
 
-CHUNK = 4 << 20  # bytes of one request
+_CHUNK = 4 << 20  # bytes of one request
 _HELD = 2 * WORKERS  # chunks in memory
 _HEADER = 64 << 10  # bytes of the first request for a file's header
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses larger ones
@@ -230,8 +230,8 @@ class StreamedFolder(SafetensorsFolder):
         url = f"{self.where}/{stored.file.name}"
         parts = []
         # Chunks start at multiples of CHUNK in the tensor, so neighbouring slices share them.
-        for first in range(start // CHUNK * CHUNK, stop, CHUNK):
-            last = min(first + CHUNK, stored.size)
+        for first in range(start // _CHUNK * _CHUNK, stop, _CHUNK):
+            last = min(first + _CHUNK, stored.size)
             chunk = self._chunk(url, stored.start + first, stored.start + last)
             begin = max(start, first) - first
             parts.append(chunk[begin : min(stop, last) - first])

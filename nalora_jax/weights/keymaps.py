@@ -28,17 +28,17 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import BUILT_IN, GGUF, family_of
 from nalora_jax.models.stacks import param_shapes, stacks
-from nalora_jax.models.tensor_rows import Source, TensorRow
+from nalora_jax.models.tensor_rows import TensorNames, TensorRow
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+    from nalora_jax.models.vision.vision_config import DualConfig, EncoderConfig
 
-Array = Any  # NumPy or JAX arrays: conversions use only methods that both have
+_Array = Any  # NumPy or JAX arrays: conversions use only methods that both have
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParamSlot:
     """A position in the parameter tree.
 
     ``layer`` indexes a stacked leaf, ``expert`` the axis after it.
@@ -58,8 +58,8 @@ class Slot:
 class Transform:
     """The conversion of a tensor when it is loaded, and its inverse."""
 
-    into: Callable[[Array], Array]
-    back: Callable[[Array], Array]
+    into: Callable[[_Array], _Array]
+    back: Callable[[_Array], _Array]
     swaps: bool = False  # exchanges the last two axes
     # a slice of the result needs more than the same slice of the tensor
     mixes_rows: bool = False
@@ -80,7 +80,7 @@ class SourceTensor:
 
     name: str  # canonical name, see `KeyMap.canonical`
     shape: tuple[int, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[ParamSlot, ...]
     # of each slot along `axis`, which all share if columns alternate
     rows: tuple[int, ...]
     transform: Transform
@@ -91,7 +91,7 @@ class SourceTensor:
         second."""
         return max(len(self.shape) - 2, 0)
 
-    def join(self, parts: Sequence[Array]) -> np.ndarray:
+    def join(self, parts: Sequence[_Array]) -> np.ndarray:
         """Builds the file's tensor from its slots, each in our layout."""
         arrays = [np.asarray(self.transform.back(array)) for array in parts]
         if self.transform.alternates:
@@ -211,7 +211,7 @@ OF_ENCODERS: dict[str, Callable[[Any], Any]] = {}
 
 
 def keymap_for(
-    config: ModelConfig | DualConfig | EncoderConfig, source: Source = "hf"
+    config: ModelConfig | DualConfig | EncoderConfig, source: TensorNames = "hf"
 ) -> KeyMap:
     """Returns the key map of the files of a decoder, a dual encoder or one tower.
 
@@ -354,7 +354,7 @@ def row_tensors(
         rows = shape[:1]
     for index, number in layers:
         for expert in experts:
-            slots = tuple(Slot(path, index, expert) for path in paths)
+            slots = tuple(ParamSlot(path, index, expert) for path in paths)
             name = row.name.format(layer=number, expert=expert)
             yield SourceTensor(name, shape, slots, rows, transform)
 
@@ -414,17 +414,17 @@ def _transform(
     )
 
 
-def _same(array: Array) -> Array:
+def _same(array: _Array) -> _Array:
     """Returns the array itself."""
     return array
 
 
-def _swap(array: Array) -> Array:
+def _swap(array: _Array) -> _Array:
     """Returns the array with its last two axes exchanged."""
     return array.swapaxes(-1, -2)
 
 
-def halves_from_pairs(rows: Array, heads: int) -> Array:
+def halves_from_pairs(rows: _Array, heads: int) -> _Array:
     """Reorders each head's rows from llama.cpp's order to transformers'.
 
     Rotated partners are adjacent in llama.cpp and half a head apart in transformers.
@@ -437,7 +437,7 @@ def halves_from_pairs(rows: Array, heads: int) -> Array:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def pairs_from_halves(rows: Array, heads: int) -> Array:
+def pairs_from_halves(rows: _Array, heads: int) -> _Array:
     """Reorders rows to llama.cpp's order: the inverse of `halves_from_pairs`."""
     half = rows.shape[0] // heads // 2
     # [heads, 2, half, ...] -> [heads, half, 2, ...]

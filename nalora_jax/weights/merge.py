@@ -25,11 +25,11 @@ from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.targets import AdapterSpec, leaf_dtype
-from nalora_jax.models.vision.config import DualConfig
+from nalora_jax.models.vision.vision_config import DualConfig
 from nalora_jax.ops.storage import Stored, expand
 from nalora_jax.weights.encoders import file_name
-from nalora_jax.weights.keymaps import Slot, keymap_for
-from nalora_jax.weights.peft import layer_adapter
+from nalora_jax.weights.keymaps import ParamSlot, keymap_for
+from nalora_jax.weights.peft_export import layer_adapter
 from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import size_of, write_shards
 
@@ -57,7 +57,7 @@ def merged_tensors(
     leaves = flatten(params, _is_stored)
     adapters = flatten(lora or {})
 
-    def merge(slot: Slot) -> np.ndarray:
+    def merge(slot: ParamSlot) -> np.ndarray:
         """Returns one slot's leaf of the merged model, e.g. a kernel ``[d_in, d_out]``."""
         stored = jax.tree.map(lambda array: array[slot.index], leaves[slot.path])
         value = np.asarray(_expand(stored))
@@ -161,7 +161,7 @@ def write_merged(
 
 
 def _file_dtype(
-    leaves: Mapping[str, Any], slot: Slot, chosen: np.dtype | None
+    leaves: Mapping[str, Any], slot: ParamSlot, chosen: np.dtype | None
 ) -> np.dtype:
     """Returns the dtype of a tensor in the file; of a quantized one, that of the embedding."""
     like = leaves[slot.path]

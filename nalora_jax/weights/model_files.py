@@ -17,13 +17,13 @@ from nalora_jax.data.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_js
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model
-from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
+from nalora_jax.models.scaled_ropes import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import MXFP4_BLOCK as BLOCK
 from nalora_jax.ops.quantize import MXFP4_LEVELS as LEVELS
-from nalora_jax.ops.quantize import Kind, gathered
+from nalora_jax.ops.quantize import QuantizedFormat, mark_gathered
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
-from nalora_jax.weights.keymaps import KeyMap, Slot, keymap_for
+from nalora_jax.weights.keymaps import KeyMap, ParamSlot, keymap_for
 from nalora_jax.weights.origin import Origin, number_formats, origin
 from nalora_jax.weights.quantization_config import (
     Quantization,
@@ -35,7 +35,7 @@ from nalora_jax.weights.shards import FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource, load_params, param_shardings
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.files import ImageProcessor
+    from nalora_jax.data.images.image_files import ImageProcessor
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def load_weights(
     *,
     dtype: str,
     mesh: Mesh | None = None,
-    quantized: Kind | None = None,
+    quantized: QuantizedFormat | None = None,
 ) -> LoadedModel:
     """Loads the weights of a model whose files are open.
 
@@ -180,7 +180,7 @@ def load_weights(
         quantized=quantized,
         loaders=loaders,
     )
-    params = gathered(params, WEIGHT_AXES)
+    params = mark_gathered(params, WEIGHT_AXES)
     described = replace(config, stored_bits=())  # the fingerprint covers the files
     source_of = origin(described, resolved, tensors, together=mesh is not None)
     if files.quantization is not None:
@@ -348,9 +348,9 @@ def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
             count += 1
         if count:  # [outputs, inputs] each -> [experts, outputs of all parts, inputs]
             rows = tuple(part.shape[0] for part in parts)
-            slots: list[Slot] = []
+            slots: list[ParamSlot] = []
             for part in parts:
-                slots += [Slot(slot.path, slot.layer) for slot in part.slots]
+                slots += [ParamSlot(slot.path, slot.layer) for slot in part.slots]
             shape = (count, sum(rows), parts[0].shape[1])
             tensors[name] = replace(
                 parts[0], name=name, shape=shape, slots=tuple(slots), rows=rows

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer, read_backend
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import sharding
-from nalora_jax.models.targets import TABLES
+from nalora_jax.models.targets import TOKEN_TABLES
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.peft_config import CONFIG_NAME, TENSORS_NAME, recorded_fact
 from nalora_jax.weights.peft_tables import rows_of_indices, table_rows
@@ -276,7 +276,9 @@ def _resize_model(
     if rows == base.config.vocab_size:
         return replace(base, tokenizer=tokenizer)
     params = dict(base.params)
-    for axis, (group, name) in enumerate(path.split("/") for path in TABLES.values()):
+    for axis, (group, name) in enumerate(
+        path.split("/") for path in TOKEN_TABLES.values()
+    ):
         if group in params:
             table = _resize_sharded(
                 f"{group}/{name}", params[group][name], rows, axis, mesh

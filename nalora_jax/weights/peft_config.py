@@ -12,7 +12,7 @@ from typing import Any, Literal
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.targets import ROWS
+from nalora_jax.models.targets import TOKEN_ROWS
 from nalora_jax.weights.shards import read_header
 
 CONFIG_NAME = "adapter_config.json"
@@ -216,9 +216,9 @@ class PeftConfig(Fields):
         indices: dict[str, tuple[int, ...]] = {}
         for module, ids in ids_by_table(value).items():
             name = module.rpartition(".")[2]
-            if name not in ROWS or name in indices:
+            if name not in TOKEN_ROWS or name in indices:
                 expected = (
-                    f"token ids of {' and '.join(ROWS)} (rows of other modules are not "
+                    f"token ids of {' and '.join(TOKEN_ROWS)} (rows of other modules are not "
                     "supported), each once"
                 )
                 raise self._refusal(key, expected, module)

@@ -36,12 +36,12 @@ from nalora_jax.models.targets import scale_divisor
 from nalora_jax.weights.keymaps import OF_ENCODERS
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import DualConfig
+    from nalora_jax.models.vision.vision_config import DualConfig
 
     Host = ModelConfig | DualConfig
 
 # A Linear module, one expert's Linear module, or the parameter of all experts of a layer.
-Form = Literal["linear", "expert", "stack"]
+PeftForm = Literal["linear", "expert", "stack"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class HostModule:
     name: str  # "model.layers.{layer}.mlp.gate_up_proj"; one expert's "....experts.{expert}.w1"
     # uniform paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
     parts: tuple[str, ...]
-    form: Form = "linear"
+    form: PeftForm = "linear"
     # the parts' outputs alternate instead of following each other
     alternates: bool = False
 
@@ -77,7 +77,7 @@ _TEXT_PART = "model.language_model.layers."  # in multimodal models
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-def of_form(layout: ModuleLayout, *forms: Form) -> ModuleLayout:
+def of_form(layout: ModuleLayout, *forms: PeftForm) -> ModuleLayout:
     """Returns the modules of these forms."""
     return tuple(module for module in layout if module.form in forms)
 

@@ -17,11 +17,11 @@ from typing import Any
 from nalora_jax.errors import NaloraError, shown
 from nalora_jax.models import families  # noqa: F401  (enters the families that names are of)
 from nalora_jax.models.family import BUILT_IN
-from nalora_jax.models.targets import ROWS, TABLES
+from nalora_jax.models.targets import TOKEN_ROWS, TOKEN_TABLES
 from nalora_jax.weights.peft_config import ids_by_table, listed
 
 # Settings as nested dicts, by the names of `nalora_jax.config`.
-Settings = dict[str, Any]
+_Settings = dict[str, Any]
 
 
 # ---------------------------------------------------------------- fields and their conversion
@@ -75,16 +75,16 @@ def _convert_init(value: Any) -> Any:
 
 
 def _convert_saved(value: Any) -> Any:
-    """Returns the tables to train, in the order of `TABLES`; None if there are none.
+    """Returns the tables to train, in the order of `TOKEN_TABLES`; None if there are none.
 
     Other modules give `Refused`.
     """
     names = [str(name).rpartition(".")[2] for name in value or []]
-    if set(names) <= set(TABLES):
-        return [name for name in TABLES if name in names] or None
+    if set(names) <= set(TOKEN_TABLES):
+        return [name for name in TOKEN_TABLES if name in names] or None
     return Refused(
-        f"of the base, {' and '.join(TABLES)} are trained as a whole; norms and the rest stay as "
-        "they are"
+        f"of the base, {' and '.join(TOKEN_TABLES)} are trained as a whole; norms and the rest "
+        "stay as they are"
     )
 
 
@@ -95,9 +95,9 @@ def _convert_indices(value: Any) -> Any:
         return None
     if not all(isinstance(ids, list | tuple) for ids in lists):
         return Refused("token ids are given as a list, or as lists by the table's name")
-    if not set(_token_modules(value)) <= set(ROWS):
+    if not set(_token_modules(value)) <= set(TOKEN_ROWS):
         return Refused(
-            f"rows of {' and '.join(ROWS)} are trained alone; other modules are not"
+            f"rows of {' and '.join(TOKEN_ROWS)} are trained alone; other modules are not"
         )
     if any(list(ids) != list(lists[0]) for ids in lists):
         return Refused(
@@ -204,14 +204,14 @@ _ADALORA = {
 }
 
 
-def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+def convert_peft_config(values: Mapping[str, Any]) -> tuple[_Settings, list[str]]:
     """Returns settings and notes from an ``adapter_config.json`` or a `LoraConfig` as a dict.
 
     Raises:
       NaloraError: names every unsupported field, with the reason.
     """
     values, allocation = _training_settings(values)
-    settings: Settings = {}
+    settings: _Settings = {}
     notes = []
     refused = []
     for name, value in values.items():
@@ -251,7 +251,7 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     return settings, notes
 
 
-def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], Settings]:
+def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], _Settings]:
     """Splits an ``AdaLoraConfig`` into fields of a ``LoraConfig`` and this library's settings.
 
     Any other configuration is returned unchanged.
@@ -285,7 +285,7 @@ def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], Setti
     return plain, {"steps": total, "adalora": ours}
 
 
-def _put(settings: Settings, name: str, value: Any) -> None:
+def _put(settings: _Settings, name: str, value: Any) -> None:
     """Sets a dotted name in nested dicts."""
     *groups, last = name.split(".")
     for group in groups:
@@ -498,7 +498,7 @@ def _path(name: str, where: str) -> str:
     bare = _bare_name(name)
     modules, _ = _modules()
     last = bare.rpartition(".")[2]
-    if last in TABLES:
+    if last in TOKEN_TABLES:
         raise NaloraError(
             where,
             expected="modules of a model's layers",

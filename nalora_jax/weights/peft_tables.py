@@ -43,16 +43,16 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import family_of
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
+from nalora_jax.models.targets import TOKEN_ROWS, TOKEN_TABLES, AdapterSpec
 from nalora_jax.weights.peft_config import TENSORS_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.shards import read_header, read_tensors
 
 if TYPE_CHECKING:
-    from nalora_jax.models.vision.config import DualConfig
+    from nalora_jax.models.vision.vision_config import DualConfig
 
 PREFIX = "base_model.model."
-_HEAD = TABLES["lm_head"]
-_EMBEDDING = TABLES["embed_tokens"]
+_HEAD = TOKEN_TABLES["lm_head"]
+_EMBEDDING = TOKEN_TABLES["embed_tokens"]
 # Suffixes of a module with trained rows: its rows, and its table, which PEFT writes if it was
 # resized.
 _ROWS = "token_adapter.trainable_tokens_delta"
@@ -65,7 +65,7 @@ def table_modules(config: ModelConfig) -> dict[str, str]:
     names = {row.paths[0]: row.name for row in family_of(config.model_type).tensors}
     modules = {
         name: names.get(path, f"{name}.weight").removesuffix(".weight")
-        for name, path in TABLES.items()
+        for name, path in TOKEN_TABLES.items()
     }
     return {name: f"{PREFIX}{module}" for name, module in modules.items()}
 
@@ -171,17 +171,17 @@ def take_tables(
                 table[list(ids)] = rows
             tensors[f"{module}.weight"] = table
         elif rows is not None and name in trained:
-            leaves[ROWS[name]] = rows
+            leaves[TOKEN_ROWS[name]] = rows
     # PEFT also writes a head that it keeps tied and, if the embedding was resized, both tables,
     # even if they are not named.
     present = [
         name for name, module in modules.items() if f"{module}.weight" in tensors
     ]
     for name in dict.fromkeys([*named, *present]):
-        if name not in TABLES:
+        if name not in TOKEN_TABLES:
             raise NaloraError(
                 f"{where}: modules_to_save",
-                expected=f"some of {', '.join(TABLES)} (other modules are not supported)",
+                expected=f"some of {', '.join(TOKEN_TABLES)} (other modules are not supported)",
                 found=name,
             )
         key = f"{modules[name]}.weight"
@@ -202,18 +202,18 @@ def take_tables(
                 remedy="an adapter with new tokens needs a base that is resized for them, as "
                 "`nalora_jax.load` does",
             )
-        leaves[TABLES[name]] = _flip(name, table)
+        leaves[TOKEN_TABLES[name]] = _flip(name, table)
     tied = peft.tied and config.tie_embeddings
     if tied and _EMBEDDING in leaves and _HEAD not in leaves:
         leaves[_HEAD] = np.ascontiguousarray(leaves[_EMBEDDING].T)
-    with_rows = {name for name, path in ROWS.items() if path in leaves}
+    with_rows = {name for name, path in TOKEN_ROWS.items() if path in leaves}
     # the head has the embedding's rows
     if "embed_tokens" in with_rows and "lm_head" not in trained:
         with_rows.add("lm_head")
     indices = tuple(
         (name, ids) for name, ids in peft.token_indices if name in with_rows
     )
-    saved = tuple(name for name in TABLES if TABLES[name] in leaves)
+    saved = tuple(name for name in TOKEN_TABLES if TOKEN_TABLES[name] in leaves)
     return leaves, AdapterSpec(saved=saved, token_indices=indices)
 
 
@@ -225,10 +225,10 @@ def table_tensors(
     modules = table_modules(config)
     tensors = {}
     for name in spec.saved:
-        table = np.asarray(leaves[TABLES[name]], np.float32)
+        table = np.asarray(leaves[TOKEN_TABLES[name]], np.float32)
         tensors[f"{modules[name]}.weight"] = _flip(name, table)
     for name in spec.own_rows(tied=config.tie_embeddings):
-        rows = np.asarray(leaves[ROWS[name]], np.float32)
+        rows = np.asarray(leaves[TOKEN_ROWS[name]], np.float32)
         tensors[f"{modules[name]}.{_ROWS}"] = rows
     return tensors
 
@@ -269,17 +269,17 @@ def fold_saved(
     if config.tie_embeddings and not tied:
         leaves[_HEAD] = jnp.asarray(leaves[_EMBEDDING]).T
     for name in spec.saved:
-        leaves[TABLES[name]] = jnp.asarray(trained[TABLES[name]])
+        leaves[TOKEN_TABLES[name]] = jnp.asarray(trained[TOKEN_TABLES[name]])
     for name, ids in rows.items():
-        table = jnp.asarray(leaves[TABLES[name]])
-        new = jnp.asarray(trained[ROWS[name]])
+        table = jnp.asarray(leaves[TOKEN_TABLES[name]])
+        new = jnp.asarray(trained[TOKEN_ROWS[name]])
         # The embedding is [vocab, d_model], the head [d_model, vocab]; new rows are [ids, d_model].
         rows_of_table = table.at[np.array(ids)]
         new = new.astype(table.dtype)
         if name == "lm_head":
             rows_of_table = table.at[:, np.array(ids)]
             new = new.T
-        leaves[TABLES[name]] = rows_of_table.set(new)
+        leaves[TOKEN_TABLES[name]] = rows_of_table.set(new)
     remaining = replace(spec, saved=(), token_indices=())
     return replace(config, tie_embeddings=tied), trees.unflatten(leaves), remaining
 

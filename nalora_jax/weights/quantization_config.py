@@ -19,10 +19,10 @@ from nalora_jax.data.tokenizer import read_json
 from nalora_jax.models.family import QUANTIZED, UNQUANTIZED
 from nalora_jax.ops.scaled import Element
 
-FLOATS = ("F32", "F16", "BF16")
-Block = tuple[int, int]  # inputs and outputs that share a scale; 0 for all
-_TENSOR: Block = (0, 0)
-_CHANNEL: Block = (0, 1)
+UNQUANTIZED_DTYPES = ("F32", "F16", "BF16")
+ScaleBlock = tuple[int, int]  # inputs and outputs that share a scale; 0 for all
+_TENSOR: ScaleBlock = (0, 0)
+_CHANNEL: ScaleBlock = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Scheme:
     label: str  # for logs and cards
     codes: str
     formats: tuple[str, ...]  # of the codes in the file
-    blocks: tuple[Block, ...]  # alternatives
-    scale_formats: tuple[str, ...] = FLOATS
+    blocks: tuple[ScaleBlock, ...]  # alternatives
+    scale_formats: tuple[str, ...] = UNQUANTIZED_DTYPES
     scales: tuple[str, ...] = ("weight_scale",)  # alternatives
     zeros: str = ""
     outer: str = ""
@@ -64,7 +64,7 @@ class Scheme:
         if not inputs or not outputs:
             return float(bits)
         of_block = 16
-        if not set(self.scale_formats) & set(FLOATS):
+        if not set(self.scale_formats) & set(UNQUANTIZED_DTYPES):
             of_block = 8
         if self.zeros:
             of_block += 8
@@ -170,7 +170,7 @@ def with_modelopt(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     return raw | {"quantization_config": settings}
 
 
-Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
+QuantizedGroups = tuple[tuple[tuple[str, ...], Scheme], ...]
 
 
 def _names(f: Fields, name: str) -> list[str]:
@@ -201,14 +201,14 @@ def _size(f: Fields, name: str, value: Any) -> int:
     return value
 
 
-def _sizes(f: Fields, name: str, value: Any) -> Block:
+def _sizes(f: Fields, name: str, value: Any) -> ScaleBlock:
     """Returns a block of a list ``[outputs, inputs]``."""
     if not isinstance(value, list) or len(value) != 2:
         raise f.error(name, "two numbers", repr(value)[:60])
     return (_size(f, name, value[1]), _size(f, name, value[0]))
 
 
-def _fp8(f: Fields) -> Groups:
+def _fp8(f: Fields) -> QuantizedGroups:
     """Reads fine-grained fp8 of DeepSeek and Qwen3, and fp8 per tensor or channel."""
     _one_of(f, "expert_dtype", ("fp8",), "fp8")
     label = "fp8"
@@ -222,13 +222,13 @@ def _fp8(f: Fields) -> Groups:
         "weight",
         ("F8_E4M3", "F8_E5M2"),
         tuple(blocks),
-        (*FLOATS, "U8", "F8_E8M0"),
+        (*UNQUANTIZED_DTYPES, "U8", "F8_E8M0"),
         scales=("weight_scale_inv", "weight_scale"),
     )
     return ((("Linear",), scheme),)
 
 
-def _compressed_tensors(f: Fields) -> Groups:
+def _compressed_tensors(f: Fields) -> QuantizedGroups:
     """Reads the groups of compressed-tensors."""
     f.refuse("transform_config", UNQUANTIZED)
     sparsity = Fields(f.mapping("sparsity_config"), {}, f"{f.where}: sparsity_config")
@@ -331,7 +331,7 @@ _MXFP4 = Scheme(
 )
 
 
-def _modelopt(f: Fields) -> Groups:
+def _modelopt(f: Fields) -> QuantizedGroups:
     """Reads NVIDIA ModelOpt's formats."""
     if _one_of(f, "quant_algo", ("NVFP4", "FP8")) == "NVFP4":
         return ((("Linear",), _NVFP4),)
@@ -339,7 +339,7 @@ def _modelopt(f: Fields) -> Groups:
     return ((("Linear",), scheme),)
 
 
-def _gptq(f: Fields) -> Groups:
+def _gptq(f: Fields) -> QuantizedGroups:
     """Reads GPTQ. Its first version stores zeros minus 1, the second as they are."""
     bits = _one_of(f, "bits", (4, 8))
     version = _one_of(f, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
@@ -369,7 +369,7 @@ def _gptq(f: Fields) -> Groups:
     return ((tuple(targets), scheme),)
 
 
-def _awq(f: Fields) -> Groups:
+def _awq(f: Fields) -> QuantizedGroups:
     """Reads AWQ."""
     _one_of(f, "bits", (4,), 4)
     _one_of(f, "version", ("gemm", "GEMM"), "gemm")
@@ -389,7 +389,7 @@ def _awq(f: Fields) -> Groups:
     return ((("Linear",), scheme),)
 
 
-def _quark(f: Fields) -> Groups:
+def _quark(f: Fields) -> QuantizedGroups:
     """Reads AMD Quark's MXFP4, and fp8 per tensor or channel."""
     f.refuse("layer_quant_config", UNQUANTIZED)
     f.refuse("layer_type_quant_config", UNQUANTIZED)
@@ -406,7 +406,7 @@ def _quark(f: Fields) -> Groups:
     return ((("Linear",), scheme),)
 
 
-_METHODS: dict[Any, Callable[[Fields], Groups]] = {
+_METHODS: dict[Any, Callable[[Fields], QuantizedGroups]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
     "compressed-tensors": _compressed_tensors,

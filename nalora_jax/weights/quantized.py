@@ -36,11 +36,16 @@ from jax.sharding import Sharding
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.quantize import MXFP4_LEVELS, kernels
-from nalora_jax.ops.scaled import RUN, ZEROS, Element, Scaled, Scaling
+from nalora_jax.ops.scaled import PACKED_INPUTS, ZEROS, Element, Scaled, Scaling
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for
-from nalora_jax.weights.quantization_config import FLOATS, Block, Quantization, Scheme
-from nalora_jax.weights.shards import DTYPES, FileTensor
-from nalora_jax.weights.tensors import DTYPES as DTYPES_OF
+from nalora_jax.weights.quantization_config import (
+    UNQUANTIZED_DTYPES,
+    Quantization,
+    ScaleBlock,
+    Scheme,
+)
+from nalora_jax.weights.shards import SAFETENSORS_DTYPES, FileTensor
+from nalora_jax.weights.tensors import PARAM_DTYPES as DTYPES_OF
 from nalora_jax.weights.tensors import (
     WORKERS,
     Index,
@@ -114,7 +119,7 @@ class _Weight:
 
     scheme: Scheme
     scaling: Scaling
-    shape: Block  # [inputs, outputs]
+    shape: ScaleBlock  # [inputs, outputs]
     names: Mapping[str, str]
 
     @property
@@ -152,7 +157,11 @@ class QuantizedTensors(TensorSource):
             if tensor in _UNUSED:
                 del shapes[name]
             scheme = self._scheme(module)
-            if scheme is None or tensor != scheme.codes or self._format(name) in FLOATS:
+            if (
+                scheme is None
+                or tensor != scheme.codes
+                or self._format(name) in UNQUANTIZED_DTYPES
+            ):
                 continue
             weight = self._weight(module, scheme)
             for part in scheme.tensors:
@@ -160,7 +169,7 @@ class QuantizedTensors(TensorSource):
             self._weights[f"{module}.weight"] = weight
         for name in shapes:
             module, _, tensor = name.rpartition(".")
-            in_floats = tensor == "weight" and self._format(name) in FLOATS
+            in_floats = tensor == "weight" and self._format(name) in UNQUANTIZED_DTYPES
             if tensor in _PARTS or (tensor == "weight" and not in_floats):
                 raise self._mixed(name, module)
         for name, weight in self._weights.items():
@@ -218,7 +227,7 @@ class QuantizedTensors(TensorSource):
             else:
                 scales = scales * outer
         values *= scales[places]
-        return values.T.astype(DTYPES[_FORMATS[scaling.rounds]])
+        return values.T.astype(SAFETENSORS_DTYPES[_FORMATS[scaling.rounds]])
 
     # ------------------------------------------------------------ as they are stored
 
@@ -306,8 +315,8 @@ class QuantizedTensors(TensorSource):
             return "not the projection of a layer"
         if not transform.swaps or transform.mixes_rows or transform.alternates:
             return "its rows are reordered"
-        if scaling.per_byte == 2 and shape[-2] % RUN:
-            return f"its {shape[-2]} inputs are not a multiple of {RUN}"
+        if scaling.per_byte == 2 and shape[-2] % PACKED_INPUTS:
+            return f"its {shape[-2]} inputs are not a multiple of {PACKED_INPUTS}"
         if scaling.block[1] > 1 and place.first % scaling.block[1]:
             return "it begins within a block"
         return ""
@@ -322,12 +331,12 @@ class QuantizedTensors(TensorSource):
         blocks = scaling.blocks((d_in, d_out))
         scales: np.dtype[Any] = np.dtype(np.uint8)
         if scaling.scale in _FORMATS:
-            scales = DTYPES[_FORMATS[scaling.scale]]
+            scales = SAFETENSORS_DTYPES[_FORMATS[scaling.scale]]
         codes: np.dtype[Any] = np.dtype(np.uint8)
         if scaling.element == "int8":
             codes = np.dtype(np.int8)
         arrays: dict[str, Any] = {"zeros": None, "outer": None, "order": None}
-        wanted: dict[str, tuple[Block, np.dtype[Any]]] = {
+        wanted: dict[str, tuple[ScaleBlock, np.dtype[Any]]] = {
             "codes": ((d_in // scaling.per_byte, d_out), codes),
             "scales": (blocks, scales),
         }
@@ -385,9 +394,10 @@ class QuantizedTensors(TensorSource):
             return self._zeros(weight, rows, columns)
         if weight.scaling.per_byte == 1:
             return self._codes(weight, rows, columns)
-        half = RUN // 2
+        half = PACKED_INPUTS // 2
         runs = slice(rows.start // half, -(-rows.stop // half))
-        codes = self._codes(weight, slice(runs.start * RUN, runs.stop * RUN), columns)
+        whole = slice(runs.start * PACKED_INPUTS, runs.stop * PACKED_INPUTS)
+        codes = self._codes(weight, whole, columns)
         halves = codes.reshape(-1, 2, half, codes.shape[-1])
         pairs = halves[:, 0] | (halves[:, 1] << 4)
         start = rows.start - runs.start * half
@@ -531,7 +541,7 @@ class QuantizedTensors(TensorSource):
             found=stored,
         )
 
-    def _float_shape(self, weight: _Weight) -> Block:
+    def _float_shape(self, weight: _Weight) -> ScaleBlock:
         """Returns inputs and outputs of a weight."""
         name = weight.names["codes"]
         shape = self._source.shapes()[name]
@@ -639,7 +649,7 @@ def stored_bits(
     return tuple((path, bits[path]) for path in bits if path not in floats)
 
 
-def _file_grid(blocks: Block, packing: str) -> Block:
+def _file_grid(blocks: ScaleBlock, packing: str) -> ScaleBlock:
     """Returns the shape of an array with one number per block in the file."""
     if packing in ("gptq", "awq"):
         return blocks
@@ -660,7 +670,8 @@ def _pieces(
 ) -> Iterator[tuple[slice, slice]]:
     """Yields parts of a slice of about `_PIECE` elements, cut along the file's first axis."""
     if by_rows:
-        step = max(RUN, _PIECE // max(1, columns.stop - columns.start) // RUN * RUN)
+        width = max(1, columns.stop - columns.start)
+        step = max(PACKED_INPUTS, _PIECE // width // PACKED_INPUTS * PACKED_INPUTS)
         for start in range(rows.start, rows.stop, step):
             yield slice(start, min(start + step, rows.stop)), columns
         return

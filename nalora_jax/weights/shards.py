@@ -39,7 +39,7 @@ from nalora_jax.errors import NaloraError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # NumPy dtypes by their names in safetensors.
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
@@ -47,7 +47,7 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _TORCH = {"format": "pt"}
 _DIGEST = "nalora.content_sha256"
 _DIGEST_KIND = "nalora.digest"
@@ -102,7 +102,7 @@ def dtype_of(stored: FileTensor) -> np.dtype:
     """Returns the NumPy type of a tensor's numbers; raw bytes if they are not floats (e.g. an
     unused mask)."""
     size = stored.size // max(1, math.prod(stored.shape))
-    return DTYPES.get(stored.format) or np.dtype((np.void, size))
+    return SAFETENSORS_DTYPES.get(stored.format) or np.dtype((np.void, size))
 
 
 def read_whole(stored: FileTensor) -> np.ndarray:
@@ -150,8 +150,8 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     stored, metadata = read_header(path)
     tensors = {}
     for name, tensor in stored.items():
-        if tensor.format not in DTYPES:
-            expected = f"one of {', '.join(DTYPES)}"
+        if tensor.format not in SAFETENSORS_DTYPES:
+            expected = f"one of {', '.join(SAFETENSORS_DTYPES)}"
             raise NaloraError(f"{path}: {name}", expected=expected, found=tensor.format)
         tensors[name] = read_whole(tensor)
     if _DIGEST in metadata or _DIGEST_KIND in metadata:

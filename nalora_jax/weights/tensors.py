@@ -30,14 +30,14 @@ from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import sharding
 from nalora_jax.models.targets import leaf_dtype
-from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
+from nalora_jax.ops.quantize import Quantized, QuantizedFormat, kernels, quantize
 from nalora_jax.ops.shardings import mesh_axes, of_mesh, ways
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 from nalora_jax.weights.shards import FileTensor
 
-DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+PARAM_DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 # Elements per read: 0.25 MB in float32, which stays in a core's cache during the transposition.
-BLOCK = 1 << 16
+READ_BLOCK = 1 << 16
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 
 
@@ -93,7 +93,7 @@ def load_params(
     *,
     dtype: str,
     shardings: Mapping[str, Sharding] | None = None,
-    quantized: Kind | None = None,
+    quantized: QuantizedFormat | None = None,
     loaders: Mapping[str, Callable[[Sharding], Any]] | None = None,
 ) -> dict[str, Any]:
     """Loads the parameter tree of a model.
@@ -137,7 +137,7 @@ def load_params(
                 leaves[path] = loaders[path](where[path])
             else:
                 leaves[path] = _leaf(
-                    shape, DTYPES[leaf_dtype(path, dtype)], where[path], read
+                    shape, PARAM_DTYPES[leaf_dtype(path, dtype)], where[path], read
                 )
     return trees.unflatten(leaves)
 
@@ -164,8 +164,10 @@ def param_shardings(
 
 def require_dtype(dtype: str) -> None:
     """Raises an error unless parameters can have this dtype."""
-    if dtype not in DTYPES:
-        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
+    if dtype not in PARAM_DTYPES:
+        raise NaloraError(
+            "dtype", expected=" or ".join(PARAM_DTYPES), found=repr(dtype)
+        )
 
 
 def check_tensors(
@@ -364,7 +366,7 @@ def whole(shape: tuple[int, ...]) -> Index:
 
 
 def _blocks(index: Index, *, each: bool = False) -> Iterator[Index]:
-    """Yields ``index`` cut along its first axis into pieces of about `BLOCK` elements.
+    """Yields ``index`` cut along its first axis into pieces of about `READ_BLOCK` elements.
 
     ``each`` cuts each of several matrices.
     """
@@ -375,7 +377,7 @@ def _blocks(index: Index, *, each: bool = False) -> Iterator[Index]:
                 yield (slice(i, i + 1), *block)
         return
     row = math.prod(_lengths(inner))
-    step = max(1, BLOCK // max(1, row))
+    step = max(1, READ_BLOCK // max(1, row))
     for start in range(first.start, first.stop, step):
         yield (slice(start, min(start + step, first.stop)), *inner)
 
@@ -420,7 +422,7 @@ _quantize = jax.jit(quantize, static_argnums=1)
 
 
 def quantized_leaf(
-    shape: tuple[int, ...], kind: Kind, sharding: Sharding, read: Read
+    shape: tuple[int, ...], kind: QuantizedFormat, sharding: Sharding, read: Read
 ) -> Quantized:
     """Quantizes this process's parts of the leaf, some output channels of one layer at a time."""
     like = jax.eval_shape(
@@ -444,7 +446,7 @@ def quantized_leaf(
 
 def quantized_parts(
     shape: tuple[int, ...],
-    kind: Kind,
+    kind: QuantizedFormat,
     codes: Iterable[Key],
     scales: Iterable[Key],
     read: Read,

@@ -23,7 +23,7 @@ from nalora_jax.data.tokenizer import Tokenizer, read_json
 from nalora_jax.errors import NaloraError
 
 # All files except the weights that a causal language model's folder may have for its text side.
-FILES = (
+TEXT_FILES = (
     "added_tokens.json",
     DEFAULT_FILE,
     TOOL_FILE,
@@ -43,12 +43,12 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
-    """Copies ``source``'s files that are in `FILES` or, with ``images``, in `IMAGE_FILES`.
+    """Copies ``source``'s files that are in `TEXT_FILES` or, with ``images``, in `IMAGE_FILES`.
 
     Raises:
       NaloraError: there is no tokenizer among them, or one of them is a link out of the folder.
     """
-    _copy(source, folder, FILES)
+    _copy(source, folder, TEXT_FILES)
     if images:
         _copy(source, folder, IMAGE_FILES)
     names = ("tokenizer.json", "tokenizer.model")
@@ -88,7 +88,7 @@ def write_extended(
       NaloraError: a file is a link out of its folder.
     """
     of_base = ("generation_config.json", *IMAGE_FILES)
-    _copy(source, folder, (name for name in FILES if name not in of_base))
+    _copy(source, folder, (name for name in TEXT_FILES if name not in of_base))
     if base is not None:
         _copy(base, folder, of_base)
     tokenizer.backend.save(str(folder / "tokenizer.json"))

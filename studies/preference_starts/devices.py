@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nalora_jax.study.analysis import MethodResult, results
+from nalora_jax.study.hypothesis_tests import Paired, holm, paired
 from nalora_jax.study.protocol import read_protocol
-from nalora_jax.study.records import Record, Records
-from nalora_jax.study.statistics import Paired, holm, paired
+from nalora_jax.study.records import Records, StudyRecord
 
 STUCK = 0.683  # a validation loss above it after training; ln 2 = 0.693 before
 STARTS = ("b_zero", "a_zero")
@@ -41,7 +41,7 @@ def spreads(by_method: Mapping[str, MethodResult], start: str) -> dict[float, fl
     return largest
 
 
-def stuck(result: MethodResult) -> tuple[list[Record], int]:
+def stuck(result: MethodResult) -> tuple[list[StudyRecord], int]:
     """Returns the runs up to the chosen rate that stick, and the number of runs up to that rate."""
     highest = result.tuning.chosen or math.inf
     runs = [record for record in (*result.tuned, *result.tests.values()) if record["rate"] <= highest]

@@ -129,7 +129,7 @@ def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
 
 
 def _wrong_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
-    silu = activations.get("silu")
+    silu = activations.get_activation("silu")
     wrong = replace(silu, gate=lambda z: (silu.gate(z)[0], 1.05 * silu.gate(z)[1]))
     monkeypatch.setitem(activations.ACTIVATIONS._values, "silu", wrong)
 

@@ -13,7 +13,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.config import LoRARule
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.evaluate.evaluator import compare_records
-from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.loading.adapted import load
 from tests import tiny
 

@@ -15,7 +15,7 @@ import pytest
 
 from nalora_jax.__main__ import guarded, main
 from nalora_jax.cli import chat, config_files, evaluate, plan, verbs, verify
-from nalora_jax.planner import machines, program
+from nalora_jax.planner import abstract_step, machines
 from tests.refused import Call, table_test
 
 
@@ -73,7 +73,7 @@ def write_messages_below_a_file(_: pytest.MonkeyPatch, folder: Path) -> None:
 
 def plan_without_a_compiler(patch: pytest.MonkeyPatch, _: Path) -> None:
     patch.setattr(importlib.util, "find_spec", lambda _: None)
-    program.devices(machines.topology("v5e:4x4"))
+    abstract_step.devices(machines.topology("v5e:4x4"))
 
 
 def plan_an_unknown_slice(patch: pytest.MonkeyPatch, _: Path) -> None:
@@ -81,8 +81,8 @@ def plan_an_unknown_slice(patch: pytest.MonkeyPatch, _: Path) -> None:
         raise ValueError("no such slice\nat libtpu.cc")
 
     patch.setattr(importlib.util, "find_spec", lambda _: True)
-    patch.setattr(program.topologies, "get_topology_desc", refuse)
-    program.devices(machines.topology("v5e:4x4"))
+    patch.setattr(abstract_step.topologies, "get_topology_desc", refuse)
+    abstract_step.devices(machines.topology("v5e:4x4"))
 
 
 def convert_into_a_file_that_exists(_: pytest.MonkeyPatch, folder: Path) -> None:

@@ -21,7 +21,7 @@ from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.weights.peft import export_adapter
+from nalora_jax.weights.peft_export import export_adapter
 from tests import tiny
 
 PROMPTS = np.array([[3, 4, 5, 6], [20, 9, 11, 2], [7, 7, 19, 23], [12, 5, 25, 8], [16, 2, 21, 4]])

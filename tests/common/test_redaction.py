@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from nalora_jax.__main__ import guarded
-from nalora_jax.common.redaction import MARK, published, redacted
+from nalora_jax.common.redaction import REDACTED, published, redacted
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.session import Running
 
@@ -15,16 +15,22 @@ from nalora_jax.train.session import Running
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("mlflow:uri=https://me:pass@host/x,name=a", f"mlflow:uri=https://{MARK}@host/x,name=a"),
-        ("https://me:p@ss:w@host", f"https://{MARK}@host"),
-        ("own:password=secret,token=abc,name=a", f"own:password={MARK},token={MARK},name=a"),
-        ("own:API_KEY=a own:hub-token=b", f"own:API_KEY={MARK} own:hub-token={MARK}"),
-        ("key AKIAABCDEFGHIJKLMNOP", f"key {MARK}"),
-        ("s3://AKIAABCDEFGHIJKLMNOP:ab/cd+e@bucket/x", f"s3://{MARK}@bucket/x"),
-        ("Authorization: Bearer abc.def-123", f"Authorization: Bearer {MARK}"),
+        (
+            "mlflow:uri=https://me:pass@host/x,name=a",
+            f"mlflow:uri=https://{REDACTED}@host/x,name=a",
+        ),
+        ("https://me:p@ss:w@host", f"https://{REDACTED}@host"),
+        (
+            "own:password=secret,token=abc,name=a",
+            f"own:password={REDACTED},token={REDACTED},name=a",
+        ),
+        ("own:API_KEY=a own:hub-token=b", f"own:API_KEY={REDACTED} own:hub-token={REDACTED}"),
+        ("key AKIAABCDEFGHIJKLMNOP", f"key {REDACTED}"),
+        ("s3://AKIAABCDEFGHIJKLMNOP:ab/cd+e@bucket/x", f"s3://{REDACTED}@bucket/x"),
+        ("Authorization: Bearer abc.def-123", f"Authorization: Bearer {REDACTED}"),
         (
             "run --password x --hub-token 'a b' --n 5",
-            f"run --password {MARK} --hub-token {MARK} --n 5",
+            f"run --password {REDACTED} --hub-token {REDACTED} --n 5",
         ),
         ("s3://b/a@b, https://host:80/x", "s3://b/a@b, https://host:80/x"),
         ("--max-new-tokens=5, --token --n 5", "--max-new-tokens=5, --token --n 5"),
@@ -38,7 +44,7 @@ def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys):
     error = NaloraError(
         "s3://KEY:SECRET@b/x?token=abc&n=1", expected="a folder", found="Bearer abcdefghi"
     )
-    said = f"s3://{MARK}@b/x?token={MARK}&n=1: expected a folder, found Bearer {MARK}"
+    said = f"s3://{REDACTED}@b/x?token={REDACTED}&n=1: expected a folder, found Bearer {REDACTED}"
     ended = []
     session = Running.__new__(Running)
     session.callbacks = cast(
@@ -59,7 +65,7 @@ def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys):
 def test_a_setting_with_the_name_of_a_secret_is_replaced():
     settings = {"password": "x", "hub_token": "y", "user": "z", "add_tokens": ["<a>"]}
     assert redacted({"auth": settings}) == {
-        "auth": settings | {"password": MARK, "hub_token": MARK}
+        "auth": settings | {"password": REDACTED, "hub_token": REDACTED}
     }
 
 

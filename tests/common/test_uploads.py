@@ -38,7 +38,7 @@ def test_a_folder_in_a_bucket_appears_whole_or_not_at_all(google, tmp_path):
     with new_folder(Path("gs://bucket/whole")) as folder:  # a Path has lost a slash
         for name, content in FILES.items():
             (folder / name).write_bytes(content)
-        assert list(emulator.stored(held, "whole")) == [uploads.MARK]
+        assert list(emulator.stored(held, "whole")) == [uploads.UPLOAD_MARK]
     assert emulator.stored(held, "whole") == FILES
     assert not list((tmp_path / "cache" / "uploads").iterdir())
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_the_files_of_a_killed_upload_are_no_model_and_are_removed_by_the_next_u
     process.kill()
     process.wait()
     assert "config.json" not in emulator.stored(held, "killed")
-    assert uploads.MARK in emulator.stored(held, "killed")
+    assert uploads.UPLOAD_MARK in emulator.stored(held, "killed")
     write("gs://bucket/killed")
     assert emulator.stored(held, "killed") == FILES
     assert not list((tmp_path / "cache" / "uploads").iterdir())

@@ -60,7 +60,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # Kinds that are named without the settings that they need.
     ({"kind": "rl"}, "--rl.rewards: expected at least one, found none"),
     ({"kind": "images"}, "--vision.task: expected \"chat\", found ''"),
-    ({"kind": "dual"}, "--vision.task: expected \"classify\" or \"contrast\", found ''"),
+    ({"kind": "dual"}, '--vision.task: expected "classify" or "contrast", found \'\''),
     # Preferences.
     (DPO | lora(init="pissa"), "--lora.init: expected default or zero_a with --preference.loss"),
     (

@@ -4,7 +4,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import render_record
+from nalora_jax.data.chat_text import render_record
 from nalora_jax.data.tokenize import tokenize
 
 

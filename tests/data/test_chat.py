@@ -7,8 +7,8 @@ import pytest
 import transformers
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data import chat
-from nalora_jax.data.chat import render_record
+from nalora_jax.data import chat_text
+from nalora_jax.data.chat_text import render_record
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
@@ -307,7 +307,7 @@ def test_masks_of_long_chats_do_not_depend_on_short_contents(tokenizer, monkeypa
     ours = dataclasses.replace(tokenizer, chat_template=path.read_text(), special_tokens=special)
     results = []
     for most in (10**9, 0):
-        monkeypatch.setattr(chat, "_MOST", most)
+        monkeypatch.setattr(chat_text, "_MOST", most)
         try:
             record = {"messages": list(long_talk(thought))}
             results.append(render_record(record, DataConfig(loss_on="assistant"), ours, "here"))

@@ -11,7 +11,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.files import open_rows
+from nalora_jax.data.data_files import open_rows
 from nalora_jax.data.sources import open_source
 from nalora_jax.errors import NaloraError
 

@@ -12,7 +12,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import render_record
+from nalora_jax.data.chat_text import render_record
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.sources import open_source
 from tests.data.loss_tokens import learned

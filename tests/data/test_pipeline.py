@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nalora_jax.config import DataConfig, PreferenceConfig
 from nalora_jax.data import packing, tokenize
 from nalora_jax.data.pipeline import stream_text, train_data, with_length
-from nalora_jax.data.preference import pair_data
+from nalora_jax.data.preference_pairs import pair_data
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenize import Example, fit_example, rows_of
 from nalora_jax.errors import NaloraError

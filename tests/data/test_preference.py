@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig, PreferenceConfig
-from nalora_jax.data.preference import held_out_pairs, pair_data
+from nalora_jax.data.preference_pairs import held_out_pairs, pair_data
 from nalora_jax.data.source import RecordsSource
 from tests.data.loss_tokens import runs
 

@@ -16,10 +16,10 @@ import pytest
 from nalora_jax.config import DataConfig, PreferenceConfig, RLConfig, VisionConfig
 from nalora_jax.data import builders, forms
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.files import open_rows
-from nalora_jax.data.images import files, opened
-from nalora_jax.data.images.chat import ChatImages, asked, open_chats
-from nalora_jax.data.preference import tokenize_pairs
+from nalora_jax.data.data_files import open_rows
+from nalora_jax.data.images import image_files, opened
+from nalora_jax.data.images.image_chat import ChatImages, asked, open_chats
+from nalora_jax.data.preference_pairs import tokenize_pairs
 from nalora_jax.data.prompts import prompt_data
 from nalora_jax.data.questions import split_questions
 from nalora_jax.data.source import MixedSource, RecordsSource
@@ -64,7 +64,7 @@ def name_numbered_classes(_: pytest.MonkeyPatch, folder: Path, __: Tokenizer) ->
 
 def import_without_pillow(patch: pytest.MonkeyPatch, _: Path, __: Tokenizer) -> None:
     patch.setitem(sys.modules, "PIL.Image", None)
-    files.pillow()
+    image_files.pillow()
 
 
 def chat_without_a_folder(*_: Any) -> None:

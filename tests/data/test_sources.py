@@ -10,12 +10,18 @@ import pytest
 from tensorflow_datasets.core import registered
 
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig, check
-from nalora_jax.data.chat import messages_of
-from nalora_jax.data.given import NAME, formatted, given_sources
-from nalora_jax.data.images.files import open_image
+from nalora_jax.data.chat_text import messages_of
+from nalora_jax.data.given import IN_MEMORY, formatted, given_sources
+from nalora_jax.data.images.image_files import open_image
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.source import RecordsSource, components, share_text
-from nalora_jax.data.sources import MOST, check_disjoint, open_pair, open_source, split_to_measure
+from nalora_jax.data.sources import (
+    MOST_HELD_OUT,
+    check_disjoint,
+    open_pair,
+    open_source,
+    split_to_measure,
+)
 from nalora_jax.errors import NaloraError
 
 
@@ -175,7 +181,9 @@ def test_names_of_a_mixture_and_names_with_commas_and_stars(tmp_path):
     assert components("data/train-*.parquet*3,x") == [("data/train-*.parquet", 3.0), ("x", 1.0)]
 
 
-@pytest.mark.parametrize(("size", "count"), [(4, 2), (400, 20), (1_000, 50), (12_000, MOST)])
+@pytest.mark.parametrize(
+    ("size", "count"), [(4, 2), (400, 20), (1_000, 50), (12_000, MOST_HELD_OUT)]
+)
 def test_one_in_twenty_is_held_out_where_nothing_is_but_20_of_few(size, count):
     source = {"train": RecordsSource("mine", records("x", size))}
     train, held = open_pair(DataConfig(), source=source)
@@ -201,7 +209,7 @@ def test_a_split_of_its_own_is_taken(tmp_path):
 
 def test_records_of_a_program():
     config, source = given_sources(DataConfig(), data=iter(records("x", 40)), format=None)
-    assert config.dataset == NAME
+    assert config.dataset == IN_MEMORY
     assert [len(one) for one in open_pair(config, source=source)] == [32, 8]
     splits = {"train": records("x", 9), "validation": records("y", 5)}
     _, source = given_sources(DataConfig(), data=splits, format=None)

@@ -11,8 +11,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from nalora_jax.config import DataConfig
 from nalora_jax.data import chat_templates
 from nalora_jax.data import tokenize as module
-from nalora_jax.data.chat import Rendered
 from nalora_jax.data.chat_templates import ImageTokens
+from nalora_jax.data.chat_text import Rendered
 from nalora_jax.data.sources import FileSource
 from nalora_jax.data.store import text_examples
 from nalora_jax.data.tokenize import tokenize

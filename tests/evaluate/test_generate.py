@@ -17,7 +17,7 @@ from tokenizers import decoders, models
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate import Generator, Settings
+from nalora_jax.evaluate.generate import GenerationSettings, Generator
 from nalora_jax.evaluate.generate.generator import TextStream
 from nalora_jax.evaluate.generate.sampling import kept_tokens, make_sampling, next_tokens
 from nalora_jax.mesh.distributed import make_mesh
@@ -237,5 +237,5 @@ def test_prompts_and_settings_that_cannot_be_used_are_named(generator):
     ]
     for name, value in wrong:
         with pytest.raises(NaloraError) as caught:
-            Settings(**{name: value})
+            GenerationSettings(**{name: value})
         assert caught.value.where == name

@@ -8,15 +8,15 @@ from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.evaluate.images import (
+from nalora_jax.evaluate.image_evaluation import (
     ClassEvaluator,
     Encoders,
-    Images,
+    RecordImages,
     RetrievalEvaluator,
     own_ranks,
 )
-from nalora_jax.models.vision.dual import DualEncoder
-from nalora_jax.weights.dual import load_dual
+from nalora_jax.models.vision.dual_encoder import DualEncoder
+from nalora_jax.weights.dual_base import load_dual
 
 
 def test_ranks_count_what_beats_the_own_one() -> None:
@@ -39,7 +39,7 @@ def scene(dual_folder, tmp_path_factory):
     loaded = load_dual(str(dual_folder("clip")), dtype="float32")
     encoders = Encoders(DualEncoder(loaded.config), loaded.processor, loaded.tokenizer)
     source = open_images(DataConfig(dataset=str(folder)), VisionConfig(), "train")
-    return loaded, encoders, Images(source, np.arange(70))
+    return loaded, encoders, RecordImages(source, np.arange(70))
 
 
 def test_accuracy_and_confusion_are_counts(scene) -> None:

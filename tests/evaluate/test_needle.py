@@ -6,8 +6,8 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import compare_records
+from nalora_jax.evaluate.intervals import wilson
 from nalora_jax.evaluate.needle import needle_answers, needle_items, needle_summary
-from nalora_jax.evaluate.statistics import wilson
 from nalora_jax.report.sections import needle_cells
 from nalora_jax.report.tables import text_table
 from tests.data.test_tasks import HAYSTACK

@@ -14,7 +14,7 @@ import pytest
 
 from nalora_jax.config import PreferenceConfig
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.images.image_files import ImageProcessor
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate import harness
@@ -24,8 +24,8 @@ from nalora_jax.evaluate.generate.conversation import read_messages
 from nalora_jax.evaluate.generate.slots import AdapterSlot
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.needle import exact_match
-from nalora_jax.evaluate.preference import PreferenceEvaluator
-from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.preference_evaluation import PreferenceEvaluator
+from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from nalora_jax.evaluate.statistics import bootstrap, compare, mcnemar, wilson
+from nalora_jax.evaluate.intervals import bootstrap, compare, mcnemar, wilson
 
 
 @given(n=st.integers(1, 5000), share=st.floats(0, 1))

@@ -12,8 +12,8 @@ import pytest
 from nalora_jax.common.trees import unflatten
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.evaluate import likelihood
-from nalora_jax.evaluate.statistics import bootstrap, wilson
-from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.intervals import bootstrap, wilson
+from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes

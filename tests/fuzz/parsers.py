@@ -21,9 +21,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.data.chat import render_record
-from nalora_jax.data.files import open_rows
-from nalora_jax.data.images.files import open_image, read_processor
+from nalora_jax.data.chat_text import render_record
+from nalora_jax.data.data_files import open_rows
+from nalora_jax.data.images.image_files import open_image, read_processor
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer, read_json
 from nalora_jax.evaluate.harness import generation_settings
@@ -34,11 +34,11 @@ from nalora_jax.models.vision.families import read_dual
 from nalora_jax.report.compare import write_comparison
 from nalora_jax.report.html import write_report
 from nalora_jax.study.protocol import read_protocol
-from nalora_jax.study.report import status
+from nalora_jax.study.study_report import status
 from nalora_jax.weights.gguf import GGUFFile, hf_config, read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
-from nalora_jax.weights.peft import import_adapter
+from nalora_jax.weights.peft_import import import_adapter
 from nalora_jax.weights.tensors import check_tensors
 from tests import tiny
 from tests.report.conftest import fake_records, write_run

@@ -28,7 +28,7 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.data.preference import pair_data, tokenize_pairs
+from nalora_jax.data.preference_pairs import pair_data, tokenize_pairs
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -37,9 +37,9 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head
-from nalora_jax.ops.preference_losses import Answers, pair_losses
+from nalora_jax.ops.preference_losses import AnswerScores, pair_losses
 from nalora_jax.train.callbacks import Callback
-from nalora_jax.weights.peft import TENSORS_NAME
+from nalora_jax.weights.peft_config import TENSORS_NAME
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -117,7 +117,7 @@ def plain_answers(lora, model, params, texts):
         return jnp.sum(picked, axis=1).reshape(-1, 2)
 
     policy = log_probs(model, lora=lora)
-    return Answers(policy, policy - log_probs(Decoder(BASE)), counts.reshape(-1, 2))
+    return AnswerScores(policy, policy - log_probs(Decoder(BASE)), counts.reshape(-1, 2))
 
 
 def plain_dpo(answers, preference):
@@ -244,7 +244,7 @@ def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
 
 @pytest.mark.usefixtures("one_device")
 def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
-    """Answers z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has
+    """AnswerScores z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has
     them."""
     rng = np.random.default_rng(0)
     prompts = [" ".join(rng.choice(list("abcdefgh"), 2)) for _ in range(60)]

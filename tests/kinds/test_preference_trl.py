@@ -11,7 +11,7 @@ import pytest
 
 from nalora_jax.assembly.objectives import NextToken
 from nalora_jax.config import DataConfig, LoRARule, PreferenceConfig
-from nalora_jax.data.preference import pair_data
+from nalora_jax.data.preference_pairs import pair_data
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.kinds.preference import Preference
 from nalora_jax.loading.adapted import load

@@ -10,7 +10,7 @@ import pytest
 
 from nalora_jax.assembly.program import next_token
 from nalora_jax.config import ComputeConfig, PreferenceConfig, RLConfig
-from nalora_jax.data.prompts import Prompt
+from nalora_jax.data.prompts import PromptRecord
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import NO_TOKEN
@@ -66,8 +66,11 @@ def sampler(assembly, tokenizer) -> Sampler:
 
 
 @pytest.fixture(scope="module")
-def asked(tokenizer) -> list[Prompt]:
-    return [Prompt(tokenizer.encode(t), t, {"answer": i}, f"file:{i}") for i, t in enumerate(TEXTS)]
+def asked(tokenizer) -> list[PromptRecord]:
+    return [
+        PromptRecord(tokenizer.encode(t), t, {"answer": i}, f"file:{i}")
+        for i, t in enumerate(TEXTS)
+    ]
 
 
 def test_log_probabilities_of_generator_and_training_agree(sampler, asked, lora) -> None:

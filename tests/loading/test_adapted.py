@@ -16,7 +16,7 @@ from nalora_jax.loading.located import Located, locate, run_config
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.card import base_card, render_card
-from nalora_jax.weights.hub import ALIASES
+from nalora_jax.weights.hub import MODEL_ALIASES
 from tests import tiny
 
 
@@ -78,7 +78,7 @@ def test_what_cannot_be_located_is_named(run, read, said):
         read(run)
 
 
-ALIAS = ALIASES["smollm2-135m-instruct"]
+ALIAS = MODEL_ALIASES["smollm2-135m-instruct"]
 
 
 def test_an_adapter_of_a_copy_names_the_original_and_is_loaded_on_the_copy(tmp_path: Path) -> None:

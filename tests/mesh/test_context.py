@@ -25,7 +25,7 @@ from nalora_jax.config import (
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import likelihood
-from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig

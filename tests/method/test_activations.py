@@ -55,7 +55,7 @@ def grid():
 
 @pytest.mark.parametrize("name", SELF_GATED)
 def test_values_and_derivatives_agree_with_float64(name):
-    activation, z = activations.get(name), grid()
+    activation, z = activations.get_activation(name), grid()
     rho, excess = reference(name, z.astype(np.float64))
     seen = rho > 4 * TINY  # below, float32 flushes to 0
     for function, truth, condition in (
@@ -73,7 +73,7 @@ def test_values_and_derivatives_agree_with_float64(name):
 
 @pytest.mark.parametrize("name", SELF_GATED + SINGLE)
 def test_finite_at_extremes_and_dtype_kept(name):
-    activation = activations.get(name)
+    activation = activations.get_activation(name)
     z = jnp.array([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 30.0, -30.0, 1e4, -1e4], jnp.bfloat16)
 
     @jax.jit
@@ -87,12 +87,14 @@ def test_finite_at_extremes_and_dtype_kept(name):
         assert jnp.isfinite(value).all()
 
 
-@pytest.mark.parametrize("name", [*SELF_GATED[:-1], "relu", "relu2", *activations.ALIASES])
+@pytest.mark.parametrize(
+    "name", [*SELF_GATED[:-1], "relu", "relu2", *activations.ACTIVATION_ALIASES]
+)
 def test_names_compute_what_transformers_computes(name):
     z, theirs = np.linspace(-6, 6, 481), "gelu_pytorch_tanh" if name == "gelu_tanh" else name
     expected = ACT2FN[theirs](torch.from_numpy(z)).numpy()
     np.testing.assert_allclose(
-        activations.get(name).phi(jnp.float32(z)), expected, rtol=2e-5, atol=1e-7
+        activations.get_activation(name).phi(jnp.float32(z)), expected, rtol=2e-5, atol=1e-7
     )
 
 
@@ -113,7 +115,7 @@ def test_constants_of_the_design(name, zero, peak_at, peak, linear_from):
     assert partition.z0 == pytest.approx(zero, abs=1e-4)
     assert partition.z1 == pytest.approx(linear_from, abs=1e-3)
     z = jnp.linspace(0, 6, 60001)
-    h = activations.homogeneity(z, activations.get(name))
+    h = activations.homogeneity(z, activations.get_activation(name))
     assert float(h.max()) == pytest.approx(peak, abs=1e-4)
     assert float(z[h.argmax()]) == pytest.approx(peak_at, abs=2e-3)
 

@@ -44,7 +44,7 @@ def test_long_rows_give_no_more_positions_than_they_may() -> None:
 
 @pytest.mark.parametrize(("name", "limit"), [("silu", 0.0), ("gelu", 0.0), ("clamped_swish", 2.0)])
 def test_gated_product_has_autodiffs_gradient(name: str, limit: float, numerics: Any) -> None:
-    activation = activations.get(name)
+    activation = activations.get_activation(name)
     z, u, g = (jax.random.normal(k, (4, 30)) * 3 for k in jax.random.split(jax.random.key(0), 3))
     ours = jax.vjp(lambda z, u: gated_product(z, u, activation, numerics(), limit)[0], z, u)[1](g)
     factor = (lambda u: 1 + jnp.clip(u, -limit, limit)) if limit else (lambda u: u)

@@ -155,7 +155,7 @@ def stats_like(seed: int, tokens: Any = 20.0, shape: tuple[int, ...] = (L, F)) -
     rng, tokens = np.random.default_rng(seed), np.broadcast_to(np.float32(tokens), shape[:-1])
     sums = {"tokens": jnp.asarray(tokens), "probe_tokens": jnp.asarray(tokens)}
     for name in MEASURED:
-        values = rng.uniform(0.05, 1.0, statistics.get(name).shape(shape))
+        values = rng.uniform(0.05, 1.0, statistics.get_statistic(name).shape(shape))
         counts = tokens.reshape(tokens.shape + (1,) * (values.ndim - tokens.ndim))
         sums[name] = jnp.asarray(counts * values, jnp.float32)
     return {PATH: sums}

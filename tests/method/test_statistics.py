@@ -14,7 +14,7 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.ops import reductions
 
 NAMES = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity")
-SILU, PARTITION = activations.get("silu"), activations.partition("silu")
+SILU, PARTITION = activations.get_activation("silu"), activations.partition("silu")
 WIDE = st.floats(-1e4, 1e4, width=32)
 
 
@@ -34,7 +34,7 @@ def normal(seed, *shape, scale=1.0):
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
 )
 def test_gate_compensation_identity(z, dz, name, dtype):
-    activation = activations.get(name)
+    activation = activations.get_activation(name)
     z, dz = jnp.array(z, dtype), jnp.array(dz, dtype)
     feature, moved = statistics.gate_decomposition(z, dz, activation)
     before, after = activation.phi(z), activation.phi(z + dz)

@@ -46,7 +46,8 @@ def random_tree(seed):
 def stats(seed, tokens=5.0):
     rng = np.random.default_rng(seed)
     shapes = {
-        name: statistics.get(name).shape((L, D_FF)) for name in ("slope", "excess", "response")
+        name: statistics.get_statistic(name).shape((L, D_FF))
+        for name in ("slope", "excess", "response")
     }
     sums = {
         name: jnp.asarray(rng.uniform(size=shape), jnp.float32) for name, shape in shapes.items()

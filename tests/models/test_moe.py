@@ -19,7 +19,7 @@ from nalora_jax.method.low_rank import low_rank
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.parts import PartOptions
-from nalora_jax.models.routing import Groups, RouterSpec, grouped_residual
+from nalora_jax.models.routing import ExpertGroups, RouterSpec, grouped_residual
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.shardings import Shardings
 from tests.models.family_fields import tiny_config
@@ -38,7 +38,10 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 # On a GPU the experts' factors are joined.
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_grouped_adapter_is_each_experts_own_with_gradients(platform):
-    groups, numerics = Groups(SIZES, jnp.asarray(EXPERT)), Numerics(platform=Platform(platform))
+    groups, numerics = (
+        ExpertGroups(SIZES, jnp.asarray(EXPERT)),
+        Numerics(platform=Platform(platform)),
+    )
     x, a, b = normal(10, D), normal(EXPERTS, D, RANK, seed=1), normal(EXPERTS, RANK, F, seed=2)
     mask = np.random.default_rng(3).uniform(size=(EXPERTS, F)).astype(np.float32)
 

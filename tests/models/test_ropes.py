@@ -12,7 +12,6 @@ from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import RMSNorm
-from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.ropes import (
     RopeSpec,
     context_length,
@@ -22,6 +21,7 @@ from nalora_jax.models.ropes import (
     sharing_length,
     switch_length,
 )
+from nalora_jax.models.scaled_ropes import rope_settings, with_rope_scaling
 from tests.models.test_families import FULL, SIZES, SLIDING, rope
 
 TO_LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -13,7 +13,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     torch_recurrent_gated_delta_rule,
 )
 
-from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule, solve_unit
+from nalora_jax.ops.delta_rule import CHUNK_TOKENS, DeltaInputs, gated_delta_rule, solve_unit
 from nalora_jax.ops.dispatch import Numerics, Platform
 
 PLAIN, ON_CPU = Numerics(), Numerics(platform=Platform("cpu"))
@@ -47,7 +47,7 @@ def close(ours, expected, scale=1e-5):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=scale * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("seq", [1, 2 * CHUNK + 9])
+@pytest.mark.parametrize("seq", [1, 2 * CHUNK_TOKENS + 9])
 def test_outputs_and_state_equal_the_recurrence(seq):
     ours_state = None
     for inputs in (random_inputs(7), random_inputs(seq, 1)):
@@ -102,13 +102,15 @@ def test_triangular_systems_of_equal_keys_are_solved_exactly(numerics):
     # Powers of this matrix reach 1e17; its inverse is 1 on the diagonal and -1 below it.
     solve = jax.jit(solve_unit, static_argnums=2)
     solution = solve(
-        np.tril(np.ones((CHUNK, CHUNK), np.float32), -1), np.ones((CHUNK, 1), np.float32), numerics
+        np.tril(np.ones((CHUNK_TOKENS, CHUNK_TOKENS), np.float32), -1),
+        np.ones((CHUNK_TOKENS, 1), np.float32),
+        numerics,
     )
-    np.testing.assert_array_equal(solution[:, 0], np.arange(CHUNK) == 0)
+    np.testing.assert_array_equal(solution[:, 0], np.arange(CHUNK_TOKENS) == 0)
     rng = np.random.default_rng(0)
-    system = np.tril(rng.normal(size=(3, CHUNK, CHUNK)) / 4, -1).astype(np.float32)
-    target = rng.normal(size=(3, CHUNK, 5)).astype(np.float32)
-    exact = np.linalg.solve(np.eye(CHUNK) + system.astype(float), target.astype(float))
+    system = np.tril(rng.normal(size=(3, CHUNK_TOKENS, CHUNK_TOKENS)) / 4, -1).astype(np.float32)
+    target = rng.normal(size=(3, CHUNK_TOKENS, 5)).astype(np.float32)
+    exact = np.linalg.solve(np.eye(CHUNK_TOKENS) + system.astype(float), target.astype(float))
     np.testing.assert_allclose(
         solve(system, target, numerics), exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max()
     )
@@ -125,7 +127,7 @@ def test_training_saves_one_state_per_chunk():
         compiled = jax.jit(jax.grad(loss)).lower(inputs).compile()
         return compiled.memory_analysis().temp_size_in_bytes / (64 * 64 * 4)
 
-    more = (temporary(32 * CHUNK) - temporary(16 * CHUNK)) / 16
+    more = (temporary(32 * CHUNK_TOKENS) - temporary(16 * CHUNK_TOKENS)) / 16
     # A chunk's q, k, v, output and their gradients are as large as a state each; a state per token
     # would be 64 of them.
     assert 1 <= more < 16

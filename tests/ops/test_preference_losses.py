@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import PreferenceConfig
-from nalora_jax.ops.preference_losses import LOSSES, Answers, pair_losses
+from nalora_jax.ops.preference_losses import LOSSES, AnswerScores, pair_losses
 
 TRL = json.loads(Path(__file__).with_name("trl_preference_losses.json").read_text())
 
 
-def answers_of(logits: jax.Array, base: jax.Array, labels: jax.Array) -> Answers:
+def answers_of(logits: jax.Array, base: jax.Array, labels: jax.Array) -> AnswerScores:
     """Returns the answers whose tokens, after the first, have these logits."""
     targets = labels[..., 1:]
 
@@ -27,7 +27,7 @@ def answers_of(logits: jax.Array, base: jax.Array, labels: jax.Array) -> Answers
         return jnp.sum(picked[..., 0] * (targets >= 0), axis=-1)
 
     policy = log_probs(logits)
-    return Answers(policy, policy - log_probs(base), jnp.sum(targets >= 0, axis=-1))
+    return AnswerScores(policy, policy - log_probs(base), jnp.sum(targets >= 0, axis=-1))
 
 
 def name_of(case: dict) -> str:
@@ -46,7 +46,7 @@ def test_loss_gradient_and_rewards_are_those_of_trl(case):
             return jnp.mean(pair_losses(answers_of(logits, base, labels), config).loss)
 
         loss, gradient = jax.value_and_grad(mean)(logits)
-        answers = Answers(*map(np.asarray, answers_of(logits, base, labels)))
+        answers = AnswerScores(*map(np.asarray, answers_of(logits, base, labels)))
     np.testing.assert_allclose(loss, case["loss"], rtol=1e-12)
     np.testing.assert_allclose(gradient, case["gradient"], rtol=1e-10, atol=1e-14)
     # As the evaluation calls it, on arrays of NumPy.
@@ -71,7 +71,7 @@ def test_losses_and_gradients_are_finite_for_answers_of_any_probability(name):
     config = PreferenceConfig(name, beta=1.0, nll_weight=1.0)
 
     def total(change: jax.Array) -> jax.Array:
-        answers = Answers(log_probs + change, log_probs + change, jnp.ones_like(log_probs))
+        answers = AnswerScores(log_probs + change, log_probs + change, jnp.ones_like(log_probs))
         return jnp.sum(pair_losses(answers, config).loss)
 
     loss, slope = jax.value_and_grad(total)(jnp.zeros_like(log_probs))

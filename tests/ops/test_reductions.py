@@ -55,10 +55,10 @@ def test_over_the_shards_only_what_is_asked_for_is_summed():
         "occupancy": np.moveaxis(regions, -1, -2).astype(np.float32),
         "feature": np.full((2, 4, 3, D_FF), np.nan, np.float32),
     }
-    found = statistics.over_shards(block, ("slope", "occupancy"))
+    found = statistics.sum_over_shards(block, ("slope", "occupancy"))
     assert set(found) == {"tokens", "probe_tokens", "slope", "occupancy"}
     for name, value in found.items():
         np.testing.assert_allclose(value, block[name].sum(1), rtol=1e-6, err_msg=name)
     # A rounding error of the others is no negative share.
     block["tokens"] = block["tokens"] - np.float32(1e-3) - block["occupancy"][..., -1, :].max(-1)
-    assert np.all(statistics.over_shards(block, ("occupancy",))["occupancy"] >= 0)
+    assert np.all(statistics.sum_over_shards(block, ("occupancy",))["occupancy"] >= 0)

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.planner.decide import MOST, Compiled, decide
+from nalora_jax.planner.decide import MOST_COMPILED, Compiled, decide
 from nalora_jax.planner.estimates import Layout
 
 LIMIT = 16e9
@@ -81,7 +81,7 @@ def test_at_most_four_layouts_are_compiled_and_the_refusal_names_them():
         return compiled(17 + one.fsdp, 1.0)
 
     taken, result, tried = decide(candidates, LIMIT, too_large, must_fit=False)
-    assert len(tried) == MOST
+    assert len(tried) == MOST_COMPILED
     assert not result.fits
     assert taken is candidates[0]
     message = r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"

@@ -24,6 +24,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.stacks import param_shapes, parts
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.attention_tpu import SPLASH
+from nalora_jax.planner.abstract_step import _weight, architecture
 from nalora_jax.planner.estimates import (
     Layout,
     active_parameters,
@@ -38,7 +39,6 @@ from nalora_jax.planner.estimates import (
 from nalora_jax.planner.figures import Figures, kernel_flops
 from nalora_jax.planner.layouts import fastest, fitting
 from nalora_jax.planner.machines import Topology, topology
-from nalora_jax.planner.program import _weight, architecture
 
 
 def run(rows: int, seq: int = 4096, **options) -> RunConfig:

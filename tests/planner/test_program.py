@@ -19,11 +19,15 @@ from nalora_jax.config import (
 )
 from nalora_jax.mesh import distributed
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.planner import report
+from nalora_jax.planner import plan_report
+from nalora_jax.planner.abstract_step import (
+    moved_weights,
+    rollout_and_arguments,
+    step_and_arguments,
+)
 from nalora_jax.planner.figures import figures
 from nalora_jax.planner.machines import topology
-from nalora_jax.planner.program import moved_weights, rollout_and_arguments, step_and_arguments
-from nalora_jax.planner.report import without_statistics
+from nalora_jax.planner.plan_report import without_statistics
 from tests import tiny
 
 LAYERS, D, D_FF, VOCAB, RANK = 3, 64, 128, 1024, 4
@@ -108,7 +112,7 @@ def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch
 
 
 def test_update_and_rollout_read_the_weights_in_the_same_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "devices", lambda _: jax.devices())
+    monkeypatch.setattr(plan_report, "devices", lambda _: jax.devices())
     mesh = MeshConfig(2, 2, 2)
     config = settings(
         mesh, rl=RLConfig(rewards=("number",), samples=8, max_new_tokens=12), mechanisms=()
@@ -116,7 +120,7 @@ def test_update_and_rollout_read_the_weights_in_the_same_places(tmp_path, monkey
     devices = distributed.make_mesh(mesh)
     step, arguments = step_and_arguments(config, BASE, devices)
     update = figures(step, arguments, cache=tmp_path)
-    rollout = report._plan_rollout(config, BASE, topology("v6e:2x4"), update, arguments)
+    rollout = plan_report._plan_rollout(config, BASE, topology("v6e:2x4"), update, arguments)
     assert rollout.moved == 0
     assert rollout.resident > 0
     _, drawn, _ = rollout_and_arguments(config, BASE, devices)

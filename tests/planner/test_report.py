@@ -18,12 +18,12 @@ from nalora_jax.config import (
 from nalora_jax.mesh import distributed
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.planner.abstract_step import architecture, step_and_arguments
 from nalora_jax.planner.accounting import Transfer
 from nalora_jax.planner.estimates import Layout, estimate
 from nalora_jax.planner.figures import Figures, of_compiled, roofline
 from nalora_jax.planner.machines import topology
-from nalora_jax.planner.program import architecture, step_and_arguments
-from nalora_jax.planner.report import (
+from nalora_jax.planner.plan_report import (
     Plan,
     RolloutPlan,
     SweepPlan,

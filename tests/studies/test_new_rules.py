@@ -124,7 +124,7 @@ def gradients(rule: str, arrays: tuple[np.ndarray, ...]) -> tuple[Any, Any]:
         dict.fromkeys((*statistics.STANDARD, *([rule] if rule else []))), (CHANNELS,)
     )
     silu, measured = (
-        activations.get("silu"),
+        activations.get_activation("silu"),
         Measurement(jnp.ones((1, TOKENS)), GateStatsConfig(), taps),
     )
 

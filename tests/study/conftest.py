@@ -15,9 +15,9 @@ import pytest
 
 from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.study import execution
-from nalora_jax.study.plan import Run
+from nalora_jax.study.planned_runs import Run
 from nalora_jax.study.protocol import Protocol, read_protocol
-from nalora_jax.study.records import Record
+from nalora_jax.study.records import StudyRecord
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.run import build_placed
 from tests import tiny
@@ -125,7 +125,7 @@ def assert_starts_alone(kind: Any, run: Run, resources: Resources) -> None:
 def quick(study: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
     """A study whose runs take no time because nothing is trained."""
 
-    def perform_all(runs: Sequence[Run], *_: Any) -> list[Record]:
+    def perform_all(runs: Sequence[Run], *_: Any) -> list[StudyRecord]:
         time.sleep(0.01)
         return [record_of(run, abs(math.log(run.rate / 1.5e-2)) + 1e-3 * run.seed) for run in runs]
 
@@ -134,7 +134,7 @@ def quick(study: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
     return read_protocol(study)
 
 
-def record_of(run: Run, loss: float) -> Record:
+def record_of(run: Run, loss: float) -> StudyRecord:
     """A record without digests of base and rules."""
     measured = {"validation": {"loss": loss}, "test": {"loss": loss}, "curve": [], "training": []}
     described = {"rate": run.rate, "multiple": run.multiple, "seed": run.seed, "diverged": False}

@@ -19,12 +19,18 @@ from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.kinds import text
 from nalora_jax.study import execution
-from nalora_jax.study.plan import Run, pending, wanted
-from nalora_jax.study.progress import RunInProgress
+from nalora_jax.study.planned_runs import Run, pending, wanted
 from nalora_jax.study.protocol import Protocol, read_protocol
-from nalora_jax.study.records import Record, Records, exact_values, read_snapshot, write_snapshot
-from nalora_jax.study.report import status
+from nalora_jax.study.records import (
+    Records,
+    StudyRecord,
+    exact_values,
+    read_snapshot,
+    write_snapshot,
+)
 from nalora_jax.study.resources import Resources
+from nalora_jax.study.study_progress import RunInProgress
+from nalora_jax.study.study_report import status
 from nalora_jax.study.verification import verify_records
 from tests.study.conftest import assert_starts_alone, write_study
 
@@ -46,16 +52,16 @@ def finished(resources: Resources) -> Path:
 
 
 @pytest.fixture(scope="module")
-def records(finished: Path) -> list[Record]:
+def records(finished: Path) -> list[StudyRecord]:
     return list(Records(finished).read().values())
 
 
-def by(records: list[Record], **wanted: Any) -> Record:
+def by(records: list[StudyRecord], **wanted: Any) -> StudyRecord:
     (found,) = [one for one in records if all(one[name] == value for name, value in wanted.items())]
     return found
 
 
-def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(records: list[Record]) -> None:
+def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(records: list[StudyRecord]) -> None:
     compiled: dict[tuple[str, str], list[int]] = {}
     for one in records:
         compiled.setdefault((one["method"], one["stage"]), []).append(one["compilations"])
@@ -66,7 +72,7 @@ def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(records: list[Rec
 
 
 def test_runs_of_a_pair_share_data_initial_adapters_and_items(
-    records: list[Record], resources: Resources
+    records: list[StudyRecord], resources: Resources
 ) -> None:
     for seed in (1, 2):
         pair = [
@@ -86,7 +92,7 @@ def test_runs_of_a_pair_share_data_initial_adapters_and_items(
 
 
 def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(
-    records: list[Record],
+    records: list[StudyRecord],
 ) -> None:
     for one in records:
         assert [point["step"] for point in one["curve"]] == [0, 4, 8]
@@ -140,12 +146,15 @@ def test_an_interrupted_run_resumes_and_ends_with_the_record_of_an_uninterrupted
 
 
 def test_a_run_that_diverges_has_a_record_that_says_so(
-    records: list[Record], resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    records: list[StudyRecord],
+    resources: Resources,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def diverge(*_: Any, **__: Any) -> None:
         raise TrainingDivergedError("step 3: loss", expected="a finite number", found="nan")
 
-    monkeypatch.setattr("nalora_jax.study.progress.run_steps", diverge)
+    monkeypatch.setattr("nalora_jax.study.study_progress.run_steps", diverge)
     (record,) = execution.perform_all(
         wanted(resources.protocol, {})[:1], resources, [tmp_path / "x.npz"]
     )

@@ -11,11 +11,11 @@ import pytest
 
 from nalora_jax.common import trees
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
+from nalora_jax.evaluate.image_evaluation import ClassEvaluator, Encoders, RecordImages
 from nalora_jax.kinds import dual
-from nalora_jax.models.vision.dual import DualEncoder
+from nalora_jax.models.vision.dual_encoder import DualEncoder
 from nalora_jax.study import execution
-from nalora_jax.study.plan import Cell, Run
+from nalora_jax.study.planned_runs import Cell, Run
 from nalora_jax.study.protocol import Method, read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.resources import Resources
@@ -125,7 +125,7 @@ def test_image_tasks_of_one_shape_share_programs_but_not_their_classes(
         source = open_images(run.config.data, run.config.vision, "train[75%:]")
         labels = source.labels(items.classes)
         encoders = Encoders(DualEncoder(loaded.config), loaded.processor, loaded.tokenizer)
-        images = Images(source, np.arange(len(source)))
+        images = RecordImages(source, np.arange(len(source)))
         alone = ClassEvaluator(encoders, images, labels, items.classes, run.config.vision.templates)
         found = shots.measure_base(run, items)
         assert found["loss"] == pytest.approx(alone.measure(loaded.params, None)["loss"], abs=1e-5)

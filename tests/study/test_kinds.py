@@ -14,11 +14,11 @@ from nalora_jax.evaluate.generate import Generator
 from nalora_jax.kinds import preference
 from nalora_jax.kinds.rl import kind, rewards
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.study.plan import wanted
+from nalora_jax.study.planned_runs import wanted
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
-from nalora_jax.study.report import render_results
 from nalora_jax.study.resources import Resources
+from nalora_jax.study.study_report import render_results
 from tests.study.conftest import assert_starts_alone, write_study
 
 FEW_RUNS = """

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from nalora_jax.config import RunConfig
-from nalora_jax.study.plan import Cell, Run, pending, tuning, wanted
+from nalora_jax.study.planned_runs import Cell, Run, pending, tuning, wanted
 from nalora_jax.study.protocol import Method, Protocol, Task
-from nalora_jax.study.records import Record
+from nalora_jax.study.records import StudyRecord
 
 PROTOCOL = Protocol(
     question="?",
@@ -31,10 +31,10 @@ CELL = Cell("m", "t", "a")
 
 def done(
     protocol: Protocol, loss: Callable[[Run], float], stages: tuple[str, ...] = ("tune",)
-) -> dict[str, Record]:
+) -> dict[str, StudyRecord]:
     """Records of all runs that are wanted one after another, with these losses; infinite ones
     diverged."""
-    records: dict[str, Record] = {}
+    records: dict[str, StudyRecord] = {}
     while left := [run for run in pending(protocol, records) if run.stage in stages]:
         value = loss(left[0])
         records[left[0].id] = {"diverged": math.isinf(value), "validation": {"loss": value}}

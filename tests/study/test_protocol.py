@@ -11,7 +11,7 @@ from nalora_jax.config import DataConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import resolve
 from nalora_jax.study.locations import located
-from nalora_jax.study.plan import pending
+from nalora_jax.study.planned_runs import pending
 from nalora_jax.study.protocol import read_protocol
 from tests.study.conftest import write_study
 

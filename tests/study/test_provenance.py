@@ -16,8 +16,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import MECHANISMS
 from nalora_jax.study import execution
-from nalora_jax.study.plan import Run, wanted
-from nalora_jax.study.progress import RunInProgress
+from nalora_jax.study.planned_runs import Run, wanted
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.provenance import (
     check_committed,
@@ -26,9 +25,10 @@ from nalora_jax.study.provenance import (
     checked_records,
     record_digest,
 )
-from nalora_jax.study.records import Record, Records
-from nalora_jax.study.report import render_results, status, write_tables
+from nalora_jax.study.records import Records, StudyRecord
 from nalora_jax.study.resources import Resources
+from nalora_jax.study.study_progress import RunInProgress
+from nalora_jax.study.study_report import render_results, status, write_tables
 
 STUDIES = Path(__file__).parents[2] / "studies"
 COMMITTED = sorted(path.parent for path in STUDIES.glob("*/protocol.toml"))
@@ -110,7 +110,7 @@ def test_a_test_is_listed_before_it_reads_test_items(
 ) -> None:
     perform_all = execution.perform_all
 
-    def killed(runs: Sequence[Run], *arguments: Any) -> list[Record]:
+    def killed(runs: Sequence[Run], *arguments: Any) -> list[StudyRecord]:
         if runs[0].stage == "test":
             raise KeyboardInterrupt
         return perform_all(runs, *arguments)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.study import execution, plan, provenance, report, verification
+from nalora_jax.study import execution, planned_runs, provenance, study_report, verification
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Records
 
@@ -37,7 +37,7 @@ REFUSALS: dict[str, tuple[Callable[[Protocol], Any], str]] = {
         "--methods: expected methods of .*: lora, half, again, found abacus",
     ),
     "a loss that no record has": (
-        lambda _: plan.cost("loss", {"accuracy": 0.5}),
+        lambda _: planned_runs.cost("loss", {"accuracy": 0.5}),
         "records: loss: expected a number, found none; restore the record file",
     ),
     "a rule without a file": (
@@ -53,7 +53,7 @@ REFUSALS: dict[str, tuple[Callable[[Protocol], Any], str]] = {
         "records.jsonl: expected to append a line, found .*Is a directory.*make room",
     ),
     "a report of no run": (
-        report.write_tables,
+        study_report.write_tables,
         "records.jsonl: expected records of finished runs, found none; run it first",
     ),
     "a repetition of no run": (

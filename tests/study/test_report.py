@@ -14,11 +14,11 @@ from scipy import stats
 
 from nalora_jax.__main__ import main
 from nalora_jax.study.analysis import comparisons, results
-from nalora_jax.study.plan import Run, pending
+from nalora_jax.study.hypothesis_tests import holm
+from nalora_jax.study.planned_runs import Run, pending
 from nalora_jax.study.protocol import read_protocol
-from nalora_jax.study.records import Record, Records
-from nalora_jax.study.report import render_results, write_tables
-from nalora_jax.study.statistics import holm
+from nalora_jax.study.records import Records, StudyRecord
+from nalora_jax.study.study_report import render_results, write_tables
 from tests.study import conftest
 
 
@@ -37,7 +37,7 @@ def told(study: Path) -> Path:
     return study
 
 
-def record_of(run: Run) -> Record:
+def record_of(run: Run) -> StudyRecord:
     """Loss 3 plus the seed's part; "half" is 0.01 better but on one seed, and breaks at the
     multiple with seed 6."""
     rng = np.random.default_rng(run.seed)
@@ -78,7 +78,7 @@ def losses(study: Path, method: str, multiple: float = 1.0) -> np.ndarray:
     )
 
 
-def gain_of(records: Iterable[Record]) -> float:
+def gain_of(records: Iterable[StudyRecord]) -> float:
     """Returns the fall of the validation loss of the baseline's only tuning run at its chosen
     rate."""
     (tuned,) = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nalora_jax.study.statistics import (
+from nalora_jax.study.hypothesis_tests import (
     holm,
     is_equivalent,
     paired,

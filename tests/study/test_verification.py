@@ -10,14 +10,14 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.execution import run_study
-from nalora_jax.study.plan import Run
+from nalora_jax.study.planned_runs import Run
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.records import Record
+from nalora_jax.study.records import StudyRecord
 from nalora_jax.study.verification import _compare, verify_records
 from tests.study.test_plan import CELL, PROTOCOL
 
 ROW = {"loss": 3.0, "misalignment": 0.25}
-RECORD: Record = {
+RECORD: StudyRecord = {
     **{"stage": "test", "diverged": False, "parameters": 320},
     **{"base": "b", "source": "s", "data": "d", "rules": {}},
     "items": {"validation": "v", "test": "t", "test choices": "c"},
@@ -40,7 +40,7 @@ RUN = Run(PROTOCOL, "test", CELL, 1e-2, 5)
     ],
 )
 def test_every_recorded_measure_and_digest_is_compared(
-    change: Callable[[Record], Any], place: str
+    change: Callable[[StudyRecord], Any], place: str
 ) -> None:
     altered = copying.deepcopy(RECORD)
     _compare(RUN, RECORD, altered)

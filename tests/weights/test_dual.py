@@ -22,12 +22,13 @@ from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh.distributed import make_mesh
 from nalora_jax.models.targets import resolve
-from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.models.vision.dual import DualEncoder, init_lora, init_params
+from nalora_jax.models.vision.dual_encoder import DualEncoder, init_dual_lora, init_params
 from nalora_jax.models.vision.families import compose, read_encoder
-from nalora_jax.weights.dual import load_dual
+from nalora_jax.models.vision.vision_config import DualConfig
+from nalora_jax.weights.dual_base import load_dual
 from nalora_jax.weights.merge import write_merged
-from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
+from nalora_jax.weights.peft_export import export_adapter, verify_export
+from nalora_jax.weights.peft_import import import_adapter
 
 EVERYTHING = (
     LoRARule("image/layers/0/ffn/in_proj", rank=3, alpha=5.0),
@@ -49,7 +50,7 @@ def adapted(config: DualConfig, rules: tuple[LoRARule, ...], params: Any, **vari
         used = np.arange(leaf.shape[1])[None, :, None] < np.array(ranks)[:, None, None]
         return 0.3 * used * jax.random.normal(jax.random.key(len(path)), leaf.shape)
 
-    return trees.map_named(filled, init_lora(config, spec, jax.random.key(0), params)), spec
+    return trees.map_named(filled, init_dual_lora(config, spec, jax.random.key(0), params)), spec
 
 
 @pytest.mark.parametrize(("family", "length"), [("clip", 8), ("siglip2", 12)])

@@ -174,7 +174,7 @@ MIXTURE |= {"moe_intermediate_size": 24, "layer_types": ["full_attention"] * 2}
     ("family", "folder"), [("qwen3_moe", "ffn"), ("qwen3_5_moe_text", "ffn/experts_ffn")]
 )
 def test_fused_experts_are_read_as_one_kernel_each(tmp_path, family, folder, monkeypatch):
-    monkeypatch.setattr(tensors, "BLOCK", 64)  # several blocks an expert
+    monkeypatch.setattr(tensors, "READ_BLOCK", 64)  # several blocks an expert
     raw = transformers.AutoConfig.for_model(family, **MIXTURE)
     saved = transformers.AutoModelForCausalLM.from_config(
         raw

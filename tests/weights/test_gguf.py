@@ -225,7 +225,7 @@ def test_a_quantized_model_is_right_on_a_mesh_and_in_blocks(tmp_path, monkeypatc
         stored[name] = gguf.quants.dequantize(blocks, kind) if tensor.ndim == 2 else tensor
     path, mesh = finish(writer, tmp_path / "m.gguf"), make_mesh(MeshConfig(1, 4, 2))
     expected = flatten(params_from_tensors(config, stored.__getitem__, "gguf"))
-    monkeypatch.setattr(tensors, "BLOCK", 40)
+    monkeypatch.setattr(tensors, "READ_BLOCK", 40)
     for name, leaf in flatten(load_model(str(path), dtype="bfloat16", mesh=mesh).params).items():
         np.testing.assert_array_equal(
             leaf, expected[name].astype("bfloat16"), strict=True, err_msg=name

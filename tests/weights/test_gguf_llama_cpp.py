@@ -21,7 +21,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights.gguf_export import write_adapter_gguf
-from nalora_jax.weights.peft import export_adapter
+from nalora_jax.weights.peft_export import export_adapter
 from tests import tiny
 from tests.weights.gguf_files import MODEL, WORDS, add_shape, random_params, write_tensors
 

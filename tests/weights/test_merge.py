@@ -21,12 +21,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.merge import merged_tensors, write_merged
-from nalora_jax.weights.peft import (
-    export_adapter,
-    import_adapter,
-    max_logit_difference,
-    verify_export,
-)
+from nalora_jax.weights.peft_export import export_adapter, max_logit_difference, verify_export
+from nalora_jax.weights.peft_import import import_adapter
 from nalora_jax.weights.shards import parse_size
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from tests.weights import in_peft

@@ -24,8 +24,9 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.weights.origin import fingerprint
-from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_config import TENSORS_NAME
+from nalora_jax.weights.peft_export import export_adapter, verify_export
+from nalora_jax.weights.peft_import import import_adapter
 from tests.weights.conftest import COMMON
 from tests.weights.in_peft import merge_equally, save, wrap, write_adapter
 from tests.weights.test_merge import TARGETS

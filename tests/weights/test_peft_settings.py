@@ -22,8 +22,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.weights.peft import import_adapter
-from nalora_jax.weights.peft_settings import PEFT, from_peft
+from nalora_jax.weights.peft_import import import_adapter
+from nalora_jax.weights.peft_settings import PEFT, convert_peft_config
 from tests.weights.conftest import COMMON
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -134,7 +134,7 @@ def test_the_adapters_are_those_that_peft_makes(family, settings, tiny_model):
                     float(module.scaling["default"]),
                 )
 
-    made, notes = from_peft(settings_in(theirs))
+    made, notes = convert_peft_config(settings_in(theirs))
     spec = resolve(
         settings_of(made, Path("mine.yaml")).lora, projection_shapes(base), base.n_layers
     )
@@ -158,7 +158,7 @@ def test_all_that_is_refused_is_named_at_once():
         "modules_to_save": ["norm"],
     }
     with pytest.raises(NaloraError) as caught:
-        from_peft(bad | {"init_lora_weights": "olora", "r": 8})
+        convert_peft_config(bad | {"init_lora_weights": "olora", "r": 8})
     for part in (
         "bias = 'all' (biases stay",
         "use_qalora = True (it is another",
@@ -180,10 +180,10 @@ def test_every_value_of_every_field_is_refused_by_name_noted_or_carried_over(tab
     fine = fine | {"target_modules": ["q_proj"]}
     numbers, lists = [5, 1.5, math.inf, True, 10**400], [[], [5], [["q_proj"]]]
     empty = {"q_proj": None}
-    usual = from_peft(fine)
+    usual = convert_peft_config(fine)
     for name, value in itertools.product(table, [*numbers, *lists, "x", {"q_proj": "x"}, empty]):
         try:
-            made = from_peft(fine | {name: value})
+            made = convert_peft_config(fine | {name: value})
         except NaloraError as error:
             refusal = str(error)
         else:
@@ -231,7 +231,7 @@ INDICES = "trainable_token_indices"
 )
 def test_a_value_that_means_nothing_here_is_named(values, message):
     with pytest.raises(NaloraError, match=message):
-        from_peft({"target_modules": ["q_proj"]} | values)
+        convert_peft_config({"target_modules": ["q_proj"]} | values)
 
 
 ADALORA = {
@@ -247,14 +247,14 @@ ADALORA = {
 def test_settings_of_adalora_are_taken_over_and_its_files_are_refused(tmp_path):
     theirs = peft.AdaLoraConfig(**ADALORA, total_step=8, target_modules=["q_proj"])
     values = settings_in(theirs)
-    settings, notes = from_peft(values)
+    settings, notes = convert_peft_config(values)
     config = check(settings_of(settings, tmp_path))
     assert config.adalora == AdaLoRAConfig(1, 1 / 8, 2 / 8, interval=1)
     assert (config.steps, config.adalora.steps(8)) == (8, (1, 6))
     assert {(rule.rank, rule.alpha) for rule in config.lora.rules} == {(4, 12.0)}
     assert not any("not known" in note for note in notes)
     with pytest.raises(NaloraError, match="total_step"):
-        from_peft(values | {"total_step": None})
+        convert_peft_config(values | {"total_step": None})
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     with pytest.raises(
         NaloraError, match="peft_type: expected \"LORA\", found 'ADALORA'; merge it in PEFT"
@@ -275,7 +275,9 @@ def test_settings_of_adalora_are_taken_over_and_its_files_are_refused(tmp_path):
     ],
 )
 def test_tables_and_rows_that_are_trained_are_kept(theirs, ours, tmp_path):
-    made, notes = from_peft(settings_in(peft.LoraConfig(target_modules=["q_proj"], **theirs)))
+    made, notes = convert_peft_config(
+        settings_in(peft.LoraConfig(target_modules=["q_proj"], **theirs))
+    )
     lora = settings_of(made, tmp_path / "mine.yaml").lora
     assert (
         lora.modules_to_save,

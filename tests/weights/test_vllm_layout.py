@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths
-from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
+from nalora_jax.weights.peft_export import export_adapter, verify_export
+from nalora_jax.weights.peft_import import import_adapter
 from nalora_jax.weights.peft_modules import layout_for
 from tests.weights.conftest import COMMON, DELTA_NET, mixed
 from tests.weights.in_peft import load, merge_equally

@@ -23,9 +23,9 @@ from nalora_jax.common.downloads import cache_dir
 from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.files import DELIMITERS, loaded_rows, open_rows
-from nalora_jax.data.images.files import (
-    ENDINGS,
+from nalora_jax.data.data_files import DELIMITERS, loaded_rows, open_rows
+from nalora_jax.data.images.image_files import (
+    IMAGE_EXTENSIONS,
     ImageProcessor,
     TextTokenizer,
     file_below,
@@ -35,7 +35,13 @@ from nalora_jax.data.images.files import (
 )
 from nalora_jax.data.packing import epoch_order, permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
-from nalora_jax.data.source import Change, Record, Source, SourceView, require_some
+from nalora_jax.data.source import (
+    Record,
+    RecordChange,
+    Source,
+    SourceView,
+    require_some,
+)
 from nalora_jax.data.sources import FileSource
 from nalora_jax.data.tfds_source import TfdsSource, open_tfds
 from nalora_jax.errors import NaloraError, shown
@@ -66,7 +72,7 @@ class ImageSource(SourceView):
         records: Source,
         fields: VisionConfig,
         class_names: Sequence[str] = (),
-        change: Change | None = None,
+        change: RecordChange | None = None,
     ) -> None:
         super().__init__(records, change=change)
         self.fields, self.class_names = fields, tuple(class_names)
@@ -234,7 +240,9 @@ def _listed_images(path: Path, split: str, fields: VisionConfig) -> ImageSource:
         rows = listed.read(range(len(listed)))
     else:  # every image below the folder, with the name of its subfolder as the class
         files = sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()
+            p
+            for p in path.rglob("*")
+            if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file()
         )
         names = [p.relative_to(path) for p in files if p.parent != path]
         rows = [

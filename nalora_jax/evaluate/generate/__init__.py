@@ -1,5 +1,9 @@
 """Text generation: KV cache, sampling, streaming."""
 
-from nalora_jax.evaluate.generate.generator import Completion, Generator, Settings
+from nalora_jax.evaluate.generate.generator import (
+    Completion,
+    GenerationSettings,
+    Generator,
+)
 
-__all__ = ["Completion", "Generator", "Settings"]
+__all__ = ["Completion", "GenerationSettings", "Generator"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.data.chat import Message, text_field
+from nalora_jax.data.chat_text import Message, text_field
 from nalora_jax.data.forms import Parts, check_role
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -56,7 +56,7 @@ class Conversation:
           text: the user's message.
           generator: generates the answer.
           images: images before the text, processed by the model's processor.
-          **settings: the fields of `nalora_jax.evaluate.generate.Settings`.
+          **settings: the fields of `nalora_jax.evaluate.generate.GenerationSettings`.
 
         Raises:
           NaloraError: the chat template rejects the turns, they fill the context, or the text has

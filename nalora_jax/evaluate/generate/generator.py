@@ -36,11 +36,11 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.files import ImageProcessor
+    from nalora_jax.data.images.image_files import ImageProcessor
 
 
 @dataclass(frozen=True)
-class Settings(GenerationConfig):
+class GenerationSettings(GenerationConfig):
     """Settings of generation."""
 
     # Samples are a function of seed, prompt and weights; a sequence has one seed per prompt.
@@ -53,7 +53,7 @@ class Settings(GenerationConfig):
 
     def __post_init__(self) -> None:
         """Raises a NaloraError that names the first setting out of range."""
-        for name, allowed in ranges(Settings).items():
+        for name, allowed in ranges(GenerationSettings).items():
             value = getattr(self, name)
             require_setting(name, allowed.holds(value), str(allowed), value)
         are_texts = isinstance(self.stop, Sequence)
@@ -234,8 +234,8 @@ def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
 
 # ---------------------------------------------------------------- generation
 
-Prompt = str | Sequence[int]  # a text, or its token ids
-Images = Sequence[np.ndarray]  # of one prompt, uint8 [height, width, 3] each
+TextOrTokens = str | Sequence[int]  # a text, or its token ids
+PromptImages = Sequence[np.ndarray]  # of one prompt, uint8 [height, width, 3] each
 
 # Tokens per call. Calls are cheap, so these are small, for smooth streams and early stops.
 _STREAM_TOKENS = 4
@@ -351,13 +351,13 @@ class Generator:
         generator._weights = view_weights(self.model, variables)
         return generator
 
-    @with_options(Settings)
+    @with_options(GenerationSettings)
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[TextOrTokens],
         *,
         batch_size: int = 16,
-        images: Sequence[Images] | None = None,
+        images: Sequence[PromptImages] | None = None,
         **settings: Any,
     ) -> list[str]:
         """Returns the completion of each prompt, without the prompt.
@@ -367,7 +367,7 @@ class Generator:
           batch_size: prompts per batch.
           images: the images of each prompt, processed (uint8 ``[height, width, 3]`` of the model's
             processor), in the order of its image tokens.
-          **settings: the fields of `Settings`.
+          **settings: the fields of `GenerationSettings`.
 
         Raises:
           NaloraError: a prompt is empty or fills the context, a setting is out of range, or a
@@ -381,17 +381,17 @@ class Generator:
         )
         return [completion.text for completion in completions]
 
-    @with_options(Settings)
+    @with_options(GenerationSettings)
     def complete(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[TextOrTokens],
         *,
         batch_size: int = 16,
-        images: Sequence[Images] | None = None,
+        images: Sequence[PromptImages] | None = None,
         **settings: Any,
     ) -> list[Completion]:
         """Returns completions like `generate`, with token ids and the reason for their end."""
-        chosen = Settings(**settings)
+        chosen = GenerationSettings(**settings)
         ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         seeds = chosen.seeds(len(ids))
         require_setting("batch_size", batch_size >= 1, "at least 1", batch_size)
@@ -416,16 +416,16 @@ class Generator:
             completions |= zip(rows, batch.run(), strict=True)
         return [completions[i] for i in range(len(ids))]
 
-    @with_options(Settings)
+    @with_options(GenerationSettings)
     def stream(
-        self, prompt: Prompt, *, images: Images = (), **settings: Any
+        self, prompt: TextOrTokens, *, images: PromptImages = (), **settings: Any
     ) -> Iterator[str]:
         """Yields pieces of the completion; joined, they equal the result of `generate`.
 
         A piece has no incomplete character and no part of a stop text. Errors are raised like in
         `generate`, at the call.
         """
-        chosen = Settings(**settings)
+        chosen = GenerationSettings(**settings)
         ids = self._encode(prompt, "prompt")
         self._check_images(ids, images, "prompt")
         batch = _Batch(self, [ids], chosen, chosen.seeds(1), [images])
@@ -434,7 +434,7 @@ class Generator:
     def _check_images(
         self,
         ids: Sequence[int],
-        images: Images,
+        images: PromptImages,
         where: str,
     ) -> None:
         """Raises an error unless the prompt ``ids`` has as many image tokens as its images need.
@@ -457,7 +457,7 @@ class Generator:
                 found=places,
             )
 
-    def _encode(self, prompt: Prompt, where: str) -> list[int]:
+    def _encode(self, prompt: TextOrTokens, where: str) -> list[int]:
         """Returns the token ids of a prompt.
 
         Raises:
@@ -517,9 +517,9 @@ class _Batch:
         self,
         generator: Generator,
         ids: Sequence[list[int]],
-        settings: Settings,
+        settings: GenerationSettings,
         seeds: Sequence[int],
-        images: Sequence[Images],
+        images: Sequence[PromptImages],
     ) -> None:
         """Prepares the programs' arguments and the streams; `run` and `pieces` generate."""
         self._generator = generator
@@ -554,7 +554,7 @@ class _Batch:
         if self._has_images:
             self._prompts = replace(self._prompts, features=self._features(images))
 
-    def _features(self, images: Sequence[Images]) -> Any:
+    def _features(self, images: Sequence[PromptImages]) -> Any:
         """Returns the features of every row's images, ``[batch, places, d_model]`` from `see`."""
         generator = self._generator
         assert generator.processor is not None

@@ -20,8 +20,8 @@ from jax import lax
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.sampling import (
-    Array,
     Sampling,
+    _Array,
     next_tokens,
     seen_tokens,
     with_token,
@@ -31,7 +31,7 @@ from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.ops.storage import prepare
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.files import ImageProcessor
+    from nalora_jax.data.images.image_files import ImageProcessor
 
 # Parameters of the logits, tied or not.
 _HEAD = ("embed", "lm_head")
@@ -52,13 +52,13 @@ class Prompts:
     """A batch of tokenized prompts with its generation settings."""
 
     tokens: (
-        Array  # int32 [batch, seq], padded on the right; in chunks, negative in gaps
+        _Array  # int32 [batch, seq], padded on the right; in chunks, negative in gaps
     )
-    lengths: Array  # int32 [batch], at least 1, gaps included
-    live: Array  # bool [batch]; false for padding rows
-    stop_ids: Array  # int32 [stops]
+    lengths: _Array  # int32 [batch], at least 1, gaps included
+    live: _Array  # bool [batch]; false for padding rows
+    stop_ids: _Array  # int32 [stops]
     sampling: Sampling
-    features: Array | None = (
+    features: _Array | None = (
         None  # [batch, places, d_model] of images, from `encode_images`
     )
 
@@ -98,7 +98,7 @@ def encode_images(
     model: Decoder,
     processor: ImageProcessor,
     weights: Weights,
-    pixels: Array,
+    pixels: _Array,
 ) -> jax.Array:
     """Returns the features of image tokens, ``[batch, places, d_model]``.
 
@@ -115,7 +115,7 @@ def prefill(
     model: Decoder,
     weights: Weights,
     prompts: Prompts,
-    step: Array | np.int32 = np.int32(0),  # noqa: B008
+    step: _Array | np.int32 = np.int32(0),  # noqa: B008
     *,
     slots: int,
     chunk: int = 0,
@@ -175,7 +175,7 @@ def _at_once(
     return _take_rows(hidden, last), cache
 
 
-def _take_rows(hidden: jax.Array, places: Array) -> jax.Array:
+def _take_rows(hidden: jax.Array, places: _Array) -> jax.Array:
     """Returns the hidden state of one place of each row, ``[batch, d_model]``.
 
     ``hidden`` is ``[batch, seq, d_model]`` and ``places`` int ``[batch]``.
@@ -389,7 +389,7 @@ def sample_groups(
     return tokens, log_probs
 
 
-def _is_stop(token: jax.Array, stop_ids: Array) -> jax.Array:
+def _is_stop(token: jax.Array, stop_ids: _Array) -> jax.Array:
     """Returns True for ``[batch]`` tokens that are stop ids."""
     return jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 # On the host, or within a program.
-Array = jax.Array | np.ndarray
+_Array = jax.Array | np.ndarray
 
 # Bit patterns of non-negative floats have the order of the floats; this is the pattern of 1.0.
 _ONE_BITS = 0x3F800000
@@ -28,13 +28,15 @@ _ONE_BITS = 0x3F800000
 class Sampling:
     """Sampling settings of each row of a batch."""
 
-    temperature: Array  # float32 [batch]; 0: greedy
-    top_k: Array  # int32 [batch]; number of kept tokens, 0: all
-    top_p: Array  # float32 [batch]; kept probability, 1: all
-    min_p: Array  # float32 [batch]; minimum probability relative to the maximum, 0: all
-    seed: Array  # uint32 [batch]
+    temperature: _Array  # float32 [batch]; 0: greedy
+    top_k: _Array  # int32 [batch]; number of kept tokens, 0: all
+    top_p: _Array  # float32 [batch]; kept probability, 1: all
+    min_p: (
+        _Array  # float32 [batch]; minimum probability relative to the maximum, 0: all
+    )
+    seed: _Array  # uint32 [batch]
     # float32 [batch], penalty of tokens in the text; None: 1 for all rows
-    repetition: Array | None = None
+    repetition: _Array | None = None
 
 
 def make_sampling(
@@ -74,8 +76,8 @@ def make_sampling(
 
 def seen_tokens(
     sampling: Sampling,
-    tokens: Array,
-    lengths: Array,
+    tokens: _Array,
+    lengths: _Array,
     vocab: int,
 ) -> jax.Array | None:
     """Marks the tokens of the vocabulary that occur in each prompt.
@@ -180,10 +182,10 @@ def likeliest(logits: jax.Array) -> jax.Array:
 
 
 def kept_tokens(
-    logits: Array,
-    top_k: Array,
-    top_p: Array,
-    min_p: Array,
+    logits: _Array,
+    top_k: _Array,
+    top_p: _Array,
+    min_p: _Array,
 ) -> jax.Array:
     """Returns True for tokens to sample from.
 

@@ -22,7 +22,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
-from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec
+from nalora_jax.models.targets import TOKEN_TABLES, AdapterSpec, TargetSpec
 
 
 @dataclass(frozen=True)
@@ -101,5 +101,5 @@ class AdapterSlot:
             leaves[f"{path}/a"] = a
             leaves[f"{path}/b"] = b
         for name in spec.saved:
-            leaves[TABLES[name]] = tables[TABLES[name]]
+            leaves[TOKEN_TABLES[name]] = tables[TOKEN_TABLES[name]]
         return unflatten(leaves)

@@ -36,14 +36,19 @@ from nalora_jax.config.checks import Limits, check_divides, require
 from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.forms import in_turns
 from nalora_jax.data.pipeline import BatchIterator
-from nalora_jax.data.prompts import Prompt, PromptData, held_out_prompts, prompt_data
+from nalora_jax.data.prompts import (
+    PromptData,
+    PromptRecord,
+    held_out_prompts,
+    prompt_data,
+)
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.intervals import bootstrap
 from nalora_jax.evaluate.run_log import ROLLOUTS
-from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records, settled, stream_shape
 from nalora_jax.kinds.record import Arrays, Built, Inputs, Job, register_kind
@@ -227,7 +232,7 @@ def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
     return arrays | {"advantages": ((), "float32"), "real": ((), "float32")}
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
+def prompts_digest(prompts: Sequence[PromptRecord]) -> str:
     """Returns the digest of the token ids and the reference completions."""
     asked = [[list(prompt.ids), str(prompt.record["answer"])] for prompt in prompts]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -506,7 +511,7 @@ class RolloutStep:
     def _write(
         self,
         step: int,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptRecord],
         samples: Samples,
         advantages: np.ndarray,
     ) -> None:
@@ -684,7 +689,7 @@ class RewardEvaluator(Evaluator):
         rl: RLConfig,
         loaded: LoadedModel,
         assembly: Assembly,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptRecord],
     ) -> None:
         self._rl = rl
         self._scorer = Scorer(rl)
@@ -778,6 +783,6 @@ KIND = register_kind(
         rate=1 / 8,
         batch_arrays=batch_arrays,
         draws_samples=True,
-        subject="nalora_jax.study.rewards:Rewards",
+        subject="nalora_jax.study.reward_subject:Rewards",
     )
 )

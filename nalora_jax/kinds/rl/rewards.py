@@ -30,14 +30,14 @@ from nalora_jax.config import RLConfig
 from nalora_jax.errors import NaloraError, described
 from nalora_jax.evaluate.answers import last_number, matches, normalised_text
 
-Record = Mapping[str, Any]
-Reward = Callable[[str, str, Record], float]
-Kind = TypeVar("Kind", bound=Callable[..., Any])
+RewardRecord = Mapping[str, Any]
+Reward = Callable[[str, str, RewardRecord], float]
+_Rule = TypeVar("_Rule", bound=Callable[..., Any])
 
 _REWARDS: Registry[Any] = Registry("reward", "nalora_jax.rewards", "--rl.rewards")
 
 
-def register_reward(name: str) -> Callable[[Kind], Kind]:
+def register_reward(name: str) -> Callable[[_Rule], _Rule]:
     """Returns a decorator that registers a reward under ``name``.
 
     It decorates a function ``(prompt, completion, record) -> float``, or a dataclass whose
@@ -47,20 +47,20 @@ def register_reward(name: str) -> Callable[[Kind], Kind]:
 
 
 @register_reward("exact")
-def exact_reward(prompt: str, completion: str, record: Record) -> float:
+def exact_reward(prompt: str, completion: str, record: RewardRecord) -> float:
     """Returns 1 if the completion is the answer, apart from case, punctuation, articles and white
     space."""
     return float(matches(completion, str(record["answer"]), normalised_text))
 
 
 @register_reward("number")
-def number_reward(prompt: str, completion: str, record: Record) -> float:
+def number_reward(prompt: str, completion: str, record: RewardRecord) -> float:
     """Returns 1 if the last number of the completion is the last number of the answer."""
     return float(matches(completion, str(record["answer"]), last_number))
 
 
 @register_reward("choice")
-def choice_reward(prompt: str, completion: str, record: Record) -> float:
+def choice_reward(prompt: str, completion: str, record: RewardRecord) -> float:
     """Returns 1 if the completion names the right choice: by its letter, or by its text.
 
     Of several letters or texts of choices that stand alone, the first counts; "A" before a word in
@@ -96,19 +96,19 @@ class Regex:
 
     pattern: str = ""
 
-    def __call__(self, prompt: str, completion: str, record: Record) -> float:
+    def __call__(self, prompt: str, completion: str, record: RewardRecord) -> float:
         """Returns 1 if the pattern occurs in the completion."""
         return float(re.search(self.pattern, completion, re.DOTALL) is not None)
 
 
 @register_reward("format")
 @dataclass(frozen=True)
-class Format:
+class ThoughtFormat:
     """Reward of completions with thoughts in tags."""
 
     tag: str = "think"
 
-    def __call__(self, prompt: str, completion: str, record: Record) -> float:
+    def __call__(self, prompt: str, completion: str, record: RewardRecord) -> float:
         """Returns 1 if the completion is one block of thoughts in tags, then an answer."""
         opening = f"<{self.tag}>"
         closing = f"</{self.tag}>"
@@ -129,7 +129,7 @@ class Length:
 
     limit: int = 400
 
-    def __call__(self, prompt: str, completion: str, record: Record) -> float:
+    def __call__(self, prompt: str, completion: str, record: RewardRecord) -> float:
         """Returns 0 up to the limit of characters, then falls linearly to -1 at twice the limit."""
         return -min(max(len(completion) / self.limit - 1.0, 0.0), 1.0)
 
@@ -175,7 +175,7 @@ class Scorer:
         self,
         prompts: Sequence[str],
         completions: Sequence[str],
-        records: Sequence[Record],
+        records: Sequence[RewardRecord],
         where: Sequence[str],
     ) -> np.ndarray:
         """Returns float64 ``[samples, rewards]``; NaN for a reward that failed.
@@ -213,7 +213,7 @@ class Scorer:
         return values
 
     def _value(
-        self, reward: Reward, prompt: str, completion: str, record: Record
+        self, reward: Reward, prompt: str, completion: str, record: RewardRecord
     ) -> float:
         """Returns a sample's reward within the time limit.
 

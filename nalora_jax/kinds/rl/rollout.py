@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common import files, trees
 from nalora_jax.config import RLConfig
-from nalora_jax.data.prompts import Prompt
+from nalora_jax.data.prompts import PromptRecord
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import (
@@ -40,7 +40,12 @@ from nalora_jax.evaluate.generate.programs import (
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.kinds.rl.rewards import Scorer
-from nalora_jax.mesh.distributed import ROWS, place_batch, program_shape, prompt_shards
+from nalora_jax.mesh.distributed import (
+    GENERATED_ROWS,
+    place_batch,
+    program_shape,
+    prompt_shards,
+)
 from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
@@ -120,7 +125,7 @@ class Sampler:
     seed: int
     longest: int
     folder: Path | None = None
-    rows: int = ROWS
+    rows: int = GENERATED_ROWS
 
     def __post_init__(self) -> None:
         """Checks that the longest prompt and its samples fit the model's context.
@@ -162,7 +167,7 @@ class Sampler:
         )
 
     def __call__(
-        self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0
+        self, lora: Any, step: int, prompts: Sequence[PromptRecord], *, attempt: int = 0
     ) -> Samples:
         """Returns the samples of ``prompts``.
 
@@ -196,7 +201,7 @@ class Sampler:
         return Samples.joined(parts)
 
     def _generated(
-        self, weights: Any, prompts: Sequence[Prompt], seeds: list[int]
+        self, weights: Any, prompts: Sequence[PromptRecord], seeds: list[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Generates the samples of the prompts of one program.
 
@@ -236,7 +241,7 @@ class Sampler:
         return tokens, log_probs
 
     def _scored(
-        self, prompts: Sequence[Prompt], tokens: np.ndarray, log_probs: np.ndarray
+        self, prompts: Sequence[PromptRecord], tokens: np.ndarray, log_probs: np.ndarray
     ) -> Samples:
         """Decodes samples ``[prompts * samples, limit]`` and adds their rewards; see `Samples`."""
         texts = [self.tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in tokens]

@@ -10,7 +10,7 @@ from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import dense, gemma, hybrids, latent, mixtures
+from nalora_jax.models.families import dense, gemma, hybrids, latent_families, mixtures
 from nalora_jax.models.family import BUILT_IN, MULTIMODAL, Family
 from nalora_jax.models.family import register_family as register_family
 from nalora_jax.models.family import supported as supported
@@ -18,7 +18,7 @@ from nalora_jax.models.readers import base_values
 from nalora_jax.models.tensor_rows import TensorRow as TensorRow
 from nalora_jax.models.vision.families import VISION_FAMILIES
 
-GROUPS = (dense, mixtures, hybrids, gemma, latent)
+GROUPS = (dense, mixtures, hybrids, gemma, latent_families)
 for _group in GROUPS:
     BUILT_IN.update(
         {

@@ -11,7 +11,7 @@ from nalora_jax.config.rope_scaling import ORIGINAL, WITH_ORIGINAL
 from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
 from nalora_jax.models.family import GGUF, Family, Features, Metadata, hf_defaults
-from nalora_jax.models.readers import FULL, SLIDING, attention_bias
+from nalora_jax.models.readers import FULL_ATTENTION, SLIDING, attention_bias
 from nalora_jax.models.ropes import RopeRules, RopeSpec, read_ropes, rope_fields
 
 # ---------------------------------------------------------------- Llama and its relatives
@@ -162,7 +162,9 @@ def _exaone4(f: Fields) -> Features:
         f, f.integer("sliding_window_pattern")
     )
     return {
-        "rope_index": tuple(-1 if windowed and kind == FULL else 0 for kind in kinds),
+        "rope_index": tuple(
+            -1 if windowed and kind == FULL_ATTENTION else 0 for kind in kinds
+        ),
         "windows": readers.windows_of(f, kinds),
         "qk_norm": "head",
         **readers.one_rope(f),
@@ -373,7 +375,7 @@ def _granite_swa(f: Fields) -> Features:
     """
     n_layers = readers.layer_count(f)
     kinds = readers.layer_types(f) or [
-        SLIDING if i % 4 else FULL for i in range(n_layers)
+        SLIDING if i % 4 else FULL_ATTENTION for i in range(n_layers)
     ]
     (spec,) = readers.one_rope(f)["ropes"]
     bases = (
@@ -438,14 +440,15 @@ def _olmo3(f: Fields) -> Features:
     """
     kinds = readers.periodic(f, 4)
     parameters = f.mapping("rope_parameters")
-    if common := sorted(parameters.keys() - {FULL, SLIDING}):
+    if common := sorted(parameters.keys() - {FULL_ATTENTION, SLIDING}):
         raise f.error(
             "rope_parameters",
-            f"parameters for {FULL!r} and {SLIDING!r}",
+            f"parameters for {FULL_ATTENTION!r} and {SLIDING!r}",
             ", ".join(common),
         )
     stated = all(
-        "rope_theta" in (parameters.get(kind) or {}) for kind in (FULL, SLIDING)
+        "rope_theta" in (parameters.get(kind) or {})
+        for kind in (FULL_ATTENTION, SLIDING)
     )
     theta = f.number("rope_theta", default=_OLMO3_THETA)
     if theta != _OLMO3_THETA and not stated:
@@ -458,7 +461,7 @@ def _olmo3(f: Fields) -> Features:
             theta,
             "state it in rope_parameters for each kind of layer",
         )
-    plain = {kind: {"rope_theta": _OLMO3_THETA} for kind in (FULL, SLIDING)}
+    plain = {kind: {"rope_theta": _OLMO3_THETA} for kind in (FULL_ATTENTION, SLIDING)}
     ropes, index = read_ropes(f, readers.head_dim_of(f), kinds, plain)
     return {
         "ropes": ropes,
@@ -474,11 +477,11 @@ def _olmo3_settings(r: Metadata) -> dict[str, Any]:
     theta = {"rope_theta": r.get("rope.freq_base", float, 10_000.0)}
     return {
         "sliding_window": r.get("attention.sliding_window", int),
-        "layer_types": [SLIDING if slide else FULL for slide in slides],
+        "layer_types": [SLIDING if slide else FULL_ATTENTION for slide in slides],
         "rope_scaling": None,  # not for sliding layers, as in llama.cpp
         "rope_parameters": {
             SLIDING: {"rope_type": "default"} | theta,
-            FULL: (r.scaling() or {"rope_type": "default"}) | theta,
+            FULL_ATTENTION: (r.scaling() or {"rope_type": "default"}) | theta,
         },
     }
 

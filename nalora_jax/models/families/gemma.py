@@ -14,13 +14,13 @@ from typing import Any
 from nalora_jax.common.fields import Fields
 from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
-from nalora_jax.models.attention import NormedAttention
+from nalora_jax.models.attention_layer import NormedAttention
 from nalora_jax.models.blocks import ScaledTail
 from nalora_jax.models.embedding import LayerEmbeddings
 from nalora_jax.models.family import GGUF, Family, Features, Metadata, hf_defaults
 from nalora_jax.models.moe import DenseAndExperts
 from nalora_jax.models.readers import (
-    FULL,
+    FULL_ATTENTION,
     SLIDING,
     Overrides,
     activation_name,
@@ -124,7 +124,10 @@ def _gemma3(f: Fields) -> Features:
         default=f.integer("_sliding_window_pattern", default=6),
     )
     kinds = readers.periodic(f, pattern)
-    thetas = {FULL: 1e6, SLIDING: f.number("rope_local_base_freq", default=10_000.0)}
+    thetas = {
+        FULL_ATTENTION: 1e6,
+        SLIDING: f.number("rope_local_base_freq", default=10_000.0),
+    }
     defaults = {kind: {"rope_theta": theta} for kind, theta in thetas.items()}
     ropes, index = read_ropes(f, f.integer("head_dim", high=2**16), kinds, defaults)
     windows = readers.windows_of(f, kinds)
@@ -185,7 +188,7 @@ _GEMMA4 = _UNIFIED | hf_defaults(
 )
 _ROPES: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-    FULL: {
+    FULL_ATTENTION: {
         "rope_type": "proportional",
         "rope_theta": 1_000_000.0,
         "partial_rotary_factor": 0.25,
@@ -213,9 +216,11 @@ def _gemma4(f: Fields) -> Features:
         "partial_rotary_factor",
     ):
         f.refuse(field, "rotary embeddings are read from rope_parameters")
-    types = readers.layer_types(f) or [*readers.periodic(f, 6)[:-1], FULL]
-    if types[-1] != FULL:
-        raise f.error("layer_types", f"{FULL!r} in the last layer", repr(types[-1]))
+    types = readers.layer_types(f) or [*readers.periodic(f, 6)[:-1], FULL_ATTENTION]
+    if types[-1] != FULL_ATTENTION:
+        raise f.error(
+            "layer_types", f"{FULL_ATTENTION!r} in the last layer", repr(types[-1])
+        )
     layers = _layers(f, types)
     kinds = tuple(dict.fromkeys(layers))
     return {
@@ -271,7 +276,7 @@ def _layers(f: Fields, types: Sequence[str]) -> list[Overrides]:
     handing = {layer: kind for kind, layer in last.items()} if reading else {}
     layers = []
     for layer, kind in enumerate(types):
-        keys_as_values = f.flag("attention_k_eq_v") and kind == FULL
+        keys_as_values = f.flag("attention_k_eq_v") and kind == FULL_ATTENTION
         mixer = NormedAttention(keys_as_values, hands=handing.get(layer, ""))
         width = d_ff
         if layer >= first:
@@ -311,7 +316,7 @@ def _features(f: Fields, kind: str, types: Sequence[str]) -> Overrides:
     kv_heads = f.integer("num_key_value_heads", high=2**16, default=heads)
     if f.get("per_layer_config") is not None:
         head_dim, kv_heads = _listed_heads(f, kind, types, head_dim, kv_heads)
-    elif kind == FULL:
+    elif kind == FULL_ATTENTION:
         head_dim = f.integer("global_head_dim", high=2**16)
         if f.flag("attention_k_eq_v"):
             kv_heads = f.integer(
@@ -373,7 +378,7 @@ def _ropes(f: Fields, kind: str, head_dim: int) -> tuple[RopeSpec, ...]:
     default."""
     parameters = f.mapping("rope_parameters")
     if unknown := parameters.keys() - _ROPES.keys():
-        expected = f"one JSON object for {SLIDING} and one for {FULL}"
+        expected = f"one JSON object for {SLIDING} and one for {FULL_ATTENTION}"
         raise f.error("rope_parameters", expected, ", ".join(sorted(unknown)))
     if parameters and kind not in parameters:
         raise f.error("rope_parameters", f"an entry for {kind}", ", ".join(parameters))

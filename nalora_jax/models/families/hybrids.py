@@ -11,7 +11,7 @@ from nalora_jax.models import tensor_rows as rows
 from nalora_jax.models.families import mixtures
 from nalora_jax.models.family import Family, Features, hf_defaults
 from nalora_jax.models.moe import Mixture
-from nalora_jax.models.readers import FULL, Overrides, attention_bias
+from nalora_jax.models.readers import FULL_ATTENTION, Overrides, attention_bias
 from nalora_jax.models.recurrent import GatedDeltaNet, ShortConvolution
 from nalora_jax.models.routing import RouterSpec
 
@@ -55,7 +55,7 @@ def _mixers(f: Fields, *, fused: bool = False) -> tuple[Features, list[Overrides
     if kinds is None:
         interval = f.integer("full_attention_interval")
         kinds = [
-            _LINEAR if (i + 1) % interval else FULL
+            _LINEAR if (i + 1) % interval else FULL_ATTENTION
             for i in range(readers.layer_count(f))
         ]
     # Sections of MRoPE have no effect on text, whose three positions are equal.
@@ -217,7 +217,7 @@ def _convolutions(f: Fields) -> list[Overrides]:
     names = readers.layer_types(f, _CONV)
     if names is None:
         names = [
-            FULL if attending is None or i in attending else _CONV
+            FULL_ATTENTION if attending is None or i in attending else _CONV
             for i in range(n_layers)
         ]
     mixer = ShortConvolution(

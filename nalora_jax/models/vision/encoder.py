@@ -24,7 +24,7 @@ from nalora_jax.models.embedding import Embedding
 from nalora_jax.models.parts import constrain, layer_scales, part_adapters
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.config import EncoderConfig
+from nalora_jax.models.vision.vision_config import EncoderConfig
 from nalora_jax.ops.attention import full_attention
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.shardings import UNSHARDED, Shardings
@@ -306,7 +306,7 @@ class FrozenFFN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[..., d]`` of ``[..., d]``."""
         z = PlainDense(self.d_ff, True, self.numerics, name="in_proj")(x)
-        hidden = activations.get(self.activation).phi(z.astype(jnp.float32))
+        hidden = activations.get_activation(self.activation).phi(z.astype(jnp.float32))
         return PlainDense(x.shape[-1], True, self.numerics, name="out_proj")(hidden)
 
 

@@ -11,7 +11,12 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.family import VisionReader, hf_defaults
 from nalora_jax.models.readers import activation_name
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss, VisionSpec
+from nalora_jax.models.vision.vision_config import (
+    DualConfig,
+    EncoderConfig,
+    Loss,
+    VisionSpec,
+)
 
 _COMPOSED = "vision-text-dual-encoder"  # of separately trained towers
 
@@ -104,13 +109,13 @@ def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderC
       NaloraError: see `read_dual`.
     """
     name = raw.get("model_type")
-    if not isinstance(name, str) or name not in ENCODERS:
+    if not isinstance(name, str) or name not in _ENCODERS:
         raise NaloraError(
             f"{where}: model_type",
-            expected=f"one of {', '.join(ENCODERS)}",
+            expected=f"one of {', '.join(_ENCODERS)}",
             found=repr(name),
         )
-    features, defaults = ENCODERS[name]
+    features, defaults = _ENCODERS[name]
     f = Fields(raw, defaults, where)
     f.refuse("quantization_config", "load the unquantized model")
     values = features(f)
@@ -258,7 +263,7 @@ _BERT = {
 }
 
 # By ``model_type``: the fields that differ, and transformers' defaults of missing fields.
-ENCODERS: dict[str, tuple[Callable[[Fields], dict[str, Any]], dict[str, Any]]] = {
+_ENCODERS: dict[str, tuple[Callable[[Fields], dict[str, Any]], dict[str, Any]]] = {
     "clip_vision_model": (
         lambda f: {
             "pooling": "first",

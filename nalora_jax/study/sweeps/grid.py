@@ -24,7 +24,7 @@ from nalora_jax.config.structured import structured
 from nalora_jax.errors import NaloraError
 
 # In the folder of a sweep: its options, its settings and their digest.
-FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"
 # Settings that all runs of a sweep have in common.
 _COMMON = re.compile(
     r"^(output|resume|imports|callbacks|mesh\b.*|debug\b.*"
@@ -98,7 +98,7 @@ def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
     Raises:
       NaloraError: its file is damaged or differs from its digest, or the bucket cannot be read.
     """
-    name = f"{folder.rstrip('/')}/{FILE}"
+    name = f"{folder.rstrip('/')}/{SWEEP_FILE}"
     path = buckets.local_file(name)
     if path is None:
         return None

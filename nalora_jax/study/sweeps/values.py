@@ -39,7 +39,7 @@ _VALUES = re.compile(
     r"|(optimizer\.clip_norm|lora\.plus_ratio)$)"  # see `program_key`
 )
 # By kind, then by name: arrays [runs, ...].
-Values = dict[str, dict[Any, Any]]
+RunValues = dict[str, dict[Any, Any]]
 
 
 # ---------------------------------------------------------------- runs of one program
@@ -129,7 +129,7 @@ def _rules(config: RunConfig) -> list[Any]:
 # ---------------------------------------------------------------- values
 
 
-def values_of(runs: Sequence[Assembly], width: int) -> Values:
+def values_of(runs: Sequence[Assembly], width: int) -> RunValues:
     """Returns the values of runs that share a program (`program_key`).
 
     Args:
@@ -210,7 +210,7 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
         jnp.zeros((), jnp.int32), "layers/ffn"
     )
     memory = jax.eval_shape(partial(mechanism.init, (2, 8)))  # 2 layers of 8 channels
-    counts = {statistics.get(key).count for key in mechanism.statistics}
+    counts = {statistics.get_statistic(key).count for key in mechanism.statistics}
     sums = memory | {key: jax.ShapeDtypeStruct((2,), "float32") for key in counts}
 
     def rule(value: Any, memory: Any, sums: Any, updates: Any) -> Any:

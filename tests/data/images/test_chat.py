@@ -11,7 +11,7 @@ from PIL import Image
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens, as_parts
 from nalora_jax.data.forms import IMAGES
-from nalora_jax.data.images.chat import image_places, open_chats
+from nalora_jax.data.images.image_chat import image_places, open_chats
 from nalora_jax.data.packing import pack, plan_rows
 from nalora_jax.errors import NaloraError
 

@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from transformers.image_utils import load_image
 
-from nalora_jax.data.images.files import open_image, read_processor, read_text_tokenizer
+from nalora_jax.data.images.image_files import open_image, read_processor, read_text_tokenizer
 from nalora_jax.errors import NaloraError
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.images.files import ImageProcessor, open_image
+from nalora_jax.data.images.image_files import ImageProcessor, open_image
 from nalora_jax.data.images.opened import (
     ImageData,
     augmented,

@@ -14,10 +14,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.models.vision.dual import DualEncoder
+from nalora_jax.models.vision.dual_encoder import DualEncoder
 from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.models.vision.families import read_dual, read_encoder
+from nalora_jax.models.vision.vision_config import DualConfig
 from tests.param_trees import encoder_params, tensors_from_params
 
 TOLERANCE = 1e-5  # largest absolute difference of features and logits

@@ -9,9 +9,9 @@ import pytest
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.planner.abstract_step import CONFIGS
 from nalora_jax.planner.estimates import Layout
 from nalora_jax.planner.machines import topology
-from nalora_jax.planner.program import CONFIGS
 from nalora_jax.study.sweeps import fit
 from nalora_jax.study.sweeps.fit import Fitting
 

@@ -29,7 +29,7 @@ from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner.accounting import Program
-from nalora_jax.study.sweeps.program import SweepProgram, batch_of
+from nalora_jax.study.sweeps.stacked_program import SweepProgram, batch_of
 from nalora_jax.study.sweeps.values import program_key
 from tests import tiny
 from tests.param_trees import init_params

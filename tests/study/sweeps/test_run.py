@@ -18,7 +18,7 @@ from nalora_jax.cli import training
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.kinds import text
-from nalora_jax.study.sweeps.run import SweepResult, sweep
+from nalora_jax.study.sweeps.sweep_run import SweepResult, sweep
 from nalora_jax.train.progress import Progress
 from tests import tiny
 

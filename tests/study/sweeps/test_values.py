@@ -15,7 +15,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.planner.program import CONFIGS
+from nalora_jax.planner.abstract_step import CONFIGS
 from nalora_jax.study.sweeps.values import grouped, program_key
 
 BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])

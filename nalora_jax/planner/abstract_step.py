@@ -25,7 +25,7 @@ from nalora_jax.assembly.stacked import step_of_runs
 from nalora_jax.common import trees
 from nalora_jax.common.devices import WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
-from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.images.image_files import ImageProcessor
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import programs
@@ -35,8 +35,8 @@ from nalora_jax.mesh import distributed, sharding
 from nalora_jax.method.step import init_state
 from nalora_jax.models import adapters, stacks, targets
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.rope_scaling import with_rope_scaling
-from nalora_jax.ops.quantize import gathered, kernels, quantize
+from nalora_jax.models.scaled_ropes import with_rope_scaling
+from nalora_jax.ops.quantize import kernels, mark_gathered, quantize
 from nalora_jax.planner import machines
 from nalora_jax.planner.figures import Figures
 from nalora_jax.weights import hub
@@ -69,7 +69,7 @@ def architecture(
     part is a key of `CONFIGS`, or its ``config.json`` is read from the hub's cache or downloaded.
     With ``images`` a multimodal model includes its image tower and projector; by default only its
     text model is returned. ``rope_scaling`` replaces the model's
-    (`nalora_jax.models.rope_scaling.with_rope_scaling`).
+    (`nalora_jax.models.scaled_ropes.with_rope_scaling`).
 
     Raises:
       NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.
@@ -205,7 +205,7 @@ def _program_and_state(
         path: _weight(path, shape, base, config.compute)
         for path, shape in stacks.param_shapes(base).items()
     }
-    params = gathered(
+    params = mark_gathered(
         placed(trees.unflatten(weights), mesh, sharding.PARAM_RULES)[0], WEIGHT_AXES
     )
     fresh = jax.eval_shape(

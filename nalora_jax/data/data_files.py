@@ -40,7 +40,7 @@ from nalora_jax.errors import NaloraError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # by extension
 # Extensions of the data files that are searched for in folders.
-ENDINGS = (
+DATA_FILE_EXTENSIONS = (
     *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"),
     *(".array_record", ".arrayrecord"),
 )
@@ -156,14 +156,16 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
         }
     splits: dict[str, list[Any]] = {}
     for file, within in files.items():  # within: the path below the folder
-        is_data = within.suffix.lower() in ENDINGS or is_array_record(within.name)
+        is_data = within.suffix.lower() in DATA_FILE_EXTENSIONS or is_array_record(
+            within.name
+        )
         if is_data and within.name not in _DESCRIPTIONS:
             splits.setdefault(_split_of(within), []).append(file)
     if not splits:
         raise NaloraError(
             name,
             expected="a folder that datasets' save_to_disk wrote, or one with data files",
-            found=f"no file that ends in {', '.join(ENDINGS)}",
+            found=f"no file that ends in {', '.join(DATA_FILE_EXTENSIONS)}",
         )
     if set(splits) == {""}:  # no name begins with a split
         return {"train": splits[""]}
@@ -177,7 +179,11 @@ def is_path(text: str) -> bool:
     matches it, exists.
     """
     path = expand_user(text)
-    if buckets.is_url(text) or path.suffix.lower() in ENDINGS or path.is_file():
+    if (
+        buckets.is_url(text)
+        or path.suffix.lower() in DATA_FILE_EXTENSIONS
+        or path.is_file()
+    ):
         return True
     saved = any((path / name).is_file() for name in _SAVED)
     return saved or ("/" in text and (path.is_dir() or glob.has_magic(text)))
@@ -429,10 +435,10 @@ def _table(path: Path | str, name: str) -> RecordFile:
 
 
 # Size of each group of rows, and the function that decodes it.
-Groups = list[tuple[int, Callable[[], Any]]]
+_RowGroups = list[tuple[int, Callable[[], Any]]]
 
 
-def _parquet(path: Path | str) -> Groups:
+def _parquet(path: Path | str) -> _RowGroups:
     """Returns a Parquet file's row groups."""
     import pyarrow.parquet as pq
 
@@ -462,7 +468,7 @@ def _coded_texts(about: Any) -> list[str]:
     return paths
 
 
-def _arrow(path: Path) -> Groups:
+def _arrow(path: Path) -> _RowGroups:
     """Returns the record batches of an Arrow file or a stream written by datasets."""
     import pyarrow as pa
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.common.digests import digest_of
-from nalora_jax.data.images.files import ImageProcessor, TextTokenizer, resized_to
+from nalora_jax.data.images.image_files import ImageProcessor, TextTokenizer, resized_to
 from nalora_jax.data.images.opened import ImageSource
 from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
-from nalora_jax.evaluate.statistics import accuracy_of, bootstrap
+from nalora_jax.evaluate.intervals import accuracy_of, bootstrap
 from nalora_jax.mesh import processes
-from nalora_jax.models.vision.dual import DualEncoder, normalised
+from nalora_jax.models.vision.dual_encoder import DualEncoder, normalised
 
 _BATCH = 64  # images or texts at a time
 _THREADS = 4
@@ -31,7 +31,7 @@ _THUMBNAIL = 64  # pixels of a thumbnail's side
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
+class RecordImages:
     """Records of a source for repeated evaluation; a slice opens their RGB images."""
 
     source: ImageSource
@@ -94,11 +94,11 @@ class Encoders:
     tokenizer: TextTokenizer
 
     def images(
-        self, variables: Mapping[str, Any], pictures: Images | Sequence[Any]
+        self, variables: Mapping[str, Any], pictures: RecordImages | Sequence[Any]
     ) -> np.ndarray:
         """Returns normalised features ``[pictures, features]`` of RGB images.
 
-        The images of `Images` are opened batch by batch.
+        The images of `RecordImages` are opened batch by batch.
         """
         encode = partial(_image_features, self.model, self.processor, variables)
 
@@ -197,7 +197,7 @@ class ClassEvaluator(Evaluator):
     def __init__(
         self,
         encoders: Encoders,
-        images: Images,
+        images: RecordImages,
         labels: np.ndarray,
         classes: Sequence[str],
         templates: Sequence[str],
@@ -304,7 +304,7 @@ class RetrievalEvaluator(Evaluator):
     def __init__(
         self,
         encoders: Encoders,
-        images: Images,
+        images: RecordImages,
         captions: Sequence[str],
     ) -> None:
         """Stores the arguments, which the class describes, and the digest of the images."""
@@ -399,7 +399,7 @@ def _losses(logits: np.ndarray, targets: np.ndarray) -> list[float]:
 
 
 def _select_samples(
-    images: Images, records: Sequence[ItemRecord]
+    images: RecordImages, records: Sequence[ItemRecord]
 ) -> list[dict[str, Any]]:
     """Returns samples for the report: a few images, evenly spaced, with their records' answers."""
     count = min(_SAMPLES, len(records))

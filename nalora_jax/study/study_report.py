@@ -19,15 +19,15 @@ from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.report import tables
 from nalora_jax.report.tables import markdown_table
-from nalora_jax.study import analysis, pictures, plan, provenance
+from nalora_jax.study import analysis, pictures, planned_runs, provenance
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.records import Record, Records, hours
+from nalora_jax.study.records import Records, StudyRecord, hours
 from nalora_jax.study.subjects import subject_of
 
 log = logging.getLogger(__name__)
-number = partial(tables.number, missing="-")
+_number = partial(tables.number, missing="-")
 
-TABLES = "results.md"
+_RESULTS = "results.md"
 PICTURES = "pictures"
 _OURS = re.compile(
     r"(loss_by_rate|loss_by_step|misalignment|importance|differences(_\d+)?)\.svg"
@@ -63,7 +63,7 @@ def write_tables(protocol: Protocol) -> list[Path]:
         # of an earlier report
         if _OURS.fullmatch(path.name) and path.name not in drawn:
             path.unlink()
-    written = [protocol.folder / TABLES, *(folder / name for name in drawn)]
+    written = [protocol.folder / _RESULTS, *(folder / name for name in drawn)]
     for path, content in zip(written, [text, *drawn.values()], strict=True):
         write_atomically(path, content)
     return written
@@ -73,7 +73,7 @@ def write_tables(protocol: Protocol) -> list[Path]:
 
 # Equal records give equal bytes.
 
-Group = Sequence[analysis.MethodResult]  # of a task and model
+_Group = Sequence[analysis.MethodResult]  # of a task and model
 Table = tuple[list[str], list[list[str]]]  # heads and rows
 
 # Columns of a run's last log step.
@@ -105,7 +105,7 @@ _PRIMARY = [
 ]
 
 
-def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
+def render_results(protocol: Protocol, records: Mapping[str, StudyRecord]) -> str:
     """Returns all tables as one Markdown document, by the template ``results.md.j2``.
 
     Args:
@@ -195,14 +195,14 @@ class _Tables:
     Other methods return Markdown.
     """
 
-    def __init__(self, protocol: Protocol, records: Mapping[str, Record]) -> None:
+    def __init__(self, protocol: Protocol, records: Mapping[str, StudyRecord]) -> None:
         """Computes the results of all cells and the comparisons of all methods."""
         self._protocol = protocol
         self._records = records
         self._results = analysis.results(protocol, records)
         self.compared = analysis.comparisons(protocol, self._results)
 
-    def by_place(self, table: Callable[[Group], Table]) -> str:
+    def by_place(self, table: Callable[[_Group], Table]) -> str:
         """Returns the table of each task and model, with a heading; without tables of no row."""
         tables = []
         for (task, model), group in analysis.by_task(self._results).items():
@@ -253,7 +253,7 @@ class _Tables:
         protocol = self._protocol
         several = len(protocol.tasks) * len(protocol.models) > 1
         tests = []
-        for run in plan.pending(protocol, self._records):
+        for run in planned_runs.pending(protocol, self._records):
             if run.stage == "test":
                 method = run.cell.method
                 if several:
@@ -291,7 +291,7 @@ class _Tables:
             rows.append(row)
         return markdown_table(heads, rows)
 
-    def learning_rates(self, group: Group) -> Table:
+    def learning_rates(self, group: _Group) -> Table:
         """Returns the costs by which each method's learning rate was chosen, a column per rate."""
         all_rates: set[float] = set()
         for result in group:
@@ -309,7 +309,7 @@ class _Tables:
             rows.append(row)
         return heads, rows
 
-    def common_rates(self, group: Group) -> Table:
+    def common_rates(self, group: _Group) -> Table:
         """Returns the differences from the baseline, a column per learning rate.
 
         The rates are those at which a method and the baseline were tuned.
@@ -337,7 +337,7 @@ class _Tables:
             rows.append(row)
         return heads, rows
 
-    def tests(self, group: Group) -> Table:
+    def tests(self, group: _Group) -> Table:
         """Returns each method's measures of the test items at its chosen learning rate."""
         metric = self._protocol.metric
         names = analysis.other_measured(metric, group)
@@ -357,7 +357,7 @@ class _Tables:
         ]
         return heads, [_test_row(result, names) for result in group if result.tests]
 
-    def multiples(self, group: Group) -> Table:
+    def multiples(self, group: _Group) -> Table:
         """Returns the test costs at multiples of the chosen rates, and the runs that diverged."""
         multiples = sorted(self._protocol.test_multiples)
         heads = ["method", *(f"x {multiple:g}" for multiple in multiples)]
@@ -368,11 +368,11 @@ class _Tables:
             row = [result.cell.method]
             for multiple in multiples:
                 mean = analysis.mean_of(result.losses(multiple))
-                row.append(f"{number(mean)} ({result.diverged(multiple)})")
+                row.append(f"{_number(mean)} ({result.diverged(multiple)})")
             rows.append(row)
         return heads, rows
 
-    def probes(self, group: Group) -> Table:
+    def probes(self, group: _Group) -> Table:
         """Returns the loss on other data before training, and its mean change."""
         names = list(self._protocol.probes)
         rows = []
@@ -434,10 +434,10 @@ class _Tables:
         return [
             *self._brief_row(comparison),
             p_value(statistics.wilcoxon_p, comparison.wilcoxon_holm),
-            number(statistics.sign_p, 3),
-            number(statistics.effect, 2),
+            _number(statistics.sign_p, 3),
+            _number(statistics.effect, 2),
             equivalent,
-            number(statistics.deviation),
+            _number(statistics.deviation),
             needed,
             margin,
         ]
@@ -446,7 +446,7 @@ class _Tables:
 # ---------------------------------------------------------------- cells
 
 
-def _commits(tests: Sequence[Record]) -> str:
+def _commits(tests: Sequence[StudyRecord]) -> str:
     """Returns the commits of the protocol under which the tests were made, as text for a cell."""
     if not tests:
         return "not yet tested"
@@ -477,7 +477,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(texts)
 
 
-def _tuned(grid: plan.Tuning, rate: float) -> str:
+def _tuned(grid: planned_runs.Tuning, rate: float) -> str:
     """Returns the mean cost at a rate, bold if it is chosen; "" if the grid lacks it."""
     if rate not in grid.costs:
         return ""
@@ -487,8 +487,8 @@ def _tuned(grid: plan.Tuning, rate: float) -> str:
     if mean == math.inf:
         return "diverged"
     if rate == grid.chosen:
-        return f"**{number(mean)}**"
-    return number(mean)
+        return f"**{_number(mean)}**"
+    return _number(mean)
 
 
 def _difference(common: tuple[float, float | None] | None) -> str:
@@ -512,28 +512,28 @@ def _test_row(result: analysis.MethodResult, names: Sequence[str]) -> list[str]:
         f"{tests[0]['parameters']:,}",
         str(len(losses)),
         str(result.diverged()),
-        number(analysis.mean_of(losses)),
-        number(analysis.deviation(losses)),
+        _number(analysis.mean_of(losses)),
+        _number(analysis.deviation(losses)),
     ]
     for name in names:
         mean = analysis.mean_of(result.measured(name))
         if name == "loss":
-            row.append(number(mean, 4))
+            row.append(_number(mean, 4))
         else:
-            row.append(number(mean, 3))
+            row.append(_number(mean, 3))
     for name in _MOVEMENT:
         mean = analysis.mean_of(analysis.last_of(finite, name))
-        row.append(number(mean))
+        row.append(_number(mean))
     seconds = [float(record["seconds"]) for record in tests]
-    row.append(number(analysis.mean_of(seconds), 0))
+    row.append(_number(analysis.mean_of(seconds), 0))
     return row
 
 
-def _probe(records: Sequence[Record], name: str) -> str:
+def _probe(records: Sequence[StudyRecord], name: str) -> str:
     """Returns the loss on other data before training, and its mean change."""
     before = float(records[0]["probes"][name]["before"])
     changes = [analysis.forgotten(name, record) for record in records]
-    return f"{number(before)} {signed(analysis.mean_of(changes))}"
+    return f"{_number(before)} {signed(analysis.mean_of(changes))}"
 
 
 def signed(value: float) -> str:
@@ -579,9 +579,10 @@ def status(protocol: Protocol) -> str:
     """
     store = Records(protocol.folder)
     records = provenance.checked_records(protocol, store)
-    runs = plan.wanted(protocol, records)
+    runs = planned_runs.wanted(protocol, records)
     grids = {
-        cell: plan.tuning(protocol, cell, records) for cell in plan.cells(protocol)
+        cell: planned_runs.tuning(protocol, cell, records)
+        for cell in planned_runs.cells(protocol)
     }
     left = [run for run in runs if run.id not in records]
     busy = sum(store.claimed(run.id) for run in left)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common import trees
 from nalora_jax.common.digests import digest_of
-from nalora_jax.data.images.files import (
+from nalora_jax.data.images.image_files import (
     ImageProcessor,
     TextTokenizer,
     read_processor,
@@ -21,8 +21,8 @@ from nalora_jax.data.images.files import (
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision import families
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss
-from nalora_jax.models.vision.dual import init_params
+from nalora_jax.models.vision.dual_encoder import init_params
+from nalora_jax.models.vision.vision_config import DualConfig, EncoderConfig, Loss
 from nalora_jax.weights import hub
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
 from nalora_jax.weights.keymaps import keymap_for
@@ -78,8 +78,8 @@ def load_dual(
 
     Args:
       source: a Hugging Face folder or hub id of CLIP, SigLIP, SigLIP 2 or a VisionTextDualEncoder;
-        or two towers, ``image+text``, each a folder, a hub id or an alias of `hub.ENCODERS`, which
-        get fresh projections.
+        or two towers, ``image+text``, each a folder, a hub id or an alias of
+        `hub.ENCODER_FOLDERS`, which get fresh projections.
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters; the first device by default.
       d_out: features of two towers' projections; 0: the smaller tower's width.
@@ -178,7 +178,7 @@ def _weights(
 def load_encoder(
     source: str, *, dtype: str, mesh: Mesh | None = None, prefix: str = ""
 ) -> LoadedEncoder:
-    """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ENCODERS`.
+    """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ENCODER_FOLDERS`.
 
     Args:
       source, dtype, mesh: as in `load_dual`.

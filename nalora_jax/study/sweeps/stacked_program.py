@@ -28,7 +28,7 @@ from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.mesh import distributed, processes, sharding
 from nalora_jax.method.step import Batch, TrainState
 from nalora_jax.study.sweeps.values import (
-    Values,
+    RunValues,
     mechanisms_with,
     spec_with,
     values_of,
@@ -37,13 +37,13 @@ from nalora_jax.study.sweeps.values import (
 from nalora_jax.train.loop import Follower
 from nalora_jax.train.preemption import StopSignals
 
-Shapes = dict[str, tuple[int, ...]]  # by path
+_Shapes = dict[str, tuple[int, ...]]  # by path
 
 
 # ---------------------------------------------------------------- states and batches
 
 
-def common_shapes(runs: Sequence[Any]) -> Shapes:
+def common_shapes(runs: Sequence[Any]) -> _Shapes:
     """Returns the largest size of every axis by path, over trees of equal structure."""
     flat = [trees.flatten(run) for run in runs]
     largest = {}
@@ -158,7 +158,7 @@ class SweepProgram:
         self._by_run = distributed.stacked_sharding(
             self.mesh, distributed.replicated(self.mesh)
         )
-        self.values: Values = jax.device_put(values_of(runs, width), self._by_run)
+        self.values: RunValues = jax.device_put(values_of(runs, width), self._by_run)
         weights, axes = shared([run.params for run in runs], self.mesh)
         of_params: Any = None
         if axes is None:

@@ -19,8 +19,8 @@ from nalora_jax.evaluate.evaluator import (
     ItemRecord,
     variables_of,
 )
-from nalora_jax.evaluate.likelihood import Pair, Score, score_groups
-from nalora_jax.evaluate.statistics import accuracy_of, bootstrap
+from nalora_jax.evaluate.intervals import accuracy_of, bootstrap
+from nalora_jax.evaluate.likelihood import Score, ScoredPair, score_groups
 from nalora_jax.models.decoder import Decoder
 
 _LARGEST_EXPONENT = 700.0  # exp of more than 709 is no float
@@ -231,7 +231,7 @@ def _choice_samples(records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
     return samples
 
 
-def _pairs(item: Any) -> list[Pair]:
+def _pairs(item: Any) -> list[ScoredPair]:
     """Returns (context ids, continuation ids) of each choice of an item, or of its completion."""
     if isinstance(item, ChoiceItem):
         return list(zip(item.contexts, item.choice_ids, strict=True))

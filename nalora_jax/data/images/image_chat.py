@@ -31,10 +31,10 @@ import numpy as np
 
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.chat import as_messages, text_field
 from nalora_jax.data.chat_templates import ImageTokens
+from nalora_jax.data.chat_text import as_messages, text_field
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
-from nalora_jax.data.images.files import ImageProcessor, file_below, open_image
+from nalora_jax.data.images.image_files import ImageProcessor, file_below, open_image
 from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Record, Source, SourceView, components
@@ -366,7 +366,7 @@ class RowImages:
     unused.
     """
 
-    source: Source  # with images in its records (`nalora_jax.data.images.chat`)
+    source: Source  # with images in its records (`nalora_jax.data.images.image_chat`)
     records: np.ndarray  # int64 [examples], indices into the source
     processor: ImageProcessor
     max_pixels: int

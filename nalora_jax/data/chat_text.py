@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 Message = dict[str, Any]
-Ranges = tuple[tuple[int, int], ...]  # of characters: start and stop
+_Ranges = tuple[tuple[int, int], ...]  # of characters: start and stop
 # Texts of (messages, add_generation_prompt) pairs.
 Render = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[str]]
 
@@ -54,7 +54,7 @@ class Rendered:
 
     text: str
     # Those that count in the loss, in order, not overlapping.
-    answers: Ranges
+    answers: _Ranges
     # True if the tokenizer adds the begin-of-sequence id (a chat template writes it itself).
     special: bool
 
@@ -164,7 +164,7 @@ def render_chat(
     ends_in_turn = messages[-1]["role"] == "assistant"
     if loss_on == "all":
         text = tokenizer.render_chat(messages, tools=tools).rstrip()
-        answers: Ranges = ((0, len(text)),)
+        answers: _Ranges = ((0, len(text)),)
     else:
         text, answers = _completions(messages, turns, tokenizer, where, tools)
         if ends_in_turn:
@@ -180,7 +180,7 @@ def _completions(
     tokenizer: Tokenizer,
     where: str,
     tools: Sequence[Message] | None,
-) -> tuple[str, Ranges]:
+) -> tuple[str, _Ranges]:
     """Returns the text of a conversation and the character ranges of the completions in ``turns``.
 
     For long chats both are derived from a chat with short contents, if this gives the same text.
@@ -291,7 +291,7 @@ def completions(
     tokenizer: Tokenizer,
     where: str,
     tools: Sequence[Message] | None = None,
-) -> tuple[str, Ranges]:
+) -> tuple[str, _Ranges]:
     """Returns the text of a conversation and the character ranges of the completions in ``turns``.
 
     Raises:
@@ -364,7 +364,7 @@ def _with_stops(
     last: Message,
     tokenizer: Tokenizer,
     tools: Sequence[Message] | None = None,
-) -> tuple[str, Ranges]:
+) -> tuple[str, _Ranges]:
     """Adds the stop token with which the next message begins to completions that have no end token.
 
     GLM-4.5 writes no end of a turn: the next role's token ends it, ``<|user|>``, or

@@ -20,7 +20,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.study.locations import located
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.records import Record
+from nalora_jax.study.records import StudyRecord
 
 Stage = Literal["tune", "test"]
 # Measures of items in records.
@@ -151,7 +151,9 @@ class Tuning:
         return min(finite, key=finite.__getitem__)
 
 
-def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tuning:
+def tuning(
+    protocol: Protocol, cell: Cell, records: Mapping[str, StudyRecord]
+) -> Tuning:
     """Returns the grid of ``cell``, extended as the records require.
 
     While the best rate of a complete grid is at one of its ends, a rate is added there, up to
@@ -226,7 +228,7 @@ def cells(protocol: Protocol) -> list[Cell]:
     return [Cell(model, task, method) for model, task, method in places]
 
 
-def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
+def wanted(protocol: Protocol, records: Mapping[str, StudyRecord]) -> list[Run]:
     """Returns every known run of the study, done or not, in the order in which they should be done.
 
     Each seed is completed for all methods before the next, so a study that stops early has equally
@@ -256,13 +258,13 @@ def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
     return sorted(tunes, key=by_seed) + sorted(tests, key=by_seed)
 
 
-def pending(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
+def pending(protocol: Protocol, records: Mapping[str, StudyRecord]) -> list[Run]:
     """Returns the runs of `wanted` that have no record yet."""
     return [run for run in wanted(protocol, records) if run.id not in records]
 
 
 def _mean_cost(
-    protocol: Protocol, cell: Cell, rate: float, records: Mapping[str, Record]
+    protocol: Protocol, cell: Cell, rate: float, records: Mapping[str, StudyRecord]
 ) -> float | None:
     """Returns the mean cost of a rate over the tuning seeds.
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from nalora_jax.common import buckets, digests, notes, redaction
 from nalora_jax.config import RunConfig
-from nalora_jax.data.given import Data, Format
+from nalora_jax.data.given import Data, RecordFormat
 from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
 from nalora_jax.evaluate import evaluator, run_log
 from nalora_jax.kinds.record import Inputs, Job
@@ -28,8 +28,13 @@ from nalora_jax.mesh import processes
 from nalora_jax.report import compare, history
 from nalora_jax.report.writer import ReportWriter
 from nalora_jax.study.sweeps import fit, values
-from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
-from nalora_jax.study.sweeps.program import RunLoop, StopOfAll, SweepProgram, fit_all
+from nalora_jax.study.sweeps.grid import SWEEP_FILE, axes_of, check_names, grid
+from nalora_jax.study.sweeps.stacked_program import (
+    RunLoop,
+    StopOfAll,
+    SweepProgram,
+    fit_all,
+)
 from nalora_jax.train import preemption, progress
 from nalora_jax.train.cards import CardWriter
 from nalora_jax.train.output import write_text
@@ -88,14 +93,14 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
     settings = redaction.redacted(replace(config, resume=False).to_dict())
     record = {"sweep": list(options), "run": run_log.to_json(settings)}
     text = json.dumps(digests.seal(record), indent=1) + "\n"
-    return sweep(configs, locked=lambda: write_text(config.output, FILE, text))
+    return sweep(configs, locked=lambda: write_text(config.output, SWEEP_FILE, text))
 
 
 def sweep(
     configs: Sequence[RunConfig],
     *,
     data: Data | None = None,
-    format: Format | None = None,
+    format: RecordFormat | None = None,
     locked: Callable[[], None] = lambda: None,
 ) -> SweepResult:
     """Fine-tunes a model once for each config; runs that share a program train together.
@@ -156,7 +161,7 @@ def sweep(
 def _open_run(
     config: RunConfig,
     data: Data | None,
-    format: Format | None,
+    format: RecordFormat | None,
     stop: preemption.StopSignals,
     stack: ExitStack,
 ) -> _Run:

@@ -23,9 +23,14 @@ from nalora_jax.mesh import distributed, processes
 from nalora_jax.mesh.machine import describe_device, peak_memory, versions
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.step import TrainState
-from nalora_jax.study.plan import Run
+from nalora_jax.study.planned_runs import Run
 from nalora_jax.study.provenance import code_version, rule_files
-from nalora_jax.study.records import Record, exact_values, read_snapshot, write_snapshot
+from nalora_jax.study.records import (
+    StudyRecord,
+    exact_values,
+    read_snapshot,
+    write_snapshot,
+)
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.loop import Follower, LoopEvaluation, run_steps
 
@@ -75,7 +80,7 @@ class RunInProgress:
         self._began = time.perf_counter()
 
     @property
-    def described(self) -> Record:
+    def described(self) -> StudyRecord:
         """Returns what a record has before the run is trained."""
         run = self.run
         return {
@@ -132,7 +137,7 @@ class RunInProgress:
             batches.close()
             self.training_seconds += time.perf_counter() - began
 
-    def record(self, state: TrainState | None) -> Record:
+    def record(self, state: TrainState | None) -> StudyRecord:
         """Measures the trained state, and returns the record without times.
 
         ``state`` is None if the run diverged, which also counts if a final loss is not finite.
@@ -276,8 +281,10 @@ class RunInProgress:
         definitions: list[Any] = [
             type(mechanism) for _, mechanism in mechanisms.entries
         ]
-        definitions += [statistics.get(name).values for name in mechanisms.statistics]
-        definitions += [activations.get(name).gate for name in gates]
+        definitions += [
+            statistics.get_statistic(name).values for name in mechanisms.statistics
+        ]
+        definitions += [activations.get_activation(name).gate for name in gates]
         item_digests = {}
         for name, items in self.items.items():
             for kind, digest in items.digests.items():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.models.cache import KeyValues
-from nalora_jax.models.config import GLOBAL_WINDOW, Mixer, ModelConfig, Shapes
+from nalora_jax.models.config import GLOBAL_WINDOW, Mixer, ModelConfig, ParamShapes
 from nalora_jax.models.parts import LayerInputs, PartOptions, RMSNorm, SharedInputs
 from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
 from nalora_jax.ops.attention import (
@@ -51,14 +51,14 @@ class SoftmaxAttention(Mixer):
                 heads["v_proj"] = config.n_kv_heads
         return heads
 
-    def arrays(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> ParamShapes:
         """Returns the norms of queries and keys, and the sinks."""
         heads = {"q": config.n_heads, "k": config.n_kv_heads}
         if config.qk_norm != "projection":
             heads = dict.fromkeys(heads, 1)
         if self.reads:
             heads.pop("k")
-        shapes: Shapes = {}
+        shapes: ParamShapes = {}
         if config.qk_norm:
             shapes = {
                 f"{name}_norm/scale": (n * config.head_dim,)
@@ -68,11 +68,11 @@ class SoftmaxAttention(Mixer):
             shapes["sinks"] = (config.n_heads,)
         return shapes
 
-    def projections(self, config: ModelConfig) -> Shapes:
+    def projections(self, config: ModelConfig) -> ParamShapes:
         """Returns the kernel shapes of the projections."""
         d = config.d_model
         width = config.head_dim
-        shapes: Shapes = {
+        shapes: ParamShapes = {
             name: (d, n * width) for name, n in self.heads(config).items()
         }
         return shapes | {"o_proj": (config.n_heads * width, d)}

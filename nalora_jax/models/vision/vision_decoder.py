@@ -21,9 +21,9 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.parts import RMSNorm, layer_scales, part_adapters
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.config import VisionSpec
-from nalora_jax.models.vision.dual import tower_adapters
+from nalora_jax.models.vision.dual_encoder import tower_adapters
 from nalora_jax.models.vision.encoder import Encoder, PlainDense
+from nalora_jax.models.vision.vision_config import VisionSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_rows import of_whole_rows
 

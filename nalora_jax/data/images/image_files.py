@@ -29,7 +29,17 @@ from nalora_jax.errors import NaloraError
 # reach.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Extensions of these formats.
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+IMAGE_EXTENSIONS = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+)
 
 
 # Pixels of an image. A small file can claim billions (a decompression bomb); it is refused before
@@ -175,7 +185,7 @@ def flattened(image: Any) -> Any:
     return images.alpha_composite(white, image).convert("RGB")
 
 
-FILES = ("preprocessor_config.json", "processor_config.json")
+_FILES = ("preprocessor_config.json", "processor_config.json")
 _HAMMING = 5  # the last of Pillow's numbers of resize filters
 _CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -318,10 +328,10 @@ def read_processor(folder: Path) -> ImageProcessor:
     Raises:
       NaloraError: the folder has none, its kind is not known, or a field has a wrong type.
     """
-    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if path is None:
         way = "AutoImageProcessor.from_pretrained(model).save_pretrained(folder)"
-        where = str(folder / FILES[0])
+        where = str(folder / _FILES[0])
         remedy = f"save it with transformers: {way}"
         raise NaloraError(
             where, expected="the file", found="nothing of that name", remedy=remedy

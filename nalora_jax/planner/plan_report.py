@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from nalora_jax.common.devices import FSDP, RUN
+from nalora_jax.common.devices import FSDP, RUN_AXIS
 from nalora_jax.config import RunConfig
 from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed
@@ -17,6 +17,12 @@ from nalora_jax.mesh.distributed import prompt_shards
 from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner import accounting, estimates, machines
+from nalora_jax.planner.abstract_step import (
+    devices,
+    moved_weights,
+    rollout_and_arguments,
+    step_and_arguments,
+)
 from nalora_jax.planner.decide import Compiled, decide
 from nalora_jax.planner.figures import (
     Figures,
@@ -27,12 +33,6 @@ from nalora_jax.planner.figures import (
     roofline,
 )
 from nalora_jax.planner.layouts import fastest, fitting, fitting_sweep
-from nalora_jax.planner.program import (
-    devices,
-    moved_weights,
-    rollout_and_arguments,
-    step_and_arguments,
-)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class SweepPlan:
             "seconds": self.seconds,
             "mfu": self.mfu,
             "mesh": {
-                RUN: self.layout.run,
+                RUN_AXIS: self.layout.run,
                 "runs_per_device": self.layout.runs_per_device,
                 FSDP: self.layout.fsdp,
             },

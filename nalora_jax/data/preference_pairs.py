@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from nalora_jax.config import DataConfig, PreferenceConfig
-from nalora_jax.data.chat import (
+from nalora_jax.data.chat_text import (
     Message,
     Rendered,
     messages_of,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """A tokenized prompt with both completions, whose tokens are marked."""
 
     chosen: Example
@@ -114,7 +114,7 @@ def tokenize_pairs(
     config: DataConfig,
     preference: PreferenceConfig,
     tokenizer: Tokenizer,
-) -> Iterator[Pair]:
+) -> Iterator[PreferencePair]:
     """Yields the pairs of the records at ``indices``, not yet cut.
 
     Example:
@@ -166,7 +166,7 @@ def tokenize_pairs(
         begin, _ = texts[0].answers[0]
         prompt = texts[0].text[:begin]
         first, second = completions
-        yield Pair(chosen, rejected, prompt, (first, second))
+        yield PreferencePair(chosen, rejected, prompt, (first, second))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -244,7 +244,7 @@ def pair_data(
     return data
 
 
-def pairs_digest(pairs: Iterable[Pair]) -> str:
+def pairs_digest(pairs: Iterable[PreferencePair]) -> str:
     """Returns the SHA-256 of pairs; equal for equal pairs in the same order."""
     sha256 = hashlib.sha256()
     for pair in pairs:
@@ -259,7 +259,7 @@ def held_out_pairs(
     preference: PreferenceConfig,
     tokenizer: Tokenizer,
     context: int,
-) -> tuple[list[Pair], list[Pair]]:
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Returns held-out pairs in two lists: for the reported results, and to choose the checkpoint.
 
     Args:

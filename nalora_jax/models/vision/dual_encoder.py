@@ -15,8 +15,8 @@ from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.adapters import fresh_adapters
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.encoder import Encoder
+from nalora_jax.models.vision.vision_config import DualConfig, EncoderConfig
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.shardings import UNSHARDED, Shardings
 
@@ -149,7 +149,7 @@ def init_params(
     return unflatten(leaves)
 
 
-def init_lora(
+def init_dual_lora(
     config: DualConfig,
     spec: AdapterSpec,
     key: jax.Array,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from nalora_jax.evaluate.statistics import mcnemar, t_interval
+from nalora_jax.evaluate.intervals import mcnemar, t_interval
 
 _MOST_SEEDS = 10_000
 # Of the t tests for which `seeds_needed` counts pairs.

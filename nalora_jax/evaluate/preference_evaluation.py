@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig
-from nalora_jax.data.preference import Pair
+from nalora_jax.data.preference_pairs import PreferencePair
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import (
@@ -20,11 +20,16 @@ from nalora_jax.evaluate.evaluator import (
     variables_of,
 )
 from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.intervals import bootstrap
 from nalora_jax.evaluate.likelihood import score_groups
-from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.ops.preference_losses import LOSSES, Answers, chosen_nll, pair_losses
+from nalora_jax.ops.preference_losses import (
+    LOSSES,
+    AnswerScores,
+    chosen_nll,
+    pair_losses,
+)
 
 
 class PreferenceEvaluator(Evaluator):
@@ -45,7 +50,7 @@ class PreferenceEvaluator(Evaluator):
         self,
         model: Decoder,
         tokenizer: Tokenizer,
-        pairs: Sequence[Pair],
+        pairs: Sequence[PreferencePair],
         config: PreferenceConfig,
         *,
         mesh: Mesh | None = None,
@@ -87,7 +92,7 @@ class PreferenceEvaluator(Evaluator):
         ratios = np.zeros_like(scores)
         if has_reference:
             ratios = scores - self._base_scores(params)
-        answers = Answers(scores, ratios, self._tokens)  # [pairs, 2], chosen first
+        answers = AnswerScores(scores, ratios, self._tokens)  # [pairs, 2], chosen first
         losses = pair_losses(answers, self._config)
         nll = chosen_nll(answers)
         records = []

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Shapes = dict[str, tuple[int, ...]]
+VisionShapes = dict[str, tuple[int, ...]]
 # How one feature vector is computed from a tower's sequence.
 Pooling = Literal["first", "last", "eos", "mean", "attention", "none"]
 Loss = Literal["softmax", "sigmoid"]  # that a pair was trained with
@@ -85,7 +85,7 @@ class EncoderConfig:
         """Patches along one side of the square that the position embeddings cover."""
         return self.image_size // self.patch_size
 
-    def param_shapes(self) -> Shapes:
+    def param_shapes(self) -> VisionShapes:
         """Returns the shape of every base parameter by path, layers stacked.
 
         Example (ViT): ``{"patches/kernel": (3 p p, D), "class_token": (D,), ...,
@@ -98,7 +98,7 @@ class EncoderConfig:
                 "positions": self.max_positions,
                 "types": self.token_types,
             }
-            shapes: Shapes = {
+            shapes: VisionShapes = {
                 f"{name}/embedding": (n, d) for name, n in rows.items() if n
             }
         else:
@@ -135,7 +135,7 @@ class EncoderConfig:
             shapes |= _dense("projection", (d, self.d_out), self.projection_bias)
         return shapes
 
-    def projection_shapes(self) -> Shapes:
+    def projection_shapes(self) -> VisionShapes:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         d = self.d_model
         f = self.d_ff
@@ -143,17 +143,17 @@ class EncoderConfig:
             *wide, last = ("gate_proj", "up_proj", "down_proj")
         else:
             *wide, last = ("in_proj", "out_proj")
-        shapes: Shapes = {f"layers/attn/{name}_proj": (d, d) for name in "qkvo"}
+        shapes: VisionShapes = {f"layers/attn/{name}_proj": (d, d) for name in "qkvo"}
         shapes |= {f"layers/ffn/{name}": (d, f) for name in wide}
         return shapes | {f"layers/ffn/{last}": (f, d)}
 
 
-def _norm(name: str, width: int) -> Shapes:
+def _norm(name: str, width: int) -> VisionShapes:
     """Returns the shapes of a layer norm's parameters."""
     return {f"{name}/scale": (width,), f"{name}/bias": (width,)}
 
 
-def _dense(name: str, shape: tuple[int, ...], bias: bool = True) -> Shapes:
+def _dense(name: str, shape: tuple[int, ...], bias: bool = True) -> VisionShapes:
     """Returns the shapes of a dense layer's kernel ``(..., d_in, d_out)`` and bias."""
     shapes = {f"{name}/kernel": shape}
     if bias:
@@ -177,12 +177,12 @@ class DualConfig:
         """Both towers by the prefix of their parameters."""
         return {"image": self.image, "text": self.text}
 
-    def param_shapes(self) -> Shapes:
+    def param_shapes(self) -> VisionShapes:
         """Returns the shape of every base parameter by path.
 
         Paths are ``image/...``, ``text/...``, ``logit_scale`` and ``logit_bias``.
         """
-        shapes: Shapes = {}
+        shapes: VisionShapes = {}
         for name, tower in self.towers.items():
             shapes |= {
                 f"{name}/{path}": shape for path, shape in tower.param_shapes().items()
@@ -192,7 +192,7 @@ class DualConfig:
             shapes["logit_bias"] = ()
         return shapes
 
-    def projection_shapes(self) -> Shapes:
+    def projection_shapes(self) -> VisionShapes:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         return {
             f"{name}/{path}": shape
@@ -207,7 +207,7 @@ class DualConfig:
             for path in self.projection_shapes()
         }
 
-    def trained_shapes(self) -> Shapes:
+    def trained_shapes(self) -> VisionShapes:
         """Returns the shape of every base parameter that is trained entirely, by path."""
         return {
             path: shape
@@ -255,7 +255,7 @@ class VisionSpec:
             pooling="none",
         )
 
-    def param_shapes(self) -> Shapes:
+    def param_shapes(self) -> VisionShapes:
         """Returns the shape of every parameter by path.
 
         Paths are ``image/...``, ``projector/...`` and, for weights that are not used,
@@ -278,7 +278,7 @@ class VisionSpec:
                 shapes[f"{UNUSED}/{path}"] = (shape[0] - self.used_layers, *shape[1:])
         return shapes
 
-    def _mlp(self) -> Shapes:
+    def _mlp(self) -> VisionShapes:
         """Returns the kernel shapes of an MLP projector; none for other projectors."""
         if self.projector != "mlp":
             return {}
@@ -286,7 +286,7 @@ class VisionSpec:
         d = self.d_model
         return {"projector/ffn/in_proj": (wide, d), "projector/ffn/out_proj": (d, d)}
 
-    def projection_shapes(self) -> Shapes:
+    def projection_shapes(self) -> VisionShapes:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         of_tower = self.running.projection_shapes()
         return {

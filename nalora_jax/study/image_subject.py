@@ -14,18 +14,18 @@ from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
-from nalora_jax.evaluate.images import (
+from nalora_jax.evaluate.image_evaluation import (
     ClassEvaluator,
     Encoders,
-    Images,
+    RecordImages,
     RetrievalEvaluator,
 )
 from nalora_jax.kinds import dual
 from nalora_jax.mesh import distributed
-from nalora_jax.models.vision.dual import init_lora
+from nalora_jax.models.vision.dual_encoder import init_dual_lora
 from nalora_jax.study.language import Items, Subject
-from nalora_jax.study.plan import MEASURES
-from nalora_jax.weights.dual import (
+from nalora_jax.study.planned_runs import MEASURES
+from nalora_jax.weights.dual_base import (
     JOIN,
     LoadedDual,
     LoadedEncoder,
@@ -198,7 +198,7 @@ class DualEncoders(Subject):
     ) -> Any:
         """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
         loaded = self.model(config)
-        return init_lora(
+        return init_dual_lora(
             loaded.config, assembly.spec, jax.random.key(seed), loaded.params
         )
 
@@ -213,7 +213,7 @@ class DualEncoders(Subject):
         if data.train_split != data.eval_split:
             check_disjoint(train, held_out)
         indices = dual.drawn_images(held_out, data.eval_limit)
-        images = Images(
+        images = RecordImages(
             held_out, indices[indices.argsort()]
         )  # in the order of the source
         classes = self._classes(config, data)
