@@ -36,7 +36,16 @@ def records():
     ]
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_norm"])
+# Losses of DPOTrainer and the same settings here.
+SETTINGS = {
+    "sigmoid": {"loss": "dpo"},
+    "sigmoid_norm": {"loss": "dpo", "per_token": True},
+    "robust": {"loss": "robust", "label_smoothing": 0.2},
+    "ipo": {"loss": "ipo"},
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
 def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     import datasets
     from peft import PeftModel
@@ -54,6 +63,7 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
         "loss_type": [kind],
         "beta": 0.7,
         "max_length": None,
+        "label_smoothing": SETTINGS[kind].get("label_smoothing", 0.0),
     }
     settings |= {"per_device_train_batch_size": 8, "use_cpu": True, "bf16": False, "report_to": []}
     trainer = trl.DPOTrainer(
@@ -68,7 +78,7 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     expected = float(trainer.compute_loss(trainer.model, theirs))
     logged = trainer._metrics["eval"]
 
-    config = PreferenceConfig("dpo", beta=0.7, per_token=kind == "sigmoid_norm")
+    config = PreferenceConfig(beta=0.7, **SETTINGS[kind])
     source = RecordsSource("pairs", records())
     data = pair_data(source, DataConfig(max_length=64), config, model.base.tokenizer, batch_size=2)
     ids = [row[row != tokenizer.pad_token_id].tolist() for row in theirs["input_ids"].numpy()]
@@ -91,7 +101,7 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     objective = Preference(NextToken(model.module, Head(transposed=True), Numerics()), config)
     found = objective.loss(model.variables, model.base.params, batch, jax.random.key(0))
     np.testing.assert_allclose(float(found.loss) / 8, expected, rtol=1e-5)
-    if kind == "sigmoid":
+    if not config.per_token:
         for name in ("chosen", "rejected"):
             mean = float(found.measured[f"rewards_{name}"]) / 8
             np.testing.assert_allclose(
