@@ -32,6 +32,7 @@ from nalora_jax.data.preference_pairs import pair_data, tokenize_pairs
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.kinds.preference import Preference, program_parts
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -184,6 +185,32 @@ def test_forward_passes_of_a_step(tokenizer, monkeypatch, name, passes):
     calls.clear()
     jax.eval_shape(objective.loss, variables, made.params, batch, jax.random.key(0))
     assert len(calls) == passes
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
+def test_the_evaluation_scores_the_base_only_as_a_reference(tokenizer, monkeypatch, name):
+    preference = PreferenceConfig(name, beta=1.5)
+    made, state = assembled(preference)
+    held_out = list(
+        tokenize_pairs(RecordsSource("pairs", RECORDS), [0, 1], DATA, preference, tokenizer)
+    )
+    evaluator = PreferenceEvaluator(made.eval_model, tokenizer, held_out, preference)
+    calls = []
+    scores = PreferenceEvaluator._base_scores
+
+    def counted(self, params):
+        calls.append(params)
+        return scores(self, params)
+
+    monkeypatch.setattr(PreferenceEvaluator, "_base_scores", counted)
+    records = evaluator.records(made.params, state.lora)
+    assert len(calls) == (name == "dpo")
+    for record in records:
+        rewards = record["rewards_chosen"], record["rewards_rejected"]
+        if name == "simpo":
+            assert rewards[0] == pytest.approx(-1.5 * record["chosen_nll"])
+        margin = rewards[0] - rewards[1] - (0.5 if name == "simpo" else 0.0)
+        assert record["loss"] == pytest.approx(np.log1p(np.exp(-margin)))
 
 
 USER = [{"role": "user", "content": "x"}]
