@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nalora_jax.evaluate.preference import PreferenceEvaluator
 from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
@@ -33,6 +32,7 @@ from nalora_jax.data.preference_pairs import pair_data, tokenize_pairs
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.preference_evaluation import PreferenceEvaluator
 from nalora_jax.kinds.preference import Preference, program_parts
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
