@@ -68,7 +68,7 @@ OWNS_REFUSALS = pytest.StashKey[bool]()
 COMPLAINTS = pytest.StashKey[list[str]]()
 
 # Files and markers about packages that are no part of the extra `test`.
-FILES_OF = {"trl": "train/test_preference_trl.py"}
+FILES_OF = {"trl": "kinds/test_preference_trl.py"}
 MISSING = {
     package
     for package in (*FILES_OF, "lm_eval", "tunix")
