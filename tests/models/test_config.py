@@ -297,7 +297,7 @@ def test_most_null_fields_are_compared_with_transformers() -> None:
 
 # ---------------------------------------------------------------- configs of released checkpoints
 
-FOLDER = Path(__file__).parents[2] / "nalora_jax" / "cli" / "planning" / "released"
+FOLDER = Path(__file__).parents[2] / "nalora_jax" / "planner" / "released"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
