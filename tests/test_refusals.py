@@ -23,7 +23,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision import families
 from nalora_jax.ops import dispatch, split_mixers
 from nalora_jax.planner import layouts, machines
-from nalora_jax.study import records
+from nalora_jax.study import records, subjects
 from tests import tiny
 from tests.refused import Call, table_test
 
@@ -97,6 +97,10 @@ def fit_sweep(mesh: cfg.MeshConfig, memory: float = 16e9) -> None:
 
 REFUSALS: dict[str, tuple[Call, str]] = {
     "no home": (find_cache_without_a_home, "NALORA_CACHE: expected a folder for downloads"),
+    "a study of conversations about images": (
+        lambda *_: subjects.subject_of(cfg.RunConfig(vision=cfg.VisionConfig(task="chat"))),
+        "kind of run: expected one with a subject in studies, found 'images'",
+    ),
     "no network": (
         download_without_a_network,
         "expected pip to download it, found ERROR: no network",
