@@ -21,7 +21,7 @@ from nalora_jax.mesh import distributed, processes, sharding
 from nalora_jax.mesh.distributed import compiler_options
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from tests.models.family_fields import COMPARED
+from tests.models.compared import COMPARED
 
 
 def specs(shapes, rules):

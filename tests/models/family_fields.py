@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import BUILT_IN, supported
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -42,15 +38,6 @@ LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 6,
 }
-# Families that transformers has, too: it reads a Kimi-K2 as a DeepSeek-V3.
-COMPARED = [family for family in supported() if family in CONFIG_MAPPING]
-
-
-def model_class(family: str) -> Any:
-    """Returns transformers' class of causal models of a family."""
-    return getattr(transformers, BUILT_IN[family].class_name)
-
-
 GRANITE = {
     "embedding_multiplier": 6.0,
     "attention_multiplier": 0.3,

@@ -18,7 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from tests.models.family_fields import COMPARED, LATENT, TINY
+from tests.models.compared import COMPARED
+from tests.models.family_fields import LATENT, TINY
 
 LLAMA = TINY | {"model_type": "llama", "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4}
 LLAMA |= {"max_position_embeddings": 64}

@@ -16,7 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from tests.models.family_fields import COMPARED, LATENT, model_class
+from tests.models.compared import COMPARED, model_class
+from tests.models.family_fields import LATENT
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,

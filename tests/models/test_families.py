@@ -33,7 +33,8 @@ from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import merged_tensors
-from tests.models.family_fields import GRANITE, LATENT, LLAMA3, ORIGINAL, WINDOW, YARN, model_class
+from tests.models.compared import model_class
+from tests.models.family_fields import GRANITE, LATENT, LLAMA3, ORIGINAL, WINDOW, YARN
 from tests.param_trees import params_from_tensors
 
 # Largest logit difference over the largest logit; at most 1.05e-5, with JAX 0.12.

@@ -18,7 +18,8 @@ from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from tests.models.family_fields import GRANITE, LATENT, model_class
+from tests.models.compared import model_class
+from tests.models.family_fields import GRANITE, LATENT
 from tests.param_trees import params_from_tensors
 
 COMMON = {
