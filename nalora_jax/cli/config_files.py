@@ -129,7 +129,7 @@ def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
 def plain_settings(value: Any, default: Any = None) -> Any:
     """Returns settings as nested dicts, lists and texts, with adapter rules as on the command line.
 
-    Settings that equal those of ``default`` are left out, unless it is None.
+    Settings that are equal in ``default`` are left out, unless it is None.
     """
     if isinstance(value, LoRARule):
         return value.text

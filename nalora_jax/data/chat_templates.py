@@ -141,7 +141,7 @@ class _GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
-        """Returns the statements up to the end tag as a scope of their own."""
+        """Returns the statements up to the end tag as a separate scope."""
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(lineno)

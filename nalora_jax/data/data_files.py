@@ -167,7 +167,7 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
             expected="a folder that datasets' save_to_disk wrote, or one with data files",
             found=f"no file that ends in {', '.join(DATA_FILE_EXTENSIONS)}",
         )
-    if set(splits) == {""}:  # no name begins with a split
+    if set(splits) == {""}:  # no name starts with a split
         return {"train": splits[""]}
     return splits
 
@@ -190,7 +190,7 @@ def is_path(text: str) -> bool:
 
 
 def _begins_array(path: Path) -> bool:
-    """Returns True if a JSON file begins with "[", after a byte order mark and white space."""
+    """Returns True if a JSON file starts with "[", after a byte order mark and white space."""
     start = _bytes(path, 4096).removeprefix(codecs.BOM_UTF8)
     return start.lstrip()[:1] == b"["
 

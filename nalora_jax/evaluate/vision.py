@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.data.images.image_chat import opened
 from nalora_jax.data.images.image_files import MAX_PIXELS, ImageProcessor
-from nalora_jax.data.items import CompletionItem, Item, VisionItem
+from nalora_jax.data.items import CompletionItem, VisionItem
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.generate.generator import answering
 from nalora_jax.evaluate.generate.programs import bucket
@@ -24,7 +24,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
 
 if TYPE_CHECKING:
-    from nalora_jax.weights.model_files import LoadedModel
+    pass
 
 _BATCH = 8  # items
 
@@ -139,32 +139,6 @@ class VisionEvaluator(TextEvaluator):
             "scored": scored,
             "pixels": pixels,
         }
-
-
-def evaluator_of(
-    loaded: LoadedModel,
-    model: Decoder,
-    items: Sequence[Item],
-    mesh: Mesh | None = None,
-) -> TextEvaluator:
-    """Returns the evaluator of a loaded model, for items with images if it has a processor.
-
-    Args:
-      loaded: the model's files.
-      model: the decoder, with the adapters' spec.
-      items: to evaluate.
-      mesh: mesh of the weights, if they are sharded.
-    """
-    tokenizer = loaded.tokenizer
-    if loaded.processor is None:
-        return TextEvaluator(model, answering(model, tokenizer, mesh), items, mesh=mesh)
-    return VisionEvaluator(
-        model,
-        tokenizer,
-        items,  # type: ignore[arg-type]
-        loaded.processor,
-        mesh=mesh,
-    )
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))

@@ -22,9 +22,9 @@ from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO_SPLIT
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.text_evaluation import TextEvaluator
-from nalora_jax.evaluate.vision import evaluator_of
+from nalora_jax.evaluate.vision import VisionEvaluator
 from nalora_jax.kinds import text
-from nalora_jax.kinds.inputs import open_records
+from nalora_jax.kinds.inputs import open_records, resolve_base
 from nalora_jax.kinds.record import Arrays, Inputs, register_kind
 from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
@@ -32,7 +32,6 @@ from nalora_jax.method.step import Batch
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.vision_decoder import VisionDecoder
 from nalora_jax.weights.base import vision_files
-from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 
@@ -43,7 +42,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
       NaloraError: a model or data that cannot be read, or settings that do not fit them.
     """
     files = open_files(
-        replace(resolve_source(config.model), rope_scaling=config.rope_scaling),
+        resolve_base(config),
         images=True,
     )
     if files.config.vision is not None:
@@ -65,9 +64,16 @@ def evaluator(
     inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
 ) -> TextEvaluator:
     """Returns the evaluator of some held-out conversations."""
-    return evaluator_of(
-        loaded, assembly.eval_model, items, distributed.unless_single(assembly.mesh)
-    )
+    mesh = distributed.unless_single(assembly.mesh)
+    return _vision_evaluator(loaded, assembly.eval_model, items, mesh)
+
+
+def _vision_evaluator(
+    loaded: LoadedModel, model: Any, items: Any, mesh: Mesh | None
+) -> VisionEvaluator:
+    """Returns the evaluator of items with images; ``model`` has the adapters' spec."""
+    assert loaded.processor is not None
+    return VisionEvaluator(model, loaded.tokenizer, items, loaded.processor, mesh=mesh)
 
 
 def program_parts(config: RunConfig, processor: ImageProcessor) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def adapter_evaluator(
     tokens = model.base.tokenizer.images
     source = vision_sources(data, config.vision, tokens, splits=splits)
     items = text.asked_items(data, model.base.tokenizer, named, source)
-    return evaluator_of(model.base, model.module, items, mesh)
+    return _vision_evaluator(model.base, model.module, items, mesh)
 
 
 def limits(config: RunConfig) -> Iterator[Limits]:

@@ -24,11 +24,22 @@ from nalora_jax.mesh import distributed
 from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.weights.hf import ResolvedSource
+from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import ModelFiles
 
 log = logging.getLogger(__name__)
 
 _EVAL_EVERY = 50  # largest automatic interval between evaluations, in steps
+
+
+def resolve_base(config: RunConfig) -> ResolvedSource:
+    """Returns the files of a run's base model, with the RoPE scaling of its settings.
+
+    Raises:
+      NaloraError: the model is not found.
+    """
+    return replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
 
 
 def open_records(

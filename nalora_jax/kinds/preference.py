@@ -31,7 +31,7 @@ from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference_evaluation import PreferenceEvaluator
 from nalora_jax.kinds import text
-from nalora_jax.kinds.inputs import open_records, settled, stream_shape
+from nalora_jax.kinds.inputs import open_records, resolve_base, settled, stream_shape
 from nalora_jax.kinds.record import Inputs, register_kind
 from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
@@ -44,7 +44,6 @@ from nalora_jax.ops.preference_losses import (
     chosen_nll,
     pair_losses,
 )
-from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 _WITHOUT_REFERENCE = " or ".join(
@@ -58,9 +57,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: a model or pairs that cannot be read, pairs that do not fit, or too few held out.
     """
-    files = open_files(
-        replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
-    )
+    files = open_files(resolve_base(config))
     added = AddedTokens.of(config.data)
     preference = config.preference
     base = files.described(added)

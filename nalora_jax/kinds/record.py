@@ -110,7 +110,7 @@ Arrays = dict[str, tuple[tuple[int, ...], str]]
 
 @dataclass(frozen=True)
 class NoSettings:
-    """The settings of a kind that has none of its own."""
+    """The settings of a kind without settings."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Kind:
       program_parts: returns the arguments of `nalora_jax.assembly.program.assemble` that differ
         between kinds on a decoder, of the settings and the processor of images of a vision-language
         model. None: the kind trains no decoder.
-      settings: dataclass of its own settings, ``--kind NAME:setting=value``.
+      settings: dataclass of the settings in ``--kind NAME:setting=value``.
       limits: yields the values that other settings may have in such a run, or raises NaloraError.
       rate: factor of the automatic learning rate.
       batch_arrays: returns the arrays that a batch has besides those of text, for plans, of the
@@ -143,7 +143,6 @@ class Kind:
       compares_with_base: True if its evaluation compares the adapter with the base, which is then
         measured without adapters, not with adapters at zero.
       describe: returns facts about the inputs for ``--dry-run``; None: those of a decoder.
-      loss: what the loss is, for reports; "" for nats per loss token.
       subject: ``module:class`` of its subject in a study; "" if there are no studies of it.
     """
 
@@ -163,7 +162,6 @@ class Kind:
     draws_samples: bool = False
     compares_with_base: bool = False
     describe: Callable[[Inputs], Described] | None = None
-    loss: str = ""
     subject: str = "nalora_jax.study.language:Language"
 
     @property

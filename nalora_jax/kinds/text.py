@@ -31,6 +31,7 @@ from nalora_jax.kinds.inputs import (
     check_layout,
     check_longest,
     open_records,
+    resolve_base,
     settled,
     stream_shape,
 )
@@ -40,7 +41,6 @@ from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import (
     LoadedModel,
     ModelFiles,
@@ -69,9 +69,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: a model or data that cannot be read, or settings that do not fit them.
     """
-    files = open_files(
-        replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
-    )
+    files = open_files(resolve_base(config))
     return tokenized(config, files, *open_records(config.data, source))
 
 

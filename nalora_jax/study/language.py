@@ -24,7 +24,7 @@ from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Step
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.weights import hf, hub, model_files, new_tokens
+from nalora_jax.weights import model_files, new_tokens
 from nalora_jax.weights.base import load_model
 
 _SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
@@ -139,7 +139,9 @@ class Language(Subject):
             mesh = distributed.smallest_mesh(config.mesh)
             options: dict[str, Any] = {"mesh": mesh, "quantized": compute.quantized}
             return new_tokens.with_added(
-                load_model(_files(config), dtype=compute.dtype, **options), added, mesh
+                load_model(inputs.resolve_base(config), dtype=compute.dtype, **options),
+                added,
+                mesh,
             )
 
         weights = config.model, config.rope_scaling, compute.dtype, compute.quantized
@@ -147,7 +149,7 @@ class Language(Subject):
 
     def architecture(self, config: RunConfig) -> ModelConfig:
         """Returns the config of the base."""
-        return model_files.open_files(_files(config)).described(
+        return model_files.open_files(inputs.resolve_base(config)).described(
             tokenizer.AddedTokens.of(config.data)
         )
 
@@ -290,7 +292,3 @@ class Language(Subject):
             answered = TextEvaluator(model, None, items.choices, mesh=mesh)
             values["accuracy"] = answered.measure(params, lora)["accuracy"]
         return values
-
-
-def _files(config: RunConfig) -> hf.ResolvedSource:
-    return replace(hub.resolve_source(config.model), rope_scaling=config.rope_scaling)

@@ -50,7 +50,7 @@ from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.intervals import bootstrap
 from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.kinds import text
-from nalora_jax.kinds.inputs import open_records, settled, stream_shape
+from nalora_jax.kinds.inputs import open_records, resolve_base, settled, stream_shape
 from nalora_jax.kinds.record import Arrays, Built, Inputs, Job, register_kind
 from nalora_jax.kinds.rl.policy import Policy
 from nalora_jax.kinds.rl.rewards import Scorer
@@ -64,7 +64,6 @@ from nalora_jax.ops.policy_losses import (
     advantages,
     divergence_penalty,
 )
-from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 log = logging.getLogger(__name__)
@@ -146,9 +145,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
         them.
     """
     Scorer(config.rl)  # raises for unknown rewards, before data is read
-    files = open_files(
-        replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
-    )
+    files = open_files(resolve_base(config))
     added = AddedTokens.of(config.data)
     rl = config.rl
     base = files.described(added)
