@@ -314,7 +314,8 @@ def rows_of(example: Example, config: DataConfig, bos_id: int | None) -> list[Ex
         keep = int(bos_id is not None and example.ids[0] == bos_id)
         rows = [Example(example.ids[: length + 1], example.answer[: length + 1])]
         for start in range(length, total - 1, length - keep):
-            index = np.r_[0:keep, start : min(start + length + 1 - keep, total)]
+            end = min(start + length + 1 - keep, total)
+            index = np.r_[0:keep, start:end]
             answer = example.answer[index]
             # The begin-of-sequence id, and the token that was a target in the part before.
             answer[: keep + 1] = False

@@ -151,10 +151,10 @@ class Attention(nn.Module):
         # [batch, seq, heads * 2 * head_dim], every head's query followed by its gate, -> two
         # [batch, seq, heads * head_dim]
         if c.attn_gate:
-            q, gate = (
-                y.reshape(*x.shape[:-1], -1)
-                for y in jnp.split(q.reshape(*x.shape[:-1], c.n_heads, -1), 2, -1)
-            )
+            by_head = q.reshape(*x.shape[:-1], c.n_heads, -1)
+            q_by_head, gate_by_head = jnp.split(by_head, 2, axis=-1)
+            q = q_by_head.reshape(*x.shape[:-1], -1)
+            gate = gate_by_head.reshape(*x.shape[:-1], -1)
         if c.qk_norm:
             q = round_and_save(q, numerics)
             # Only inputs of a norm are saved: the keys and, with normed values, the values.
@@ -179,12 +179,8 @@ class Attention(nn.Module):
                 v = rms_norm(v, jnp.ones((c.head_dim,), jnp.float32), c.norm_eps)
         q = self._rotated("q_norm", q, table)
         if c.query_growth:
-            q = (
-                q
-                * query_scales(shared.positions, c.query_growth, c.growth_length)[
-                    ..., None, None
-                ]
-            )
+            growth = query_scales(shared.positions, c.query_growth, c.growth_length)
+            q = q * growth[..., None, None]
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
         if gate is not None:
             out = out * jax.nn.sigmoid(round_and_save(gate, numerics)).astype(out.dtype)

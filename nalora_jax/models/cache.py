@@ -165,10 +165,9 @@ def default_positions(segments: jax.Array) -> jax.Array:
 
     Example: segments ``[[0, 1, 1, 2, 2, 2]]`` -> ``[[0, 0, 1, 0, 1, 2]]``.
     """
-    starts = jnp.ones_like(segments[:, :1], bool)
-    return since_last(
-        jnp.concatenate([starts, segments[:, 1:] != segments[:, :-1]], axis=1)
-    )
+    first = jnp.ones_like(segments[:, :1], bool)
+    differs = segments[:, 1:] != segments[:, :-1]
+    return since_last(jnp.concatenate([first, differs], axis=1))
 
 
 def since_last(starts: jax.Array) -> jax.Array:

@@ -567,10 +567,11 @@ def run_starts(
 
     Example: places ``[[0, 1, 1, 1, 0]]``, positions ``[[0, 1, 2, 3, 4]]`` -> ``[[0, 1, 1, 1, 4]]``.
     """
-    positions, segments = (
-        jnp.broadcast_to(x, places.shape) for x in (positions, segments)
-    )
-    # True for tokens (starting at the second) in the run of the token before them.
-    goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
-    first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
+    positions = jnp.broadcast_to(positions, places.shape)
+    segments = jnp.broadcast_to(segments, places.shape)
+    # Starting at the second token of a row: True if it continues the run of the token before it.
+    both_in_places = places[:, 1:] & places[:, :-1]
+    same_segment = segments[:, 1:] == segments[:, :-1]
+    begins = ~(both_in_places & same_segment)
+    first = jnp.concatenate([jnp.ones_like(places[:, :1]), begins], axis=1)
     return positions - since_last(first)

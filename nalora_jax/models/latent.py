@@ -37,6 +37,7 @@ from nalora_jax.models.parts import LayerInputs, PartOptions, RMSNorm, SharedInp
 from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
 from nalora_jax.ops.attention import product
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.reductions import with_zeros
 from nalora_jax.ops.storage import Kernel, expand, round_and_save, store
 
 # transformers' norms of latents have this constant, whatever config.json states for the others.
@@ -276,9 +277,8 @@ class LatentAttentionLayer(nn.Module):
         shape = (*kv.shape[:-1], part.rope_dim)
         k_rope = jnp.broadcast_to(state[..., None, part.kv_rank :], shape)
         k = jnp.concatenate([kv[..., : part.nope_dim], k_rope], axis=-1)
-        missing = k.shape[-1] - part.value_dim
-        v = jnp.pad(kv[..., part.nope_dim :], [(0, 0), (0, 0), (0, 0), (0, missing)])
-        return k, v
+        v = kv[..., part.nope_dim :]
+        return k, with_zeros(v, k.shape[-1] - part.value_dim, axis=-1)
 
     def _absorbed(
         self,

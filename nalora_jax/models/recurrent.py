@@ -287,17 +287,24 @@ def _by_key_head(
     Both projections have ``[batch, seq, width]``: ``q k v z`` of the first key head, then of the
     second, and so on; and ``b a`` in the same order.
     """
-    n = sizes.values_per_key
-    # [batch, seq, key heads, width of a key head]
-    qkvz, ba = (y.reshape(*y.shape[:-1], sizes.key_heads, -1) for y in projected)
-    # Where k, v and z start within a key head.
-    widths = sizes.key_dim, 2 * sizes.key_dim, 2 * sizes.key_dim + n * sizes.value_dim
-    # Each of q, k, v and z: [batch, seq, key heads, width] -> [batch, seq, key heads * width].
-    q, k, v, z = (
-        y.reshape(*y.shape[:-2], -1) for y in jnp.split(qkvz, widths, axis=-1)
-    )
-    b, a = (y.reshape(*y.shape[:-2], -1) for y in jnp.split(ba, 2, axis=-1))
+    qkvz, ba = (_split_heads(y, sizes.key_heads) for y in projected)
+    # Where v and z start within a key head; k starts at `key_dim`.
+    of_v = 2 * sizes.key_dim
+    of_z = of_v + sizes.values_per_key * sizes.value_dim
+    parts = jnp.split(qkvz, (sizes.key_dim, of_v, of_z), axis=-1)
+    q, k, v, z = map(_join_heads, parts)
+    b, a = map(_join_heads, jnp.split(ba, 2, axis=-1))
     return jnp.concatenate([q, k, v], axis=-1), z, b, a
+
+
+def _split_heads(y: jax.Array, heads: int) -> jax.Array:
+    """Returns ``[batch, seq, heads, width of a head]`` of ``[batch, seq, width]``."""
+    return y.reshape(*y.shape[:-1], heads, -1)
+
+
+def _join_heads(y: jax.Array) -> jax.Array:
+    """Returns ``[batch, seq, width]`` of ``[batch, seq, heads, width of a head]``."""
+    return y.reshape(*y.shape[:-2], -1)
 
 
 @dataclass(frozen=True)

@@ -214,12 +214,13 @@ def halves_from_adjacent(x: jax.Array, table: jax.Array) -> jax.Array:
       x: ``[batch, seq, heads, head_dim]``.
       table: ``[2, batch, seq, dim / 2]``.
     """
+    leading = x.shape[:-1]
     half = table.shape[-1]
-    # [batch, seq, heads, dim] -> [..., half, 2] -> [..., 2, half] -> [..., dim]
-    pairs = x[..., : 2 * half].reshape(*x.shape[:-1], half, 2).swapaxes(-1, -2)
-    return jnp.concatenate(
-        [pairs.reshape(*x.shape[:-1], 2 * half), x[..., 2 * half :]], axis=-1
-    )
+    dim = 2 * half
+    pairs = x[..., :dim].reshape(*leading, half, 2)
+    halves = pairs.swapaxes(-1, -2)  # [batch, seq, heads, 2, half]
+    rotated = halves.reshape(*leading, dim)
+    return jnp.concatenate([rotated, x[..., dim:]], axis=-1)
 
 
 def query_scales(positions: jax.Array, growth: float, length: int) -> jax.Array:

@@ -66,8 +66,9 @@ def spread(x: jax.Array, places: Places, top_k: int) -> jax.Array:
 def summed(y: jax.Array, places: Places, top_k: int) -> jax.Array:
     """Returns the sum of each token's rows, ``[tokens, d]``; arguments as for `spread`, ``y
     [places, d]``."""
-    # [tokens * top_k, d] -> [tokens, top_k, d]
-    return jnp.sum(_taken(y, places.of_rows).reshape(-1, top_k, y.shape[-1]), axis=1)
+    rows = _taken(y, places.of_rows)  # [tokens * top_k, d]
+    of_tokens = rows.reshape(-1, top_k, y.shape[-1])
+    return jnp.sum(of_tokens, axis=1)
 
 
 spread.defvjp(
@@ -474,12 +475,9 @@ def samples_of_parts(
     sizes = jnp.sum(reached, axis=1)
     first = jnp.cumsum(sizes, axis=1) - sizes  # [blocks, experts]
     # [blocks, experts]: the last row with weight, counted from the expert's first row
-    last = (
-        jnp.max(
-            jnp.where(reached & (weight > 0)[..., None], number[..., None], -1), axis=1
-        )
-        - first
-    )
+    with_weight = reached & (weight > 0)[..., None]
+    last_number = jnp.max(jnp.where(with_weight, number[..., None], -1), axis=1)
+    last = last_number - first
     counts = jnp.sum(reached & exists[..., None], axis=1)
     start, before = _of_sequence(
         counts.reshape(batch, 2, -1), last.reshape(batch, 2, -1)
@@ -487,9 +485,8 @@ def samples_of_parts(
     of_expert = partial(jnp.take_along_axis, indices=expert, axis=1)
     place = number + of_expert(start - first)
     # The place of the last row with weight before each row; -1 for none.
-    preceding = lax.cummax(jnp.where(weight > 0, place, -1), axis=1)
-    preceding = jnp.pad(preceding[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    preceding = jnp.maximum(preceding, of_expert(before))
+    until = lax.cummax(jnp.where(weight > 0, place, -1), axis=1)
+    preceding = jnp.maximum(_shifted(until), of_expert(before))
 
     def of_stride(stride: int) -> SampledRows:
         """Returns the first row with weight in every ``stride`` places of a sequence."""
@@ -506,6 +503,12 @@ def samples_of_parts(
         return SampledRows(rows, by_expert(of_rows, to, routing))
 
     return of_stride(strides[0]), of_stride(strides[1])
+
+
+def _shifted(x: jax.Array) -> jax.Array:
+    """Returns each value's predecessor in rows ``[batch, n]``, -1 for the first ones."""
+    first = jnp.full_like(x[:, :1], -1)
+    return jnp.concatenate([first, x[:, :-1]], axis=1)
 
 
 def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -527,11 +530,9 @@ def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Arr
     # Places of a sequence are sorted by expert, then by block: [batch, experts * blocks].
     flat = counts.reshape(batch, -1)
     start = jnp.cumsum(flat, axis=1) - flat
-    ends = lax.cummax(
-        jnp.where(last.reshape(batch, -1) >= 0, start + last.reshape(batch, -1), -1),
-        axis=1,
-    )
-    before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    last = last.reshape(batch, -1)
+    ends = lax.cummax(jnp.where(last >= 0, start + last, -1), axis=1)
+    before = _shifted(ends)
 
     def of_blocks(x: jax.Array) -> jax.Array:
         """Returns the shard's two blocks, ``[2 * batch, experts]``, of all, ``[batch, experts *

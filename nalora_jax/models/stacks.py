@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nalora_jax.models.attention_layer import SoftmaxAttention
 from nalora_jax.models.blocks import GatedBlock
@@ -100,25 +100,34 @@ def _divide(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
 
     Of several such divisions the one with the fewest groups is taken.
     """
-    # best[end]: the sum of periods, the number of groups and the groups that divide kinds[:end].
-    best: list[tuple[tuple[int, int], list[tuple[int, int, int]]]] = [((0, 0), [])]
+    best = [_Division(0, 0, [])]  # best[end] divides kinds[:end]
     for end in range(1, len(kinds) + 1):
         options = []
         for start in range(end):
-            (cost, count), division = best[start]
+            before = best[start]
             period = _period(kinds[start:end])
-            options.append(
-                ((cost + period, count + 1), [*division, (start, end, period)])
-            )
+            groups = [*before.groups, (start, end, period)]
+            options.append(_Division(before.periods + period, len(groups), groups))
         best.append(min(options))
-    return best[-1][1]
+    return best[-1].groups
+
+
+class _Division(NamedTuple):
+    """A division of layers into groups; the smallest one is the best."""
+
+    periods: int  # sum of the groups' periods
+    number: int  # of groups
+    groups: list[tuple[int, int, int]]  # start, end and period of each
 
 
 def _period(kinds: Sequence[int]) -> int:
     """Returns the length of the shortest period that repeats without a remainder."""
-    n = len(kinds)
-    # The kinds repeat with period p if shifting them by p changes none; n always does.
-    return next(p for p in range(1, n + 1) if n % p == 0 and kinds[p:] == kinds[:-p])
+    length = len(kinds)
+    for period in range(1, length):
+        # The kinds repeat if shifting them by a period changes none.
+        if length % period == 0 and kinds[period:] == kinds[:-period]:
+            return period
+    return length
 
 
 # ---------------------------------------------------------------- names and shapes

@@ -308,7 +308,12 @@ def _fwd(
         seen = _Seen.of(heads, places, window, end, config, numerics)
         return _by_pieces(seen.attended, None, (heads[0], *places), start, end)[1]
 
-    outs, totals = zip(*(attended(*block) for block in blocks(q.shape[1])), strict=True)
+    outs = []
+    totals = []
+    for start, end in blocks(q.shape[1]):
+        of_block, total_of_block = attended(start, end)
+        outs.append(of_block)
+        totals.append(total_of_block)
     # Results [batch, kv_heads, groups, seq, head_dim], log-sum-exps [..., seq, 1].
     out = jnp.concatenate(outs, -2)
     logsumexp = jnp.concatenate(totals, -2)
@@ -346,20 +351,25 @@ def _bwd(
         sums = (dk[..., :end], dv[..., :end])
         by_query = heads[0], *places, logsumexp, g, inner
         sums, dq_block = _by_pieces(seen.gradients, sums, by_query, start, end)
-        dk, dv = (
-            x.at[..., :end].set(new) for x, new in zip((dk, dv), sums, strict=True)
-        )
+        more_dk, more_dv = sums
+        dk = dk.at[..., :end].set(more_dk)
+        dv = dv.at[..., :end].set(more_dv)
         dq.append(dq_block)
     # The barrier keeps XLA:CPU from fusing the transpose into a matmul, which it cannot run in
     # bf16.
-    dk, dv = (x.swapaxes(2, 3)[:, :, None] for x in lax.optimization_barrier((dk, dv)))
-    grads = (
-        by_token(jnp.concatenate(dq[::-1], -2)) * config.scale,
-        by_token(dk),
-        by_token(dv),
+    dk, dv = lax.optimization_barrier((dk, dv))
+    # [batch, kv_heads, head_dim, seq] -> [batch, kv_heads, 1, seq, head_dim]
+    dk = dk.swapaxes(2, 3)[:, :, None]
+    dv = dv.swapaxes(2, 3)[:, :, None]
+    dq_all = by_token(jnp.concatenate(dq[::-1], -2)) * config.scale
+    like_q, like_k, like_v = like
+    of_keys = Keys(
+        by_token(dk).astype(like_k.dtype),
+        by_token(dv).astype(like_v.dtype),
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
     )
-    dq_all, dk, dv = (x.astype(y.dtype) for x, y in zip(grads, like, strict=True))
-    return dq_all, Keys(dk, dv, None, None), None  # type: ignore[arg-type]
+    return dq_all.astype(like_q.dtype), of_keys, None
 
 
 _self_attention.defvjp(_fwd, _bwd)
@@ -385,7 +395,8 @@ def _by_pieces(
 
     def split(x: Array) -> Array:
         """Returns ``[pieces, ..., PIECE, n]`` of ``[..., length, n]``."""
-        pieces = x.reshape(*x.shape[:-2], length // PIECE, -1, x.shape[-1])
+        *lead, _, n = x.shape
+        pieces = x.reshape(*lead, length // PIECE, -1, n)
         return jnp.moveaxis(pieces, -3, 0)
 
     def joined(x: Array) -> Array:
@@ -626,7 +637,8 @@ def attention_over_cache(
     kv_heads = keys.k.shape[2]
     index = jnp.arange(slots)
     # slots up to the last one that any example uses
-    used = jnp.max(jnp.where(jnp.any(cached.segments > 0, axis=0), index + 1, 0))
+    is_used = jnp.any(cached.segments > 0, axis=0)
+    used = jnp.max(jnp.where(is_used, index + 1, 0))
     block_of = partial(lax.dynamic_slice_in_dim, slice_size=CACHE_BLOCK)
 
     def attend(start: int, end: int) -> Array:

@@ -136,7 +136,8 @@ def with_sink_key(
     in_columns = jnp.stack([high, scores - high], axis=-1).astype(q.dtype)
     q = q.at[:, _SINK_POSITIONS:, :, columns].set(in_columns)
     k = k.at[:, 0, :, columns].set(1)
-    visible = jnp.pad(visible, ((0, 0), before, before)).at[:, :, 0].set(True)
+    visible = jnp.pad(visible, ((0, 0), before, before))
+    visible = visible.at[:, :, 0].set(True)  # every query sees the sink
     return q, k, v, visible
 
 

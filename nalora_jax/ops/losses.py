@@ -175,10 +175,7 @@ def chunk_of_rows(
     """Returns each row's loss ``[rows]`` and the gradient of hidden, ``[rows, 0]`` unless
     ``grad``."""
     logits, slope = head.logits(dot(hidden, kernel, numerics, dims=(1, 1 - head.axis)))
-    # True at each row's target, [rows, vocab]. The comparison is fused into existing passes. A
-    # gather would cross devices that split the vocabulary, and taking columns of an untied head
-    # would create a transposed copy of it: 1 GB for 128k entries of 4,096 values.
-    hit = jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
+    hit = _hits(targets, logits.shape[1])
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     exps = jnp.exp(shifted)
     total = jnp.sum(exps, axis=-1, keepdims=True)
@@ -187,9 +184,20 @@ def chunk_of_rows(
     if not grad:
         return loss, jnp.zeros((hidden.shape[0], 0), jnp.float32)
     probabilities = exps / total
-    return loss, weights[:, None] * dot(
-        (probabilities - hit) * slope, kernel, numerics, dims=(1, head.axis)
-    )
+    by_products = (probabilities - hit) * slope  # gradient, [rows, vocab]
+    back = dot(by_products, kernel, numerics, dims=(1, head.axis))
+    return loss, weights[:, None] * back
+
+
+def _hits(targets: Array, vocabulary: int) -> Array:
+    """Returns True at each row's target, bool ``[rows, vocabulary]``.
+
+    The comparison is fused into existing passes. A gather would cross devices that split the
+    vocabulary, and taking columns of an untied head would create a transposed copy of it: 1 GB for
+    128k entries of 4,096 values.
+    """
+    tokens = jnp.arange(vocabulary, dtype=targets.dtype)
+    return tokens[None, :] == targets[:, None]
 
 
 # ``(hidden [rows, d_model], targets [rows, ...], weights [rows])`` -> sums over rows, arrays
@@ -429,7 +437,7 @@ def trained_cross_entropy(
             ``h``."""
             logits, slope = head.logits(trained.products(h, numerics))
             log_total = jax.nn.logsumexp(logits, axis=-1)
-            hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]
+            hit = _hits(t, logits.shape[1])
             of_target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
             losses = w * (log_total - of_target)
             # The gradient by the products [rows, vocab]: that of the logits, times their slope.

@@ -213,14 +213,22 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
         levels = MXFP4_LEVELS
         scales = powers_of_two(kernel.scales)
     block = _BLOCKS[kernel.kind]
-    pairs = kernel.codes.reshape(*lead, d_in // block, 1, block // 2, d_out)
-    # The low and the high four bits of a byte: [..., blocks, 2, block / 2, d_out].
-    shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
-    codes = (pairs >> shifts) & 15
+    pairs = kernel.codes.reshape(*lead, d_in // block, block // 2, d_out)
+    codes = unpack_pairs(pairs)
     blocks = (of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
     # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and
     # stores the repeated codes and scales, three times the traffic.
     return lax.optimization_barrier(blocks).reshape(*lead, d_in, d_out)
+
+
+def unpack_pairs(pairs: Array) -> Array:
+    """Returns the low and the high four bits of bytes ``[..., n, d_out]``.
+
+    The result is ``[..., 2, n, d_out]``, the low bits first.
+    """
+    leading = pairs.ndim - 2
+    shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * leading, 2, 1, 1)
+    return (pairs[..., None, :, :] >> shifts) & 15
 
 
 def of_levels(codes: Array, levels: Sequence[float]) -> Array:

@@ -25,7 +25,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from nalora_jax.ops.quantize import MXFP4_LEVELS, Coded, of_levels, powers_of_two
+from nalora_jax.ops.quantize import (
+    MXFP4_LEVELS,
+    Coded,
+    of_levels,
+    powers_of_two,
+    unpack_pairs,
+)
 
 PACKED_INPUTS = 16  # inputs whose 4-bit codes share 8 bytes
 ZEROS = {"int4": 8, "uint8": 128}  # of unsigned codes without zeros; 0 for others
@@ -148,11 +154,9 @@ def _decoded(codes: Array, element: Element) -> Array:
     if element in ("int8", "uint8"):
         return codes.astype(jnp.float32)
     *lead, rows, d_out = codes.shape
-    pairs = codes.reshape(
-        *lead, 2 * rows // PACKED_INPUTS, 1, PACKED_INPUTS // 2, d_out
-    )
-    shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
-    nibbles = (pairs >> shifts) & 15  # [..., runs, 2, 8, d_out]
+    runs = 2 * rows // PACKED_INPUTS
+    pairs = codes.reshape(*lead, runs, PACKED_INPUTS // 2, d_out)
+    nibbles = unpack_pairs(pairs)  # [..., runs, 2, 8, d_out]
     if element == "int4":
         values = nibbles.astype(jnp.float32)
     else:

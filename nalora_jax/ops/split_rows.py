@@ -181,12 +181,14 @@ def block_numbers() -> tuple[Any, Any]:
 
 def by_block(x: Array) -> Array:
     """Returns ``[2 * batch, block, ...]`` of this shard's ``[batch, 2 * block, ...]``."""
-    return x.reshape(2 * x.shape[0], x.shape[1] // 2, *x.shape[2:])
+    batch, length, *rest = x.shape
+    return x.reshape(2 * batch, length // 2, *rest)
 
 
 def by_part(x: Array) -> Array:
     """Computes the inverse of `by_block`."""
-    return x.reshape(x.shape[0] // 2, 2 * x.shape[1], *x.shape[2:])
+    parts, block, *rest = x.shape
+    return x.reshape(parts // 2, 2 * block, *rest)
 
 
 def gather_rows(x: Array) -> Array:
