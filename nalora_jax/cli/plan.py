@@ -42,7 +42,7 @@ class PlanArgs:
     speed."""
 
     # One or more: v5e:16x16 or v5litepod-256, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices),
-    #   8xh100, 64xh100.
+    #   8xh100, 64xh200.
     topology: tuple[str, ...] = ()
     # Short for --train.batch-size: rows per step over all chips. By default one per chip and
     # micro-batch.

@@ -40,9 +40,9 @@ class Chip:
 
 
 # TPU: https://cloud.google.com/tpu/docs/v5e, .../v6e, .../v5p (bidirectional interconnect
-# bandwidth, halved); HBM without the part that XLA reserves. GPU: NVIDIA's data sheet of the H100
-# SXM, NVLink 900 GB/s both ways, ConnectX-7 at 400 Gb/s; JAX preallocates at most 92% of the
-# memory. Hosts: the memory of Google's virtual machines (TPU pages, "VM types"; a3-highgpu-8g).
+# bandwidth, halved); HBM without the part that XLA reserves. GPU: NVIDIA's data sheets of the H100
+# and H200 SXM, NVLink 900 GB/s both ways, ConnectX-7 at 400 Gb/s; JAX preallocates at most 92% of
+# the memory. Hosts: the memory of Google's virtual machines (TPU pages, "VM types"; a3-highgpu-8g).
 # PCIe: for TPUs from the JAX team's book (jax-ml.github.io/scaling-book/tpus), for the H100 half of
 # its data sheet's 128 GB/s both ways. A100: NVLink 600 GB/s both ways, network of the DGX A100 (200
 # Gb/s). GB200: 1/72 of the rack's data sheet; NVLink and NVLink-C2C in one direction. L4: PCIe 4.0.
@@ -64,6 +64,10 @@ CHIPS = {
     "h100": Chip(
         "NVIDIA H100 SXM", "gpu", 989e12, 79.0e9 * 0.92, 3350e9, 450e9, 50e9, 234e9, 64e9,
         "NVIDIA H100 data sheet", "NVIDIA H100 data sheet",
+    ),
+    "h200": Chip(
+        "NVIDIA H200 SXM", "gpu", 989e12, 141e9 * 0.92, 4800e9, 450e9, 50e9, 234e9, 64e9,
+        "NVIDIA H200 data sheet", "a3-ultragpu-8g",
     ),
     "a100-40": Chip(
         "NVIDIA A100 40GB", "gpu", 312e12, 42.3e9 * 0.92, 1555e9, 300e9, 25e9, 85e9, 32e9,
@@ -91,6 +95,7 @@ _KINDS = {
     "v6e": r"tpu v6 lite|tpu v6e",
     "v5p": r"tpu v5",
     "h100": r"\bh100\b",
+    "h200": r"\bh200\b",
     "a100-80": r"\ba100\b.*80gb",
     "a100-40": r"\ba100\b",
     "gb200": r"\bgb200\b",
@@ -103,7 +108,8 @@ _KINDS = {
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _MOST_CUBES = 96
-_TARGET = Path(__file__).with_name("h100.txtpb")  # XLA's description of the GPU
+# XLA's descriptions of GPUs that programs can be compiled for.
+_TARGETS = {kind: Path(__file__).with_name(f"{kind}.txtpb") for kind in ("h100", "h200")}
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ class Topology:
                 "topology_name": self.kind,
                 # NVLink domains, hosts of each, GPUs of each host
                 "topology": f"{nodes}x1x{a_node}",
-                "target_config": _TARGET.read_text(),
+                "target_config": _TARGETS[self.kind].read_text(),
             }
         shape = "x".join(map(str, self.dims))
         options: dict[str, Any] = {}
@@ -182,19 +188,20 @@ def shapes(kind: str) -> Iterator[tuple[int, ...]]:
 
 
 def topology(name: str) -> Topology:
-    """Returns the machine of a name: ``v6e:16x16``, ``2xv6e:16x16`` (two slices), ``8xh100``.
+    """Returns the machine of a name: ``v6e:16x16``, ``2xv6e:16x16`` (two slices), ``8xh200``.
 
     Accelerator types of Cloud TPU are names, too: ``v5litepod-16`` is ``v5e:4x4``.
 
     Raises:
       NaloraError: an unknown chip, or a shape that it does not have.
     """
-    gpus = re.fullmatch(r"(\d{1,7})xh100", name.lower())
+    gpus = re.fullmatch(r"(\d{1,7})x(h100|h200)", name.lower())
     if gpus:
         count = int(gpus[1])
+        kind = gpus[2]
         if count and (count <= _GPUS_A_NODE or count % _GPUS_A_NODE == 0):
             a_node = min(count, _GPUS_A_NODE)
-            return Topology(name, CHIPS["h100"], "h100", (count // a_node, a_node))
+            return Topology(name, CHIPS[kind], kind, (count // a_node, a_node))
     tpus = re.fullmatch(
         r"(?:([1-9]\d{0,6})x)?"
         r"(?:(v5e|v6e|v5p):(\d{1,7}(?:x\d{1,7}){1,2})|(v5litepod|v6e|v5p)-(\d+))",
@@ -242,7 +249,7 @@ def topology(name: str) -> Topology:
         "--topology",
         expected="a TPU topology such as v5e:16x16, v6e:16x16, v5p:8x8x16 or 2xv6e:16x16 "
         "(two slices), a type such as v5litepod-16 or v6e-16, "
-        "or GPUs such as 8xh100 or 64xh100 (whole nodes of 8)",
+        "or GPUs such as 8xh100 or 64xh200 (whole nodes of 8)",
         found=repr(name),
     )
 

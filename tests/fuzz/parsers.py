@@ -36,13 +36,16 @@ from nalora_jax.report.html import write_report
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.study_report import status
 from nalora_jax.weights.gguf import GGUFFile, hf_config, read_tokenizer
-from nalora_jax.weights.hf import SafetensorsFolder
+from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
+from nalora_jax.weights.model_files import open_files
 from nalora_jax.weights.peft_import import import_adapter
+from nalora_jax.weights.quantized import QuantizedTensors
 from nalora_jax.weights.tensors import check_tensors
 from tests import tiny
 from tests.report.conftest import fake_records, write_run
 from tests.weights import gguf_files
+from tests.weights.quantized_folders import FORMATS, write_quantized
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 SHAPE = tiny.HF | {"vocab_size": 48, "rope_scaling": YARN, "eos_token_id": [0, 1]}
@@ -121,6 +124,21 @@ def use_model(folder: Path) -> None:
     )
     if config.n_layers * max(1, config.n_experts) <= 256:
         for name in check_tensors(source, keymap_for(config, "hf")).values():
+            source.read(name, tuple(slice(0, size) for size in source.shapes()[name])).sum()
+
+
+def write_quantized_models(folder: Path) -> None:
+    for name in ("fp8 in blocks", "compressed int4 with zeros", "NVFP4", "GPTQ", "AWQ"):
+        write_quantized(folder / name.replace(" ", "_"), *FORMATS[name])
+
+
+def use_quantized_models(folder: Path) -> None:
+    for model in sorted(folder.iterdir()):
+        files = open_files(ResolvedSource("hf", model, str(model)))
+        if files.quantization is None or files.config.n_layers > 256:
+            continue
+        source = QuantizedTensors(SafetensorsFolder(model), files.quantization)
+        for name in check_tensors(source, keymap_for(files.config, "hf")).values():
             source.read(name, tuple(slice(0, size) for size in source.shapes()[name])).sum()
 
 
@@ -335,6 +353,7 @@ class Parser:
 PARSERS = (
     Parser("tokenizer", write_tokenizer, use_tokenizer),
     Parser("model", write_model, use_model),
+    Parser("quantized models", write_quantized_models, use_quantized_models),
     Parser("adapter", write_adapter, use_adapter),
     Parser("GGUF", write_gguf, use_gguf),
     Parser("rows", write_rows, use_rows),

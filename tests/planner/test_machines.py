@@ -60,6 +60,7 @@ def test_the_compilers_are_asked_for_the_slice_or_for_nodes_and_gpus():
     arguments = topology("64xh100").description()
     assert "H100" in arguments.pop("target_config")
     assert arguments == {"platform": "cuda", "topology_name": "h100", "topology": "8x1x8"}
+    assert "H200" in topology("8xh200").description()["target_config"]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,19 @@ def fp8_of_bf16(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return tensors | {"weight_scale_inv": scales}, floats
 
 
+def fp8_of_rows(
+    weight: torch.Tensor, name: str = "weight_scale", *, by_channel: bool = True
+) -> tuple[Tensors, torch.Tensor]:
+    """As torch quantizes: fp8 with a scale for each output, ``[out, 1]``, or for the tensor."""
+    largest = weight.float().abs().amax(1 if by_channel else (0, 1), keepdim=True)
+    scales = largest / torch.finfo(torch.float8_e4m3fn).max
+    codes = (weight.float() / scales).to(torch.float8_e4m3fn)
+    floats = codes.float() * scales
+    if not by_channel:
+        scales = scales.reshape(())
+    return {"weight": codes, name: scales, "input_scale": torch.tensor(1.0)}, floats
+
+
 # ---------------------------------------------------------------- compressed-tensors
 
 
@@ -265,6 +278,9 @@ QUARK = {
         "weight": {"dtype": "fp4", "group_size": 32, "scale_format": "e8m0", "qscheme": "per_group"}
     },
 }
+QUARK_FP8 = QUARK | {
+    "global_quant_config": {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_channel"}}
+}
 F16, F32 = torch.float16, torch.float32
 # By name: the quantization_config, and the function that quantizes a weight.
 FORMATS: dict[str, tuple[dict[str, Any], Quantize]] = {
@@ -272,6 +288,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantize]] = {
     "fp8 per tensor": (FP8 | {"weight_block_size": None}, partial(fp8, block=None)),
     "fp8 with powers of two": (FP8 | {"weight_block_size": [16, 32]}, fp8_of_powers),
     "fp8 with scales in bf16": (FP8 | {"weight_block_size": [16, 32]}, fp8_of_bf16),
+    "fp8 of FBGEMM": (
+        {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]},
+        fp8_of_rows,
+    ),
+    "fp8 of ModelOpt": (
+        {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+        partial(fp8_of_rows, by_channel=False),
+    ),
+    "fp8 of Quark": (QUARK_FP8, fp8_of_rows),
     "compressed fp8 per tensor": _compressed_case("float-quantized", **FLOAT8, strategy="tensor"),
     "compressed fp8 per channel": _compressed_case(
         "float-quantized", F16, **FLOAT8, strategy="channel"

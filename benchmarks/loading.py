@@ -1,0 +1,204 @@
+"""Memory of loading a large model, watched from outside of the process.
+
+    python benchmarks/loading.py --gigabytes 30 --quantize nf4
+
+Writes a Hugging Face folder of a Llama whose weights are zeros in sparse files, so that it takes no
+disk, loads it in a process of its own and reads that process's anonymous memory every 20 ms. It
+prints the peak above the start of the load beside the bytes of the loaded arrays and of the largest
+tensor in the file: the peak has to stay near the loaded arrays plus one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import ENVIRONMENT, parser_of, save
+from machines import proc_fields
+
+_SHARD_BYTES = 5_000_000_000
+_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+_CHILD = """
+import sys, time
+import jax
+from nalora_jax.weights.base import load_model
+
+jax.block_until_ready(jax.numpy.zeros(8))
+print("ready", flush=True)
+start = time.perf_counter()
+quantized = sys.argv[2] if sys.argv[2] != "none" else None
+loaded = load_model(sys.argv[1], dtype="bfloat16", quantized=quantized)
+leaves = jax.block_until_ready(jax.tree.leaves(loaded.params))
+print(sum(leaf.nbytes for leaf in leaves), time.perf_counter() - start, flush=True)
+"""
+
+
+def main() -> None:
+    """Writes the folder, loads it and prints the figures."""
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "--gigabytes", type=float, default=30, help="of the folder's weights"
+    )
+    parser.add_argument("--quantize", default="nf4", help="nf4, int8, mxfp4 or none")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        largest, stored = write_folder(folder, options.gigabytes * 1e9)
+        measured = watch(folder, options.quantize)
+    measured |= {"file_bytes": stored, "largest_tensor_bytes": largest}
+    above = measured["peak_bytes"] - measured["loaded_bytes"]
+    measured["peak_above_loaded_in_tensors"] = above / largest
+    for key, value in measured.items():
+        print(f"{key:30} {value:,.2f}")
+    case = f"{options.gigabytes:g} GB, {options.quantize}"
+    save("loading", case, measured)
+
+
+def write_folder(folder: Path, size: float) -> tuple[int, int]:
+    """Writes config, tokenizer and sparse weights of about ``size`` bytes.
+
+    Returns the bytes of the largest tensor and of all.
+    """
+    of_layer = layer_shapes("model.layers.0.")
+    layer_bytes = sum(map(tensor_bytes, of_layer.values()))
+    layers = max(1, round(size / layer_bytes))
+    hidden = _CONFIG["hidden_size"]
+    shapes = {
+        "model.embed_tokens.weight": (_CONFIG["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(layers):
+        shapes |= layer_shapes(f"model.layers.{layer}.")
+    config = _CONFIG | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    write_weights(folder, shapes)
+    sizes = [tensor_bytes(shape) for shape in shapes.values()]
+    return max(sizes), sum(sizes)
+
+
+def layer_shapes(prefix: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a layer's tensors in transformers' files."""
+    hidden = _CONFIG["hidden_size"]
+    wide = _CONFIG["intermediate_size"]
+    queries = _CONFIG["num_attention_heads"] * _CONFIG["head_dim"]
+    keys = _CONFIG["num_key_value_heads"] * _CONFIG["head_dim"]
+    shapes = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    return {f"{prefix}{name}.weight": shape for name, shape in shapes.items()}
+
+
+def tensor_bytes(shape: tuple[int, ...]) -> int:
+    """Returns the bytes of a bfloat16 tensor."""
+    return 2 * math.prod(shape)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer of single bytes."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    vocabulary["<end>"] = len(vocabulary)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<end>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Writes tensors of zeros as sparse shards with an index."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    used = 0
+    for name, shape in shapes.items():
+        if used and used + tensor_bytes(shape) > _SHARD_BYTES:
+            shards.append({})
+            used = 0
+        shards[-1][name] = shape
+        used += tensor_bytes(shape)
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_sparse(folder / file, shard)
+        places |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Writes a safetensors file whose data are a hole."""
+    header = {}
+    end = 0
+    for name, shape in shapes.items():
+        start = end
+        end += tensor_bytes(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def watch(folder: Path, quantize: str) -> dict[str, float]:
+    """Loads a folder in a process, and returns its peak above the start, and what it loaded."""
+    command = [sys.executable, "-c", _CHILD, str(folder), quantize]
+    environment = os.environ | ENVIRONMENT
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        before = anonymous_bytes(child.pid)
+        peak = before
+        while child.poll() is None:
+            peak = max(peak, anonymous_bytes(child.pid))
+            time.sleep(0.02)
+        loaded, seconds = child.stdout.readline().split()
+    return {
+        "peak_bytes": peak - before,
+        "loaded_bytes": float(loaded),
+        "seconds": float(seconds),
+    }
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Returns the memory of a process that is no file's; 0 if it has ended."""
+    field = proc_fields(f"/proc/{pid}/status").get("RssAnon", "0 kB")
+    return 1024 * int(field.split()[0])
+
+
+if __name__ == "__main__":
+    main()
