@@ -41,7 +41,8 @@ def mechanisms_of(
         message = (
             "no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)"
         )
-        log.warning(message, names)
+        if config.has_adapters:
+            log.warning(message, names)
         return replace(mechanisms, entries=())
     differing = tuple(
         (path, name) for path, name in blocks.items() if name != activation

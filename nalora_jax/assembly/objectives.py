@@ -31,7 +31,7 @@ from nalora_jax.ops.losses import (
 from nalora_jax.ops.reductions import count
 from nalora_jax.ops.shardings import UNSHARDED, Shardings
 from nalora_jax.ops.split_rows import joined, shards_of, split
-from nalora_jax.ops.storage import in_stored_layout
+from nalora_jax.ops.storage import Trained, in_stored_layout
 
 # Collections that the adapted model has in addition to the base's.
 _ADAPTED = ("lora", "gate_mask", "gate_taps")
@@ -52,20 +52,29 @@ class NextToken:
     ) -> Evaluated:
         """Returns the loss of ``[rows, seq]`` arrays; see `nalora_jax.method.step.Objective`."""
         hidden = self.hidden(variables, batch, key)
-        if (trained := self.trained_head(variables["lora"], params)) is not None:
-            loss = trained_cross_entropy(
-                hidden,
-                trained,
-                self.parts(batch["targets"]),
-                self.parts(batch["loss_weights"]),
-                self.head,
-                self.numerics,
-                chunk=self.loss_chunk,
-                shards=self.batch_shards,
-            )
-            return Evaluated(loss)
-        return Evaluated(
-            self.cross_entropy(hidden, params, batch, batch["loss_weights"])
+        weights = batch["loss_weights"]
+        trained = self.trained_head(variables["lora"], params)
+        if trained is not None:
+            return Evaluated(self._by_head(hidden, trained, batch, weights))
+        return Evaluated(self.cross_entropy(hidden, params, batch, weights))
+
+    def _by_head(
+        self,
+        hidden: jax.Array,
+        trained: WholeHead | HeadRows,
+        batch: Batch,
+        weights: jax.Array,
+    ) -> jax.Array:
+        """Returns `cross_entropy` with a gradient for the trained part of the head."""
+        return trained_cross_entropy(
+            hidden,
+            trained,
+            self.parts(batch["targets"]),
+            self.parts(weights),
+            self.head,
+            self.numerics,
+            chunk=self.loss_chunk,
+            shards=self.batch_shards,
         )
 
     def hidden(
@@ -107,6 +116,8 @@ class NextToken:
         self, lora: Mapping[str, Any], params: Any
     ) -> WholeHead | HeadRows | None:
         """Returns the head's trained leaves and frozen kernel; None if the head is frozen."""
+        if isinstance(self._stored_kernel(params), Trained):
+            return WholeHead(self.kernel(params).value, self.head.transposed)
         if "embed" not in lora and "lm_head" not in lora:
             return None
         if "kernel" in lora.get("lm_head", {}):
@@ -126,10 +137,7 @@ class NextToken:
 
         It is ``[vocab, d_model]`` for tied embeddings, else ``[d_model, vocab]``.
         """
-        if self.head.transposed:
-            kernel = params["embed"]["embedding"]
-        else:
-            kernel = params["lm_head"]["kernel"]
+        kernel = self._stored_kernel(params)
         # Gathered once, for all chunks of the loss, in up to two steps.
         for sharding in self.shardings.head:
             kernel = lax.with_sharding_constraint(kernel, sharding)
@@ -140,6 +148,12 @@ class NextToken:
                     lambda x: in_stored_layout(x, self.numerics), kernel
                 )
         return kernel
+
+    def _stored_kernel(self, params: Any) -> Any:
+        """Returns the leaf of the head's kernel."""
+        if self.head.transposed:
+            return params["embed"]["embedding"]
+        return params["lm_head"]["kernel"]
 
     @property
     def batch_shards(self) -> int:
@@ -163,9 +177,13 @@ class NextToken:
     ) -> jax.Array:
         """Returns the cross-entropy of the targets, weighted by ``[rows, seq]`` and summed; hidden
         is of `parts`."""
+        kernel = self.kernel(params)
+        if isinstance(kernel, Trained):
+            head = WholeHead(kernel.value, self.head.transposed)
+            return self._by_head(hidden, head, batch, weights)
         return cross_entropy(
             hidden,
-            self.kernel(params),
+            kernel,
             self.parts(batch["targets"]),
             self.parts(weights),
             self.head,

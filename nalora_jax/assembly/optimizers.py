@@ -124,10 +124,17 @@ def _named_optimizer(
     match name:
         case "adamw":
             return optax.adamw(
-                schedule, config.b1, config.b2, config.eps, weight_decay=decay
+                schedule,
+                config.b1,
+                config.b2,
+                config.eps,
+                mu_dtype=config.first_moment,
+                weight_decay=decay,
             )
         case "adam" if decay == 0:
-            return optax.adam(schedule, config.b1, config.b2, config.eps)
+            return optax.adam(
+                schedule, config.b1, config.b2, config.eps, mu_dtype=config.first_moment
+            )
         case "adam":
             raise NaloraError(
                 "--optimizer.weight-decay",

@@ -46,6 +46,7 @@ from nalora_jax.method.step import (
     make_train_step,
 )
 from nalora_jax.method.transform import Mechanisms, nalora
+from nalora_jax.method.tuned import keep_other_layers, without_tuned
 from nalora_jax.models.adapters import adapter_shapes, adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -294,6 +295,9 @@ def run_program(
         whole = nalora(inner, mechanisms, gates)
         if last is not None:
             whole = optax.with_extra_args_support(optax.chain(whole, last))
+        if spec.tuned_layers:
+            others = keep_other_layers(spec.tuned_layers)
+            whole = optax.with_extra_args_support(optax.chain(whole, others))
         if spec.adalora:
             clip = optimizer_settings.clip_norm
             return adalora(whole, config.adalora, spec, config.steps, clip_norm=clip)
@@ -317,7 +321,12 @@ def run_program(
         module = model.clone(adapters=adapters, numerics=numerics)
         metrics = layer_metrics(mechanisms)
         settings = StepConfig(
-            mechanisms, shapes, model.shardings, metrics=metrics, **options
+            mechanisms,
+            shapes,
+            model.shardings,
+            metrics=metrics,
+            tuned_layers=spec.tuned_layers,
+            **options,
         )
         return make_train_step(
             optimizer(mechanisms, numbers), settings, objective(module)
@@ -457,6 +466,7 @@ def assemble(
     if spec is None:
         spec = adapter_spec(config, base)
     lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    params = without_tuned(params, lora)
     if like is None or like.spec != spec:
         program = decoder_program(
             config, base, spec, mesh, last=last, objective=objective, module=module

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from nalora_jax.common import buckets
 from nalora_jax.config.rope_scaling import parse_rope_scaling
-from nalora_jax.config.settings import UNCHANGED, LoRARule, RunConfig
+from nalora_jax.config.settings import FULL, UNCHANGED, LoRARule, RunConfig
 from nalora_jax.config.structured import (
     AMOUNT,
     COUNT,
@@ -93,6 +93,18 @@ def _limits(config: RunConfig) -> Iterator[Limits]:
             "train.patience": (0,),
         }
         yield Limits("--adalora.target-rank", fits)
+    if config.tune:
+        remedy = "a base in floats: leave --compute.quantize out"
+        yield Limits("--tune", {"compute.quantize": ("none",)}, remedy)
+        fixed: dict[str, tuple[Any, ...]] = {
+            "lora.init": UNCHANGED,
+            "adapter": ("",),
+            "adalora.target_rank": (0,),
+        }
+        yield Limits("--tune", fixed)
+    if not config.has_adapters:
+        tables = {"lora.modules_to_save": ((),), "lora.trainable_token_indices": ((),)}
+        yield Limits("--tune full", tables)
     for flag in trained_tables(config):
         yield Limits(flag, {"lora.init": UNCHANGED})
     if lora.init in ("pissa", "lora_ga"):
@@ -158,6 +170,8 @@ def _check_run(config: RunConfig) -> None:
         f"a step of the run, which has {config.steps}",
         profile,
     )
+    alone = FULL not in config.tune or not config.has_adapters
+    require("--tune", alone, "full alone, or patterns", " ".join(config.tune))
     batch = config.train.batch_size
     check_divides(batch, "train.accumulate", config.train.accumulate)
     rates = config.optimizer.rates

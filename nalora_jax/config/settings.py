@@ -38,6 +38,7 @@ from nalora_jax.errors import NaloraError
 
 # Values of --lora.init that read no batches and keep the base's weights.
 UNCHANGED = ("default", "zero_a")
+FULL = "full"  # the value of --tune that trains all weights in place of adapters
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,8 @@ class OptimizerConfig:
     b2: Annotated[float, BELOW_ONE] = 0.999
     # Adam's eps, added to the root of the EMA of squares.
     eps: Annotated[float, Range("a number", "(0, 1]")] = 1e-8
+    # Dtype of Adam's EMA of gradients; "bfloat16" halves its memory.
+    first_moment: Literal["float32", "bfloat16"] = "float32"
     # Global-norm clip of the gradient; 0 turns it off.
     clip_norm: Annotated[float, Range("a number", "[0, 1e9]")] = 1.0
 
@@ -586,6 +589,11 @@ class RunConfig:
     # --import FILE ..., with any command.
     imports: tuple[str, ...] = ()
 
+    # Weights of the model that are trained themselves: "full", all of them in place of adapters; or
+    # patterns, besides the adapters, which are searched in paths such as
+    # "layers/29/ffn/gate_proj/kernel": norm, bias, embed/embedding, layers/2[89]/.
+    tune: tuple[str, ...] = ()
+
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     adalora: AdaLoRAConfig = field(default_factory=AdaLoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -597,6 +605,11 @@ class RunConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Returns False if all weights are trained in place of adapters."""
+        return self.tune != (FULL,)
 
     @property
     def kind_name(self) -> str:

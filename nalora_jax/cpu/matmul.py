@@ -39,6 +39,7 @@ from nalora_jax.ops.storage import (
     Bits,
     Kernel,
     Stored,
+    Trained,
     bf16_bits,
     dot,
     expand,
@@ -214,6 +215,8 @@ def adapted_dense(x: Array, dense: Dense, numerics: Numerics) -> Adapted:
     Joining kernel and factor copies the kernel, which must cost less than a second pass over the
     rows. In text generation it costs more: each token would need a copy.
     """
+    if isinstance(dense.kernel, Trained):
+        return NotImplemented
     products = _native_products(x, [dense], numerics)
     if products is None:
         rows = math.prod(x.shape[:-1])
@@ -233,6 +236,8 @@ def parallel_dense(
     Threads share the work of all layers, and the gradients of x are summed while they are computed.
     Separate calls would write each gradient to memory and read it again for the sum.
     """
+    if any(isinstance(layer.kernel, Trained) for layer in layers):
+        return NotImplemented
     products = _native_products(x, layers, numerics)
     if products is None:
         return NotImplemented

@@ -47,6 +47,7 @@ from nalora_jax.errors import NaloraError
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS = "rollouts.jsonl"  # in a run with rewards: some groups of samples of the logged steps
 ADAPTER = "adapter"  # subfolder of a run: the exported adapter
+MODEL = "model"  # subfolder of a run with --tune: the exported model
 _MAX_STEP = 2**53  # up to here a float holds every integer
 _LARGEST = 1e300  # limit of numbers; JSON's integers may exceed a float
 _MAX_DEPTH = 12  # nesting of a run's config

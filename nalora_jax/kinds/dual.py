@@ -224,6 +224,7 @@ def limits(config: RunConfig) -> Iterator[Limits]:
         yield Limits("--adapter, whose values the run starts from", decoders)
     if config.adalora.target_rank:
         yield Limits("--adalora.target-rank", decoders)
+    yield Limits("--vision.task", {"tune": ((),)})
     for flag in trained_tables(config):
         yield Limits(flag, {"vision.task": ("",)})
     if config.rope_scaling:

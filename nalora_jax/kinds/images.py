@@ -113,6 +113,7 @@ def limits(config: RunConfig) -> Iterator[Limits]:
     """Yields the values that other settings may have in a run on conversations about images."""
     vision = config.vision
     require("--vision.task", vision.reads_chats, '"chat"', repr(vision.task))
+    yield Limits("--vision.task", {"tune": ((),)})
     for flag in trained_tables(config):
         yield Limits(flag, {"vision.task": ("",)})
 

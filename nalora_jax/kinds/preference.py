@@ -135,6 +135,11 @@ def limits(config: RunConfig) -> Iterator[Limits]:
             f"use --preference.loss {_WITHOUT_REFERENCE}"
         )
         yield Limits("--preference.loss", {"lora.init": UNCHANGED}, remedy)
+        remedy = (
+            "the reference is the base, whose weights are trained: use --preference.loss "
+            f"{_WITHOUT_REFERENCE}"
+        )
+        yield Limits("--preference.loss", {"tune": ((),)}, remedy)
     unread = {}
     for name in ("label_smoothing", "per_token", "gamma", "nll_weight"):
         if name not in loss.settings:

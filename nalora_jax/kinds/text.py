@@ -35,6 +35,7 @@ from nalora_jax.kinds.inputs import (
     settled,
     stream_shape,
 )
+from nalora_jax.kinds.model_export import export_model
 from nalora_jax.kinds.record import Built, Inputs, Job, Kind, register_kind, run_kind
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import TrainState
@@ -133,6 +134,9 @@ def build_step(
         **of_kind,
     )
     data = replace(inputs.data, **stream_shape(placed, mesh))
+    if placed.tune:
+        # Without the first values of trained weights, which would take memory.
+        loaded = replace(loaded, params=assembly.params)
     return Built(loaded, with_start(assembly, loaded, data, output), data)
 
 
@@ -222,6 +226,8 @@ def export_run(
 ) -> AdapterSpec:
     """Writes PEFT files of the adapter, verifies them by reloading, and returns their adapters.
 
+    A run that trains weights of the base writes the whole model instead.
+
     Args:
       job: the run.
       folder: new, or an earlier export, which is replaced.
@@ -233,6 +239,8 @@ def export_run(
     """
     loaded = cast(LoadedModel, job.loaded)
     assembly = job.assembly
+    if job.config.tune:
+        return export_model(job, folder, state.lora)
     lora, spec = exportable_adapter(assembly, state.lora)
     processes.on_first_process(
         lambda: write_adapter(folder, loaded, lora, spec, overwrite=True)

@@ -14,7 +14,7 @@ from nalora_jax.common.folders import can_exist
 from nalora_jax.config import config_from_dict
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.run_log import ADAPTER
+from nalora_jax.evaluate.run_log import ADAPTER, MODEL
 from nalora_jax.evaluate.run_log import METRICS_FILE as METRICS
 from nalora_jax.weights.hub import alias_of
 from nalora_jax.weights.peft_config import CONFIG_NAME, recorded_fact
@@ -46,6 +46,9 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
     """
     adapter_of_model = found_adapter(Path(model))
     if adapter_of_model is None:
+        tuned = Path(model) / MODEL
+        if can_exist(tuned) and (tuned / "config.json").is_file():
+            return _with_adapter(str(tuned), adapter, run_config(Path(model)))
         if can_exist(Path(model)) and (Path(model) / METRICS).is_file():
             remedy = "finish the run (--resume), or name the base model"
             raise NaloraError(
@@ -54,11 +57,7 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
                 found="none yet",
                 remedy=remedy,
             )
-        if adapter is None:
-            return Located(str(model))
-        # The folder of a run is the parent of its adapter.
-        folder = adapter_folder(Path(adapter))
-        return Located(str(model), folder, run_config(folder.parent))
+        return _with_adapter(str(model), adapter, {})
     if adapter is not None:
         raise NaloraError(
             "--adapter",
@@ -72,6 +71,17 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
     return Located(
         base or run.get("model") or base_of(adapter_of_model), adapter_of_model, run
     )
+
+
+def _with_adapter(
+    model: str, adapter: str | Path | None, run: Mapping[str, Any]
+) -> Located:
+    """Returns a base with the adapter that is given beside it, or with ``run``, its own."""
+    if adapter is None:
+        return Located(model, run=run)
+    # The folder of a run is the parent of its adapter.
+    folder = adapter_folder(Path(adapter))
+    return Located(model, folder, run_config(folder.parent))
 
 
 def holds_adapter(folder: str | Path) -> bool:

@@ -112,6 +112,7 @@ STATE_RULES: Rules = (
         P(),
     ),
     *_adapter_rules({FSDP: FSDP, TENSOR: _WHOLE}),
+    *_kernel_rules(),  # trained weights and their moments, split as they are read
     *_TABLE_RULES,  # fully trained tables and their moments
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
     # checks.
@@ -124,6 +125,7 @@ STATE_RULES: Rules = (
 # tensor like their kernels.
 STEP_RULES: Rules = (
     *_adapter_rules({TENSOR: TENSOR}),
+    *_kernel_rules(),
     (r"(^|/)embed/embedding$", P(TENSOR, None)),
     (r"(^|/)lm_head/kernel$", P(None, TENSOR)),
     (r"(^|/)mask$", P(TENSOR)),

@@ -13,7 +13,7 @@ Step t:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ from nalora_jax.method.transform import (
     gate_state,
     own_factors,
 )
+from nalora_jax.method.tuned import LayerMasks, select_layers, with_tuned
 from nalora_jax.ops.reductions import count, pinned
 from nalora_jax.ops.shardings import UNSHARDED, RowSharding, Shardings
 
@@ -94,6 +95,8 @@ class StepConfig:
     # Log metrics from a block's statistics, the mechanisms' own factors and their products.
     metrics: Callable[[BlockStats, BlockStats, RuleFactors], Any] | None = None
     checks: tuple[str, ...] = ()  # names of the blocks' checks
+    # Layers of trained weights, see `nalora_jax.method.tuned`.
+    tuned_layers: LayerMasks = field(default_factory=dict)
     # Asserts with chex: batch, adapters, masks by block, sums of the step.
     verify: (
         Callable[[Batch, Any, Mapping[str, Array], Mapping[str, Any]], None] | None
@@ -202,7 +205,10 @@ def micro_gradients(
         frozen = params  # collections; or the collection ``params`` alone
         if "params" not in params:
             frozen = {"params": params}
-        variables = {**frozen, "lora": lora, "gate_taps": taps}
+        trained = select_layers(lora, config.tuned_layers)
+        weights, adapters = with_tuned(frozen["params"], trained)
+        frozen = {**frozen, "params": weights}
+        variables = {**frozen, "lora": adapters, "gate_taps": taps}
         if masks:
             variables["gate_mask"] = masks
         value = objective.loss(variables, frozen["params"], batch, key)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,22 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.common.trees import flatten, match_rules, unflatten
 from nalora_jax.config import RunConfig
+from nalora_jax.config.settings import FULL
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.low_rank import init_a
+from nalora_jax.method.tuned import TUNED
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import (
     depths,
     layer_numbers,
     param_shapes,
     projection_shapes,
+    stacks,
 )
 from nalora_jax.models.targets import (
     TOKEN_ROWS,
     TOKEN_TABLES,
     AdapterSpec,
     TargetSpec,
+    layer_path,
     resolve,
 )
 
@@ -40,14 +45,88 @@ def adapter_spec(config: RunConfig, base: ModelConfig) -> AdapterSpec:
     The projections of an image tower and its projector are included.
 
     Raises:
-      NaloraError: a rule has no match, or asks for an impossible rank.
+      NaloraError: a rule has no match, or asks for an impossible rank, or an array cannot be
+        trained.
     """
+    tuned = select_tuned(config.tune, base)
+    if not config.has_adapters:
+        return AdapterSpec(tuned=tuned)
     spec = resolve(config.lora, projection_shapes(base), layer_numbers(base))
     return replace(
         spec,
         adalora=config.adalora.target_rank > 0,
         zero_a=config.lora.init == "zero_a",
+        tuned=tuned,
     )
+
+
+# Arrays of a decoder that have a gradient.
+_TUNABLE = re.compile(
+    r"_proj/(kernel|bias)$|norm/scale$|^embed/embedding$|^lm_head/kernel$"
+)
+
+
+def select_tuned(
+    patterns: Sequence[str], base: ModelConfig
+) -> tuple[tuple[str, tuple[bool, ...]], ...]:
+    """Returns the arrays of a model that ``--tune`` selects, as in `AdapterSpec.tuned`.
+
+    Raises:
+      NaloraError: a pattern that matches nothing, or an array that cannot be trained.
+    """
+    if not patterns:
+        return ()
+    if tuple(patterns) == (FULL,):
+        patterns = ("",)
+    # Path of each layer's array -> its path in ``params`` and its number in the stack.
+    places: dict[str, tuple[str, int]] = {}
+    depths_of = {}
+    for path, shape in param_shapes(base).items():
+        layers: Sequence[int] = (0,)
+        names = [path]
+        if path.startswith("layers/"):
+            layers = range(shape[0])
+            names = [layer_path(path, number) for number in _numbers(base, path)]
+        depths_of[path] = len(layers)
+        places |= {name: (path, i) for i, name in zip(layers, names, strict=True)}
+    rules = [(pattern, True) for pattern in patterns]
+    chosen: dict[str, list[bool]] = {}
+    for name in match_rules(rules, places, where="--tune"):
+        path, layer = places[name]
+        chosen.setdefault(path, [False] * depths_of[path])[layer] = True
+    _check_tunable(chosen, base)
+    return tuple(
+        (path, () if all(layers) else tuple(layers))
+        for path, layers in sorted(chosen.items())
+    )
+
+
+def _numbers(base: ModelConfig, path: str) -> tuple[int, ...]:
+    """Returns the layers of a stacked array."""
+    for stack in stacks(base):
+        if path.startswith(f"{stack.prefix}/"):
+            return tuple(stack.layers)
+    raise AssertionError(path)
+
+
+def _check_tunable(paths: Iterable[str], base: ModelConfig) -> None:
+    """Checks that every array has a gradient.
+
+    Raises:
+      NaloraError: arrays that the step reads as constants.
+    """
+    experts = {path for path, shape in param_shapes(base).items() if len(shape) > 3}
+    constant = [p for p in paths if p in experts or not _TUNABLE.search(p)]
+    if base.vision is not None:
+        constant = sorted(paths)
+    if constant:
+        raise NaloraError(
+            "--tune",
+            expected="projections, biases, norms, embedding and head of a model of dense text "
+            "layers",
+            found=f"{', '.join(constant[:4])} ({base.model_type})",
+            remedy="name other arrays, or train adapters",
+        )
 
 
 def init_lora(
@@ -86,7 +165,14 @@ def init_lora(
         else:
             rows = jnp.take(base[TOKEN_TABLES["embed_tokens"]], np.array(ids), axis=0)
         leaves[TOKEN_ROWS[name]] = rows.astype(jnp.float32)
+    for path, _ in spec.tuned:
+        leaves[f"{TUNED}/{path}"] = _float32(base[path])
     return unflatten(leaves)
+
+
+def _float32(weight: jax.Array) -> jax.Array:
+    """Returns a copy in float32, which a step may donate."""
+    return jnp.array(weight, jnp.float32)
 
 
 def adapter_shapes(config: ModelConfig, spec: AdapterSpec) -> Any:

@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from nalora_jax.common.devices import (
     BATCH_AXES,
@@ -24,7 +23,7 @@ from nalora_jax.models.parts import RMSNorm, constrain
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.shardings import RowSharding, of_mesh
 from nalora_jax.ops.split_rows import shards_of
-from nalora_jax.ops.storage import Kernel, dot, take_rows
+from nalora_jax.ops.storage import Kernel, dot, take_rows, without_gradient
 
 
 class Embedding(nn.Module):
@@ -89,8 +88,8 @@ class Embedding(nn.Module):
         return constrain(rows.reshape(*tokens.shape, -1), self.sharding)
 
     def table(self) -> Kernel:
-        """Returns the frozen ``[vocab, d_model]`` as it is stored, without a gradient."""
-        return lax.stop_gradient(self.embedding)
+        """Returns the ``[vocab, d_model]`` as it is stored, without a gradient if it is frozen."""
+        return without_gradient(self.embedding)
 
 
 def _with_rows(
@@ -144,7 +143,7 @@ class LMHead(nn.Module):
         """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
         return dot(
             x,
-            lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))),
+            without_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))),
             numerics,
         )
 

@@ -88,6 +88,14 @@ class AdapterSpec:
     # By table in `TOKEN_ROWS`: token ids whose rows are trained (PEFT's trainable_token_indices),
     # in the order of the rows.
     token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    # Weights of the base that are trained themselves (`nalora_jax.method.tuned`): path in
+    # ``params``, and the selected layers of its stack, () for a weight that is trained whole.
+    tuned: tuple[tuple[str, tuple[bool, ...]], ...] = ()
+
+    @property
+    def tuned_layers(self) -> dict[str, np.ndarray]:
+        """Returns the masks of stacked weights of which some layers are trained."""
+        return {path: np.array(layers) for path, layers in self.tuned if layers}
 
     def own_rows(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
         """Returns the tables that have separate trained rows, with the token ids of the rows.
@@ -117,6 +125,8 @@ class AdapterSpec:
         ]
         names = list(dict.fromkeys(names))
         names += [f"{len(ids)} rows of {name}" for name, ids in self.token_indices]
+        if self.tuned:
+            names.append(f"{len(self.tuned)} arrays of the model")
         return ", ".join(names) or "projections alone"
 
     def target(self, path: str) -> TargetSpec | None:

@@ -334,28 +334,40 @@ def target_losses(
 class WholeHead:
     """A head that is trained entirely; also the type of its gradient."""
 
-    kernel: Array  # float32 [d_model, vocab]
+    kernel: Array  # float32 [d_model, vocab]; of tied embeddings [vocab, d_model]
+    transposed: bool = field(
+        default=False, metadata={"static": True}
+    )  # [vocab, d_model]
+
+    @property
+    def axis(self) -> int:
+        """The vocabulary's axis in the kernel; the other axis is the model's."""
+        return int(not self.transposed)
 
     @property
     def vocab_size(self) -> int:
         """The size of the vocabulary."""
-        return self.kernel.shape[1]
+        return self.kernel.shape[self.axis]
 
     def zeros(self) -> WholeHead:
         """Returns a zero gradient."""
-        return WholeHead(jnp.zeros(self.kernel.shape, jnp.float32))
+        return replace(self, kernel=jnp.zeros(self.kernel.shape, jnp.float32))
 
     def products(self, hidden: Array, numerics: Numerics) -> Array:
         """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
-        return dot(hidden, self.kernel, numerics)
+        return dot(hidden, self.kernel, numerics, dims=(1, 1 - self.axis))
 
     def pull(
         self, hidden: Array, delta: Array, numerics: Numerics
     ) -> tuple[Array, WholeHead]:
         """Returns the gradients of hidden states and head for ``delta [rows, vocab]``, the gradient
         of `products`."""
-        back = dot(delta, self.kernel, numerics, dims=(1, 1))
-        return back, WholeHead(dot(hidden, delta, numerics, dims=(0, 0)))
+        back = dot(delta, self.kernel, numerics, dims=(1, self.axis))
+        if self.transposed:
+            gradient = dot(delta, hidden, numerics, dims=(0, 0))
+        else:
+            gradient = dot(hidden, delta, numerics, dims=(0, 0))
+        return back, replace(self, kernel=gradient)
 
 
 @jax.tree_util.register_dataclass

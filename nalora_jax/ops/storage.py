@@ -89,6 +89,30 @@ class Bits(Stored):
         return from_bits(bits).astype(dtype or jnp.bfloat16)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trained(Stored):
+    """An array that is trained itself: float32, and rounded where it is an operand."""
+
+    value: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.value.shape
+
+    def expand(self, dtype: Any = None) -> Array:
+        """Returns the array, with a gradient."""
+        return self.value.astype(dtype or self.value.dtype)
+
+
+def without_gradient(array: Kernel) -> Kernel:
+    """Returns an array as a constant of the backward pass, unless it is trained."""
+    if isinstance(array, Trained):
+        return array
+    return lax.stop_gradient(array)
+
+
 def bf16_bits(x: Array) -> Array:
     """Returns the bits of bf16 ``x`` as uint16; other dtypes are unchanged."""
     if x.dtype == jnp.bfloat16:
@@ -289,13 +313,16 @@ def dot(
 
 
 def matmul(x: Array, kernel: Kernel, numerics: Numerics) -> Array:
-    """Computes ``x @ kernel`` for ``[..., d_in]`` and a frozen kernel, which receives **no
-    gradient**: zeros.
+    """Computes ``x @ kernel`` for ``[..., d_in]``; a frozen kernel receives **no gradient**: zeros.
 
     The result ``[..., d_out]`` is in ``numerics.result``.
     """
     # Two-dimensional operands: XLA:CPU needs 60% more time for the same matmul in three dimensions.
-    y = _matmul(x.reshape(-1, x.shape[-1]), kernel, numerics)
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(kernel, Trained):
+        y = _trained_matmul(rows, kernel.value, numerics)
+    else:
+        y = _matmul(rows, kernel, numerics)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -324,3 +351,27 @@ def _matmul_bwd(
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _trained_matmul(x: Array, kernel: Array, numerics: Numerics) -> Array:
+    return dot(x, kernel, numerics, result=numerics.result)
+
+
+def _trained_matmul_fwd(
+    x: Array, kernel: Array, numerics: Numerics
+) -> tuple[Array, tuple[Array, Array]]:
+    """Returns the product and the residuals of `_trained_matmul_bwd`."""
+    return _trained_matmul(x, kernel, numerics), (x, kernel)
+
+
+def _trained_matmul_bwd(
+    numerics: Numerics, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    """Returns the gradients of x ``[rows, d_in]``, in its dtype, and of the kernel, float32."""
+    x, kernel = residuals
+    of_x = dot(g, kernel, numerics, dims=(1, 1), result=x.dtype)
+    return of_x, dot(x, g, numerics, dims=(0, 0))
+
+
+_trained_matmul.defvjp(_trained_matmul_fwd, _trained_matmul_bwd)

@@ -33,6 +33,7 @@ from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.method.step import init_state
+from nalora_jax.method.tuned import without_tuned
 from nalora_jax.models import adapters, stacks, targets
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.scaled_ropes import with_rope_scaling
@@ -213,6 +214,7 @@ def _program_and_state(
         adapters.adapter_shapes(base, spec),
     )
     state, places = placed(fresh, mesh, sharding.STATE_RULES)
+    params = without_tuned(params, state.lora)
     return program, params, state, places
 
 

@@ -109,7 +109,9 @@ _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _MOST_CUBES = 96
 # XLA's descriptions of GPUs that programs can be compiled for.
-_TARGETS = {kind: Path(__file__).with_name(f"{kind}.txtpb") for kind in ("h100", "h200")}
+_TARGETS = {
+    kind: Path(__file__).with_name(f"{kind}.txtpb") for kind in ("h100", "h200")
+}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from nalora_jax.assembly.mechanisms import first_step
 from nalora_jax.evaluate.run_log import acting_steps
@@ -21,7 +21,10 @@ class CardWriter(Callback):
         """Writes the card."""
         job = exported.job
         first = first_step(job.assembly.mechanisms)
-        card = base_card("adapter", job.config.model, job.loaded, exported.spec)
+        kind: Literal["adapter", "merged"] = "adapter"
+        if job.config.tune:
+            kind = "merged"
+        card = base_card(kind, job.config.model, job.loaded, exported.spec)
         card = replace(
             card,
             run=job.config,

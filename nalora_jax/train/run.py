@@ -31,7 +31,7 @@ from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.intervals import compare
-from nalora_jax.evaluate.run_log import ADAPTER, read_evaluation
+from nalora_jax.evaluate.run_log import ADAPTER, MODEL, read_evaluation
 from nalora_jax.kinds.record import Inputs, Job, check_kind, run_kind
 from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.mesh import distributed, processes
@@ -412,10 +412,12 @@ def finish(run: Running, state: TrainState, last: int, spent: Stages) -> RunResu
             *(run.label, best, first),
         )
     spent.end("evaluating the result")
-    adapter = folder / ADAPTER
+    exported = folder / ADAPTER
+    if job.config.tune:
+        exported = folder / MODEL
     after = after | {"step": best}
-    spec = job.kind.export_run(job, adapter, state, run.output.share)
-    run.callbacks.tell("on_export", Exported(adapter, job, spec, best, before, after))
+    spec = job.kind.export_run(job, exported, state, run.output.share)
+    run.callbacks.tell("on_export", Exported(exported, job, spec, best, before, after))
     spent.end("exporting")
     run.callbacks.tell("on_end", Ended(last, best, seconds=spent.seconds))
-    return RunResult(folder, adapter, folder / REPORT, before, after, best)
+    return RunResult(folder, exported, folder / REPORT, before, after, best)

@@ -100,6 +100,7 @@ def write_merged(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     card: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Writes the merged model as a folder for transformers, without a second copy in memory.
 
@@ -119,6 +120,7 @@ def write_merged(
       dtype: "float32", "float16" or "bfloat16"; by default each tensor has its parameter's dtype.
       shard_bytes: largest file.
       card: text of README.md (`nalora_jax.weights.card`).
+      overwrite: replace a folder with all of its files.
 
     Raises:
       NaloraError: an unknown dtype, a ``config.json`` that describes another model, separately
@@ -150,7 +152,10 @@ def write_merged(
         likes[file_name(config, tensor.name)] = like
     largest = max(likes.values(), key=size_of)
     settings = _settings(hf_config, config, largest.dtype.name)
-    with new_folder(folder) as scratch:
+    replaces = []
+    if overwrite and Path(folder).is_dir():
+        replaces = [path.name for path in Path(folder).iterdir()]
+    with new_folder(folder, replaces=replaces, overwrite=overwrite) as scratch:
         write_json(scratch / "config.json", settings)
         tokenizer(scratch)
         if card is not None:

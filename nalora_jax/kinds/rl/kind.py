@@ -200,6 +200,7 @@ def limits(config: RunConfig) -> Iterator[Limits]:
     if rl.beta:
         inits = UNCHANGED
     values: dict[str, tuple[Any, ...]] = {
+        "tune": ((),),
         "vision.task": ("",),
         "preference.loss": ("none",),
         "adalora.target_rank": (0,),
