@@ -206,7 +206,9 @@ def micro_gradients(
         if "params" not in params:
             frozen = {"params": params}
         trained = select_layers(lora, config.tuned_layers)
-        weights, adapters = with_tuned(frozen["params"], trained)
+        weights, adapters = with_tuned(
+            frozen["params"], trained, config.shardings.adapters
+        )
         frozen = {**frozen, "params": weights}
         variables = {**frozen, "lora": adapters, "gate_taps": taps}
         if masks:

@@ -17,6 +17,7 @@ import optax
 from jax import lax
 
 from nalora_jax.common import trees
+from nalora_jax.ops.shardings import RowSharding, of_mesh
 from nalora_jax.ops.storage import Stored, Trained
 
 TUNED = "tuned"
@@ -28,27 +29,43 @@ LayerMasks = Mapping[str, np.ndarray]
 _KERNELS = ("kernel", "embedding")
 
 
-def with_tuned(params: Any, lora: Any) -> tuple[Any, Any]:
+def has_tuned(lora: Any) -> bool:
+    """Returns True if weights of the base are among the trained leaves."""
+    return isinstance(lora, Mapping) and TUNED in lora
+
+
+def with_tuned(params: Any, lora: Any, shardings: Any = None) -> tuple[Any, Any]:
     """Returns the collections of a model: weights with the trained ones among them, and adapters.
 
     Args:
       params: the frozen weights, without the trained ones or with their first values.
       lora: the trained leaves of a run, adapters and `TUNED`.
+      shardings: of ``lora``, on a mesh.
     """
-    if TUNED not in lora:
+    if not has_tuned(lora):
         return params, lora
     adapters = {name: tree for name, tree in lora.items() if name != TUNED}
+    places = {}
+    if shardings is not None:
+        places = trees.flatten(shardings[TUNED])
     leaves = trees.flatten(params, _is_stored)
     for path, leaf in trees.flatten(lora[TUNED]).items():
         if path.rpartition("/")[2] in _KERNELS:
-            leaf = Trained(leaf)
+            leaf = Trained(leaf, _of_one_layer(places.get(path), path))
         leaves[path] = leaf
     return trees.unflatten(leaves), adapters
 
 
+def _of_one_layer(sharding: RowSharding, path: str) -> RowSharding:
+    """Returns the sharding of one layer of a stacked leaf ``[layers, ...]``."""
+    if sharding is None or not path.startswith("layers/"):
+        return sharding
+    return of_mesh(sharding, *sharding.spec[1:])
+
+
 def without_tuned(params: Any, lora: Any) -> Any:
     """Returns the frozen weights without those that a run trains, so that they take no memory."""
-    if TUNED not in lora:
+    if not has_tuned(lora):
         return params
     trained = trees.flatten(lora[TUNED])
     leaves = trees.flatten(params, _is_stored)
@@ -58,7 +75,7 @@ def without_tuned(params: Any, lora: Any) -> Any:
 
 def as_weights(params: Any, lora: Any, dtype: Any) -> tuple[Any, Any]:
     """Returns `with_tuned` with plain arrays of ``dtype`` in place of the trained leaves."""
-    if TUNED not in lora:
+    if not has_tuned(lora):
         return params, lora
     adapters = {name: tree for name, tree in lora.items() if name != TUNED}
     leaves = trees.flatten(params, _is_stored)

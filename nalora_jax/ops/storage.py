@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from nalora_jax.common.trees import map_named, unflatten
 from nalora_jax.ops.dispatch import Numerics, native_kind, operation
+from nalora_jax.ops.shardings import RowSharding
 
 # The collection of kernels that stay in the stack of all layers while layers are scanned. A
 # kernel's leaf in ``params`` then holds the number of the layer, `Bits.at`.
@@ -95,6 +96,8 @@ class Trained(Stored):
     """An array that is trained itself: float32, and rounded where it is an operand."""
 
     value: Array
+    # of the array and of its gradient on a mesh
+    sharding: RowSharding = field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -320,7 +323,7 @@ def matmul(x: Array, kernel: Kernel, numerics: Numerics) -> Array:
     # Two-dimensional operands: XLA:CPU needs 60% more time for the same matmul in three dimensions.
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(kernel, Trained):
-        y = _trained_matmul(rows, kernel.value, numerics)
+        y = _trained_matmul(rows, kernel.value, numerics, kernel.sharding)
     else:
         y = _matmul(rows, kernel, numerics)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
@@ -353,25 +356,37 @@ def _matmul_bwd(
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _trained_matmul(x: Array, kernel: Array, numerics: Numerics) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _trained_matmul(
+    x: Array, kernel: Array, numerics: Numerics, sharding: RowSharding
+) -> Array:
     return dot(x, kernel, numerics, result=numerics.result)
 
 
 def _trained_matmul_fwd(
-    x: Array, kernel: Array, numerics: Numerics
+    x: Array, kernel: Array, numerics: Numerics, sharding: RowSharding
 ) -> tuple[Array, tuple[Array, Array]]:
     """Returns the product and the residuals of `_trained_matmul_bwd`."""
-    return _trained_matmul(x, kernel, numerics), (x, kernel)
+    return _trained_matmul(x, kernel, numerics, sharding), (x, kernel)
 
 
 def _trained_matmul_bwd(
-    numerics: Numerics, residuals: tuple[Array, Array], g: Array
+    numerics: Numerics,
+    sharding: RowSharding,
+    residuals: tuple[Array, Array],
+    g: Array,
 ) -> tuple[Array, Array]:
-    """Returns the gradients of x ``[rows, d_in]``, in its dtype, and of the kernel, float32."""
+    """Returns the gradients of x ``[rows, d_in]``, in its dtype, and of the kernel, float32.
+
+    The kernel's gradient is split like the kernel in the layer itself, so that no stack of whole
+    gradients takes memory.
+    """
     x, kernel = residuals
     of_x = dot(g, kernel, numerics, dims=(1, 1), result=x.dtype)
-    return of_x, dot(x, g, numerics, dims=(0, 0))
+    of_kernel = dot(x, g, numerics, dims=(0, 0))
+    if sharding is not None:
+        of_kernel = lax.with_sharding_constraint(of_kernel, sharding)
+    return of_x, of_kernel
 
 
 _trained_matmul.defvjp(_trained_matmul_fwd, _trained_matmul_bwd)

@@ -277,15 +277,29 @@ def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) ->
     """Returns the useful flops of a step of ``rows`` rows.
 
     They are 4 per frozen weight and token (the forward pass and the gradient of the input; a frozen
-    weight has no gradient), 6 per adapter weight and token, attention, and its gradient (twice the
-    forward pass).
+    weight has no gradient), 6 per adapter weight, or weight that is trained itself, and token,
+    attention, and its gradient (twice the forward pass).
     """
     shapes = projection_shapes(base)
     adapters = sum(
         sum(shapes[path][-2:]) * sum(target.ranks) for path, target in spec.targets
     )
     of_token = 4 * active_parameters(base) + 6 * adapters
+    of_token += 2 * tuned_parameters(base, spec, of_matmuls=True)
     return rows * seq * of_token + 3 * rows * attention_flops(base, seq)
+
+
+def tuned_parameters(
+    base: ModelConfig, spec: AdapterSpec, *, of_matmuls: bool = False
+) -> int:
+    """Returns the weights of the base that are trained themselves, or those that matmuls read."""
+    shapes = param_shapes(base)
+    total = 0
+    for path, _ in spec.tuned:
+        is_head = path == "embed/embedding" and base.tie_embeddings
+        if path.endswith("kernel") or is_head or not of_matmuls:
+            total += math.prod(shapes[path])
+    return total
 
 
 def _expert_weights(config: ModelConfig) -> int:
@@ -554,14 +568,19 @@ class _Share:
         exposed += received_keys / tensor / where.inbound(layout.context)
         dense, of_experts, tables = self._trained_bytes()
         replicas = layout.data * split
+        tuned = tuned_parameters(base, self.spec)
+        # in float32; its gradient is summed in parts, an adapter's on every device
+        tuned_bytes = 4.0 * tuned / tensor
         gradients = 0.0
         if replicas > 1:
-            gradients = 2 * (dense + of_experts + tables) / where.inbound(replicas)
+            summed = 2 * (dense + of_experts + tables) + tuned_bytes
+            gradients = summed / where.inbound(replicas)
         seconds = (
             times * (max(self._matmul_seconds(out), hbm, hidden * gathered) + exposed)
             + gradients
         )
         working = self._working_bytes(recomputed) + live_keys / tensor
+        working += tuned_bytes / split
         if split > 1:
             working += 2 * tables + self._copied_weights() / (split * tensor)
         useful = useful_flops(base, self.spec, self.micro, self.seq) / where.size
@@ -575,8 +594,9 @@ class _Share:
         adapters = dense / max(1, split) ** 0.5 + of_experts / split
         return replace(
             layout,
-            weights=(self.weights + self.ends) / (split * tensor),
-            state=self.runs * 4 * (adapters / tensor + tables / split),
+            weights=(self.weights + self.ends - self.wide * tuned) / (split * tensor),
+            state=self.runs
+            * (4 * (adapters / tensor + tables / split) + 3 * tuned_bytes / split),
             activations=activations,
             working=max(working, cache - activations),
             host=host,

@@ -61,6 +61,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kind": "rl"}, "--rl.rewards: expected at least one, found none"),
     ({"kind": "images"}, "--vision.task: expected \"chat\", found ''"),
     ({"kind": "dual"}, '--vision.task: expected "classify" or "contrast", found \'\''),
+    # Weights that are trained themselves.
+    (
+        {"tune": ("full", "norm")},
+        "--tune: expected full alone, or patterns, found full norm",
+    ),
+    (
+        {"tune": ("full",), "compute": ComputeConfig(quantize="int8")},
+        "--compute.quantize: expected none with --tune, found int8; a base in floats",
+    ),
+    ({"tune": ("norm",)} | lora(init="pissa"), "--lora.init: expected default or zero_a with"),
+    (
+        {"tune": ("full",)} | lora(modules_to_save=("lm_head",)),
+        "--lora.modules-to-save: expected () with --tune full",
+    ),
+    (DPO | {"tune": ("norm",)}, "--tune: expected () with --preference.loss, found ('norm',)"),
+    (REWARDS | {"tune": ("norm",)}, "--tune: expected () with --rl.rewards, found ('norm',)"),
     # Preferences.
     (DPO | lora(init="pissa"), "--lora.init: expected default or zero_a with --preference.loss"),
     (
