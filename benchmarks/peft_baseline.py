@@ -44,6 +44,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--checkpointing", action="store_true", help="gradient checkpointing"
     )
     parser.add_argument(
+        "--full", action="store_true", help="train all weights, without PEFT"
+    )
+    parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="torch.compile the model; default: for bfloat16",
@@ -89,7 +92,9 @@ def adapt(base: Any, options: argparse.Namespace) -> Any:
         task_type="CAUSAL_LM",
     )
     pure = options.dtype == "bfloat16" and options.bf16_mode == "pure"
-    model = get_peft_model(base, config, autocast_adapter_dtype=not pure)
+    model = base
+    if not options.full:
+        model = get_peft_model(base, config, autocast_adapter_dtype=not pure)
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

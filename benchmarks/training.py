@@ -24,8 +24,9 @@ from common import (
     timed_steps,
 )
 
-# Plain LoRA, mask and step scale by homogeneity, the library's default.
-METHODS = ("lora", "nalora", "default")
+# Plain LoRA, mask and step scale by homogeneity, the library's default; all weights without
+# adapters.
+METHODS = ("lora", "nalora", "default", "full")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -68,8 +69,12 @@ def run_config(
         "lora": (),
         "nalora": ("soft:power=2", "homogeneity"),
         "default": c.RunConfig.mechanisms,
+        "full": (),
     }
-    chosen = rules[method or options.method]
+    method = method or options.method
+    chosen = rules[method]
+    if method == "full":
+        parts["tune"] = ("full",)
     if warmup is not None:
         chosen = tuple(
             f"{rule}{',' if ':' in rule else ':'}warmup={warmup}" for rule in chosen
@@ -191,7 +196,9 @@ def main() -> None:
     mesh = distributed.make_mesh(MeshConfig())
     base, params = base_model(options, mesh)
     assembly = assemble(run_config(options), base, params, mesh)
-    state, step, params = assembly.state, assembly.step, assembly.view(params)
+    del params  # of which full tuning keeps none
+    state, step = assembly.state, assembly.step
+    params = assembly.view(assembly.params)
     batches = batches_of(options, base.vocab_size, mesh)
     compile_ahead(step, params, state, batches[0])
     held = [state]

@@ -8,6 +8,9 @@
     python benchmarks/versus_peft.py --dtype float32 --peft-compile
     python benchmarks/versus_peft.py --dtype float32 --architecture qwen3.5 --peft-compile
     python benchmarks/versus_peft.py --dtype bfloat16 --architecture qwen3.5 --bf16-mode autocast32
+    # all weights, by transformers without PEFT
+    python benchmarks/versus_peft.py --dtype float32 --full
+    python benchmarks/versus_peft.py --dtype bfloat16 --full --bf16-mode autocast32
 
 Processes alternate in random order; each runs --steps timed steps. PEFT runs at the best settings
 that peft_baseline.py knows for the dtype; with --checkpointing both rematerialize whole layers, for
@@ -65,6 +68,11 @@ def main() -> None:
         "--checkpointing", action="store_true", help="PEFT with gradient checkpointing"
     )
     parser.add_argument(
+        "--full",
+        action="store_true",
+        help="train all weights, in float32 on both sides",
+    )
+    parser.add_argument(
         "--bf16-mode",
         choices=tuple(PEFT_MODES),
         default="pure",
@@ -91,6 +99,9 @@ def main() -> None:
     if options.peft_compile is not None:
         extra.append("--compile" if options.peft_compile else "--no-compile")
     ours = ["--method", "nalora", "--compilation-cache"]
+    if options.full:
+        extra.append("--full")
+        ours = ["--method", "full", "--compilation-cache"]
     # both rematerialize layers
     ours += ["--remat", "full"] if options.checkpointing else []
 
@@ -100,7 +111,8 @@ def main() -> None:
             "peft": script("peft_baseline.py", *work, "--steps", steps, *extra),
         }
 
-    kind = ", PEFT checkpointing" if options.checkpointing else ""
+    kind = ", all weights" if options.full else ""
+    kind += ", PEFT checkpointing" if options.checkpointing else ""
     kind += PEFT_MODES[options.bf16_mode]
     kind += "" if options.architecture == "smollm2" else f", {options.architecture}"
     case = f"{options.dtype} {options.shape}{kind}"

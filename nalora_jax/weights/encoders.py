@@ -22,6 +22,7 @@ from nalora_jax.models.vision.vision_config import (
 from nalora_jax.weights.keymaps import (
     OF_ENCODERS,
     ONCE,
+    TOWER,
     VISION_TENSORS,
     KeyMap,
     Layers,
@@ -215,10 +216,9 @@ _WRAPPERS = (
     (r"^(clip\.|siglip\.)?(vision_model|text_model)\.", ""),
     (r"^(bert|vit|dinov2)\.", ""),
 )
-_TOWER = "vision_tower."
 # Prefixes in files of transformers 4 and 5, and in the models' original repositories.
 _RENAMES = (
-    (r"^(model\.)?vision_tower\.(vision_model\.)?", _TOWER),
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", TOWER),
     (r"^(model\.)?multi_modal_projector\.", "multi_modal_projector."),
 )
 
@@ -261,7 +261,7 @@ def _names(config: DualConfig | EncoderConfig | VisionSpec) -> Rows:
     if isinstance(config, EncoderConfig):
         return _ENCODER_ROWS[config.model_type]
     if isinstance(config, VisionSpec):
-        tower = _add_prefix(config.tower, "image/", _TOWER)
+        tower = _add_prefix(config.tower, "image/", TOWER)
         return tower + _PROJECTORS[config.projector]
     image = _add_prefix(config.image, "image/", "vision_model.")
     text = _add_prefix(config.text, "text/", "text_model.")
@@ -377,16 +377,3 @@ def _module_name(tower: EncoderConfig | None, name: str) -> str:
 
 
 OF_ENCODERS |= {"keymap": _keymap, "modules": _modules}
-
-
-def file_name(config: ModelConfig | DualConfig, name: str) -> str:
-    """Returns a tensor's name in the models' original repositories.
-
-    Every transformers release can read these names.
-    """
-    if isinstance(config, DualConfig) or config.vision is None:
-        return name
-    name = re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
-    if name.startswith(_TOWER):
-        return name.replace(_TOWER, f"{_TOWER}vision_model.", 1)
-    return name

@@ -443,3 +443,19 @@ def pairs_from_halves(rows: _Array, heads: int) -> _Array:
     # [heads, 2, half, ...] -> [heads, half, 2, ...]
     halves = rows.reshape(heads, 2, half, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+TOWER = "vision_tower."  # before the names of an image tower
+
+
+def file_name(config: ModelConfig | DualConfig, name: str) -> str:
+    """Returns a tensor's name in the models' original repositories.
+
+    Every transformers release can read these names.
+    """
+    if not isinstance(config, ModelConfig) or config.vision is None:
+        return name
+    name = re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
+    if name.startswith(TOWER):
+        return name.replace(TOWER, f"{TOWER}vision_model.", 1)
+    return name

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
@@ -25,13 +25,14 @@ from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.targets import AdapterSpec, leaf_dtype
-from nalora_jax.models.vision.vision_config import DualConfig
 from nalora_jax.ops.storage import Stored, expand
-from nalora_jax.weights.encoders import file_name
-from nalora_jax.weights.keymaps import ParamSlot, keymap_for
+from nalora_jax.weights.keymaps import ParamSlot, file_name, keymap_for
 from nalora_jax.weights.peft_export import layer_adapter
 from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import size_of, write_shards
+
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.vision_config import DualConfig
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -136,7 +137,7 @@ def write_merged(
     chosen = None
     if dtype is not None:
         chosen = np.dtype(dtype)
-    if isinstance(config, DualConfig) and config.trained:
+    if not isinstance(config, ModelConfig) and config.trained:
         raise NaloraError(
             "merge",
             expected="a pair that is one model, such as CLIP or SigLIP",
