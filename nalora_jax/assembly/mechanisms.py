@@ -41,8 +41,7 @@ def mechanisms_of(
         message = (
             "no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)"
         )
-        if config.has_adapters:
-            log.warning(message, names)
+        log.warning(message, names)
         return replace(mechanisms, entries=())
     differing = tuple(
         (path, name) for path, name in blocks.items() if name != activation

@@ -126,7 +126,8 @@ def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     trained = trees.count_elements(adapters.adapter_shapes(base, spec))
     return [
         *lines,
-        f"adapters: {trained:,} trained parameters, {len(spec.targets)} projections a layer",
+        f"trained: {trained:,} parameters, {len(spec.targets)} adapters a layer, "
+        f"{len(spec.tuned)} arrays of the model",
         f"mechanisms: {_mechanisms(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         *_rollouts(concrete, base, mesh),

@@ -148,6 +148,11 @@ class InspectArgs:
     limit: Annotated[int, COUNT] = 32
     # Maximum tokens per text.
     max_length: Annotated[int, TOKEN_COUNT] = 256
+    # Compare the gates with those of another run of the same base, for example a run with --tune
+    # full on the same data: how far both moved the gates from the base, and in which direction.
+    against: Path | None = None
+    # Write that comparison to this file as JSON.
+    json: Path | None = None
     # Also draw a plot into this file (.png, .svg or .pdf).
     picture: Path | None = None
     # Seed of the small random adapter from which the linear limit is computed if no adapter changes

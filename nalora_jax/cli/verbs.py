@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,7 +28,7 @@ with epy.lazy_imports():  # on first use: `nalora report` does not wait for JAX
     from nalora_jax.evaluate.generate import conversation
     from nalora_jax.kinds import dual, text
     from nalora_jax.loading import adapted, adapted_dual, located
-    from nalora_jax.report import compare, history, html
+    from nalora_jax.report import compare, gate_comparison, history, html
     from nalora_jax.report import inspect as inspection
     from nalora_jax.study import execution, protocol, verification
     from nalora_jax.study import study_report as study_report
@@ -270,6 +271,9 @@ def inspect(args: cli.InspectArgs) -> None:
             ).text
             for index, record in enumerate(records)
         ]
+    if args.against is not None:
+        _inspect_against(args, model, texts)
+        return
     summary = inspection.inspect_texts(
         model, texts, max_length=args.max_length, seed=args.seed
     )
@@ -278,6 +282,22 @@ def inspect(args: cli.InspectArgs) -> None:
     print(inspection.layer_table(summary, title))
     if args.picture is not None:
         print(inspection.save_picture(summary, args.picture, title))
+
+
+def _inspect_against(
+    args: cli.InspectArgs, model: adapted.AdaptedModel, texts: Sequence[str]
+) -> None:
+    """Prints the comparison of a model's gates with those of another run."""
+    assert args.against is not None
+    reference = adapted.load(args.against, dtype=args.dtype)
+    comparisons = gate_comparison.compare_gates(
+        model, reference, texts, max_length=args.max_length
+    )
+    title = f"gates of {args.model} against {args.against} on {len(texts)} texts"
+    print(gate_comparison.comparison_table(comparisons, title))
+    if args.json is not None:
+        figures = {path: each.to_dict() for path, each in comparisons.items()}
+        files.write_atomically(args.json, json.dumps(figures).encode())
 
 
 def report(args: cli.ReportArgs) -> None:

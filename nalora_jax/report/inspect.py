@@ -333,7 +333,7 @@ def inspect_texts(
     Raises:
       NaloraError: the model's blocks have no gates, or the texts have no tokens.
     """
-    batches = list(_batches(model.base.tokenizer, texts, max_length))
+    batches = list(batches_of_texts(model.base.tokenizer, texts, max_length))
     sums = _gate_sums(model.module, model.variables, batches)
     spec, lora = _probe(model, seed)
     probe = _gate_sums(
@@ -415,7 +415,7 @@ def _gate_sums(
     return total
 
 
-def _batches(
+def batches_of_texts(
     tokenizer: Tokenizer, texts: Sequence[str], max_length: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields tokens and segment ids ``[ROWS, longest]``, right-padded.

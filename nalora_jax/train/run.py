@@ -147,6 +147,8 @@ def settle(
     """
     check(config)
     config = replace(config, imports=import_files(config.imports))
+    if not config.has_adapters:
+        config = config.without_mechanisms()
     check_kind(config)
     data_config, source = given_sources(
         config.data, data=data, source=source, format=format

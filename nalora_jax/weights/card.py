@@ -92,7 +92,10 @@ def render_card(card: Card) -> str:
     if run and run.adapter:
         first = "first adapter"
     results = []
-    for name, metrics in ((first, card.before), ("with the adapter", card.after)):
+    last = "with the adapter"
+    if card.spec.tuned:
+        last = "trained"
+    for name, metrics in ((first, card.before), (last, card.after)):
         if metrics is not None:
             results.append((name, metrics))
     scores = [metrics.get("accuracy", metrics.get("recall")) for _, metrics in results]
@@ -139,7 +142,8 @@ def _front_matter(card: Card) -> Any:
     tags = ["nalora_jax"]
     if card.run and card.run.mechanisms and not card.is_plain:
         tags.append("na-lora")
-    tags.append("lora")
+    if card.spec.targets:
+        tags.append("lora")
     if card.spec.dora:
         tags.append("dora")
     facts: dict[str, Any] = {}
