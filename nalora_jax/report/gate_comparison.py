@@ -35,7 +35,7 @@ CAPTION = (
     "sum|F|, of the model and of the reference. feature, selection: cosine of the model's F, or "
     "S, with the reference's. size: sum|F| of the model over the reference's. opened: share of "
     "gates that the reference opened or closed. followed: share of these that the model moved to "
-    "the same side. homogeneity: mean |h - h of the reference|, h = 1 + z rho'/rho."
+    "the same side. homogeneity: mean |h - h of the reference|, h = 1 + z rho'/rho within 8 of 0."
 )
 
 
