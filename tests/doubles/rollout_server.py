@@ -1,14 +1,15 @@
 """A stand-in for a server of rollouts, in vLLM's form, that can fail in planned ways.
 
 It loads adapters in PEFT's files by name, and samples with NumPy from the logits of the whole text,
-without a cache. Its forms are those of vLLM 0.32 (`recorded answers` in
-tests/kinds/servers/vllm_answers.json).
+without a cache. Its forms are those of vLLM 0.32, of which tests/kinds/servers/vllm.json has
+recorded answers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ class RolloutServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.samples: list[tuple[Any, ...]] = []  # requests of samples
         self.loads: list[str] = []
+        self.log: Path | None = None
         self.replay: Callable[[dict[str, Any]], Any] | None = None
 
     @property
@@ -103,7 +105,11 @@ class RolloutServer(ThreadingHTTPServer):
         is_probe = len(prompts) > 1 or limit == 1
         if not is_probe:
             with self.lock:
-                self.samples.append((tuple(prompts[0]), body["seed"], body["model"]))
+                asked = (tuple(prompts[0]), body["seed"], body["model"])
+                self.samples.append(asked)
+                if self.log is not None:
+                    with self.log.open("a") as file:
+                        file.write(json.dumps(asked) + "\n")
         choices = []
         for index, prompt in enumerate(prompts):
             rng, new, values, tops = np.random.default_rng(body["seed"]), [], [], []
@@ -224,3 +230,15 @@ def serving(base: Path, fault: str = "", **options: Any) -> Iterator[RolloutServ
         finally:
             server.shutdown()
             thread.join()
+
+
+def main() -> None:
+    """Serves a base folder at a port, and appends each request of a sample to a file."""
+    base, port, log = sys.argv[1:]
+    with RolloutServer(Path(base), port=int(port)) as server:
+        server.log = Path(log)
+        server.serve_forever(0.02)
+
+
+if __name__ == "__main__":
+    main()

@@ -285,18 +285,21 @@ def _server_limits(rl: RLConfig) -> Iterator[Limits]:
         fits = not bounds or (len(bounds) == 2 and 0 <= bounds[0] < bounds[1])
         require(flag, fits, "LOW HIGH with 0 <= LOW < HIGH", bounds)
     if not rl.servers:
-        own = {
-            "rl.staleness": (0,),
-            "rl.server_adapters": ("",),
-            "rl.server_path": ("",),
-        }
-        yield Limits("no --rl.servers", own)
+        path = rl.server_adapters or rl.server_path
+        flags = "--rl.server-adapters, --rl.server-path"
+        require(flags, not path, "none with no --rl.servers", path)
+        yield Limits("no --rl.servers", {"rl.staleness": (0,)})
         return
     for url in rl.servers:
         is_url = url.startswith(("http://", "https://"))
         require("--rl.servers", is_url, "addresses such as http://localhost:8000", url)
-    # A server applies the adapter to the original base.
-    yield Limits("--rl.servers", {"lora.init": UNCHANGED, "lora.dora": (False,)})
+    # A server applies a plain LoRA to the original base.
+    values: dict[str, tuple[Any, ...]] = {
+        "lora.init": UNCHANGED,
+        "lora.dora": (False,),
+        "data.add_tokens": ((),),
+    }
+    yield Limits("--rl.servers", values)
 
 
 def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
