@@ -96,6 +96,17 @@ class EndsAt(Callback):
             raise KeyboardInterrupt
 
 
+def test_samples_before_the_first_checkpoint_are_used_again(place, tmp_path):
+    with serving(Path(place.model)) as server:
+        config = served(place, server.url, tmp_path, staleness=0)
+        config = replace(config, steps=2, resume="auto")
+        with pytest.raises(KeyboardInterrupt):
+            run(config, callbacks=[EndsAt(1)])
+        assert len(server.samples) == TRAIN.batch_size
+        run(config)
+        assert len(server.samples) == 2 * TRAIN.batch_size
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_killed_run_uses_its_samples_again(place, tmp_path, staleness):
     with serving(Path(place.model)) as server:

@@ -228,11 +228,24 @@ def server_pool(
         exports,
         probes,
         lambda lora: expected_log_probs(model, assembly.params, lora, probes),
-        Received(folder / "received" if first else None),
+        Received(folder / "received" / _policy_digest(config) if first else None),
         stops=sorted(loaded.tokenizer.eos_ids),
         vocab=loaded.config.vocab_size,
         folder=folder,
     )
+
+
+def _policy_digest(config: RunConfig) -> str:
+    """Returns a digest of settings that decide which policy draws the samples of a step.
+
+    A run that starts again before its first checkpoint, with others, asks for new samples.
+    """
+    settings = config.to_dict()
+    names = ("model", "adapter", "seed", "lora", "optimizer", "mechanisms")
+    decisive = [settings[name] for name in names]
+    rl = config.rl
+    decisive.append([rl.rewards, rl.loss, rl.temperature, rl.beta])
+    return hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:8]
 
 
 def evaluator(

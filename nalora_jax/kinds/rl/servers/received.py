@@ -1,6 +1,6 @@
 """The samples that servers sent, stored line by line, so that a resumed run asks for none twice.
 
-    <output>/received/<version>.jsonl     {"key", "tokens", "log_probs", "version"} of each sample
+    <output>/received/<settings>/<version>.jsonl     {"key", "tokens", "log_probs", "version"}
 
 A sample's key is the digest of its request (prompt, seed, limit), which seed, step and attempt of
 the run determine. A run that was killed at any time finds what it had received, and trains on the
