@@ -207,6 +207,11 @@ def test_rewards_that_fail_are_left_out_where_that_is_asked_for(config, rewards)
         ({"train": TrainConfig(batch_size=6)}, "--train.batch-size: expected a multiple of --rl.samples .4.,"),
         ({"rl": replace(RL, reward_weights=(1.0, 2.0))}, "--rl.reward-weights: expected 1, one a reward, found 2"),
         ({"rl": replace(RL, beta=0.1), "adapter": "a"}, "--rl.beta: expected 0 with --adapter"),
+        ({"rl": replace(RL, staleness=1)}, "--rl.staleness: expected 0 with no --rl.servers, found 1"),
+        ({"rl": replace(RL, server_path="/a")}, "--rl.server-path: expected none with no --rl.servers"),
+        ({"rl": replace(RL, servers=("localhost:80",))}, "--rl.servers: expected addresses such as"),
+        ({"rl": replace(RL, importance_tokens=(2.0, 1.0))}, "--rl.importance-tokens: expected LOW HIGH"),
+        ({"rl": replace(RL, importance_samples=(1.0,))}, "--rl.importance-samples: expected LOW HIGH"),
         ({"data": DataConfig(loss_last=2.0)}, "--data.loss-last: expected 0.0 with --rl.rewards"),
     ],
 )  # fmt: skip

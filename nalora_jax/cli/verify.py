@@ -3,10 +3,9 @@ modules."""
 
 from __future__ import annotations
 
+import http.client
 import json
-import os
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from etils import epy
 from tyro.conf import Positional
 
+from nalora_jax.common.http import request
 from nalora_jax.errors import NaloraError
 
 with epy.lazy_imports():  # on first use: help needs no JAX
@@ -194,23 +194,15 @@ class Server:
           NaloraError: the server cannot be reached, or answers with an error or no JSON.
         """
         url = self.url + path
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None
-        if body is not None:
-            data = json.dumps(body).encode()
         try:
-            request = urllib.request.Request(url, data, headers)
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-                return json.load(answer)
+            return json.loads(request(url, body, timeout=_TIMEOUT))
         except urllib.error.HTTPError as error:
             raise NaloraError(
                 url,
                 expected="an answer",
                 found=f"status {error.code}: {error.read(300).decode(errors='replace')}",
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise NaloraError(
                 url, expected="an OpenAI-compatible server", found=error
             ) from error

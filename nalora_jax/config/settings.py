@@ -519,6 +519,25 @@ class RLConfig:
     reward_seconds: Annotated[float, Range("a number", "[0, 1e5]")] = 30.0
     # Train on without the reward of a sample for which it fails or takes too long.
     ignore_reward_errors: bool = False
+    # Addresses of OpenAI-compatible servers (vLLM, SGLang) that draw the samples; none: the
+    # generator of this library.
+    servers: tuple[str, ...] = ()
+    # Folder or bucket for the adapters that servers load; default: "served" in the output.
+    server_adapters: str = ""
+    # The same folder as servers see it, if its path differs there.
+    server_path: str = ""
+    # Rollouts that servers draw ahead of the update, with an earlier adapter; 0: none.
+    staleness: Annotated[int, Range("a whole number", "[0, 64]")] = 0
+    # Time limit of a request to a server in seconds.
+    server_seconds: Annotated[float, Range("a number", "(0, 1e5]")] = 600.0
+    # Seconds to wait for a server that cannot be reached, before it is dropped.
+    server_wait: Annotated[float, Range("a number", "[0, 1e5]")] = 300.0
+    # Largest importance weight of a token of a server's sample; 0: no weights.
+    importance_clip: Annotated[float, Range("a number", "[0, 1e5]")] = 2.0
+    # Range of importance weights, LOW HIGH, outside of which a token is left out of the loss.
+    importance_tokens: tuple[float, ...] = ()
+    # Range of the geometric mean of a sample's weights, LOW HIGH, outside of which it is left out.
+    importance_samples: tuple[float, ...] = ()
 
     @property
     def kind(self) -> str:

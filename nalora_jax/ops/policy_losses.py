@@ -44,6 +44,27 @@ class PolicyLoss(NamedTuple):
     beta: float = 0.0  # weight of the divergence from the base
 
 
+class Correction(NamedTuple):
+    """The static settings of the correction for samples of another policy, see
+    `importance_weights`."""
+
+    clip: float = 2.0  # largest weight of a token; 0: all weights are 1
+    tokens: tuple[
+        float, ...
+    ] = ()  # weights of tokens in the loss, (low, high); (): any
+    # geometric means of the weights of samples in the loss, (low, high); (): any
+    samples: tuple[float, ...] = ()
+
+
+class ImportanceWeights(NamedTuple):
+    """Importance weights, float32 ``[samples, tokens]``; ``[samples, 1]`` for whole samples."""
+
+    ratio: Array  # before clip and masks
+    weights: Array  # 0 for what a mask leaves out
+    in_tokens: Array  # bool, inside of `Correction.tokens`
+    in_samples: Array  # bool [samples, 1], inside of `Correction.samples`
+
+
 class Losses(NamedTuple):
     """Results for a batch, float32."""
 
@@ -89,6 +110,48 @@ def denominator(mask: Array, real: Array, settings: PolicyLoss) -> Array:
     return jnp.sum(real, dtype=jnp.float32)
 
 
+def importance_weights(
+    old: Array, sampled: Array, mask: Array, correction: Correction, name: Name
+) -> ImportanceWeights:
+    """Returns the weights ``p_old / p_sampled`` that correct for samples of another policy.
+
+    The policy that sampled differs from the one before the update if an engine computes otherwise
+    or serves an earlier adapter. Weights are truncated, as in TRL and SkyRL; masks leave out
+    tokens and whole samples, these by the geometric mean over their tokens. "rloo" has one weight
+    per sample, the product.
+
+    Args:
+      old: log-probabilities by the training program before the update, ``[samples, tokens]``.
+      sampled: by the engine that sampled, at the temperature of ``old``.
+      mask: 0 for padding.
+      correction: clip and masks.
+      name: of the loss.
+    """
+    log_ratio = (old - sampled) * mask
+    tokens = jnp.sum(mask, axis=1, keepdims=True)
+    total = jnp.sum(log_ratio, axis=1, keepdims=True)
+    mean = total / jnp.maximum(tokens, 1.0)
+    if name == "rloo":
+        log_ratio = total
+    ratio = jnp.exp(log_ratio)
+    weights = jnp.ones_like(ratio)
+    if correction.clip:
+        weights = jnp.minimum(ratio, correction.clip)
+    in_tokens = _inside(ratio, correction.tokens)
+    in_samples = _inside(jnp.exp(mean), correction.samples)
+    return ImportanceWeights(
+        ratio, weights * in_tokens * in_samples, in_tokens, in_samples
+    )
+
+
+def _inside(values: Array, bounds: tuple[float, ...]) -> Array:
+    """Returns True for values within ``bounds``, (low, high), or for all without bounds."""
+    if not bounds:
+        return jnp.ones_like(values, bool)
+    low, high = bounds
+    return (values >= low) & (values <= high)
+
+
 def policy_loss(
     log_probs: Array,
     old: Array,
@@ -96,6 +159,7 @@ def policy_loss(
     mask: Array,
     advantage: Array,
     settings: PolicyLoss,
+    weights: Array | None = None,
 ) -> Losses:
     """Returns the sum of the losses of samples.
 
@@ -105,7 +169,8 @@ def policy_loss(
 
     Log-probabilities are ``[samples, tokens]``: of the policy, by which the loss is differentiable,
     of the ``old`` policy that sampled, and of the ``base`` without adapters (None, with a beta of
-    0, leaves out the divergence). The mask is 0 for padding; the advantage is ``[samples]``.
+    0, leaves out the divergence). The mask is 0 for padding; the advantage is ``[samples]``. The
+    ``weights`` (`importance_weights`) multiply each token's loss, but not its divergence.
     """
     tokens = jnp.sum(mask, axis=1, keepdims=True)
     # By token; "gspo" and "rloo" have one ratio per sample, its mean or its sum.
@@ -120,6 +185,8 @@ def policy_loss(
     bounded = jnp.clip(ratio, 1 - settings.low, 1 + settings.high)
     # [samples, tokens], or [samples, 1] if all tokens of a sample have one ratio.
     loss = -jnp.minimum(ratio * gain, bounded * gain)
+    if weights is not None:
+        loss = loss * weights
     # Tokens without gradient: past the bound in the direction that the advantage favours.
     below = (ratio < 1 - settings.low) & (gain < 0)
     above = (ratio > 1 + settings.high) & (gain > 0)

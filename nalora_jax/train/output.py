@@ -69,6 +69,11 @@ _BEGINNING = {
     PROFILE,
 }
 _BEGINNING |= {ROLLOUTS, "rollouts"}  # with rewards
+_BEGINNING |= {"proofs.jsonl", "served"}  # with servers for rollouts
+# Samples of servers (`nalora_jax.kinds.rl.servers.received`), which cannot be repeated, stay if
+# a run starts again before its first checkpoint.
+_RECEIVED = "received"
+_BEGINNING.add(_RECEIVED)
 # Seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds.
 _SEEN_WITHIN = 20.0
 
@@ -257,7 +262,8 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) ->
         refuse_linked_folders(path / CHECKPOINTS)
     # Only known entries are removed; any other file in the folder is an error below.
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
-        for name in _files(path):  # of a run that stopped before its first checkpoint
+        # Of a run that stopped before its first checkpoint.
+        for name in set(_files(path)) - {_RECEIVED}:
             entry = path / name
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -265,14 +271,17 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) ->
                 entry.unlink()
         if checkpoints.exists():  # in a bucket
             epath.Path(checkpoints).rmtree()
-    if not resumes and _files(path):
+    left = _files(path)
+    if resume == "auto" and left == [_RECEIVED]:
+        left = []
+    if not resumes and left:
         way = ""
         if has_checkpoint(checkpoints):
             way = ", or continue that run with --resume"
         raise NaloraError(
             "--output",
             expected="a new or empty folder",
-            found=f"{path}, which holds {listing(_files(path))}",
+            found=f"{path}, which holds {listing(left)}",
             remedy=f"choose another folder{way}",
         )
     return resumes

@@ -55,11 +55,18 @@ from nalora_jax.kinds.record import Arrays, Built, Inputs, Job, register_kind
 from nalora_jax.kinds.rl.policy import Policy
 from nalora_jax.kinds.rl.rewards import Scorer
 from nalora_jax.kinds.rl.rollout import Sampler, Samples, sample_batch
+from nalora_jax.kinds.rl.servers.pool import ServerPool
+from nalora_jax.kinds.rl.servers.proof import expected_log_probs, make_probes
+from nalora_jax.kinds.rl.servers.received import Received
+from nalora_jax.kinds.rl.servers.trial import try_servers
+from nalora_jax.kinds.rl.servers.versions import Exports
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import Batch, TrainState
+from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.policy_losses import (
     CLIPS,
+    Correction,
     PolicyLoss,
     advantages,
     divergence_penalty,
@@ -124,7 +131,12 @@ def _policy(rl: RLConfig, plain: NextToken) -> Policy:
     loss = PolicyLoss(
         rl.loss, rl.clip_low or low, rl.clip_high or high, rl.max_new_tokens, rl.beta
     )
-    return Policy(plain, loss, rl.temperature)
+    correction = None
+    if rl.servers:
+        correction = Correction(
+            rl.importance_clip, rl.importance_tokens, rl.importance_samples
+        )
+    return Policy(plain, loss, rl.temperature, correction)
 
 
 def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
@@ -170,12 +182,70 @@ def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: RunFolder, like: Job | None
 ) -> Built:
     """Loads the base, and builds adapters and the step with its rollouts; see `text.build_step`."""
+    exports = None
+    if placed.rl.servers:
+        exports = tried_servers(inputs, placed, output)
     built = text.build_step(inputs, placed, mesh, output, like)
     loaded = cast(LoadedModel, built.loaded)
     assembly = built.assembly
     data = replace(built.data, rollout=Rollout())
-    step = RolloutStep(placed, loaded, assembly, data, output.folder)
+    pool = None
+    if exports is not None:
+        pool = server_pool(placed, exports, loaded, assembly, data, output.folder)
+    step = RolloutStep(placed, loaded, assembly, data, output.folder, pool)
     return Built(loaded, replace(assembly, step=step), data)
+
+
+def tried_servers(inputs: Inputs, config: RunConfig, output: RunFolder) -> Exports:
+    """Tries the servers of a run (`try_servers`) and returns the folder of adapter versions."""
+    assert inputs.base is not None
+    rl = config.rl
+    folder = rl.server_adapters or str(output.folder.absolute() / "served")
+    name = hashlib.sha256(str(output.folder.absolute()).encode()).hexdigest()[:6]
+    spec = inputs.adapters or adapter_spec(config, inputs.base)
+    exports = Exports(folder, rl.server_path or folder, name, inputs.base, spec)
+    longest = inputs.data.longest + rl.max_new_tokens
+    prompt = inputs.data.items[0].prompt_ids
+    vocab = inputs.base.vocab_size
+    processes.on_first_process(lambda: try_servers(rl, exports, prompt, longest, vocab))
+    return exports
+
+
+def server_pool(
+    config: RunConfig,
+    exports: Exports,
+    loaded: LoadedModel,
+    assembly: Assembly,
+    data: PromptRows,
+    folder: Path,
+) -> ServerPool:
+    """Returns the servers of a run; their probes are prompts of the training data."""
+    probes = make_probes([item.prompt_ids for item in data.items])
+    model = assembly.eval_model
+    first = jax.process_index() == 0
+    return ServerPool(
+        config.rl,
+        exports,
+        probes,
+        lambda lora: expected_log_probs(model, assembly.params, lora, probes),
+        Received(folder / "received" / _policy_digest(config) if first else None),
+        stops=sorted(loaded.tokenizer.eos_ids),
+        vocab=loaded.config.vocab_size,
+        folder=folder,
+    )
+
+
+def _policy_digest(config: RunConfig) -> str:
+    """Returns a digest of settings that decide which policy draws the samples of a step.
+
+    A run that starts again before its first checkpoint, with others, asks for new samples.
+    """
+    settings = config.to_dict()
+    names = ("model", "adapter", "seed", "lora", "optimizer", "mechanisms")
+    decisive = [settings[name] for name in names]
+    rl = config.rl
+    decisive.append([rl.rewards, rl.loss, rl.temperature, rl.beta])
+    return hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:8]
 
 
 def evaluator(
@@ -212,11 +282,38 @@ def limits(config: RunConfig) -> Iterator[Limits]:
     if config.adapter:
         remedy = "the reference is the base without an adapter: merge this one first (nalora merge)"
         yield Limits("--adapter", {"rl.beta": (0,)}, remedy)
+    yield from _server_limits(rl)
     count = len(rl.rewards)
     weights = len(rl.reward_weights)
     expected = f"{count}, one a reward"
     require("--rl.reward-weights", weights in (0, count), expected, weights)
     check_divides(config.train.batch_size, "rl.samples", rl.samples)
+
+
+def _server_limits(rl: RLConfig) -> Iterator[Limits]:
+    """Yields the values that other settings may have with and without servers; see `limits`."""
+    for flag, bounds in (
+        ("--rl.importance-tokens", rl.importance_tokens),
+        ("--rl.importance-samples", rl.importance_samples),
+    ):
+        fits = not bounds or (len(bounds) == 2 and 0 <= bounds[0] < bounds[1])
+        require(flag, fits, "LOW HIGH with 0 <= LOW < HIGH", bounds)
+    if not rl.servers:
+        path = rl.server_adapters or rl.server_path
+        flags = "--rl.server-adapters, --rl.server-path"
+        require(flags, not path, "none with no --rl.servers", path)
+        yield Limits("no --rl.servers", {"rl.staleness": (0,)})
+        return
+    for url in rl.servers:
+        is_url = url.startswith(("http://", "https://"))
+        require("--rl.servers", is_url, "addresses such as http://localhost:8000", url)
+    # A server applies a plain LoRA to the original base.
+    values: dict[str, tuple[Any, ...]] = {
+        "lora.init": UNCHANGED,
+        "lora.dora": (False,),
+        "data.add_tokens": ((),),
+    }
+    yield Limits("--rl.servers", values)
 
 
 def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
@@ -307,6 +404,7 @@ class RolloutStep:
       assembly: with the compiled update.
       data: the prompts of a batch.
       folder: receives complete groups and some samples; None: they are not stored.
+      servers: that draw the samples; None: the generator of this library does.
     """
 
     def __init__(
@@ -316,6 +414,7 @@ class RolloutStep:
         assembly: Assembly,
         data: PromptRows,
         folder: Path | None,
+        servers: ServerPool | None = None,
     ) -> None:
         rl = config.rl
         self._update = assembly.step
@@ -333,7 +432,10 @@ class RolloutStep:
             seed=config.seed,
             longest=data.longest,
             folder=folder and folder / "rollouts",
+            servers=servers,
         )
+        self._servers = servers
+        self._checkpoints = folder and folder / "checkpoints"
         self._warn = EarlyWarnings(rl.max_new_tokens)
         self._scores = scores_of(config, assembly)
         self._begun = False
@@ -391,6 +493,8 @@ class RolloutStep:
         # [accumulate, rows] prompt indices, each repeated for its samples -> one index per prompt.
         places = np.asarray(processes.fetch(batch["prompt"])).ravel()[:: rl.samples]
         prompts = stream.prompts(places.tolist())
+        if self._servers is not None:
+            self._ask_ahead(self._servers, state, number, places)
         samples = self._sampler(state.lora, number, prompts)
         drawn_tokens = samples.lengths.sum()
         replaced = 0
@@ -420,6 +524,11 @@ class RolloutStep:
             "rollout_seconds": seconds,
             "rollout_tokens_per_second": float(drawn_tokens) / seconds,
         }
+        if self._servers is not None:
+            figures |= self._servers.figures()
+            figures["staleness"] = float(number - samples.version.mean())
+            if number + rl.updates >= self._config.steps:
+                self._servers.close()  # the last rollout
         for name, values in zip(
             ["reward", *metric_names(rl)], [total, *samples.rewards.T], strict=True
         ):
@@ -458,6 +567,37 @@ class RolloutStep:
         if self._is_shown(number):
             self._write(number + 1, prompts, samples, whole["advantages"])
         return self._rows(whole), figures
+
+    def _ask_ahead(
+        self, servers: ServerPool, state: TrainState, number: int, places: np.ndarray
+    ) -> None:
+        """Loads the adapter and asks for the samples of the next rollouts, ``rl.staleness`` of
+        them; forgets samples that no checkpoint needs.
+
+        Args:
+          servers: that draw the samples.
+          state: with the adapter.
+          number: of steps done.
+          places: of this step's prompts; the next ones follow in the order of the data.
+        """
+        rl = self._config.rl
+        servers.load(state.lora, number)
+        ahead = rl.staleness * rl.updates
+        if self._checkpoints is not None and self._checkpoints.is_dir():
+            saved = [path.name for path in self._checkpoints.iterdir()]
+            steps = [int(name) for name in saved if name.isdecimal()]
+            servers.forget_before(min(steps, default=0) - ahead)
+        stream = self._data
+        for later in range(ahead + 1)[:: rl.updates]:
+            row = (number + later) * stream.batch_size
+            rows = list(range(row, row + stream.batch_size))
+            of_step = stream.arrays(rows)["prompt"][:: rl.samples]
+            if later == 0 and not np.array_equal(of_step, places):
+                return  # another batch size before: the order of the data has moved
+            last = self._config.steps
+            if number + later < last:
+                prompts = stream.prompts(of_step.tolist())
+                servers.ahead(self._sampler.requests(number + later, prompts))
 
     def _is_shown(self, number: int) -> bool:
         """Returns True if a step of the rollout that starts after ``number`` steps is logged."""
@@ -550,6 +690,7 @@ class RolloutStep:
             "completion": self._sampler.tokenizer.decode(tokens[tokens >= 0].tolist()),
             "rewards": rewards,
             "advantage": float(advantage),
+            "version": int(samples.version[row]),
         }
 
 

@@ -27,7 +27,15 @@ import jax.numpy as jnp
 
 from nalora_jax.assembly.objectives import NextToken, through_surrogate
 from nalora_jax.method.step import Batch, Evaluated
-from nalora_jax.ops.policy_losses import Losses, PolicyLoss, denominator, policy_loss
+from nalora_jax.ops.policy_losses import (
+    Correction,
+    ImportanceWeights,
+    Losses,
+    PolicyLoss,
+    denominator,
+    importance_weights,
+    policy_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,13 @@ class Policy:
       text: the objective of the same model on text.
       settings: of the loss.
       temperature: at which the samples were drawn.
+      correction: for samples of another policy; None: the generator's are the policy's own.
     """
 
     text: NextToken
     settings: PolicyLoss
     temperature: float = 1.0
+    correction: Correction | None = None
 
     @property
     def policy(self) -> NextToken:
@@ -65,7 +75,8 @@ class Policy:
         (share of tokens without a gradient), ``mismatch`` (absolute difference between the
         log-probabilities of generator and training program) and ``mismatch_bound`` (total variation
         distance between their distributions of a token, estimated by half of |ratio - 1|: it bounds
-        by how much the probability of any event differs).
+        by how much the probability of any event differs). With a correction see also
+        `_weight_metrics`.
         """
         mask = batch["loss_weights"]
         hidden = self.policy.hidden(variables, batch, key)
@@ -74,12 +85,23 @@ class Policy:
         base = batch.get("base")
         if base is None:
             base = self.base_log_probs(variables, params, batch)
+        weights = None
+        if self.correction is not None:
+            weights = importance_weights(
+                old, batch["sampled"], mask, self.correction, self.settings.name
+            )
 
         def total(log_probs: jax.Array) -> tuple[jax.Array, Losses]:
             """Returns the loss, summed over samples, and its parts, for log-probabilities ``[rows,
             seq]``."""
             losses = policy_loss(
-                log_probs, old, base, mask, batch["advantages"], self.settings
+                log_probs,
+                old,
+                base,
+                mask,
+                batch["advantages"],
+                self.settings,
+                None if weights is None else weights.weights,
             )
             return losses.loss, losses
 
@@ -101,7 +123,28 @@ class Policy:
             )
             / 2,
         }
+        if weights is not None:
+            measured |= self._weight_metrics(weights, share)
         return through_surrogate(value, surrogate, measured)
+
+    def _weight_metrics(
+        self, weights: ImportanceWeights, share: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns metrics of the importance weights, means with the weights ``share [rows, seq]``.
+
+        They are ``weight`` (before clip and masks), ``weight_clipped`` (share of tokens whose
+        weight the clip lowered), ``tokens_masked`` and ``samples_masked``.
+        """
+        assert self.correction is not None
+        clipped = jnp.zeros_like(weights.ratio)
+        if self.correction.clip:
+            clipped = weights.ratio > self.correction.clip
+        return {
+            "weight": jnp.sum(share * weights.ratio),
+            "weight_clipped": jnp.sum(share * clipped),
+            "tokens_masked": jnp.sum(share * ~weights.in_tokens),
+            "samples_masked": jnp.sum(share * ~weights.in_samples),
+        }
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the number of real tokens and the denominator of the loss."""

@@ -39,7 +39,9 @@ from nalora_jax.evaluate.generate.programs import (
     view_weights,
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
+from nalora_jax.kinds.rl.engine import Request
 from nalora_jax.kinds.rl.rewards import Scorer
+from nalora_jax.kinds.rl.servers.pool import ServerPool
 from nalora_jax.mesh.distributed import (
     GENERATED_ROWS,
     place_batch,
@@ -63,6 +65,8 @@ class Samples:
     # float64 [prompts * samples, rewards]; NaN for a reward that failed
     rewards: np.ndarray
     cut: np.ndarray  # bool [prompts * samples], True for samples without a stop token
+    # int32 [prompts * samples], training step of the adapter that wrote each sample
+    version: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
@@ -114,6 +118,7 @@ class Sampler:
       longest: tokens of the longest prompt of the data set.
       folder: for complete groups; None: they are not stored.
       rows: rows that are generated at once on each shard of a batch.
+      servers: that draw the samples; None: the generator of this library does.
     """
 
     rl: RLConfig
@@ -126,6 +131,7 @@ class Sampler:
     longest: int
     folder: Path | None = None
     rows: int = GENERATED_ROWS
+    servers: ServerPool | None = None
 
     def __post_init__(self) -> None:
         """Checks that the longest prompt and its samples fit the model's context.
@@ -181,11 +187,11 @@ class Sampler:
         Raises:
           NaloraError: a reward fails.
         """
+        if self.servers is not None:
+            self.servers.load(lora, step)
+            return self._served(self.servers, step, prompts, attempt)
         weights = view_weights(self.model, {"params": self.params, "lora": lora})
-        # One seed for each sample of the step, [prompts * samples].
-        seeds = np.random.SeedSequence((self.seed, step, attempt)).generate_state(
-            len(prompts) * self.rl.samples
-        )
+        seeds = self._seeds(step, prompts, attempt)
         store = _Store(self.folder, f"{step}-{attempt}", lora)
         parts: list[Samples] = []
         for start in range(0, len(prompts), self.shape[0]):
@@ -195,10 +201,50 @@ class Sampler:
                 after = first + len(group) * self.rl.samples
                 of_group = seeds[first:after].tolist()
                 generated = self._generated(weights, group, of_group)
-                part = self._scored(group, *generated)
+                version = np.full(after - first, step, np.int32)
+                part = self._scored(group, *generated, version)
                 store.write(start, part)
             parts.append(part)
         return Samples.joined(parts)
+
+    def requests(
+        self, step: int, prompts: Sequence[PromptRecord], attempt: int = 0
+    ) -> list[Request]:
+        """Returns the requests of all samples of ``prompts``, see `__call__`."""
+        seeds = iter(self._seeds(step, prompts, attempt).tolist())
+        requests = []
+        for prompt in prompts:
+            for _ in range(self.rl.samples):
+                limit = self.rl.max_new_tokens
+                requests.append(Request(prompt.ids, next(seeds), limit))
+        return requests
+
+    def _seeds(
+        self, step: int, prompts: Sequence[PromptRecord], attempt: int
+    ) -> np.ndarray:
+        """Returns one seed for each sample, uint32 ``[prompts * samples]``."""
+        sequence = np.random.SeedSequence((self.seed, step, attempt))
+        return sequence.generate_state(len(prompts) * self.rl.samples)
+
+    def _served(
+        self,
+        servers: ServerPool,
+        step: int,
+        prompts: Sequence[PromptRecord],
+        attempt: int,
+    ) -> Samples:
+        """Returns the samples of ``prompts`` by servers, see `__call__`."""
+        completions = servers.sample(self.requests(step, prompts, attempt))
+        shape = (len(completions), self.rl.max_new_tokens)
+        tokens = np.full(shape, NO_TOKEN, np.int32)
+        log_probs = np.zeros(shape, np.float32)
+        for row, completion in enumerate(completions):
+            count = len(completion.tokens)
+            tokens[row, :count] = completion.tokens
+            log_probs[row, :count] = completion.log_probs
+        versions = [completion.version for completion in completions]
+        version = np.array(versions, np.int32)
+        return self._scored(prompts, tokens, log_probs, version)
 
     def _generated(
         self, weights: Any, prompts: Sequence[PromptRecord], seeds: list[int]
@@ -241,7 +287,11 @@ class Sampler:
         return tokens, log_probs
 
     def _scored(
-        self, prompts: Sequence[PromptRecord], tokens: np.ndarray, log_probs: np.ndarray
+        self,
+        prompts: Sequence[PromptRecord],
+        tokens: np.ndarray,
+        log_probs: np.ndarray,
+        version: np.ndarray,
     ) -> Samples:
         """Decodes samples ``[prompts * samples, limit]`` and adds their rewards; see `Samples`."""
         texts = [self.tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in tokens]
@@ -257,7 +307,8 @@ class Sampler:
             rewards = multihost_utils.broadcast_one_to_all(rewards)
         # The limit is reached, and its token is no stop token.
         cut = (tokens[:, -1] != NO_TOKEN) & ~np.isin(tokens[:, -1], self._stops)
-        return Samples(tokens, log_probs, np.asarray(rewards, np.float64), cut)
+        rewards = np.asarray(rewards, np.float64)
+        return Samples(tokens, log_probs, rewards, cut, version)
 
 
 class _Store:
