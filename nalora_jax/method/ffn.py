@@ -43,7 +43,7 @@ from nalora_jax.ops import storage
 from nalora_jax.ops.dispatch import Numerics, operation
 
 # The collection of pre-activations, which a caller may ask for (``mutable``).
-GATES = "gates"
+PREACTIVATIONS = "preactivations"
 
 Scales = Mapping[str, jax.Array | float]
 
@@ -414,8 +414,10 @@ class AdaptedBlock(nn.Module):
         if up_name:
             factor = dense(up_name[0], d_model, self.d_ff)
         down = dense(down_name, self.d_ff, self.d_model)
-        if self.is_mutable_collection(GATES) and not self.is_initializing():
-            self.sow(GATES, "z", adapted_dense(x, gate, self.numerics.within()).y)
+        if self.is_mutable_collection(PREACTIVATIONS) and not self.is_initializing():
+            self.sow(
+                PREACTIVATIONS, "z", adapted_dense(x, gate, self.numerics.within()).y
+            )
         measurement = None
         taps = self.variables.get("gate_taps", {})
         if taps and not self.is_initializing():

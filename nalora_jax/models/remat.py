@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.method.ffn import GATES
+from nalora_jax.method.ffn import PREACTIVATIONS
 from nalora_jax.ops.dispatch import Numerics, native_kind
 from nalora_jax.ops.storage import LAYER_INPUT, SAVED, SAVED_WIDE, STACKS, SUMS
 
@@ -133,7 +133,7 @@ def scanned(block: Any, n_layers: int, *, drops: bool = True) -> Any:
         block,
         variable_broadcast=STACKS,
         variable_axes=dict.fromkeys(
-            ("params", "lora", "gate_mask", "gate_taps", GATES), 0
+            ("params", "lora", "gate_mask", "gate_taps", PREACTIVATIONS), 0
         ),
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),

@@ -23,14 +23,14 @@ from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.method.activations import Activation, get_activation
-from nalora_jax.method.ffn import GATES
+from nalora_jax.method.ffn import PREACTIVATIONS
 from nalora_jax.method.statistics import gate_decomposition
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.report.inspect import batches_of_texts
 from nalora_jax.report.tables import number, text_table
 
-CAPTION = (
+COMPARISON_CAPTION = (
     "Sums over tokens and channels of a layer, relative to the base. misalignment: sum|S| / "
     "sum|F|, of the model and of the reference. feature, selection: cosine of the model's F, or "
     "S, with the reference's. size: sum|F| of the model over the reference's. opened: share of "
@@ -123,7 +123,7 @@ def _preactivations(
     _, found = _apply(plain, dict(variables), tokens, segments)
     paths = {}
     for path, leaf in trees.flatten(
-        found[GATES], lambda x: isinstance(x, tuple)
+        found[PREACTIVATIONS], lambda x: isinstance(x, tuple)
     ).items():
         paths[path.removesuffix("/z")] = leaf[0]
     return paths
@@ -134,7 +134,9 @@ def _apply(
     module: Decoder, variables: Any, tokens: jax.Array, segments: jax.Array
 ) -> Any:
     """Returns the hidden states and the collection of pre-activations."""
-    return module.apply(variables, tokens, segment_ids=segments, mutable=[GATES])
+    return module.apply(
+        variables, tokens, segment_ids=segments, mutable=[PREACTIVATIONS]
+    )
 
 
 @partial(jax.jit, static_argnums=4)
@@ -217,7 +219,7 @@ def comparison_table(comparisons: Mapping[str, GateComparison], title: str) -> s
     shown.append(["mean", *map(_cell, np.nanmean(columns, axis=0))])
     heads = [name.replace("misalignment_of_", "of ") for name in names]
     table = text_table(["layer", *heads], shown)
-    return "\n".join([title, table, fill(CAPTION, 100)])
+    return "\n".join([title, table, fill(COMPARISON_CAPTION, 100)])
 
 
 def _rows(
