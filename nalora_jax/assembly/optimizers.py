@@ -244,11 +244,18 @@ def with_learning_rate(
       of_kind: the factor of the run's kind, `nalora_jax.kinds.record.Kind.rate`.
 
     Raises:
-      NaloraError: the optimizer has no automatic rate.
+      NaloraError: the optimizer, or a run with ``--tune``, has no automatic rate.
     """
     settings = config.optimizer
     if settings.learning_rate:
         return config
+    if config.tune:
+        raise NaloraError(
+            "--optimizer.learning-rate",
+            expected="a learning rate with --tune",
+            found="auto",
+            remedy="name it; all weights take a tenth of an adapter's rate or less (1e-4)",
+        )
     if settings.name not in _ADAPTIVE:
         expected = f"a learning rate with {settings.name}"
         raise NaloraError(

@@ -110,6 +110,8 @@ def test_a_rate_that_is_named_stays_and_others_than_adam_need_one() -> None:
         NaloraError, match=r"--optimizer.learning-rate: expected a number above 0, found auto"
     ):
         make_schedule(LEFT.optimizer, 10)
+    with pytest.raises(NaloraError, match="expected a learning rate with --tune, found auto"):
+        with_learning_rate(RunConfig(tune=("full",)), 576)
 
 
 @pytest.mark.parametrize(
