@@ -452,8 +452,9 @@ class PreferenceConfig:
 
     # "none" (train on the data set's responses), "dpo" (direct preference optimization, arXiv
     # 2305.18290), "robust" (DPO for pairs of which a known share is swapped, 2403.00409), "ipo"
-    # (2310.12036), or without a reference "simpo" (2405.14734) or "orpo" (2403.07691).
-    loss: Literal["none", "dpo", "robust", "ipo", "simpo", "orpo"] = "none"
+    # (2310.12036), without a reference "simpo" (2405.14734) or "orpo" (2403.07691), or "kto"
+    # (2402.01306), of records with one response and a label.
+    loss: Literal["none", "dpo", "robust", "ipo", "simpo", "orpo", "kto"] = "none"
     # Beta: weight of the log-ratio to the reference; with small values the model may move further
     # from it. In "simpo" it is the weight of the log-probability per token (2 to 10), in "orpo"
     # that of the odds ratio.
@@ -468,6 +469,13 @@ class PreferenceConfig:
     # Weight of the chosen response's negative log-likelihood per token, added to the loss; "orpo"
     # has it with weight 1.
     nll_weight: Annotated[float, Range("a number", "[0, 1000]")] = 0.0
+    # Weight of desirable responses in "kto". With many more of one class, choose weights for which
+    # weight times number of records is about equal.
+    desirable_weight: Annotated[float, Range("a number", "[0, 1000]")] = 1.0
+    # Weight of the other responses in "kto".
+    undesirable_weight: Annotated[float, Range("a number", "[0, 1000]")] = 1.0
+    # Field of a record of "kto" that is true (or 1) if its response is desirable, else false (0).
+    label_field: str = "label"
     # Field of a record that holds the preferred response: a text, or chat messages.
     chosen_field: str = "chosen"
     # Field that holds the other response.

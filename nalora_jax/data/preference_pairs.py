@@ -5,6 +5,10 @@ chosen first:
 
     tokens        p p c c p p r | p c p r r        two pairs in a row
     segment_ids   1 1 1 1 2 2 2 | 3 3 4 4 4        odd: chosen, even: rejected
+
+A record of a loss without pairs has a completion and a label. It is packed in the same way: its
+second segment is its prompt with the completion of the record before it, by which the loss
+estimates how far the policy has moved.
 """
 
 from __future__ import annotations
@@ -28,9 +32,10 @@ from nalora_jax.data.chat_text import (
 )
 from nalora_jax.data.pipeline import HostBatch, TrainData, packed_data
 from nalora_jax.data.questions import gold_of, held_out_indices, split_questions
-from nalora_jax.data.source import Source
+from nalora_jax.data.source import Record, Source, SourceView
 from nalora_jax.data.tokenize import Example, tokenized_texts
 from nalora_jax.errors import NaloraError
+from nalora_jax.ops.preference_losses import LOSSES
 
 if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
@@ -44,6 +49,82 @@ class PreferencePair:
     rejected: Example
     prompt: str  # text, for display
     texts: tuple[str, str]  # of the completions
+    desirable: bool = True  # the label of a record without a pair
+
+
+# Field that `LabeledSource` adds: the completion of another record.
+_OTHER = "completion_of_another"
+
+
+class LabeledSource(SourceView):
+    """Records with a completion and a label, each with the completion of the record before it.
+
+    Raises:
+      NaloraError: on reading, a record without completion or without a label.
+    """
+
+    def __init__(self, base: Source, config: DataConfig, label_field: str) -> None:
+        """Stores the names of the fields."""
+        super().__init__(base)
+        self._completion = config.completion_field
+        self._label = label_field
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``; the one before the first is the last."""
+        before = [(index - 1) % len(self) for index in indices]
+        own = super().read(indices)
+        others = super().read(before)
+        records = []
+        for place, record in enumerate(own):
+            where = self.where(indices[place])
+            self._check(record, where)
+            self._check(others[place], self.where(before[place]))
+            records.append(record | {_OTHER: others[place][self._completion]})
+        return records
+
+    def labels(self, indices: Sequence[int]) -> np.ndarray:
+        """Returns the labels of records, bool ``[n]``."""
+        records = self.read(indices)
+        return np.array([bool(record[self._label]) for record in records])
+
+    def _check(self, record: Record, where: str) -> None:
+        """Raises NaloraError for a record without a completion, or without a label."""
+        shape = "records with a prompt, a completion and a label"
+        if self._completion not in record:
+            raise NaloraError(
+                where,
+                expected=f"a field {self._completion!r}",
+                found=f"the fields {', '.join(record)}",
+                remedy=f'--preference.loss kto reads {shape}; pairs are for "dpo"',
+            )
+        completion = record[self._completion]
+        if isinstance(completion, str) and not completion.strip():
+            raise NaloraError(
+                f"{where}: {self._completion}",
+                expected="an answer",
+                found="an empty text",
+            )
+        label = record.get(self._label)
+        if label not in (0, 1):
+            raise NaloraError(
+                f"{where}: {self._label}",
+                expected="true for a desirable completion or false",
+                found=repr(label),
+                remedy="see --preference.label-field",
+            )
+
+
+def _form_of_loss(
+    source: Source, config: DataConfig, preference: PreferenceConfig
+) -> tuple[Source, PreferenceConfig]:
+    """Returns records with two completions, and settings that name their fields."""
+    if LOSSES[preference.loss].has_pairs:
+        return source, preference
+    labeled = LabeledSource(source, config, preference.label_field)
+    named = replace(
+        preference, chosen_field=config.completion_field, rejected_field=_OTHER
+    )
+    return labeled, named
 
 
 def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
@@ -131,28 +212,30 @@ def tokenize_pairs(
       NaloraError: a record is not a pair, a field is of the wrong type, a completion is empty, or
         both are equal.
     """
+    source, preference = _form_of_loss(source, config, preference)
+    has_pairs = LOSSES[preference.loss].has_pairs
     fields = preference.chosen_field, preference.rejected_field
     config = replace(config, loss_on="answer")
 
-    def render(record: dict[str, Any], where: str) -> tuple[list[Rendered], None]:
-        """Returns the texts of a record, the chosen one first."""
+    def render(record: dict[str, Any], where: str) -> tuple[list[Rendered], bool]:
+        """Returns the texts of a record, the chosen one first, and its label."""
         is_question = record.get("choices") and not record.get("choice_prompts")
         if is_question and not set(fields) & set(record):
             record = record | dict(zip(fields, _of_choices(record, where), strict=True))
         texts = [_answer(record, config, name, tokenizer, where) for name in fields]
-        return texts, None
+        return texts, has_pairs or bool(record[preference.label_field])
 
-    for index, texts, examples, _ in tokenized_texts(
+    for index, texts, examples, desirable in tokenized_texts(
         source, indices, render, tokenizer
     ):
         where = source.where(index)
-        for name, example in zip(("chosen", "rejected"), examples, strict=True):
+        for name, example in zip(fields, examples, strict=True):
             if not example.has_target:
                 raise NaloraError(
                     f"{where}: {name}", expected="a token after the first", found="none"
                 )
         chosen, rejected = examples
-        if np.array_equal(chosen.ids, rejected.ids):
+        if has_pairs and np.array_equal(chosen.ids, rejected.ids):
             raise NaloraError(
                 where,
                 expected="two answers that differ",
@@ -166,15 +249,20 @@ def tokenize_pairs(
         begin, _ = texts[0].answers[0]
         prompt = texts[0].text[:begin]
         first, second = completions
-        yield PreferencePair(chosen, rejected, prompt, (first, second))
+        yield PreferencePair(chosen, rejected, prompt, (first, second), desirable)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairData(TrainData):
-    """Training rows of a run on pairs; its store has both segments of a pair, the chosen first."""
+    """Training rows of a run on pairs; its store has both segments of a pair, the chosen first.
+
+    Attributes:
+      desirable: labels of records without pairs, bool ``[records]``; None with pairs.
+    """
 
     noun: ClassVar[str] = "pairs"
     group: ClassVar[int] = 2
+    desirable: np.ndarray | None = None
 
     @property
     def pairs_per_row(self) -> int:
@@ -187,6 +275,8 @@ class PairData(TrainData):
         digest = hashlib.sha256()
         for array in (self.store.tokens, self.store.answer, self.store.offsets):
             digest.update(array.tobytes())
+        if self.desirable is not None:
+            digest.update(self.desirable.tobytes())
         packed = int(self.pattern.rows < len(self.pattern.lengths))
         return (
             f"pairs:{digest.hexdigest()}:{self.pattern.capacity}:{packed}:{self.seed}"
@@ -194,11 +284,16 @@ class PairData(TrainData):
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns the text arrays, and ``pairs`` ``[len(rows), pairs_per_row]``: 1 for each pair in
-        a row."""
+        a row; with labels also ``desirable``, of the same shape."""
         flat = super().arrays(rows)
         counts = np.array([len(self.records_of(index)) for index in rows])
         is_pair = np.arange(self.pairs_per_row)[None, :] < counts[:, None]
         flat["pairs"] = is_pair.astype(np.float32)
+        if self.desirable is not None:
+            labels = np.zeros_like(flat["pairs"])
+            for row, index in enumerate(rows):
+                labels[row, : counts[row]] = self.desirable[self.records_of(index)]
+            flat["desirable"] = labels
         return flat
 
 
@@ -233,23 +328,43 @@ def pair_data(
             yield index, pair.chosen
             yield index, pair.rejected
 
+    form, named = _form_of_loss(source, config, preference)
     options |= {
-        "chosen": preference.chosen_field,
-        "rejected": preference.rejected_field,
+        "chosen": named.chosen_field,
+        "rejected": named.rejected_field,
     }
     data = packed_data(
         source, config, tokenizer, kind=PairData, examples=examples, **options
     )
     assert isinstance(data, PairData)
-    return data
+    if not isinstance(form, LabeledSource):
+        return data
+    desirable = form.labels(data.store.records[:: PairData.group].tolist())
+    _check_classes(desirable, f"{source.name}: {preference.label_field}")
+    return replace(data, desirable=desirable)
+
+
+def _check_classes(desirable: np.ndarray, where: str) -> None:
+    """Raises NaloraError if all labels are equal."""
+    if desirable.all() or not desirable.any():
+        value = str(bool(desirable[0])).lower()
+        raise NaloraError(
+            where,
+            expected="records with true and others with false",
+            found=f"{value} in each of {len(desirable)} records",
+            remedy="add records of the other class, or train on good completions without a "
+            "preference loss",
+        )
 
 
 def pairs_digest(pairs: Iterable[PreferencePair]) -> str:
-    """Returns the SHA-256 of pairs; equal for equal pairs in the same order."""
+    """Returns the SHA-256 of pairs and labels; equal for equal pairs in the same order."""
     sha256 = hashlib.sha256()
     for pair in pairs:
         for example in (pair.chosen, pair.rejected):
             sha256.update(example.ids.tobytes() + example.answer.tobytes() + b"|")
+        if not pair.desirable:
+            sha256.update(b"undesirable")
     return sha256.hexdigest()
 
 

@@ -28,6 +28,7 @@ from nalora_jax.ops.preference_losses import (
     LOSSES,
     AnswerScores,
     chosen_nll,
+    label_figures,
     pair_losses,
 )
 
@@ -92,7 +93,12 @@ class PreferenceEvaluator(Evaluator):
         ratios = np.zeros_like(scores)
         if has_reference:
             ratios = scores - self._base_scores(params)
-        answers = AnswerScores(scores, ratios, self._tokens)  # [pairs, 2], chosen first
+        labels = None
+        if not LOSSES[self._config.loss].has_pairs:
+            desirable = np.array([float(pair.desirable) for pair in self._pairs])
+            labels = label_figures(desirable, ratios, np.ones_like(desirable))
+        # [pairs, 2], chosen first
+        answers = AnswerScores(scores, ratios, self._tokens, labels)
         losses = pair_losses(answers, self._config)
         nll = chosen_nll(answers)
         records = []

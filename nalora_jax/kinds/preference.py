@@ -32,22 +32,30 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference_evaluation import PreferenceEvaluator
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import open_records, resolve_base, settled, stream_shape
-from nalora_jax.kinds.record import Inputs, register_kind
+from nalora_jax.kinds.record import Arrays, Inputs, register_kind
 from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.preference_losses import (
     LOSSES,
     AnswerScores,
     PairLosses,
     chosen_nll,
+    label_figures,
     pair_losses,
 )
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 _WITHOUT_REFERENCE = " or ".join(
     name for name, loss in LOSSES.items() if not loss.has_reference
+)
+
+
+# Settings that not every loss reads.
+_OF_SOME = tuple(
+    dict.fromkeys(name for loss in LOSSES.values() for name in loss.settings)
 )
 
 
@@ -141,7 +149,7 @@ def limits(config: RunConfig) -> Iterator[Limits]:
         )
         yield Limits("--preference.loss", {"tune": ((),)}, remedy)
     unread = {}
-    for name in ("label_smoothing", "per_token", "gamma", "nll_weight"):
+    for name in _OF_SOME:
         if name not in loss.settings:
             unread[f"preference.{name}"] = (getattr(PreferenceConfig(), name),)
     cause = f"--preference.loss {preference.loss}, which does not read it"
@@ -171,7 +179,8 @@ class Preference:
     ) -> Evaluated:
         """Returns the loss, see `nalora_jax.method.step.Objective`.
 
-        The batch has the arrays of text and ``pairs [rows, pairs]``.
+        The batch has the arrays of text and ``pairs [rows, pairs]``, and for a loss without pairs
+        ``desirable`` of the same shape.
         """
         hidden = self.policy.hidden(variables, batch, key)
         # Minus log-probabilities, [rows, seq], without a gradient: the surrogate below has it.
@@ -185,11 +194,15 @@ class Preference:
             ratios = self._by_answer(reference_losses - policy_losses, batch)
         tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
         real = batch["pairs"]
+        labels = None
+        if not LOSSES[self.config.loss].has_pairs:
+            # Of all devices' rows, and without a gradient.
+            labels = label_figures(batch["desirable"], ratios, real)
 
         def total(change: jax.Array) -> tuple[jax.Array, PairLosses]:
             """Returns the loss, summed over real pairs, and its parts, after a change of the
             log-probabilities ``[rows, pairs, 2]``."""
-            answers = AnswerScores(log_probs + change, ratios + change, tokens)
+            answers = AnswerScores(log_probs + change, ratios + change, tokens, labels)
             losses = pair_losses(answers, self.config)
             return jnp.sum(real * losses.loss), losses
 
@@ -202,7 +215,7 @@ class Preference:
         )
         chosen = losses.rewards[..., 0]
         rejected = losses.rewards[..., 1]
-        nll = chosen_nll(AnswerScores(log_probs, ratios, tokens))
+        nll = chosen_nll(AnswerScores(log_probs, ratios, tokens, labels))
         measured = {
             "rewards_chosen": jnp.sum(real * chosen),
             "rewards_rejected": jnp.sum(real * rejected),
@@ -235,6 +248,14 @@ class Preference:
         )
 
 
+def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
+    """Returns the arrays of a batch besides those of text, see `Kind`."""
+    arrays: Arrays = {"pairs": ((1,), "float32")}
+    if not LOSSES[config.preference.loss].has_pairs:
+        arrays["desirable"] = ((1,), "float32")
+    return arrays
+
+
 KIND = register_kind(
     replace(
         text.KIND,
@@ -245,7 +266,7 @@ KIND = register_kind(
         program_parts=program_parts,
         limits=limits,
         rate=1 / 8,  # a guess, without evidence (docs/data.md)
-        batch_arrays=lambda config, base, images: {"pairs": ((1,), "float32")},
+        batch_arrays=batch_arrays,
         compares_with_base=True,
         subject="nalora_jax.study.preferences:Preferences",
     )

@@ -1,4 +1,4 @@
-"""Losses of preference pairs, as pure functions of the log-probabilities of their answers.
+"""Losses of preferences, as pure functions of the log-probabilities of their answers.
 
 With L = log p(answer), R = L - log p_ref(answer), n the tokens of the answer, w the chosen answer,
 l the rejected one, s the label smoothing, and f(x) = -log sigmoid(x):
@@ -10,8 +10,13 @@ l the rejected one, s the label smoothing, and f(x) = -log sigmoid(x):
 | ipo (2310.12036) | (R_w / n_w - R_l / n_l - 1 / (2 beta))^2 |
 | simpo (2405.14734) | (1 - s) f(m) + s f(-m), m = beta (L_w / n_w - L_l / n_l) - gamma |
 | orpo (2403.07691) | -L_w / n_w + beta f(o_w - o_l), o = log(P / (1 - P)), P = exp(L / n) |
+| kto (2402.01306), of a record | D sigmoid(-d), d = beta (R - K) if the answer is desirable |
+| | U sigmoid(d) if it is not |
 
-``nll_weight`` adds -L_w / n_w to each but orpo, which has it.
+K is the mean log-ratio of answers to other prompts, at least 0, without a gradient; D and U are
+weights.
+
+``nll_weight`` adds -L_w / n_w to each but orpo, which has it, and kto.
 
 The functions take arrays of JAX and of NumPy, so that training and evaluation share them.
 """
@@ -29,12 +34,24 @@ Array = Any
 _SURE = -1e-6
 
 
+class Labels(NamedTuple):
+    """Labels of answers without pairs, and figures of all answers in the batch."""
+
+    desirable: Array  # 1 for desirable answers, 0 for others; [...]
+    share: Array  # share of desirable answers
+    divergence: Array  # K: mean log-ratio of answers to other prompts, at least 0
+
+
 class AnswerScores(NamedTuple):
-    """The answers of pairs. Each array is ``[..., 2]``, the chosen answer first."""
+    """The answers of pairs. Each array is ``[..., 2]``, the chosen answer first.
+
+    Without pairs the first answer is a record's own, and the second one that of another prompt.
+    """
 
     log_probs: Array
     ratios: Array  # log-probabilities minus those of the reference; 0 without one
     tokens: Array  # number of tokens of each answer
+    labels: Labels | None = None  # of losses without pairs
 
     @property
     def means(self) -> Array:
@@ -55,6 +72,7 @@ class PairLoss(NamedTuple):
     function: Callable[[AnswerScores, PreferenceConfig], PairLosses]
     settings: tuple[str, ...]  # of `PreferenceConfig`, besides beta
     has_reference: bool = True
+    has_pairs: bool = True  # False: of records with one answer and a label
 
 
 def pair_losses(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
@@ -66,8 +84,32 @@ def pair_losses(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
 
 
 def chosen_nll(answers: AnswerScores) -> Array:
-    """Returns the negative log-likelihood of each chosen answer, in nats per token."""
-    return -answers.means[..., 0]
+    """Returns the negative log-likelihood of each chosen answer, in nats per token.
+
+    With labels the mean of the results is that over desirable answers.
+    """
+    nll = -answers.means[..., 0]
+    if answers.labels is None:
+        return nll
+    return nll * _class_weights(answers.labels)[..., 0]
+
+
+def label_figures(desirable: Array, ratios: Array, real: Array) -> Labels:
+    """Returns the labels of a batch with their share and the divergence of the policy.
+
+    The divergence is estimated as in TRL: by the mean log-ratio of answers that were written for
+    another prompt.
+
+    Args:
+      desirable: 1 for desirable answers, 0 for others, ``[...]``.
+      ratios: log-ratios ``[..., 2]``, those of answers to other prompts second.
+      real: 1 for records, 0 for padding, ``[...]``.
+    """
+    xp = ratios.__array_namespace__()
+    count = xp.maximum(xp.sum(real), 1.0)
+    divergence = xp.sum(real * ratios[..., 1]) / count
+    share = xp.sum(real * desirable) / count
+    return Labels(desirable, share, xp.maximum(divergence, 0.0))
 
 
 def _dpo(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
@@ -113,6 +155,38 @@ def _orpo(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
     return PairLosses(loss, config.beta * means)
 
 
+def _kto(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
+    """Returns Kahneman-Tversky's loss of records with a label.
+
+    The rewards are beta R of desirable answers and of others. Each is 0 for answers of the other
+    class and scaled, so that means over all records are those of a class, as TRL logs them.
+    """
+    labels = answers.labels
+    assert labels is not None
+    ratios = answers.ratios[..., 0]
+    desirable = labels.desirable
+    # The distance from the divergence, positive where the label is met.
+    distance = config.beta * (2 * desirable - 1) * (ratios - labels.divergence)
+    weight = config.desirable_weight * desirable
+    weight = weight + config.undesirable_weight * (1 - desirable)
+    xp = ratios.__array_namespace__()
+    loss = weight * xp.exp(-_softplus(distance))
+    rewards = config.beta * ratios[..., None] * _class_weights(labels)
+    return PairLosses(loss, rewards)
+
+
+def _class_weights(labels: Labels) -> Array:
+    """Returns weights ``[..., 2]`` that turn a mean over records into that over each class."""
+    desirable = labels.desirable
+    xp = desirable.__array_namespace__()
+    others = 1 - labels.share
+    # Of a class without records every numerator is 0.
+    tiny = 1e-9
+    first = desirable / xp.maximum(labels.share, tiny)
+    second = (1 - desirable) / xp.maximum(others, tiny)
+    return xp.stack([first, second], axis=-1)
+
+
 def _ratio_rewards(answers: AnswerScores, config: PreferenceConfig) -> Array:
     """Returns beta times the log-ratios, per token with ``config.per_token``."""
     ratios = answers.ratios
@@ -146,4 +220,5 @@ LOSSES = {
         _simpo, ("label_smoothing", "gamma", "nll_weight"), has_reference=False
     ),
     "orpo": PairLoss(_orpo, (), has_reference=False),
+    "kto": PairLoss(_kto, ("desirable_weight", "undesirable_weight"), has_pairs=False),
 }

@@ -97,7 +97,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"kind": "preference"},
-        "--preference.loss: expected dpo or robust or ipo or simpo or orpo with preference",
+        "--preference.loss: expected dpo or robust or ipo or simpo or orpo or kto with preference",
     ),
     (DPO | data(loss_last=4), "--data.loss-last: expected 0 with --preference.loss"),
     (DPO | data(too_long="split"), "--data.too-long: expected drop or truncate or error with"),

@@ -213,6 +213,69 @@ def test_the_evaluation_scores_the_base_only_as_a_reference(tokenizer, monkeypat
         assert record["loss"] == pytest.approx(np.log1p(np.exp(-margin)))
 
 
+LABELED = [
+    {"prompt": "a b", "completion": " c", "label": True},
+    {"prompt": "g", "completion": " h i j k", "label": False},
+    {"prompt": "m n o p", "completion": " q", "label": True},
+    {"prompt": "s", "completion": " t u", "label": 0},
+]
+KTO = PreferenceConfig("kto", beta=2.0, desirable_weight=0.7, undesirable_weight=1.3)
+
+
+def test_loss_and_gradient_of_packed_records_are_those_of_the_plain_formula(tokenizer):
+    """Of KTO: each record has the completion of the one before it as second segment."""
+    data = pairs(tokenizer, preference=KTO, records=LABELED)
+    made, state = assembled(KTO)
+    batch = data.batch_at(0)
+    which = np.concatenate([data.records_of(i) for i in range(2)])
+    assert batch["pairs"].sum() == len(which) > 2
+    texts = []
+    labels = []
+    for index in which:
+        own, other = sides(data)[index]
+        texts += [own, other]
+        labels.append(float(LABELED[index]["label"]))
+        before = LABELED[index - 1]["completion"]
+        assert tokenizer.decode(other[0]) == LABELED[index]["prompt"] + before
+    signs = 2 * np.array(labels) - 1
+    weights = np.where(signs > 0, 0.7, 1.3)
+    assert len(set(labels)) == 2
+
+    def mean(lora):
+        ratios = plain_answers(lora, made.eval_model, made.params, texts).ratios
+        divergence = jax.lax.stop_gradient(jnp.maximum(jnp.mean(ratios[:, 1]), 0.0))
+        values = jax.nn.sigmoid(2.0 * signs * (ratios[:, 0] - divergence))
+        return jnp.mean(weights * (1 - values)), 2.0 * ratios[:, 0]
+
+    (value, rewards), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(state.lora)
+    expected_norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    _, metrics = made.step(made.view(made.params), state, batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], expected_norm, rtol=1e-4)
+    measured = metrics["measured"]
+    np.testing.assert_allclose(measured["rewards_chosen"], rewards[signs > 0].mean(), rtol=1e-4)
+    np.testing.assert_allclose(measured["rewards_rejected"], rewards[signs < 0].mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"label": "yes"}, "record 1: label: expected true for a desirable completion or false"),
+        ({"label": True}, "label: expected records with true and others with false, found true in"),
+        ({"completion": " "}, "record 1: completion: expected an answer, found an empty text"),
+    ],
+)
+def test_records_without_labels_name_their_field(tokenizer, changes, said):
+    records = [LABELED[0], LABELED[1] | changes]
+    with pytest.raises(NaloraError, match=said):
+        pairs(tokenizer, preference=KTO, records=records)
+
+
+def test_pairs_are_refused_where_labels_are_needed(tokenizer):
+    with pytest.raises(NaloraError, match="record 0: expected a field 'completion', found"):
+        pairs(tokenizer, preference=KTO)
+
+
 USER = [{"role": "user", "content": "x"}]
 CHOSEN, REJECTED = ([{"role": "assistant", "content": text}] for text in "yz")
 
@@ -374,3 +437,29 @@ def test_a_loss_without_a_reference_takes_every_initialization(tmp_path, init):
     preference = PreferenceConfig("orpo")
     result = run(pairs_config(tmp_path, lora=lora, mechanisms=mechanisms, preference=preference))
     assert result.after["loss"] < result.before["loss"]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_on_labeled_records_resumes_and_prefers_what_is_desirable(tmp_path):
+    rng = np.random.default_rng(0)
+    records = []
+    for place in range(60):
+        prompt = " ".join(rng.choice(list("abcdefgh"), 2))
+        completion = (" z", " y x")[place % 2]
+        records.append({"prompt": prompt, "completion": completion, "label": place % 2 == 0})
+    file = tmp_path / "labeled.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)) + "\n")
+    preference = PreferenceConfig("kto", beta=0.5)
+    train = TrainConfig(batch_size=8, log_every=1, eval_every=4, save_every=1)
+    config = pairs_config(tmp_path, steps=8, preference=preference, train=train)
+    config = replace(config, data=replace(config.data, dataset=str(file), select_limit=4))
+    whole = run(replace(config, output=str(tmp_path / "whole")))
+    config = replace(config, resume="auto")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[EndsAfterStep()])
+    resumed = run(config)
+    assert resumed.after == whole.after
+    assert whole.before["loss"] == pytest.approx(0.5)
+    assert whole.after["loss"] < 0.48
+    assert whole.after["rewards_margin"] > 0.1
+    assert whole.after["rewards_accuracy"] > 0.7

@@ -1,4 +1,4 @@
-"""Writes trl_preference_losses.json: losses of preference pairs, gradients and rewards by TRL's
+"""Writes trl_preference_losses.json: losses of preferences, gradients and rewards by TRL's
 trainers, in float64.
 
     pip install trl==1.16.0 datasets
@@ -6,7 +6,8 @@ trainers, in float64.
 
 Their methods run on drawn logits in place of a model's. A prompt has one token, because ORPO's NLL
 in TRL includes the prompt, and here as in the paper it does not. TRL's NLL is the mean over the
-tokens of a batch, here as in the papers over the tokens of an answer: each batch has one pair.
+tokens of a batch, here as in the papers over the tokens of an answer: each batch has one pair. A
+batch of KTO has all records.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
 from tests.ops.trl_policy_losses import Accelerator, Trainer
 
@@ -38,7 +40,11 @@ CASES: list[dict[str, Any]] = [
     {"loss": "simpo", "beta": 2.0, "gamma": 0.7},
     {"loss": "simpo", "beta": 1.5, "gamma": 0.2, "label_smoothing": 0.1, "nll_weight": 0.4},
     {"loss": "orpo", "beta": 0.6},
+    {"loss": "kto", "beta": 0.5},
+    {"loss": "kto", "beta": 1.5, "desirable_weight": 0.7, "undesirable_weight": 1.3},
 ]
+# Labels of the records of KTO.
+DESIRABLE = [1.0, 0.0, 1.0]
 # Of DPOTrainer, by our name.
 DPO_LOSSES = {"dpo": "sigmoid", "robust": "robust", "ipo": "ipo"}
 
@@ -128,8 +134,75 @@ def without_reference(
     return loss, [metrics["rewards/chosen"], metrics["rewards/rejected"]]
 
 
-def case(settings: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Returns inputs and results of one case; arrays are ``[pairs, 2, 1 + tokens, ...]``."""
+def kto(
+    logits: torch.Tensor, base: torch.Tensor, labels: torch.Tensor, settings: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Returns loss and metrics of a batch by TRL's KTOTrainer.
+
+    Arrays are ``[records, 2, ...]``: a record's completion, then the one of another record.
+    """
+    answered = (labels >= 0).long()
+    completion = answered.clone()
+    completion[:, :, 0] = 0
+    reference = log_probs(base.flatten(0, 1), labels.flatten(0, 1)).sum(1).reshape(-1, 2)
+    trainer = Trainer(
+        KTOTrainer,
+        model=SimpleNamespace(training=False),
+        accelerator=Accelerator(),
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=settings["beta"],
+        desirable_weight=settings.get("desirable_weight", 1.0),
+        undesirable_weight=settings.get("undesirable_weight", 1.0),
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    inputs = {
+        "input_ids": labels[:, 0].clamp(min=0),
+        "attention_mask": answered[:, 0],
+        "completion_mask": completion[:, 0],
+        "KL_input_ids": labels[:, 1].clamp(min=0),
+        "KL_attention_mask": answered[:, 1],
+        "KL_completion_mask": completion[:, 1],
+        "label": torch.tensor(DESIRABLE),
+        "ref_logps": reference[:, 0],
+        "ref_KL_logps": reference[:, 1],
+    }
+    # The trainer runs the model on the completions of other records first.
+    places = iter((1, 0))
+
+    def model(**_: Any) -> SimpleNamespace:
+        place = next(places)
+        zeros = torch.zeros_like(labels[:, 0, 1:])
+        scores = log_probs(logits[:, place], labels[:, place])
+        return SimpleNamespace(log_probs=scores, entropy=zeros, mean_logits=zeros)
+
+    loss = KTOTrainer._compute_loss(trainer, model, inputs, False)
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "kl")
+    return loss, {name: trainer._metrics["eval"][name][0] for name in names}
+
+
+def unpaired_case(settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Returns inputs and results of one case of KTO; arrays as in `case`."""
+    logits, base, labels = drawn(seed)
+    leaf = torch.tensor(logits, requires_grad=True)
+    loss, metrics = kto(leaf, torch.tensor(base), torch.tensor(labels), settings)
+    loss.backward()
+    return {
+        "settings": settings,
+        "logits": logits.tolist(),
+        "base": base.tolist(),
+        "labels": labels.tolist(),
+        "desirable": DESIRABLE,
+        "loss": loss.item(),
+        "gradient": leaf.grad.numpy().tolist(),
+        "metrics": metrics,
+    }
+
+
+def drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns drawn logits of policy and base, and labels, -100 after the end."""
     rng = np.random.default_rng(seed)
     shape = (PAIRS, 2, 1 + TOKENS, VOCABULARY)
     logits = rng.normal(size=shape).round(3)
@@ -137,6 +210,15 @@ def case(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     labels = rng.integers(0, VOCABULARY, shape[:3])
     lengths = rng.integers(1, TOKENS + 1, shape[:2])
     labels[np.arange(1 + TOKENS) > lengths[:, :, None]] = -100  # ignored
+    return logits, base, labels
+
+
+def case(settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Returns inputs and results of one case; arrays are ``[pairs, 2, 1 + tokens, ...]``."""
+    if settings["loss"] == "kto":
+        # With seed 12 the divergence is positive.
+        return unpaired_case(settings, seed + 2)
+    logits, base, labels = drawn(seed)
     run = dpo if settings["loss"] in DPO_LOSSES else without_reference
     leaf = torch.tensor(logits, requires_grad=True)
     losses = []
