@@ -84,7 +84,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     from nalora_jax.models.stacks import projection_shapes
     from nalora_jax.models.targets import resolve
     from nalora_jax.planner.estimates import useful_flops
-    from nalora_jax.planner.layouts import laid_out
+    from nalora_jax.planner.layouts import choose_axes
     from nalora_jax.planner.machines import of_devices
 
     devices, base = (
@@ -98,7 +98,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
         "train": c.TrainConfig(batch_size=rows),
         "data": c.DataConfig(max_length=options.seq),
     }
-    config = laid_out(training.run_config(work, warmup=None, **parts), base, devices)
+    config = choose_axes(training.run_config(work, warmup=None, **parts), base, devices)
     mesh = distributed.make_mesh(config.mesh, devices)
     shapes = jax.eval_shape(
         lambda key: training.random_params(base, key, options.dtype), jax.random.key(0)

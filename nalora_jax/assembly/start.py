@@ -19,7 +19,7 @@ are not lowered, and the trained adapter is plain LoRA.
 LoRA-GA (arXiv 2407.05000) uses both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]``
 of the first r triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``.
 Up to its length, the first gradient step then changes ``A B`` by the best approximation of rank 2r
-to G. The kernel is lowered by ``s A B`` (`starting_at`), so that this model, too, starts as the
+to G. The kernel is lowered by ``s A B`` (`start_from`), so that this model, too, starts as the
 base.
 
 G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``,
@@ -88,7 +88,7 @@ _FILE = "adapter.safetensors"
 GRADIENT = ("gradient", "lora_ga")  # the values of --lora.init that read batches
 
 
-def with_start(
+def prepare_start(
     assembly: Assembly, loaded: LoadedModel, data: TrainingRows, output: RunFolder
 ) -> Assembly:
     """Returns the assembly with the initial adapters that the run's settings ask for.
@@ -111,14 +111,14 @@ def with_start(
     config = assembly.config
     folder = output.folder / START
     if config.lora.init == "pissa":
-        return in_components(assembly)
+        return split_components(assembly)
     if config.lora.init in GRADIENT:
         if output.resumes:
             if config.lora.init == "gradient":
                 return assembly
             # Lowers the kernels by the same bits as before; the checkpoint has the current
             # adapters.
-            return starting_at(assembly, _read(folder, assembly))
+            return start_from(assembly, _read(folder, assembly))
         started = time.perf_counter()
         lora = first_adapters(assembly, loaded.config, data, config.seed)
         count = config.lora.gradient_batches
@@ -126,7 +126,7 @@ def with_start(
         log.info("adapters start in the gradient of %d batches: %.1f s", count, seconds)
         if config.lora.init == "gradient":
             return replace(assembly, state=assembly.begin(lora, config.seed))
-        assembly = starting_at(assembly, lora)
+        assembly = start_from(assembly, lora)
         processes.on_first_process(lambda: _write(folder, assembly.initial))
         return assembly
     if config.adapter and output.resumes:
@@ -156,7 +156,7 @@ def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
     return trees.unflatten(leaves | jax.device_put(starts, start_shardings))
 
 
-def starting_at(assembly: Assembly, lora: Any) -> Assembly:
+def start_from(assembly: Assembly, lora: Any) -> Assembly:
     """Returns the assembly with initial adapters ``lora``, non-zero B, on lowered kernels.
 
     The kernels are lowered by the initial update of ``lora``, so the model's outputs stay the same.
@@ -170,9 +170,9 @@ def starting_at(assembly: Assembly, lora: Any) -> Assembly:
     )
 
 
-def in_components(assembly: Assembly) -> Assembly:
+def split_components(assembly: Assembly) -> Assembly:
     """Returns the assembly with PiSSA's initial adapters, the principal components of its kernels;
-    as `starting_at`."""
+    as `start_from`."""
     params, lora = pissa_split(assembly.params, assembly.spec)
     return _lowered(assembly, params, jax.tree.map(processes.fetch, lora))
 
@@ -266,7 +266,7 @@ def gradient_adapters(
 
     With ``--lora.init gradient``, the columns have the mean length of LoRA's columns, and B is
     zero. With ``lora_ga``, B holds right singular vectors, and the caller has to lower the kernels
-    (`starting_at`).
+    (`start_from`).
 
     Args:
       assembly: the run's assembly.

@@ -201,7 +201,9 @@ def _sides(args: EvalArgs, against: str | None) -> list[Side]:
         module = model.module.clone(adapters=targets.AdapterSpec())
         sides.append(Side(against, model, module, {"params": model.base.params}))
     elif against is not None:
-        other = adapted.put_on(model, against, mesh) or adapted.load(against, **options)
+        other = adapted.attach_adapter(model, against, mesh) or adapted.load(
+            against, **options
+        )
         sides.append(Side(against, other, other.module, other.variables))
     return sides
 

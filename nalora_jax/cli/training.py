@@ -30,7 +30,7 @@ def run(
     Args:
       config: the run's settings.
       data: records, or records by split, which replace ``config.data.dataset``; see
-        `data.given.given_sources`.
+        `data.given.resolve_sources`.
       format: converts each record to an example, or to None to leave it out.
       callbacks: callbacks for log steps, evaluations and checkpoints, in addition to the
         config's.

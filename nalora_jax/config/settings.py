@@ -157,7 +157,7 @@ class AdaLoRAConfig:
         """
         return int(self.warmup_share * total), total - int(self.final_share * total)
 
-    def settled_at(self, total: int) -> int:
+    def find_final_step(self, total: int) -> int:
         """Returns the first step with the final ranks; no earlier state is exported.
 
         Without AdaLoRA it is 0.

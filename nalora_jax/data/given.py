@@ -28,7 +28,7 @@ RecordFormat = Callable[[Record], Record | None]
 Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 
 
-def formatted(base: Source, function: RecordFormat) -> SourceView:
+def format_source(base: Source, function: RecordFormat) -> SourceView:
     """Returns the records of another source, converted by a function.
 
     The function is called once for every record now, to find the records that it skips and to
@@ -72,7 +72,7 @@ def formatted(base: Source, function: RecordFormat) -> SourceView:
     return view
 
 
-def given_sources(
+def resolve_sources(
     config: DataConfig,
     *,
     data: Data | None = None,
@@ -113,7 +113,7 @@ def given_sources(
         if held != AUTO_SPLIT:  # otherwise some training records are held out
             sources[held] = open_source(config, held)
     return config, {
-        name: formatted(records, format) for name, records in sources.items()
+        name: format_source(records, format) for name, records in sources.items()
     }
 
 

@@ -33,7 +33,7 @@ from nalora_jax.data.chat_text import (
 from nalora_jax.data.pipeline import HostBatch, TrainData, packed_data
 from nalora_jax.data.questions import gold_of, held_out_indices, split_questions
 from nalora_jax.data.source import Record, Source, SourceView
-from nalora_jax.data.tokenize import Example, tokenized_texts
+from nalora_jax.data.tokenize import Example, tokenize_texts
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.preference_losses import LOSSES
 
@@ -225,7 +225,7 @@ def tokenize_pairs(
         texts = [_answer(record, config, name, tokenizer, where) for name in fields]
         return texts, has_pairs or bool(record[preference.label_field])
 
-    for index, texts, examples, desirable in tokenized_texts(
+    for index, texts, examples, desirable in tokenize_texts(
         source, indices, render, tokenizer
     ):
         where = source.where(index)

@@ -24,7 +24,7 @@ from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, VisionItem
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.sources import open_held_out, open_pair
-from nalora_jax.data.tokenize import Example, rows_of, tokenized_texts
+from nalora_jax.data.tokenize import Example, rows_of, tokenize_texts
 from nalora_jax.data.tokenizer import require_unicode
 from nalora_jax.errors import NaloraError
 
@@ -115,7 +115,7 @@ def examples_at(
         return _question(record, config, tokenizer, where)
 
     items: list[Item] = []
-    for _, texts, examples, question in tokenized_texts(
+    for _, texts, examples, question in tokenize_texts(
         read, indices, render, tokenizer, config, end=False
     ):
         if question.choices:

@@ -27,7 +27,7 @@ from nalora_jax.data.chat_text import Rendered, render_record
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, require_some, share_text
-from nalora_jax.data.tokenize import Example, fit_example, rows_of, tokenized_texts
+from nalora_jax.data.tokenize import Example, fit_example, rows_of, tokenize_texts
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def text_examples(
         text = render_record(record, config, tokenizer, where)
         return [text], len(record.get(IMAGES, ()))
 
-    for index, _, (example,), images in tokenized_texts(
+    for index, _, (example,), images in tokenize_texts(
         source, indices, render, tokenizer, config
     ):
         if not example.has_target:

@@ -74,7 +74,7 @@ def converted(
         ) from error
 
 
-def tokenized_texts(
+def tokenize_texts(
     source: Source,
     indices: Sequence[int] | np.ndarray,
     render: Callable[[Record, str], tuple[list[Rendered], T]],

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nalora_jax.assembly.program import Assembly, assemble
-from nalora_jax.assembly.start import exportable_adapter, with_start
+from nalora_jax.assembly.start import exportable_adapter, prepare_start
 from nalora_jax.common import trees
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.forms import in_turns
@@ -137,7 +137,7 @@ def build_step(
     if placed.tune:
         # Without the first values of trained weights, which would take memory.
         loaded = replace(loaded, params=assembly.params)
-    return Built(loaded, with_start(assembly, loaded, data, output), data)
+    return Built(loaded, prepare_start(assembly, loaded, data, output), data)
 
 
 def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:

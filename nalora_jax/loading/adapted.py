@@ -116,7 +116,7 @@ def load(
     return AdaptedModel(base, module, lora, located)
 
 
-def put_on(
+def attach_adapter(
     model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None
 ) -> AdaptedModel | None:
     """Returns the base of ``model`` with another adapter; None if the folder has no adapter.

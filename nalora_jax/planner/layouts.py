@@ -52,7 +52,7 @@ _USABLE_OF_HOST = (
 _LEAST_BLOCK = 1024
 
 
-def laid_out(
+def choose_axes(
     config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device] | None = None
 ) -> RunConfig:
     """Returns ``config`` with all mesh axes set to the layout with the best estimate.

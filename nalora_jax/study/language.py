@@ -167,7 +167,7 @@ class Language(Subject):
         parts = run_kind(general).parts(general)
         made = assemble(general, model.config, model.params, mesh, last=last, **parts)
         if general.lora.init == "pissa":
-            return start.in_components(made)
+            return start.split_components(made)
         return made
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
@@ -233,7 +233,7 @@ class Language(Subject):
             lora = start.first_adapters(
                 assembly, self.model(config).config, self.data(config), config.seed
             )
-            self._started = assembly, rows, start.starting_at(assembly, lora)
+            self._started = assembly, rows, start.start_from(assembly, lora)
         return self._started[2]
 
     def items(self, config: RunConfig, data: DataConfig) -> Any:

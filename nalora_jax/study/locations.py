@@ -25,27 +25,27 @@ def located(config: RunConfig, folder: Path) -> RunConfig:
       NaloraError: a path exists relative to the current folder only.
     """
     data = replace(config.data, dataset=locate_dataset(config.data.dataset, folder))
-    train = located_from(data.train_split, folder)
-    held_out = located_from(data.eval_split, folder)
+    train = resolve_place(data.train_split, folder)
+    held_out = resolve_place(data.eval_split, folder)
     data = replace(data, train_split=train, eval_split=held_out)
     parts = [config.model]
     if config.vision.trains_encoders:  # an image and a text encoder
         parts = config.model.split("+")
-    model = "+".join(located_from(part, folder, is_model=True) for part in parts)
+    model = "+".join(resolve_place(part, folder, is_model=True) for part in parts)
     return replace(config, model=model, data=data)
 
 
 def locate_dataset(dataset: str, folder: Path) -> str:
-    """Returns the text of a data set or a mixture with `located_from` applied to each part."""
+    """Returns the text of a data set or a mixture with `resolve_place` applied to each part."""
     several = components(dataset)  # (name, weight) of each part
     if len(several) == 1 and several[0][1] == 1:  # no mixture
-        return located_from(dataset, folder)
+        return resolve_place(dataset, folder)
     return ",".join(
-        f"{located_from(name, folder)}*{weight:g}" for name, weight in several
+        f"{resolve_place(name, folder)}*{weight:g}" for name, weight in several
     )
 
 
-def located_from(text: str, folder: Path, *, is_model: bool = False) -> str:
+def resolve_place(text: str, folder: Path, *, is_model: bool = False) -> str:
     """Returns a path relative to ``folder`` as seen from the current folder.
 
     Other names, such as a hub id, are returned unchanged.

@@ -120,7 +120,7 @@ class Resources(language.Subject):
         """
         task = self.protocol.tasks[run.cell.task]
         data = run.config.data
-        test = locations.located_from(task.test, self.protocol.folder)
+        test = locations.resolve_place(task.test, self.protocol.folder)
         # The error names the training split; test items must not overlap with validation items.
         self.subject(run.config).check_apart(run.config, data.eval_split, test)
         held_out = replace(data, eval_split=test, eval_limit=task.test_items)
@@ -136,7 +136,7 @@ class Resources(language.Subject):
         items = {}
         folder = self.protocol.folder
         for name, probe in self.protocol.probes.items():
-            split = locations.located_from(probe.split, folder)
+            split = locations.resolve_place(probe.split, folder)
             data = replace(
                 run.config.data,
                 dataset=locations.locate_dataset(probe.dataset, folder),

@@ -25,7 +25,7 @@ from nalora_jax.common.imports import import_files
 from nalora_jax.common.terminal import outliving_terminal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.settings import UNCHANGED
-from nalora_jax.data.given import Data, RecordFormat, given_sources
+from nalora_jax.data.given import Data, RecordFormat, resolve_sources
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
@@ -150,7 +150,7 @@ def settle(
     if not config.has_adapters:
         config = config.without_mechanisms()
     check_kind(config)
-    data_config, source = given_sources(
+    data_config, source = resolve_sources(
         config.data, data=data, source=source, format=format
     )
     for text in config.mechanisms:

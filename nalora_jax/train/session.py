@@ -297,7 +297,9 @@ class Running:
         config = self.job.config
         metrics = None
         # Earlier states have ranks that are still taken, and must not be selected for export.
-        if measured is not None and step >= config.adalora.settled_at(config.steps):
+        if measured is not None and step >= config.adalora.find_final_step(
+            config.steps
+        ):
             metrics = measured.metrics
         # The log first, so that a restored checkpoint never is of a later step than the log.
         self.output.copy_log()

@@ -134,7 +134,7 @@ def begun(lowering: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def started(assembly: Assembly, folder: Path, *, resumes: bool = True) -> Assembly:
     rows: Any = None
-    return start.with_start(assembly, LOADED, rows, Output(folder, resumes=resumes))
+    return start.prepare_start(assembly, LOADED, rows, Output(folder, resumes=resumes))
 
 
 def test_a_continuation_has_the_start_to_the_bit(made, lowering, begun, tmp_path) -> None:

@@ -11,7 +11,7 @@ from tensorflow_datasets.core import registered
 
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig, check
 from nalora_jax.data.chat_text import messages_of
-from nalora_jax.data.given import IN_MEMORY, formatted, given_sources
+from nalora_jax.data.given import IN_MEMORY, format_source, resolve_sources
 from nalora_jax.data.images.image_files import open_image
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.source import RecordsSource, components, share_text
@@ -208,11 +208,11 @@ def test_a_split_of_its_own_is_taken(tmp_path):
 
 
 def test_records_of_a_program():
-    config, source = given_sources(DataConfig(), data=iter(records("x", 40)), format=None)
+    config, source = resolve_sources(DataConfig(), data=iter(records("x", 40)), format=None)
     assert config.dataset == IN_MEMORY
     assert [len(one) for one in open_pair(config, source=source)] == [32, 8]
     splits = {"train": records("x", 9), "validation": records("y", 5)}
-    _, source = given_sources(DataConfig(), data=splits, format=None)
+    _, source = resolve_sources(DataConfig(), data=splits, format=None)
     assert [len(one) for one in open_pair(DataConfig(), source=source)] == [9, 5]
     with pytest.raises(
         NaloraError, match="source: expected a split 'third', found train, validation"
@@ -221,9 +221,9 @@ def test_records_of_a_program():
     with pytest.raises(
         NaloraError, match=r"data\['train'\], record 1: expected a dict, found a str"
     ):
-        given_sources(DataConfig(), data=[{}, "x"], format=None)
+        resolve_sources(DataConfig(), data=[{}, "x"], format=None)
     with pytest.raises(NaloraError, match="run: expected data or source, found both"):
-        given_sources(DataConfig(), data=[{}], source={}, format=None)
+        resolve_sources(DataConfig(), data=[{}], source={}, format=None)
 
 
 def test_a_function_makes_examples(write_jsonl):
@@ -234,19 +234,19 @@ def test_a_function_makes_examples(write_jsonl):
             None if record["a"] == 3 else {"prompt": record["q"], "completion": f" {record['a']}"}
         )
 
-    config, source = given_sources(DataConfig(dataset=path), format=example)
+    config, source = resolve_sources(DataConfig(dataset=path), format=example)
     assert config.dataset == path
     train, held = open_pair(config, source=source)
     assert sorted(texts(train) + texts(held)) == sorted(f"q{i}" for i in range(40) if i != 3)
     whole, source = source["train"], open_source(config, "train")
     assert whole.where(3) == f"{path}:5"  # the line after the one that was left out
-    assert formatted(source, lambda record: {"prompt": "x"}).fingerprint != whole.fingerprint
+    assert format_source(source, lambda record: {"prompt": "x"}).fingerprint != whole.fingerprint
     for function, message in (
         (lambda record: record["question"], "an example, found KeyError: 'question'"),
         (lambda record: "text", "a dict, or None, found str"),
     ):
         with pytest.raises(NaloraError, match=rf"format, {path}:1: expected {message}"):
-            formatted(source, function)
+            format_source(source, function)
 
 
 class Dataset(list):

@@ -15,7 +15,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import distributed
 from nalora_jax.mesh.machine import peak_memory
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.planner.layouts import fastest, fitting, laid_out
+from nalora_jax.planner.layouts import choose_axes, fastest, fitting
 from nalora_jax.planner.machines import of_devices, topology
 from tests import tiny
 from tests.doubles.describe import FILE, digest
@@ -56,9 +56,9 @@ def test_every_mesh_holds_every_device_or_names_the_axis(name):
         config = run(form, 2 * len(devices))
         if not fits(name, form):
             with pytest.raises(NaloraError, match=r"--mesh"):
-                distributed.make_mesh(laid_out(config, SMALL, devices).mesh, devices)
+                distributed.make_mesh(choose_axes(config, SMALL, devices).mesh, devices)
             continue
-        mesh = distributed.make_mesh(laid_out(config, SMALL, devices).mesh, devices)
+        mesh = distributed.make_mesh(choose_axes(config, SMALL, devices).mesh, devices)
         assert set(mesh.devices.flat) == set(devices)
         data, fsdp, tensor = mesh.devices.shape
         assert all(getattr(form, axis) in (0, -1, size) for axis, size in mesh.shape.items())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.assembly.program import Assembly, assemble
-from nalora_jax.assembly.start import gradient_adapters, in_components, starting_at
+from nalora_jax.assembly.start import gradient_adapters, split_components, start_from
 from nalora_jax.common import trees
 from nalora_jax.config import (
     AdaLoRAConfig,
@@ -91,8 +91,8 @@ def our_start(
     )
     made = assemble(config, *base[1:], tiny.one_device())
     if method == "LoRA-GA":
-        return starting_at(made, gradient_adapters(made, base[1], [first], 0))
-    return in_components(made) if method == "PiSSA" else made
+        return start_from(made, gradient_adapters(made, base[1], [first], 0))
+    return split_components(made) if method == "PiSSA" else made
 
 
 def their_start(

@@ -24,7 +24,7 @@ from nalora_jax.cli.training import run
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.adapted import load, put_on
+from nalora_jax.loading.adapted import attach_adapter, load
 from nalora_jax.mesh import distributed
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.new_tokens import with_added
@@ -217,7 +217,7 @@ def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
 
     def refused(adapter: Path, said: str, onto: Any = None) -> None:
         with pytest.raises(NaloraError, match=said):
-            load(adapter) if onto is None else put_on(onto, adapter)
+            load(adapter) if onto is None else attach_adapter(onto, adapter)
 
     uneven = cut(folder, tmp_path / "uneven", 50, head=49)
     refused(uneven, "as many rows of the head as of the embedding, found 50 of .* 49 of")
@@ -232,7 +232,7 @@ def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
         "of the tokens and the 48 rows .* found one with the further tokens '<go>' .48.",
         onto=plain,
     )
-    assert put_on(same, folder).base is same.base
+    assert attach_adapter(same, folder).base is same.base
     refused(renamed, "'<end-of-it>' as 49, where the model has '<out>' as 49", onto=same)
     (renamed / "tokenizer.json").write_text(words.replace('"w5"', '"v5"'))
     refused(renamed, "the tokens of the base with the base's ids")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.assembly.program import Assembly, assemble
-from nalora_jax.assembly.start import starting_at
+from nalora_jax.assembly.start import start_from
 from nalora_jax.common import trees
 from nalora_jax.config import (
     AdaLoRAConfig,
@@ -95,7 +95,7 @@ def _started(run: Assembly) -> Assembly:
     start = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), run.state.lora
     )
-    return starting_at(run, start)
+    return start_from(run, start)
 
 
 def test_runs_of_one_program_equal_their_solo_runs() -> None:
