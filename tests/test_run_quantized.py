@@ -92,6 +92,12 @@ def test_eval_of_the_run_gives_its_numbers(finished, tmp_path):
     assert found["loss"] == pytest.approx(final["loss"], rel=0.02)  # in bf16
 
 
+def test_quantized_weights_are_not_trained_themselves(configs, tmp_path):
+    config = replace(configs["fp8"], tune=("norm",), output=str(tmp_path / "run"))
+    with pytest.raises(NaloraError, match="--tune: expected a base in floats.*fp8 in blocks"):
+        nalora_run.run(config)
+
+
 @pytest.mark.parametrize("init", ["pissa", "lora_ga"])
 def test_adapters_that_begin_in_the_kernels_are_refused(configs, tmp_path, init):
     lora = replace(configs["fp8"].lora, init=init)

@@ -17,7 +17,6 @@ from nalora_jax.mesh import processes
 from nalora_jax.method.tuned import as_weights
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.hf import SafetensorsFolder
-from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.merge import merged_tensors, write_merged
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.new_tokens import tokenizer_writer
@@ -54,7 +53,8 @@ def export_model(job: Job, folder: Path, lora: Any) -> AdapterSpec:
     hf_config: Mapping[str, Any] = loaded.hf_config
     if loaded.config.tie_embeddings and not config.tie_embeddings:
         hf_config = {**hf_config, "tie_word_embeddings": False}
-    files = resolve_source(job.config.model).path
+    assert job.inputs.files is not None
+    files = job.inputs.files.resolved.path
 
     def write() -> None:
         write_merged(

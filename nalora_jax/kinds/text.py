@@ -144,7 +144,8 @@ def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
     """Loads the base model onto the mesh.
 
     Raises:
-      NaloraError: the initial adapters are part of kernels that stay quantized.
+      NaloraError: the initial adapters are part of kernels that stay quantized, or quantized
+        weights would be trained.
     """
     started = time.perf_counter()
     kind = config.compute.quantized
@@ -153,6 +154,13 @@ def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
         held = f"{kind} and {held}"
     elif files.quantization is not None:
         stored = files.quantization.describe()
+        if config.tune:
+            raise NaloraError(
+                "--tune",
+                expected="a base in floats, whose weights can be trained",
+                found=f"{files.resolved.path}, in {stored}",
+                remedy="take the model in bfloat16, or train adapters",
+            )
         if config.lora.init in ("pissa", "lora_ga"):
             raise NaloraError(
                 f'--lora.init "{config.lora.init}"',
