@@ -159,7 +159,7 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
         "bf16_mode": "mixed",
         "learning_rate": 1e-3,
     }
-    work |= {"checkpointing": True, "compile": False}
+    work |= {"checkpointing": True, "compile": False, "full": False}
     train = stepper(adapt(base, argparse.Namespace(**work)), argparse.Namespace(**work))
 
     def step(tokens: np.ndarray) -> float:

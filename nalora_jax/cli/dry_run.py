@@ -126,8 +126,7 @@ def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     trained = trees.count_elements(adapters.adapter_shapes(base, spec))
     return [
         *lines,
-        f"trained: {trained:,} parameters, {len(spec.targets)} adapters a layer, "
-        f"{len(spec.tuned)} arrays of the model",
+        _trained(trained, spec),
         f"mechanisms: {_mechanisms(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         *_rollouts(concrete, base, mesh),
@@ -159,6 +158,19 @@ def _sizes(inputs: record.Inputs, of_epoch: int, held: str, rows: str) -> list[s
         f"{selecting} that choose the checkpoint",
         f"steps: {config.steps} of {batch} {rows}, {config.steps * batch / of_epoch:.2f} epochs",
     ]
+
+
+def _trained(parameters: int, spec: targets.AdapterSpec) -> str:
+    """Returns the line on what a run trains; stacked arrays count with all of their layers."""
+    if not spec.tuned:
+        return (
+            f"adapters: {parameters:,} trained parameters, "
+            f"{len(spec.targets)} projections a layer"
+        )
+    return (
+        f"trained: {parameters:,} parameters, {len(spec.targets)} adapters a layer, "
+        f"{len(spec.tuned)} arrays of the model"
+    )
 
 
 def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.report.inspect import _batches, layer_summary, responsive_share, save_picture
+from nalora_jax.report.inspect import (
+    batches_of_texts,
+    layer_summary,
+    responsive_share,
+    save_picture,
+)
 from tests import tiny
 
 CUTS = (-1.2785, 0.0, 4.485)
@@ -104,4 +109,4 @@ def test_texts_without_tokens_are_refused(sums):
         layer_summary(sums | {"tokens": np.array([400.0, 0.0, 400.0])})
     message = "inspect: texts: expected at least one text with a token in it, found 2 texts"
     with pytest.raises(NaloraError, match=message):
-        next(_batches(tiny.word_tokenizer(), ["", " "], 8))
+        next(batches_of_texts(tiny.word_tokenizer(), ["", " "], 8))
