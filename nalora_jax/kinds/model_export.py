@@ -67,14 +67,14 @@ def export_model(job: Job, folder: Path, lora: Any) -> AdapterSpec:
             tokenizer=tokenizer_writer(loaded, files=files),
             overwrite=True,
         )
-        _check_files(folder, merged_tensors(config, weights, adapters, spec))
+        check_files(folder, merged_tensors(config, weights, adapters, spec))
 
     processes.on_first_process(write)
     log.info("model: %s (read back: equal)", folder)
     return job.assembly.spec
 
 
-def _check_files(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+def check_files(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
     """Checks that a folder has these tensors, bit for bit.
 
     Raises:

@@ -123,7 +123,7 @@ def _preactivations(
     _, found = _apply(plain, dict(variables), tokens, segments)
     paths = {}
     for path, leaf in trees.flatten(
-        found[PREACTIVATIONS], lambda x: isinstance(x, tuple)
+        found.get(PREACTIVATIONS, {}), lambda x: isinstance(x, tuple)
     ).items():
         paths[path.removesuffix("/z")] = leaf[0]
     return paths

@@ -126,8 +126,26 @@ def compared(first: str, second: str) -> Call:
     return call
 
 
+EXPERTS = tiny.HF | {
+    "model_type": "qwen3_moe",
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
+
+
+def of_experts(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    base = tiny.make_model(folder / "base", EXPERTS)
+    tiny.make_adapter(folder / "adapter", base, [cfg.LoRARule("attn/q_proj", 2)])
+    model = load(folder / "adapter", dtype="float32")
+    compare_gates(model, model, TEXTS)
+
+
 REFUSALS: dict[str, tuple[Call, str]] = {
     "no adapter": (compared("base", "base"), "expected a model with an adapter, whose base is"),
+    "experts alone": (of_experts, "expected a model with dense self-gated blocks, found qwen3_moe"),
     "another shape": (compared("adapter", "wide"), "--against: expected a run of .*another shape"),
 }
 test_it_is_refused = table_test(REFUSALS)

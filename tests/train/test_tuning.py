@@ -20,6 +20,7 @@ from nalora_jax import config as cfg
 from nalora_jax.assembly.program import Assembly, assemble
 from nalora_jax.common import trees
 from nalora_jax.errors import Interrupted
+from nalora_jax.kinds.model_export import check_files
 from nalora_jax.loading.adapted import load
 from nalora_jax.mesh.distributed import make_global_batch
 from nalora_jax.method.tuned import as_weights
@@ -225,10 +226,21 @@ def specified(raw: dict[str, Any], *tune: str) -> Call:
     return lambda patch, folder: adapter_spec(cfg.RunConfig(tune=tune), ModelConfig.from_hf(raw))
 
 
+def other_files(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    base = tiny.make_model(folder / "model")
+    model = load(base, dtype="float32").base
+    tensors = merged_tensors(model.config, model.params, None, AdapterSpec())
+    check_files(base, ((name, tensor + 1) for name, tensor in tensors))
+
+
 REFUSALS: dict[str, tuple[Call, str]] = {
     "a pattern without a match": (
         specified(tiny.HF, "gaet_proj"),
         "--tune: expected every pattern to match something, found 'gaet_proj'",
+    ),
+    "files that are not the trained weights": (
+        other_files,
+        "expected the trained weights, found others",
     ),
     "weights of experts": (
         specified(EXPERTS, "ffn/.*(gate|up|down)_proj"),
