@@ -514,7 +514,11 @@ def program_shape(
       >>> program_shape(64, 16, 256), program_shape(64, 16, 8), program_shape(8, 8, 1)
       ((64, 256, 4), (32, 32, 16), (8, 8, 8))
     """
+    # Parts of a group: the fewest equal ones of which every shard gets one.
     divisors = (n for n in range(1, samples + 1) if samples % n == 0)
     parts = next((n for n in divisors if n * prompts >= shards), samples)
-    of_shard = min(max(rows * parts // samples, 1), -(-prompts * parts // shards))
+    # Parts on each shard: as many as its rows hold, at most those that all prompts have.
+    that_fit = max(rows * parts // samples, 1)
+    of_all_prompts = math.ceil(prompts * parts / shards)
+    of_shard = min(that_fit, of_all_prompts)
     return of_shard * shards // parts, of_shard * shards, samples // parts

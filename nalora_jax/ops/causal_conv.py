@@ -39,8 +39,15 @@ causal_conv.defvjp(_causal_conv_fwd, _causal_conv_bwd)
 def _weighed(x: Array, kernel: Array, segments: Array, *, ahead: bool) -> Array:
     """Returns each token's sum over its segment, float32 ``[batch, seq, channels]``.
 
-    The sum is over the token and the ``width - 1`` tokens before it, or after it with ``ahead``.
-    All terms are slices of one padded array, so that XLA adds them in one pass over memory.
+    The sum is over the token and the ``width - 1`` tokens before it, or after it with ``ahead``: a
+    token at distance d has the weight ``kernel[width - 1 - d]``. All terms are slices of one padded
+    array, so that XLA adds them in one pass over memory.
+
+    Args:
+      x: ``[batch, seq, channels]``.
+      kernel: ``[width, channels]``; the last row is the token's own weight.
+      segments: int ``[batch, seq]``.
+      ahead: add tokens after each token.
     """
     width = kernel.shape[0]
     seq = x.shape[1]
@@ -52,7 +59,10 @@ def _weighed(x: Array, kernel: Array, segments: Array, *, ahead: bool) -> Array:
     ids = jnp.pad(segments, ((0, 0), sides), constant_values=-1)
     terms = [x.astype(jnp.float32) * kernel[-1][None, None]]
     for distance in range(1, width):
-        first = distance if ahead else width - 1 - distance
+        # Place in the padded array of the first token's neighbor at this distance.
+        first = width - 1 - distance
+        if ahead:
+            first = distance
         same = (ids[:, first : first + seq] == segments)[..., None]
         neighbor = padded[:, first : first + seq].astype(jnp.float32)
         shifted = jnp.where(same, neighbor, 0.0)

@@ -288,7 +288,15 @@ def sigmoid_router(f: Fields, counts: Features) -> RouterSpec:
     ``n_group`` groups of experts."""
     normalize = f.flag("norm_topk_prob")
     scale = f.number("routed_scaling_factor")
-    return RouterSpec("sigmoid", normalize, True, *expert_groups(f, counts), scale)
+    groups, kept = expert_groups(f, counts)
+    return RouterSpec(
+        scores="sigmoid",
+        normalize=normalize,
+        correction=True,
+        groups=groups,
+        groups_kept=kept,
+        scale=scale,
+    )
 
 
 # The layer that predicts further tokens.
