@@ -85,7 +85,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     from nalora_jax.models.targets import resolve
     from nalora_jax.planner.estimates import useful_flops
     from nalora_jax.planner.layouts import choose_axes
-    from nalora_jax.planner.machines import of_devices
+    from nalora_jax.planner.machines import describe_machine
 
     devices, base = (
         jax.devices(),
@@ -118,7 +118,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     record = timed(step, options, rows, base.vocab_size)
     spec, where = (
         resolve(config.lora, projection_shapes(base), base.n_layers),
-        of_devices(devices),
+        describe_machine(devices),
     )
     flops = useful_flops(base, spec, options.rows, options.seq)
     return {

@@ -39,8 +39,8 @@ from nalora_jax.mesh import distributed
 from nalora_jax.planner.abstract_step import devices, step_and_arguments
 from nalora_jax.planner.decide import EXHAUSTED, Compiled, Tried, decide
 from nalora_jax.planner.estimates import Layout
-from nalora_jax.planner.figures import of_compiled, roofline
-from nalora_jax.planner.layouts import fitting
+from nalora_jax.planner.figures import measure_compiled, roofline
+from nalora_jax.planner.layouts import fitting_layouts
 from nalora_jax.planner.machines import topology
 
 RECORD = Path(__file__).parent / "results" / "plan_accuracy.jsonl"
@@ -81,7 +81,7 @@ def compile_one(pair: Pair, layout: Layout) -> dict[str, Any]:
         "jax": jax.__version__,
     }
     try:
-        figures = of_compiled(step.lower(*arguments).compile())
+        figures = measure_compiled(step.lower(*arguments).compile())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -113,7 +113,7 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Tried, Layout, dict[str, Any
       NotRecorded: a program is not recorded, and ``compiles`` is False.
     """
     where = topology(pair.machine)
-    layouts = fitting(pair.config, pair.base, where)
+    layouts = fitting_layouts(pair.config, pair.base, where)
 
     def compiled(layout: Layout) -> Compiled:
         key = (str(pair), layout.short, options_of(pair, layout))
@@ -140,7 +140,7 @@ def _one(request: str) -> None:
     """Runs the process of `_compile_apart`."""
     what = json.loads(request)
     pair, where = Pair(**what["pair"]), topology(what["pair"]["machine"])
-    layouts = fitting(pair.config, pair.base, where)
+    layouts = fitting_layouts(pair.config, pair.base, where)
     (layout,) = (
         candidate for candidate in layouts if candidate.short == what["layout"]
     )

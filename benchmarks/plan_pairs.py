@@ -12,7 +12,7 @@ from nalora_jax.config import DataConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.planner.layouts import fitting
+from nalora_jax.planner.layouts import fitting_layouts
 from nalora_jax.planner.machines import topology
 
 # As published in the models' repositories: width, FFN, layers, heads, KV heads, head size,
@@ -170,7 +170,7 @@ def _parameters(base: ModelConfig) -> int:
 def _fits(pair: Pair) -> bool:
     """Returns True if a layout is estimated to fit."""
     try:
-        fitting(pair.config, pair.base, topology(pair.machine))
+        fitting_layouts(pair.config, pair.base, topology(pair.machine))
     except NaloraError:
         return False
     return True

@@ -102,11 +102,11 @@ def without_statistics(step: Any) -> Any:
     """
     import jax
 
-    from nalora_jax.method.transform import with_gate_state
+    from nalora_jax.method.transform import replace_gate_state
 
     def plain(params: Any, state: Any, batch: Any) -> Any:
         new, metrics = step(params, state, batch)
-        opt_state = with_gate_state(new.opt_state, state.gate)
+        opt_state = replace_gate_state(new.opt_state, state.gate)
         return new._replace(opt_state=opt_state), {"loss": metrics["loss"]}
 
     return jax.jit(plain, donate_argnums=1)

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from nalora_jax.common import notes, terminal
-from nalora_jax.common.redaction import redacted
+from nalora_jax.common.redaction import redact
 from nalora_jax.errors import (
     Interrupted,
     ListedError,
@@ -60,15 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         execute(_take_log_format(words))
 
     lasts = any(word in _LASTING for word in words[:1])
-    with terminal.outliving_terminal() if lasts else terminal.lasting("stderr"):
-        status = guarded(run)
+    with terminal.outlive_terminal() if lasts else terminal.replace_streams("stderr"):
+        status = guard(run)
     if argv is None and status == 128 + signal.SIGTERM:
         # The process ends now: the same request, sent twice, must not kill it instead.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return status
 
 
-def guarded(run: Callable[[], None]) -> int:
+def guard(run: Callable[[], None]) -> int:
     """Returns the exit status of ``run``; an error that is not a bug is printed in one line."""
     notes.log_to_stderr()
     try:
@@ -84,7 +84,7 @@ def guarded(run: Callable[[], None]) -> int:
     except NaloraError as error:
         return _fail(str(error))
     except Interrupted as stopped:
-        print(redacted(visible(str(stopped))), file=sys.stderr)
+        print(redact(visible(str(stopped))), file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -131,10 +131,10 @@ def _jax_complaint(error: Exception) -> str | None:
 
 
 def _fail(*lines: str) -> int:
-    message = redacted(visible("\n  ".join(" ".join(line.split()) for line in lines)))
+    message = redact(visible("\n  ".join(" ".join(line.split()) for line in lines)))
     print(
         json.dumps({"level": "ERROR", "message": message})
-        if notes.as_json()
+        if notes.writes_json()
         else f"error: {message}",
         file=sys.stderr,
     )

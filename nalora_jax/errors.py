@@ -115,14 +115,14 @@ def visible(text: str) -> str:
     return escaped.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def shown(value: object) -> str:
+def abbreviate(value: object) -> str:
     """Returns the beginning of a value's representation, for messages; "nothing" for None."""
     if value is None:
         return "nothing"
     return repr(value)[:80]
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Returns type and message of an error of the user's code, whose message may fail to print."""
     return f"{type(error).__name__}: {_text(error)}"
 

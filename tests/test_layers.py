@@ -137,7 +137,7 @@ def test_shardings_are_made_in_few_modules(modules: dict[str, Module]) -> None:
 # An axis as a string: a word that means nothing else, or any in a place for axes.
 AXIS_WORDS = re.compile(r"\"(fsdp|tensor)\"")
 AXIS_PLACES = re.compile(
-    r"\.shape(\[|\.get\()\"|\b(P|of_mesh|batch_sharding)\([^()]*\"|axis_name=\"|sizes\[\""
+    r"\.shape(\[|\.get\()\"|\b(P|mesh_sharding|batch_sharding)\([^()]*\"|axis_name=\"|sizes\[\""
 )
 
 

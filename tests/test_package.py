@@ -17,7 +17,7 @@ import pytest
 
 import nalora_jax
 from nalora_jax import config
-from nalora_jax.__main__ import guarded
+from nalora_jax.__main__ import guard
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.evaluate.generate import GenerationSettings
 
@@ -81,14 +81,14 @@ def test_control_characters_of_a_message_are_escaped(capsys: pytest.CaptureFixtu
     def missing() -> None:
         raise FileNotFoundError(20, "Not a directory\x1b[2J", "a\x1b]0;title\x07")
 
-    assert guarded(missing) == 2
+    assert guard(missing) == 2
     assert capsys.readouterr().err == "error: a\\x1b]0;title\\x07: Not a directory\\x1b[2J\n"
 
 
 DEVICES = """
 import sys
-from nalora_jax.__main__ import guarded
-sys.exit(guarded(lambda: __import__("jax").devices()))
+from nalora_jax.__main__ import guard
+sys.exit(guard(lambda: __import__("jax").devices()))
 """
 
 

@@ -81,7 +81,7 @@ def stop_first_process(patch: pytest.MonkeyPatch, _: Path) -> None:
     patch.setattr(processes.jax, "process_index", lambda: 1)
     patch.setattr(processes.jax, "process_count", lambda: 2)
     patch.setattr(processes.multihost_utils, "broadcast_one_to_all", lambda _: True)
-    processes.on_first_process(lambda: None)
+    processes.run_on_first_process(lambda: None)
 
 
 def lose_a_peer(_: pytest.MonkeyPatch, __: Path) -> None:
@@ -92,7 +92,7 @@ def fit_sweep(mesh: cfg.MeshConfig, memory: float = 16e9) -> None:
     config = cfg.RunConfig(data=cfg.DataConfig(max_length=128), mesh=mesh)
     where = machines.topology("v5e:4x4")
     chip = replace(where.chip, memory=memory)
-    layouts.fitting_sweep(config, SMALL, replace(where, chip=chip), 3)
+    layouts.fitting_sweep_layouts(config, SMALL, replace(where, chip=chip), 3)
 
 
 REFUSALS: dict[str, tuple[Call, str]] = {

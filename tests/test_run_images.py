@@ -21,7 +21,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.cli.training import run
 from nalora_jax.common.trees import flatten
-from nalora_jax.data.images.image_chat import asked
+from nalora_jax.data.images.image_chat import question_tokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.adapted import load
 from nalora_jax.loading.adapted_dual import load_adapted_dual
@@ -203,7 +203,7 @@ def test_peft_loads_the_adapter_and_transformers_computes_the_same(chatting, cha
     adapted = load(str(folder), dtype="float32")
     tokenizer, processor = adapted.base.tokenizer, adapted.base.processor
     picture = Image.open(chats.parent / "green0.png").convert("RGB")
-    ids = np.array([asked(QUESTION, 1, tokenizer, chat=True)], np.int32)
+    ids = np.array([question_tokens(QUESTION, 1, tokenizer, chat=True)], np.int32)
     pixels = processor.normalise(processor(picture)["pixels"][None, None])
 
     @jax.jit

@@ -30,8 +30,8 @@ from nalora_jax.ops.losses import (
 )
 from nalora_jax.ops.reductions import count
 from nalora_jax.ops.shardings import UNSHARDED, Shardings
-from nalora_jax.ops.split_rows import joined, shards_of, split
-from nalora_jax.ops.storage import Trained, in_stored_layout
+from nalora_jax.ops.split_rows import join_parts, shards_of, split_parts
+from nalora_jax.ops.storage import Trained, restore_layout
 
 # Collections that the adapted model has in addition to the base's.
 _ADAPTED = ("lora", "gate_mask", "gate_taps")
@@ -110,7 +110,7 @@ class NextToken:
 
     def parts(self, values: jax.Array) -> jax.Array:
         """Returns values of tokens ``[rows, seq]`` in the layout of the hidden states."""
-        return split(values, self.shardings.rows)
+        return split_parts(values, self.shardings.rows)
 
     def trained_head(
         self, lora: Mapping[str, Any], params: Any
@@ -145,7 +145,7 @@ class NextToken:
             # another one for the loss, and transpose.
             if sharding is not self.shardings.head[-1]:
                 kernel = jax.tree.map(
-                    lambda x: in_stored_layout(x, self.numerics), kernel
+                    lambda x: restore_layout(x, self.numerics), kernel
                 )
         return kernel
 
@@ -207,7 +207,7 @@ class NextToken:
             compact=self.is_compact,
             shards=self.batch_shards,
         )
-        return joined(losses, self.shardings.rows, batch["tokens"].shape[1])
+        return join_parts(losses, self.shardings.rows, batch["tokens"].shape[1])
 
     def _chunk(self, hidden: jax.Array) -> int:
         """Returns the rows of a chunk of logits on a device; 0 leaves it to the loss.

@@ -226,7 +226,7 @@ _ADALORA = 4  # best rate 1.6e-2 in studies/full_ffn_table
 _ADAPTIVE = ("adamw", "adam", "adafactor")
 
 
-def with_learning_rate(
+def resolve_learning_rate(
     config: RunConfig, width: int = 0, of_kind: float = 1.0
 ) -> RunConfig:
     """Returns ``config`` with a concrete learning rate in place of 0, the automatic choice.

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from nalora_jax.assembly.adalora import adalora
 from nalora_jax.assembly.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.assembly.objectives import NextToken
-from nalora_jax.assembly.optimizers import make_optimizer, with_learning_rate
+from nalora_jax.assembly.optimizers import make_optimizer, resolve_learning_rate
 from nalora_jax.assembly.state_metrics import StateMetrics
 from nalora_jax.common.devices import TENSOR
 from nalora_jax.config import ComputeConfig, RunConfig
@@ -46,11 +46,11 @@ from nalora_jax.method.step import (
     make_train_step,
 )
 from nalora_jax.method.transform import Mechanisms, nalora
-from nalora_jax.method.tuned import keep_other_layers, without_tuned
+from nalora_jax.method.tuned import keep_other_layers, remove_tuned
 from nalora_jax.models.adapters import adapter_shapes, adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.remat import chosen_experts, chosen_remat
+from nalora_jax.models.remat import select_expert_kernel, select_remat
 from nalora_jax.models.stacks import gate_blocks, key_heads, stacks
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import numerics_for
@@ -119,7 +119,7 @@ class RunProgram:
             step,
             # The state.
             donate_argnums=(1,),
-            out_shardings=(places, distributed.replicated(self.mesh)),
+            out_shardings=(places, distributed.replicated_sharding(self.mesh)),
             compiler_options=distributed.compiler_options(self.mesh),
         )
         if self.config.debug.check_gates:
@@ -201,7 +201,7 @@ def decoder_program(
 
     lora = adapter_shapes(base, spec)
     blocks = measured_blocks(base, spec)
-    config = with_learning_rate(config, base.d_model)
+    config = resolve_learning_rate(config, base.d_model)
     return run_program(
         config, model, lora, mesh, objective_of, blocks, base.activation, last=last
     )
@@ -230,10 +230,10 @@ def build_model(
         base,
         spec,
         numerics,
-        remat=chosen_remat(compute.remat, base.d_model, numerics),
+        remat=select_remat(compute.remat, base.d_model, numerics),
         stats=gate_stats(config, shardings),
         shardings=shardings,
-        experts=chosen_experts(compute.experts, compute.remat),
+        experts=select_expert_kernel(compute.experts, compute.remat),
     )
 
 
@@ -466,12 +466,12 @@ def assemble(
     if spec is None:
         spec = adapter_spec(config, base)
     lora = init_lora(base, spec, jax.random.key(config.seed), params)
-    params = without_tuned(params, lora)
+    params = remove_tuned(params, lora)
     if like is None or like.spec != spec:
         program = decoder_program(
             config, base, spec, mesh, last=last, objective=objective, module=module
         )
-        return assembled(program, params, lora)
+        return build_assembly(program, params, lora)
     program = decoder_program(
         config, base, spec, mesh, last=last, objective=objective, model=like.model
     )
@@ -481,7 +481,7 @@ def assemble(
     return replace(like, config=config, **changes)
 
 
-def assembled(program: RunProgram, params: Any, lora: Any) -> Assembly:
+def build_assembly(program: RunProgram, params: Any, lora: Any) -> Assembly:
     """Returns the assembly of a program with weights and initial adapters, whose B is 0."""
     places = program.places(lora)
     seed = program.config.seed

@@ -87,7 +87,7 @@ def step_of_runs(
             out_specs=P(RUN_AXIS),
             check_vma=False,
         )
-    out = distributed.stacked_sharding(mesh, distributed.replicated(mesh))
+    out = distributed.stacked_sharding(mesh, distributed.replicated_sharding(mesh))
     options = distributed.compiler_options(mesh)
     return jax.jit(
         of_runs, donate_argnums=1, out_shardings=(places, out), compiler_options=options

@@ -59,7 +59,6 @@ from nalora_jax.common.folders import START, RunFolder, new_folder
 from nalora_jax.data.pipeline import TrainingRows
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.initial_adapter import read_initial, warn_if_changed
-from nalora_jax.loading.initial_adapter import with_adapter as with_adapter
 from nalora_jax.mesh import distributed, processes, sharding
 from nalora_jax.method import statistics
 from nalora_jax.method.low_rank import find_gates
@@ -127,7 +126,7 @@ def prepare_start(
         if config.lora.init == "gradient":
             return replace(assembly, state=assembly.begin(lora, config.seed))
         assembly = start_from(assembly, lora)
-        processes.on_first_process(lambda: _write(folder, assembly.initial))
+        processes.run_on_first_process(lambda: _write(folder, assembly.initial))
         return assembly
     if config.adapter and output.resumes:
         warn_if_changed(config)

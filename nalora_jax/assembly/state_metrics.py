@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
-from nalora_jax.mesh.distributed import replicated
+from nalora_jax.mesh.distributed import replicated_sharding
 from nalora_jax.method.step import TrainState
 from nalora_jax.method.transform import Mechanisms, own_factors
 from nalora_jax.models.targets import AdapterSpec
@@ -32,7 +32,7 @@ class StateMetrics:
     def __init__(self, mechanisms: Mechanisms, spec: AdapterSpec, mesh: Mesh) -> None:
         self.mechanisms = mechanisms
         self.spec = spec
-        self._compiled = jax.jit(self.compute, out_shardings=replicated(mesh))
+        self._compiled = jax.jit(self.compute, out_shardings=replicated_sharding(mesh))
 
     def compile_ahead(self, state: TrainState) -> None:
         """Compiles for states like this one, so that no step's tokens/s includes this time."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from etils import epy
 from tyro.conf import arg
 
-from nalora_jax.cli.outputs import mesh_of, shown_model
+from nalora_jax.cli.outputs import mesh_of, name_model
 from nalora_jax.cli.parser import ModelArgs
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import VisionConfig
@@ -139,8 +139,8 @@ class _Talk:
         self.generator = generate.Generator(
             module, variables, base.tokenizer, mesh=self.mesh, processor=base.processor
         )
-        self.name = shown_model(self.model.located.base, adapter)
-        if adapter is not None and located.trained_in_turns(adapter) is False:
+        self.name = name_model(self.model.located.base, adapter)
+        if adapter is not None and located.was_trained_in_turns(adapter) is False:
             _say(
                 f"warning: {adapter} was trained on prompts without a chat template; "
                 "nalora generate --prompt uses none"

@@ -83,10 +83,10 @@ def execute(argv: Sequence[str]) -> None:
     # A run that starts from an adapter, unless it is resumed with the recorded digest.
     if name == "train" and args.run.adapter and not args.run.adapter_sha256:
         # here, since help needs no JAX
-        from nalora_jax.loading.initial_adapter import with_adapter
+        from nalora_jax.loading.initial_adapter import take_adapter_settings
 
         # The run takes the adapter's settings, unless the command line names others.
-        run = with_adapter(args.run, named=_name_settings(argv))
+        run = take_adapter_settings(args.run, named=_name_settings(argv))
         args = replace(args, run=run)
     VERBS[name].handler(args)
 

@@ -24,8 +24,8 @@ import yaml
 
 from nalora_jax.common.imports import execute_file
 from nalora_jax.config import LoRARule, RunConfig
-from nalora_jax.config.structured import first_wrong, structured, type_name
-from nalora_jax.errors import NaloraError, described
+from nalora_jax.config.structured import first_wrong, parse_dataclass, type_name
+from nalora_jax.errors import NaloraError, describe_error
 
 _ENDINGS = (".yaml", ".yml", ".json")
 
@@ -58,7 +58,7 @@ def load_config(path: str | Path) -> RunConfig:
         raise
     except BaseException as error:  # includes errors that the file raises
         raise _bad_config(
-            path, "config() to return a RunConfig", described(error)
+            path, "config() to return a RunConfig", describe_error(error)
         ) from error
     if not isinstance(config, RunConfig):
         raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
@@ -99,7 +99,7 @@ def settings_of(values: Any, path: Path) -> RunConfig:
     """
     if values is None:  # an empty file
         values = {}
-    config = structured(RunConfig, values, f"--config {path}: ")
+    config = parse_dataclass(RunConfig, values, f"--config {path}: ")
     if config.imports:
         raise NaloraError(
             f"--config {path}",
@@ -110,7 +110,7 @@ def settings_of(values: Any, path: Path) -> RunConfig:
     return config
 
 
-def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
+def format_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
     """Returns settings as a YAML file that `load_config` reads as equal settings.
 
     Args:

@@ -137,7 +137,7 @@ def _kernels(problems: list[str]) -> Iterator[tuple[str, str]]:
     yield "kernels", ", ".join(kinds) or "none"
     yield "memory", f"{_size(free)} free of {_size(total)}"
     try:
-        used = library.chosen() or "none: matmuls are XLA's"
+        used = library.select_kernels() or "none: matmuls are XLA's"
         yield "in use", used
         yield "compiler", library.find_compiler()
     except NaloraError as error:

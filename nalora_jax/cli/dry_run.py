@@ -18,7 +18,7 @@ from nalora_jax.assembly.mechanisms import first_step, log_first_step, mechanism
 from nalora_jax.cli import config_files
 from nalora_jax.common import devices, trees
 from nalora_jax.config import RunConfig
-from nalora_jax.config.structured import dotted
+from nalora_jax.config.structured import flatten_settings
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.run_log import recorded_settings
@@ -32,10 +32,15 @@ from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
 from nalora_jax.models import adapters, decoder, stacks, targets
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.remat import select_remat
 from nalora_jax.ops import dispatch, storage
 from nalora_jax.planner import estimates, layouts
-from nalora_jax.planner.machines import MATRIX_SHARE, Topology, of_devices, topology
+from nalora_jax.planner.machines import (
+    MATRIX_SHARE,
+    Topology,
+    describe_machine,
+    topology,
+)
 from nalora_jax.train import session
 
 
@@ -58,7 +63,7 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
         recorded = None
         if run.resume:
             recorded = recorded_settings(run.output)
-        adapted_runs.append(initial_adapter.with_adapter(run, recorded))
+        adapted_runs.append(initial_adapter.take_adapter_settings(run, recorded))
     runs = adapted_runs
     kind = record.run_kind(runs[0])
     inputs = kind.open_inputs(runs[0], None)
@@ -66,7 +71,9 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
         lines = _describe(inputs, runs)
     else:
         lines = _describe_encoders(inputs, kind.describe(inputs)) + _differences(runs)
-    print(config_files.as_yaml(inputs.config, changed_only=not every_setting), end="")
+    print(
+        config_files.format_yaml(inputs.config, changed_only=not every_setting), end=""
+    )
     print("\n".join(f"# {line}" for line in lines))
 
 
@@ -109,7 +116,7 @@ def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
         if run.model == runs[0].model:
             adapters.adapter_spec(run, base)  # raises for rules that match nothing
             rate = record.run_kind(run).rate
-            run = optimizers.with_learning_rate(run, base.d_model, rate)
+            run = optimizers.resolve_learning_rate(run, base.d_model, rate)
         settings.append(run)
     size = sum(map(math.prod, stacks.param_shapes(base).values()))
     lines = [f"base model: {size:,} parameters, {files.resolved.path}"]
@@ -238,7 +245,7 @@ def _differences(runs: Sequence[RunConfig]) -> list[str]:
     """
     if len(runs) == 1:
         return []
-    rows = [dict(dotted(config_files.plain_settings(run))) for run in runs]
+    rows = [dict(flatten_settings(config_files.plain_settings(run))) for run in runs]
     first = rows[0]
     lines = [f"{len(runs)} runs, the first one as above:"]
     for run, row in zip(runs, rows, strict=True):
@@ -271,14 +278,14 @@ def _memory(
     numerics = dispatch.numerics_for(
         config.compute.dtype, platform_of(mesh), config.compute.implementation
     )
-    remat = chosen_remat(config.compute.remat, base.d_model, numerics)
+    remat = select_remat(config.compute.remat, base.d_model, numerics)
     data, fsdp, context, tensor = sizes.values()
     placed = estimates.Layout(
         data, fsdp, tensor, remat, config.compute.experts, context=context
     )
     # Bytes do not depend on the machine; times of an unknown machine are measured, for rewards
     # only.
-    where = of_devices(list(mesh.devices.flat))
+    where = describe_machine(list(mesh.devices.flat))
     if where is None:
         if record.run_kind(config).draws_samples:
             where = _this_machine(config, mesh)
@@ -293,7 +300,7 @@ def _memory(
     }
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     lines = [
-        f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
+        f"mesh: {distributed.describe_axes(sizes)}, remat {remat}",
         f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",
     ]
     if record.run_kind(config).draws_samples:

@@ -26,7 +26,7 @@ with epy.lazy_imports():  # on first use: help needs no JAX
 
 def mesh_of(config: MeshConfig) -> jax.sharding.Mesh | None:
     """Returns the mesh over as many devices as its axes need (-1: all); None for one device."""
-    return distributed.unless_single(distributed.smallest_mesh(config))
+    return distributed.multi_device_mesh(distributed.smallest_mesh(config))
 
 
 def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
@@ -35,7 +35,7 @@ def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
     return run.vision.trains_encoders
 
 
-def shown_model(base: str, adapter: Path | None) -> str:
+def name_model(base: str, adapter: Path | None) -> str:
     """Returns the names of a base and its adapter in one line."""
     if adapter is None:
         return base
@@ -55,7 +55,7 @@ def data_settings(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig
     return replace(config_from_dict(run).data, **changed)
 
 
-def shown_output(path: Path) -> str:
+def name_output(path: Path) -> str:
     """Returns an --output as the user wrote it; `Path` drops a slash of a URL."""
     return buckets.bucket_url(path) or str(path)
 

@@ -180,7 +180,7 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
             record = sweep.to_dict()
             lines = plan_report.describe_sweep(sweep, **shown)
         elif args.estimate:
-            layout = layouts.fastest(layouts.fitting(config, base, machine))
+            layout = layouts.fastest(layouts.fitting_layouts(config, base, machine))
             rate = config.train.batch_size * config.data.max_length / layout.seconds
             record = plan_report.common_fields(config, machine) | {
                 "memory": layout.memory,

@@ -99,13 +99,15 @@ def generate(args: cli.GenerateArgs) -> None:
     pixels = []
     if pictures:
         in_turns = tokenizer.chat_template is not None and args.chat is not False
-        tokens = image_chat.asked(prompt, len(pictures), tokenizer, chat=in_turns)
+        tokens = image_chat.question_tokens(
+            prompt, len(pictures), tokenizer, chat=in_turns
+        )
         assert processor is not None
         pixels = [processor(picture)["pixels"] for picture in pictures]
     else:
         in_turns = bool(args.chat)
         if args.chat is None and adapter is not None:
-            in_turns = bool(located.trained_in_turns(adapter))
+            in_turns = bool(located.was_trained_in_turns(adapter))
         if in_turns:
             messages = messages or asked
         if messages is not None:
@@ -140,7 +142,7 @@ def export(args: cli.ExportArgs) -> None:
         name, adapter = (args.model, args.run)
     else:
         name, adapter = (str(args.run), None)
-    output = outputs.shown_output(args.output)
+    output = outputs.name_output(args.output)
     if outputs.is_dual(name, adapter):
         if args.target != "peft":
             raise NaloraError(
@@ -234,7 +236,7 @@ def merge(args: cli.MergeArgs) -> None:
         "card": card(model, "merged"),
     }
     merging.write_merged(args.output, config, params, model.lora, spec, **options)
-    print(f"{outputs.shown_output(args.output)}: merged model in {args.dtype}")
+    print(f"{outputs.name_output(args.output)}: merged model in {args.dtype}")
 
 
 def inspect(args: cli.InspectArgs) -> None:
@@ -277,7 +279,7 @@ def inspect(args: cli.InspectArgs) -> None:
     summary = inspection.inspect_texts(
         model, texts, max_length=args.max_length, seed=args.seed
     )
-    name = outputs.shown_model(model.located.base, model.located.adapter)
+    name = outputs.name_model(model.located.base, model.located.adapter)
     title = f"{name}: {model.base.config.activation} gates on {len(texts)} texts"
     print(inspection.layer_table(summary, title))
     if args.picture is not None:
@@ -355,7 +357,7 @@ def from_peft(args: cli.FromPeftArgs) -> None:
         )
     settings, notes = peft_settings.convert_peft_config(values)
     config = check(config_files.settings_of(settings, path))
-    content = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(
+    content = "".join(f"# {note}\n" for note in notes) + config_files.format_yaml(
         config, changed_only=True
     )
     if args.output is None:

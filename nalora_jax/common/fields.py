@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nalora_jax.errors import NaloraError, shown
+from nalora_jax.errors import NaloraError, abbreviate
 
 # Fields in which null has a meaning: no dropout, cap or window, no low-rank queries, or as many
 # heads as for queries; for the base wavelength it means the default.
@@ -78,7 +78,9 @@ class Fields:
             value = int(value)
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         if not is_integer or not low <= value <= high:
-            raise self.error(name, f"a whole number from {low} to {high}", shown(value))
+            raise self.error(
+                name, f"a whole number from {low} to {high}", abbreviate(value)
+            )
         return int(value)
 
     def number(
@@ -101,7 +103,7 @@ class Fields:
         in_range = is_number and 0 <= value <= _LARGEST  # false for NaN, too
         if in_range and (zero or value != 0):
             return float(value)
-        raise self.error(name, expected, shown(value))
+        raise self.error(name, expected, abbreviate(value))
 
     def flag(self, name: str) -> bool:
         """Returns true or false; false if absent."""
@@ -114,7 +116,7 @@ class Fields:
         """Returns a string."""
         value = self.get(name)
         if not isinstance(value, str):
-            raise self.error(name, "a string", shown(value))
+            raise self.error(name, "a string", abbreviate(value))
         return value
 
     def items(

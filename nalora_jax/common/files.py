@@ -122,7 +122,7 @@ def expand_user(path: str | Path) -> Path:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def name_file_in_errors(path: str | Path) -> Iterator[None]:
     """Adds ``path`` to an `OSError` of the block that names no file.
 
     An example is the error of a write on a full disk.
@@ -162,7 +162,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
     buffer = io.BytesIO()
     np.save(buffer, array)
-    with naming(path):
+    with name_file_in_errors(path):
         path.write_bytes(buffer.getbuffer())
 
 
@@ -197,7 +197,7 @@ def scratch_file(target: Path) -> Iterator[IO[bytes]]:
     After an error it is removed.
     """
     with (
-        naming(target),
+        name_file_in_errors(target),
         tempfile.NamedTemporaryFile(
             dir=target.parent, prefix=".", delete=False
         ) as file,

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError
 
 from nalora_jax.common import buckets, uploads
-from nalora_jax.common.locks import owned_folder, remove_abandoned
+from nalora_jax.common.locks import own_folder, remove_abandoned
 from nalora_jax.errors import NaloraError
 
 _PARTIAL = ".nalora-partial"
@@ -132,7 +132,7 @@ def _hidden_folder(target: Path, where: str | None) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target.parent, _PARTIAL)
-        with owned_folder(hidden, where or str(target)):
+        with own_folder(hidden, where or str(target)):
             yield hidden
     # safetensors' writer wraps the system's errors
     except (OSError, SafetensorError) as error:
@@ -161,7 +161,7 @@ def refuse_claimed(target: Path) -> None:
     hidden = _hidden_name(target)
     if hidden.exists():
         # It refuses a folder of another process.
-        with owned_folder(hidden, str(target)):
+        with own_folder(hidden, str(target)):
             pass
 
 

@@ -18,7 +18,7 @@ from types import ModuleType
 
 from nalora_jax.common.digests import digest_of
 from nalora_jax.common.files import expand_user
-from nalora_jax.errors import NaloraError, described
+from nalora_jax.errors import NaloraError, describe_error
 
 _DIGITS = 12
 _RECORDED = re.compile(r"(.+)@([0-9a-f]+)")  # a path, which may have an @, and a digest
@@ -52,7 +52,7 @@ def installed_version(name: str) -> str:
 _IMPORTED: dict[Path, ImportedFile] = {}
 
 
-def imported() -> list[ImportedFile]:
+def list_imported_files() -> list[ImportedFile]:
     """Returns the files that this process has imported, in their order."""
     return list(_IMPORTED.values())
 
@@ -136,7 +136,7 @@ def execute_file(path: Path, name: str, where: str) -> ModuleType:
         del sys.modules[name]
         if isinstance(error, NaloraError | KeyboardInterrupt):
             raise
-        reason = described(error)  # also of a file that ends the program
+        reason = describe_error(error)  # also of a file that ends the program
         raise NaloraError(
             where, expected="a Python file that can be executed", found=reason
         ) from error

@@ -26,11 +26,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nalora_jax.common.files import open_unlinked, refuse_link
-from nalora_jax.common.redaction import redacted
+from nalora_jax.common.redaction import redact
 from nalora_jax.errors import NaloraError
 
 RUN_LOCK = "run.lock"
-_OWNER = "owner.json"  # in a folder of `owned_folder`
+_OWNER = "owner.json"  # in a folder of `own_folder`
 _OWNER_BYTES = 1 << 16  # a lock's file has fewer
 _BEAT = 5.0  # seconds between two touches
 # Seconds without a touch after which a holder on another host counts as gone: if this process
@@ -64,7 +64,7 @@ def _acquire(path: Path, lock: FileLock) -> bool | None:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
+def hold_lock(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
     """Locks the file ``path``, created if missing, for the block.
 
     Args:
@@ -144,7 +144,7 @@ class RunLock:
             if held is False or not self.path.exists():
                 return False
             with open_unlinked(self.path, "w", encoding="utf-8") as file:
-                command = redacted(" ".join(sys.argv))[:200]
+                command = redact(" ".join(sys.argv))[:200]
                 process = {"host": socket.gethostname(), "pid": os.getpid()}
                 since = time.strftime("%Y-%m-%d %H:%M:%S")
                 json.dump(process | {"since": since, "command": command}, file)
@@ -216,7 +216,7 @@ def _process_of(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def owned_folder(folder: Path, where: str = "") -> Iterator[None]:
+def own_folder(folder: Path, where: str = "") -> Iterator[None]:
     """Makes a folder, or takes it over from a process that has ended, and removes it at the end.
 
     Args:
@@ -255,7 +255,7 @@ def _empty(folder: Path) -> None:
 
 
 def remove_abandoned(parent: Path, suffix: str) -> None:
-    """Removes the folders ``parent/.*<suffix>`` of `owned_folder` whose processes have ended.
+    """Removes the folders ``parent/.*<suffix>`` of `own_folder` whose processes have ended.
 
     A process of another host counts as ended if it has not touched its file for a day. Folders of
     other programs and users are left alone.
@@ -264,7 +264,7 @@ def remove_abandoned(parent: Path, suffix: str) -> None:
         with suppress(OSError, NaloraError):
             if _process_of(owner).get("host") == socket.gethostname() or _is_old(owner):
                 # It takes the folder over, and removes it.
-                with owned_folder(owner.parent):
+                with own_folder(owner.parent):
                     pass
 
 
@@ -276,7 +276,7 @@ def scratch_folder(parent: Path, suffix: str) -> Iterator[Path]:
     """
     remove_abandoned(parent, suffix)
     folder = parent / f".{secrets.token_hex(8)}{suffix}"
-    with owned_folder(folder):
+    with own_folder(folder):
         scratch = folder / "files"
         scratch.mkdir(0o700)
         yield scratch

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nalora_jax.common.redaction import redacted
+from nalora_jax.common.redaction import redact
 from nalora_jax.errors import bounded_text
 
 LOG_FORMAT = "NALORA_LOG_FORMAT"
@@ -27,7 +27,7 @@ Listener = Callable[[str, int, int | None], None]
 _listeners: list[Listener] = []
 
 
-def as_json() -> bool:
+def writes_json() -> bool:
     """Returns True if lines are JSON objects."""
     return os.environ.get(LOG_FORMAT) == "json"
 
@@ -39,7 +39,7 @@ class _Bounded(logging.Formatter):
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return bounded_text(redacted(super().formatMessage(record)))
+        return bounded_text(redact(super().formatMessage(record)))
 
 
 class StderrHandler(logging.Handler):
@@ -52,7 +52,7 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one line for a record."""
         line = self.format(record)
-        if as_json():
+        if writes_json():
             line = json.dumps(
                 {"time": record.created, "level": record.levelname, "message": line}
             )
@@ -69,8 +69,8 @@ def log_to_stderr() -> None:
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Passes the progress of `counting` to ``listener`` instead of the log."""
+def pass_progress_to(listener: Listener) -> Iterator[None]:
+    """Passes the progress of `count_progress` to ``listener`` instead of the log."""
     _listeners.append(listener)
     try:
         yield
@@ -79,11 +79,13 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 @contextmanager
-def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def count_progress(
+    what: str, total: int | None = None
+) -> Iterator[Callable[[int], None]]:
     """Reports the progress of some work; yields a function that adds to the amount done.
 
     Example:
-      >>> with counting("tokenizing", len(texts)) as done:
+      >>> with count_progress("tokenizing", len(texts)) as done:
       ...     for text in texts:
       ...         encode(text)
       ...         done(1)

@@ -1,8 +1,8 @@
 """Redacts passwords and private paths of a run, and escapes names in Markdown.
 
-`redacted` is for error lines and all files of a run (log, checkpoints, report, trackers),
-`published` for model cards, which others read, and `markdown` and `code` for texts in Markdown,
-which would otherwise pass HTML through.
+`redact` is for error lines and all files of a run (log, checkpoints, report, trackers),
+`redact_private` for model cards, which others read, and `markdown` and `code` for texts in
+Markdown, which would otherwise pass HTML through.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ _PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are n
 _SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))")
 
 
-def redacted(value: Any) -> Any:
+def redact(value: Any) -> Any:
     """Returns nested settings or a text with `REDACTED` in place of passwords and tokens.
 
     Example:
-      >>> redacted({"callbacks": ("mlflow:uri=https://me:pass@host/x",)})
+      >>> redact({"callbacks": ("mlflow:uri=https://me:pass@host/x",)})
       {'callbacks': ('mlflow:uri=https://***@host/x',)}
     """
     if isinstance(value, Mapping):
@@ -75,10 +75,10 @@ def redacted(value: Any) -> Any:
             if isinstance(setting, str) and setting and _NAMED.search(str(name)):
                 settings[name] = REDACTED
             else:
-                settings[name] = redacted(setting)
+                settings[name] = redact(setting)
         return settings
     if isinstance(value, list | tuple):
-        return type(value)(map(redacted, value))
+        return type(value)(map(redact, value))
     if not isinstance(value, str):
         return value
     text = _USER.sub(f"{REDACTED}@", value)
@@ -86,7 +86,7 @@ def redacted(value: Any) -> Any:
     return _TOKEN.sub(REDACTED, text)
 
 
-def published(value: Any, name: str = "") -> Any:
+def redact_private(value: Any, name: str = "") -> Any:
     """Returns settings or a text without passwords, tokens and private folders.
 
     Of a path the last part remains.
@@ -96,16 +96,16 @@ def published(value: Any, name: str = "") -> Any:
       name: of the setting.
 
     Example:
-      >>> published({"train_split": "/home/me/a project/x.jsonl", "model": "owner/model"})
+      >>> redact_private({"train_split": "/home/me/a project/x.jsonl", "model": "owner/model"})
       {'train_split': 'x.jsonl', 'model': 'owner/model'}
     """
-    value = redacted(value)
+    value = redact(value)
     if isinstance(value, Mapping):
-        return {name: published(member, name) for name, member in value.items()}
+        return {name: redact_private(member, name) for name, member in value.items()}
     if name in _PATTERNS:
         return value
     if isinstance(value, list | tuple):
-        return type(value)(published(member, name) for member in value)
+        return type(value)(redact_private(member, name) for member in value)
     if not isinstance(value, str):
         return value
     if name in _PATHS:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from nalora_jax.errors import NaloraError, described
+from nalora_jax.errors import NaloraError, describe_error
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ class Registry(Generic[T]):
             files = "none"
             # The module is loaded if files were imported.
             if imports := sys.modules.get("nalora_jax.common.imports"):
-                files = ", ".join(map(str, imports.imported())) or "none"
+                files = ", ".join(map(str, imports.list_imported_files())) or "none"
             way = f"--import FILE registers a {self._kind} of your own"
             raise NaloraError(
                 self.flag or self._kind,
@@ -111,7 +111,7 @@ class Registry(Generic[T]):
                 raise NaloraError(
                     where,
                     expected="a module that can be imported",
-                    found=described(error),
+                    found=describe_error(error),
                 ) from error
             if name not in self._values:
                 raise NaloraError(
@@ -137,7 +137,7 @@ def _is_redefinition(existing: object, value: object) -> bool:
 # ---------------------------------------------------------------- settings in a text
 
 
-def from_text(registry: Registry[Any], text: str) -> Any:
+def parse_instance(registry: Registry[Any], text: str) -> Any:
     """Returns an instance of a registered class with the settings in a text.
 
     The settings are the fields of its dataclass, with the types of their defaults. Tuples are
@@ -156,7 +156,7 @@ def from_text(registry: Registry[Any], text: str) -> Any:
 
 
 def settings_from(cls: Any, options: str, where: str) -> Any:
-    """Returns an instance of a class with the settings of a text, as `from_text`.
+    """Returns an instance of a class with the settings of a text, as `parse_instance`.
 
     Args:
       cls: a dataclass, or a callable without settings.

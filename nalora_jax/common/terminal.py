@@ -91,7 +91,7 @@ class LastingStream:
 
 
 @contextmanager
-def lasting(*names: str) -> Iterator[None]:
+def replace_streams(*names: str) -> Iterator[None]:
     """Replaces streams of `sys` ("stdout", "stderr") by `LastingStream` for the block."""
     before = {name: getattr(sys, name) for name in names}
     within = {name: _make_lasting(stream) for name, stream in before.items()}
@@ -117,7 +117,7 @@ def _make_lasting(stream: Any) -> Any:
 
 
 @contextmanager
-def outliving_terminal() -> Iterator[None]:
+def outlive_terminal() -> Iterator[None]:
     """Ignores SIGHUP for the block, as ``nohup`` does, and lets standard streams be closed.
 
     A handler that a program has set for SIGHUP stays.
@@ -131,7 +131,7 @@ def outliving_terminal() -> Iterator[None]:
     if ignores:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with lasting("stdout", "stderr"):
+        with replace_streams("stdout", "stderr"):
             yield
     finally:
         if ignores:

@@ -32,7 +32,7 @@ from nalora_jax.config.structured import (
     SIZE,
     TOKEN_COUNT,
     Range,
-    structured,
+    parse_dataclass,
 )
 from nalora_jax.errors import NaloraError
 
@@ -669,7 +669,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = "settings") -> RunC
       NaloraError: a setting has another type, for example because the file was edited.
     """
     try:
-        return structured(RunConfig, values, f"{where}: ", ignore_unknown=True)
+        return parse_dataclass(RunConfig, values, f"{where}: ", ignore_unknown=True)
     except NaloraError as error:
         remedy = "the file was edited or damaged: restore that line"
         raise NaloraError(

@@ -6,7 +6,7 @@ its description:
     # Optimizer steps.
     steps: Annotated[int, SIZE] = 100
 
-`structured` makes such a dataclass from plain data, `check_ranges` checks the numbers, and
+`parse_dataclass` makes such a dataclass from plain data, `check_ranges` checks the numbers, and
 `field_comments` reads the comments.
 """
 
@@ -209,21 +209,23 @@ def type_name(hint: Any) -> str:
     return str(hint).replace("typing.", "")
 
 
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_settings(
+    settings: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     """Yields dotted name and value of every setting in nested dicts."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from dotted(value, f"{prefix}{name}.")
+            yield from flatten_settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
 # ---------------------------------------------------------------- reading
 
-INTERNAL = {"internal": True}  # metadata of fields that `structured` does not read
+INTERNAL = {"internal": True}  # metadata of fields that `parse_dataclass` does not read
 
 
-def structured(
+def parse_dataclass(
     kind: type[T],
     table: Any,
     where: str = "",
@@ -244,7 +246,7 @@ def structured(
       ignore_unknown: skip names that are no field, as files of other versions have them.
 
     Example:
-      >>> structured(RunConfig, {"steps": 5, "lora": {"rules": ["gate:2"]}}).lora.rules
+      >>> parse_dataclass(RunConfig, {"steps": 5, "lora": {"rules": ["gate:2"]}}).lora.rules
       (LoRARule(pattern='gate', rank=2, alpha=None),)
 
     Raises:
@@ -288,7 +290,7 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
       value: the value of the table.
       place: its name in messages.
       base: the field's value in the instance whose values missing fields have; None without one.
-      ignore_unknown: see `structured`.
+      ignore_unknown: see `parse_dataclass`.
 
     Raises:
       NaloraError: the value has another type.
@@ -309,7 +311,7 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
                 raise NaloraError(
                     place, expected=error.expected, found=error.found
                 ) from None
-        return structured(
+        return parse_dataclass(
             kind,  # type: ignore[arg-type]
             value,
             f"{place}.",

@@ -13,13 +13,13 @@ from jax import Array
 
 from nalora_jax.cpu.native.library import call
 from nalora_jax.ops import attention as ops
-from nalora_jax.ops.attention import QKV, AttentionConfig, Keys, with_sinks
+from nalora_jax.ops.attention import QKV, AttentionConfig, Keys, apply_sinks
 from nalora_jax.ops.dispatch import Numerics, native_kind
 from nalora_jax.ops.storage import (
     bf16_bits,
-    from_bits,
+    bf16_from_bits,
     read_residual,
-    rounded,
+    round_to,
     save_residual,
 )
 
@@ -104,7 +104,7 @@ def _fwd(
     if sinks is not None:
         # [batch, heads, seq] in the layout of out: [batch, seq, heads, 1]
         total = logsumexp.swapaxes(1, 2)[..., None]
-        out, total = with_sinks(out, total, sinks[None, None, :, None])
+        out, total = apply_sinks(out, total, sinks[None, None, :, None])
         logsumexp = total[..., 0].swapaxes(1, 2)
     saved = save(out)
     saved_sums = save_residual(logsumexp, "float32", numerics)
@@ -126,11 +126,11 @@ def _bwd(
     out = None
     if saved is not None:
         out = read_residual(saved, "bfloat16")
-    g = rounded(g, "bfloat16", numerics)
+    g = round_to(g, "bfloat16", numerics)
     heads = _heads(arrays, places, ordered)
     dq, dk, dv = native_gradient(heads, out, logsumexp, g, config.softcap)
     grads = zip((dq * config.scale, dk, dv), like, strict=True)
-    return tuple(rounded(x, y.dtype, numerics) for x, y in grads), None, None
+    return tuple(round_to(x, y.dtype, numerics) for x, y in grads), None, None
 
 
 _attention.defvjp(_fwd, _bwd)
@@ -174,7 +174,7 @@ def native_attention(heads: Heads, softcap: float = 0.0) -> tuple[Array, Array]:
     ]
     attend = call("attention", shapes, cap=np.float32(softcap), ordered=heads.ordered)
     out, logsumexp = attend(*heads.operands())
-    return from_bits(out), logsumexp
+    return bf16_from_bits(out), logsumexp
 
 
 def needs_result(seq: int, softcap: float) -> bool:

@@ -23,10 +23,10 @@ from nalora_jax.ops.storage import (
     Bits,
     Kernel,
     bf16_bits,
+    bf16_from_bits,
     bits_of,
     dot,
-    from_bits,
-    rounded,
+    round_to,
 )
 
 # Logits of a block take 1 MB.
@@ -83,7 +83,7 @@ def blocks(
     whole = isinstance(kernel, Array) and numerics.platform.devices == 1
     if vocab <= _BLOCK or not (whole or isinstance(kernel, Bits)):
         return NotImplemented
-    hidden = rounded(hidden, numerics.operand, numerics)
+    hidden = round_to(hidden, numerics.operand, numerics)
     table = bits_of(kernel)
 
     def add(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -93,7 +93,9 @@ def blocks(
         # The last block ends at the end of the vocabulary; it overlaps the block before, whose
         # entries are masked.
         start = jnp.minimum(i * _BLOCK, vocab - _BLOCK)
-        rows = from_bits(lax.dynamic_slice_in_dim(table, start, _BLOCK, axis=head.axis))
+        rows = bf16_from_bits(
+            lax.dynamic_slice_in_dim(table, start, _BLOCK, axis=head.axis)
+        )
         products = dot(hidden, rows, numerics, dims=(1, 1 - head.axis))
         logits, slope = head.logits(products)
         if vocab % _BLOCK:
@@ -137,7 +139,7 @@ def _losses(
     top, total, attended = sums
     # The target's logit and its part of the gradient take one row of the head instead of a one-hot
     # [rows, vocab].
-    columns = from_bits(target_rows).astype(jnp.float32)
+    columns = bf16_from_bits(target_rows).astype(jnp.float32)
     picked, slope = head.logits(jnp.sum(hidden.astype(jnp.float32) * columns, axis=-1))
     losses = weights * (jnp.log(total) + top - picked)
     if not grad:
@@ -175,7 +177,7 @@ def _native_sums(
         jnp.take(x.reshape(n, *x.shape[2:]), order, axis=0)
         for x in (hidden, target_rows, weights)
     )
-    h = rounded(h, numerics.operand, numerics)
+    h = round_to(h, numerics.operand, numerics)
     count = jnp.sum(w != 0, dtype=jnp.int32)
     sums = over_vocabulary(h, bits_of(kernel), count, head, grad)
     losses, back = _losses(sums, h, rows, w, head, grad)

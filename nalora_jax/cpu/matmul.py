@@ -32,7 +32,7 @@ from nalora_jax.method.low_rank import (
     add_bias,
     gated,
     rank_cotangents,
-    with_masked,
+    stack_masked,
 )
 from nalora_jax.ops.dispatch import Numerics, native_kind
 from nalora_jax.ops.storage import (
@@ -41,11 +41,11 @@ from nalora_jax.ops.storage import (
     Stored,
     Trained,
     bf16_bits,
+    bf16_from_bits,
     dot,
     expand,
-    from_bits,
     read_residual,
-    rounded,
+    round_to,
     save_residual,
 )
 
@@ -154,7 +154,7 @@ def _call_native(sums: Sequence[Sum], *runs: int) -> list[Array]:
         "stacked": np.array([isinstance(term.y, Bits) for term in terms], np.int64),
     }
     results = call("products", shapes, **attributes)(*operands, *indices)
-    return [from_bits(result) for result in results]
+    return [bf16_from_bits(result) for result in results]
 
 
 def is_native(rows: int, operand: str, numerics: Numerics) -> bool:
@@ -175,7 +175,7 @@ def native_sums(numerics: Numerics, *sums: Sum) -> list[Array]:
     def operand(y: Any) -> Any:
         """Returns an operand in bf16; an array in a stack stays in place."""
         if not isinstance(y, Bits):
-            return rounded(expand(y), "bfloat16", numerics)
+            return round_to(expand(y), "bfloat16", numerics)
         if y.at is None:
             return y.bits
         return y
@@ -309,7 +309,7 @@ class FusedProducts(Products):
             both = dot(x, self._join(kernel, a, 1), n)
             hidden = save_residual(scale * both[:, d_out:], "float32", n)
             y = both[:, :d_out] + dot(hidden, b, n)
-        return [rounded(y, n.result, n)], [hidden]
+        return [round_to(y, n.result, n)], [hidden]
 
     def backward(
         self,
@@ -322,7 +322,7 @@ class FusedProducts(Products):
         (layer,) = layers
         (g,) = gs
         n = self.numerics
-        wide = with_masked(layer)  # [r or 2 r, d_out]
+        wide = stack_masked(layer)  # [r or 2 r, d_out]
         d_in, d_out = layer.kernel.shape
         if d_out > d_in:
             joined = self._join(layer.kernel, wide, 0)
@@ -337,17 +337,17 @@ class FusedProducts(Products):
             dx = dot(rows, joined, n, dims=(1, 1))
         da = self._narrow_dot(masked, x).T
         db = self._narrow_dot(hidden[0], g)
-        return rounded(dx, x.dtype, n), [da], [db]
+        return round_to(dx, x.dtype, n), [da], [db]
 
     def _join(self, first: Kernel, second: Array, axis: int) -> Array:
         """Returns both arrays, rounded to the operands' dtype and concatenated along ``axis``."""
         # As integers: XLA:CPU would concatenate bf16 in float32 and convert both ways.
         bits = [self._bits(expand(first)), self._bits(second)]
-        return from_bits(jnp.concatenate(bits, axis=axis))
+        return bf16_from_bits(jnp.concatenate(bits, axis=axis))
 
     def _bits(self, x: Array) -> Array:
         """Returns ``x`` rounded to the operands' dtype, bf16 as uint16."""
-        return bf16_bits(rounded(x, self.numerics.operand, self.numerics))
+        return bf16_bits(round_to(x, self.numerics.operand, self.numerics))
 
     def _narrow_dot(self, x: Array, y: Array) -> Array:
         """Returns ``x^T y [r, d]`` of a narrow x ``[tokens, r]`` and a wide y ``[tokens, d]``."""
@@ -356,7 +356,7 @@ class FusedProducts(Products):
         # not fold into the matmul.
         bits = self._bits(x).T
         zeros = jnp.zeros_like(bits[:1])
-        padded = from_bits(jnp.concatenate([bits, zeros]))
+        padded = bf16_from_bits(jnp.concatenate([bits, zeros]))
         return dot(padded, y, self.numerics)[: x.shape[1]]
 
 
@@ -405,7 +405,7 @@ class NativeProducts(Products):
             terms.append(Term(g, layer.kernel, True))
             if layer.a is not None:
                 adapted.append(i)
-                back_sums.append(Sum([Term(g, with_masked(layer), True)]))
+                back_sums.append(Sum([Term(g, stack_masked(layer), True)]))
         backs = native_sums(n, *back_sums)
         of_adapters = []
         for i, back in zip(adapted, backs, strict=True):

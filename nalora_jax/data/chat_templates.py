@@ -295,7 +295,7 @@ class ImageTokens:
         return self.placeholder in text or self.token in text
 
 
-def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def split_contents(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Converts string contents to lists of parts, as multimodal templates expect.
 
     Example:

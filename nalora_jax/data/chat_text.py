@@ -100,7 +100,7 @@ def render_completion(
     """Returns the text of a prompt and its completion, as turns of a chat with ``config.chat``."""
     if config.chat:
         return render_chat(
-            as_messages(prompt, completion), config.loss_on, tokenizer, where
+            make_turns(prompt, completion), config.loss_on, tokenizer, where
         )
     text = prompt + completion
     start = len(prompt)
@@ -202,7 +202,7 @@ def _completions(
     return completions(messages, turns, tokenizer, where, tools)
 
 
-def as_messages(prompt: str, completion: str) -> list[Message]:
+def make_turns(prompt: str, completion: str) -> list[Message]:
     """Returns prompt and completion as a user and an assistant turn.
 
     The leading space of the completion is removed.

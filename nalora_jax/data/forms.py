@@ -47,7 +47,7 @@ class Parts(list[dict[str, str]]):
     """
 
 
-def in_turns(record: Record, config: DataConfig, *chosen: str) -> bool:
+def uses_chat_template(record: Record, config: DataConfig, *chosen: str) -> bool:
     """Returns True if a chat template writes the text of a record.
 
     Args:

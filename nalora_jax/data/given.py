@@ -20,7 +20,7 @@ from nalora_jax.data.source import (
 )
 from nalora_jax.data.sources import AUTO_SPLIT, open_source
 from nalora_jax.data.tokenize import batches
-from nalora_jax.errors import NaloraError, described
+from nalora_jax.errors import NaloraError, describe_error
 
 IN_MEMORY = "in memory"  # name of a data set that a program passed in
 # Returns an example (of any form of `nalora_jax.data.forms`) for a record, or None to skip it.
@@ -46,7 +46,7 @@ def format_source(base: Source, function: RecordFormat) -> SourceView:
             result = function(record)
         except Exception as error:
             raise NaloraError(
-                where, expected="an example", found=described(error)
+                where, expected="an example", found=describe_error(error)
             ) from error
         if result is not None and not isinstance(result, dict):
             raise NaloraError(

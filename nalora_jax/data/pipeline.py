@@ -300,7 +300,7 @@ def packed_data(
 
     Args:
       records: the records.
-      config: data settings; without ``max_length`` the row length is chosen (`with_length`).
+      config: data settings; without ``max_length`` the row length is chosen (`resolve_row_length`).
       tokenizer: tokenizer of the model.
       batch_size: rows per step over all hosts.
       accumulate: micro-batches per step.
@@ -335,7 +335,7 @@ def packed_data(
             lengths = np.array(sizes).reshape(-1, group).sum(axis=1)
         else:
             lengths = uncut.lengths(group)[measured]
-        config = with_length(config, lengths, context)
+        config = resolve_row_length(config, lengths, context)
     store = cut_store(uncut, records, config, tokenizer.bos_id, group * context, group)
     return kind(
         store=store,
@@ -360,7 +360,7 @@ _MULTIPLE = 8  # of the row length
 _SEED = 20260103  # of the draw of measured examples: the same in every run
 
 
-def with_length(
+def resolve_row_length(
     config: DataConfig, lengths: np.ndarray, context: int = UNLIMITED
 ) -> DataConfig:
     """Returns ``config`` with a row length that 99 of 100 examples fit.

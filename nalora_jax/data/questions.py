@@ -14,7 +14,7 @@ from nalora_jax.data.chat_text import (
     THOUGHT_END,
     Message,
     Rendered,
-    as_messages,
+    make_turns,
     messages_of,
     render_chat,
     text_field,
@@ -251,7 +251,7 @@ def _text(
             found="an empty text",
         )
     if config.chat:
-        return _chat_text(as_messages(prompt, completion), tokenizer, where)
+        return _chat_text(make_turns(prompt, completion), tokenizer, where)
     text = prompt + completion
     return Rendered(text, ((len(prompt), len(text)),), special=True)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import tokenizers
 
-from nalora_jax.common.notes import counting
+from nalora_jax.common.notes import count_progress
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat_templates import EndlessTemplateError
 from nalora_jax.data.chat_text import MissingFieldError, Rendered
@@ -37,7 +37,7 @@ _NAMED = 10
 _SHOWN = 170  # characters of each error in a message about several
 
 
-def converted(
+def convert_batches(
     source: Source,
     indices: Sequence[int] | np.ndarray,
     convert: Callable[[Record, str], T],
@@ -87,12 +87,12 @@ def tokenize_texts(
     returned.
 
     Args:
-      source, indices, config: as of `converted`.
+      source, indices, config: as of `convert_batches`.
       render: returns the texts of a record, and anything else.
       tokenizer, end: as of `tokenize`.
     """
-    with counting("tokenizing", len(indices)) as done:
-        for chunk, rendered in converted(source, indices, render, config):
+    with count_progress("tokenizing", len(indices)) as done:
+        for chunk, rendered in convert_batches(source, indices, render, config):
             every = list(chain.from_iterable(texts for texts, _ in rendered))
             examples = iter(tokenize(every, tokenizer, end=end))
             for index, (texts, more) in zip(chunk, rendered, strict=True):

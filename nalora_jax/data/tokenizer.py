@@ -22,9 +22,9 @@ from nalora_jax.data.chat_templates import (
     PROCESSOR_FILE,
     EndlessTemplateError,
     ImageTokens,
-    as_parts,
     read_templates,
     render_template,
+    split_contents,
 )
 from nalora_jax.errors import NaloraError
 
@@ -287,7 +287,7 @@ class Tokenizer:
             for messages, prompt in chats:
                 messages = [_for_template(message) for message in messages]
                 if self.images is not None:
-                    messages = as_parts(messages)
+                    messages = split_contents(messages)
                 values = {
                     "messages": messages,
                     "add_generation_prompt": prompt,

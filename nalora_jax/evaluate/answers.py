@@ -35,13 +35,13 @@ def matches(
     return answer.strip() == reference.strip()
 
 
-def normalised_text(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Returns the text in lower case, without punctuation, English articles and repeated spaces.
 
     This is SQuAD's normalisation.
 
     Example:
-      >>> normalised_text("  The Eiffel-Tower, Paris. ")
+      >>> normalize_text("  The Eiffel-Tower, Paris. ")
       'eiffeltower paris'
     """
     plain = text.lower().translate(_PUNCTUATION)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.intervals import compare, difference_of_means
-from nalora_jax.method.tuned import with_tuned
+from nalora_jax.method.tuned import join_tuned
 
 SAMPLES = 4  # examples that are shown with generated completions
 SAMPLE_TOKENS = 96  # length limit of a sample completion
@@ -23,7 +23,7 @@ def variables_of(params: Any, lora: Any | None) -> dict[str, Any]:
     """Returns a model's variables; without adapters if ``lora`` is None."""
     if lora is None:
         return {"params": params}
-    weights, adapters = with_tuned(params, lora)
+    weights, adapters = join_tuned(params, lora)
     return {"params": weights, "lora": adapters}
 
 

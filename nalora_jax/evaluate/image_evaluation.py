@@ -15,7 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.common.digests import digest_of
-from nalora_jax.data.images.image_files import ImageProcessor, TextTokenizer, resized_to
+from nalora_jax.data.images.image_files import (
+    ImageProcessor,
+    TextTokenizer,
+    resize_square,
+)
 from nalora_jax.data.images.opened import ImageSource
 from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.intervals import accuracy_of, bootstrap
@@ -427,6 +431,6 @@ def own_ranks(logits: np.ndarray) -> np.ndarray:
 def thumbnail(image: Any) -> str:
     """Returns a small PNG as a data URL, for pages without external files."""
     buffer = io.BytesIO()
-    resized_to(image, _THUMBNAIL).save(buffer, "PNG")
+    resize_square(image, _THUMBNAIL).save(buffer, "PNG")
     encoded = base64.b64encode(buffer.getvalue())
     return "data:image/png;base64," + encoded.decode()

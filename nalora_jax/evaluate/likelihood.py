@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from nalora_jax.common.notes import counting
+from nalora_jax.common.notes import count_progress
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh.distributed import (
     context_size,
@@ -43,7 +43,7 @@ from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.ropes import sharing_length
 from nalora_jax.models.stacks import stacks
 from nalora_jax.ops.shardings import Shardings
-from nalora_jax.ops.split_rows import joined
+from nalora_jax.ops.split_rows import join_parts
 from nalora_jax.ops.storage import prepare
 
 # Number of floats in one chunk of logits.
@@ -108,11 +108,11 @@ def score_groups(
     layout = choose_layout(sized, tokens=batch_tokens, shards=prompt_shards(mesh))
     variables = prepare(variables, model.numerics, tables=False)
     if not layout.stem:
-        model = for_rows(model, mesh, layout.tail)
+        model = clone_for_rows(model, mesh, layout.tail)
     count = sum(map(len, groups))
     # Of each pair: log-probability, scored tokens, and those that are the most likely token.
     sums, tokens, hits = np.zeros((3, count))
-    with counting("evaluating", count) as done:
+    with count_progress("evaluating", count) as done:
         for batch in make_batches(splits, layout):
             scored = batch.owner >= 0  # [rows, lanes, tail]
             placed = place_batch((batch.stem, batch.tails, batch.targets, scored), mesh)
@@ -173,7 +173,7 @@ def _stems_and_tails(
     )
     rows, size = stem["tokens"].shape
     if size == 0:
-        hidden = joined(call(), model.shardings.rows, tail)
+        hidden = join_parts(call(), model.shardings.rows, tail)
     else:
         # Keys and values of the stems for every lane, with room for the tails.
         _, cache = model.apply(
@@ -500,7 +500,7 @@ def _write(
 _LEAST_BLOCK = 128  # tokens; shorter rows are computed on every device
 
 
-def for_rows(
+def clone_for_rows(
     model: Decoder,
     mesh: Mesh | None,
     seq: int,

@@ -40,7 +40,7 @@ def exact_match(
       generator: the model.
       items: prompts with reference completions.
       normalise: applied to both before the comparison, such as
-        `nalora_jax.evaluate.answers.normalised_text`.
+        `nalora_jax.evaluate.answers.normalize_text`.
       batch_size: prompts per batch.
       **settings: the fields of
         `nalora_jax.evaluate.generate.GenerationSettings`.

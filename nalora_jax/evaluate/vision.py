@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nalora_jax.data.images.image_chat import opened
+from nalora_jax.data.images.image_chat import rgb_image
 from nalora_jax.data.images.image_files import MAX_PIXELS, ImageProcessor
 from nalora_jax.data.items import CompletionItem, VisionItem
 from nalora_jax.data.tokenizer import Tokenizer
-from nalora_jax.evaluate.generate.generator import answering
+from nalora_jax.evaluate.generate.generator import make_completer
 from nalora_jax.evaluate.generate.programs import bucket
 from nalora_jax.evaluate.likelihood import Score, target_log_probs
 from nalora_jax.evaluate.text_evaluation import TextEvaluator
@@ -54,7 +54,7 @@ class VisionEvaluator(TextEvaluator):
         Raises:
           NaloraError: an image cannot be opened, or there are no items.
         """
-        answers = answering(model, tokenizer, mesh, processor)
+        answers = make_completer(model, tokenizer, mesh, processor)
         super().__init__(model, answers, items, mesh=mesh)
         assert tokenizer.images is not None
         self._processor: Any = processor
@@ -62,7 +62,7 @@ class VisionEvaluator(TextEvaluator):
         for item in items:
             pixels = []  # uint8 [height, width, 3] of each image
             for image in item.images:
-                processed = processor(opened(image, "image", MAX_PIXELS))
+                processed = processor(rgb_image(image, "image", MAX_PIXELS))
                 pixels.append(processed["pixels"])
             self._pixels[id(item)] = pixels
 

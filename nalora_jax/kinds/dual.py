@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nalora_jax.assembly.optimizers import with_learning_rate
+from nalora_jax.assembly.optimizers import resolve_learning_rate
 from nalora_jax.assembly.program import (
     Assembly,
-    assembled,
+    build_assembly,
     context_error,
     gate_stats,
     run_program,
@@ -48,14 +48,14 @@ from nalora_jax.evaluate.image_evaluation import (
     RecordImages,
     RetrievalEvaluator,
 )
-from nalora_jax.kinds.inputs import settled, stream_shape
+from nalora_jax.kinds.inputs import settle_schedule, stream_shape
 from nalora_jax.kinds.record import Built, Described, Inputs, Job, Kind, register_kind
 from nalora_jax.loading.adapted_dual import AdaptedDual
 from nalora_jax.mesh import distributed, processes, sharding
 from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.method.step import Batch, Evaluated, TrainState
 from nalora_jax.models.parts import constrain
-from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.remat import select_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.dual_encoder import (
     DualEncoder,
@@ -64,8 +64,8 @@ from nalora_jax.models.vision.dual_encoder import (
 )
 from nalora_jax.models.vision.vision_config import TOWERS, DualConfig
 from nalora_jax.ops.dispatch import numerics_for
-from nalora_jax.ops.shardings import RowSharding, of_mesh
-from nalora_jax.weights.dual_base import JOIN, LoadedDual, described_dual, load_dual
+from nalora_jax.ops.shardings import RowSharding, mesh_sharding
+from nalora_jax.weights.dual_base import JOIN, LoadedDual, describe_dual, load_dual
 from nalora_jax.weights.peft_export import export_adapter, verify_export
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class ImageRecords:
     labels: np.ndarray | None  # int32, by the source's index
 
 
-def trained_on(
+def training_images(
     config: RunConfig, source: ImageSource, classes: tuple[str, ...]
 ) -> ImageRecords:
     """Returns the training images of ``source``: all, or ``vision.shots`` of each class.
@@ -119,10 +119,10 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
         data, vision, "validation" if data.eval_split == AUTO_SPLIT else data.eval_split
     )
     check_disjoint(train, held)
-    records = trained_on(
+    records = training_images(
         config, train, train.classes() if vision.task == "classify" else ()
     )
-    config = settled(config, 0, len(records.indices), "images")
+    config = settle_schedule(config, 0, len(records.indices), "images")
     images = tuple(
         RecordImages(held, indices) for indices in image_indices(config, held)
     )
@@ -154,7 +154,7 @@ def build_step(
             seed=placed.seed,
             image_size=vision.image_size,
         )
-        params = with_classes(placed, loaded, records.classes, mesh)
+        params = add_class_weights(placed, loaded, records.classes, mesh)
     else:
         loaded = cast(LoadedDual, like.loaded)
         params = like.assembly.params
@@ -190,7 +190,7 @@ def describe_inputs(inputs: Inputs) -> Described:
     config = inputs.config
     records = inputs.data
     vision = config.vision
-    base = described_dual(config.model, d_out=vision.features, loss=vision.loss)
+    base = describe_dual(config.model, d_out=vision.features, loss=vision.loss)
     spec = resolve_dual(config, base)
     shapes = base.param_shapes()
     like = {
@@ -247,14 +247,14 @@ def export_run(
     loaded = cast(LoadedDual, job.loaded)
     assembly = job.assembly
     lora = jax.tree.map(processes.fetch, state.lora)
-    processes.on_first_process(
+    processes.run_on_first_process(
         lambda: write_dual_adapter(folder, loaded, lora, assembly.spec, overwrite=True)
     )
     log.info("adapter: %s (read back: every number is equal)", folder)
     return assembly.spec
 
 
-def with_classes(
+def add_class_weights(
     config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...], mesh: Mesh
 ) -> dict[str, Any]:
     """Returns the weights with the class prompts under ``CLASSES``, replicated on the mesh.
@@ -297,7 +297,7 @@ def with_classes(
             "class prompts: %d features made once, since the text tower stays as it is",
             len(features),
         )
-    replicated = distributed.replicated(mesh)
+    replicated = distributed.replicated_sharding(mesh)
     arrays = {
         name: jax.make_array_from_callback(value.shape, replicated, value.__getitem__)
         for name, value in inputs.items()
@@ -346,14 +346,14 @@ def image_indices(
     """
     data = config.data
     # Both sets are cut from one draw; 0 examines all images.
-    indices = drawn_images(
+    indices = draw_images(
         source, data.eval_limit + data.select_limit if data.eval_limit else 0
     )
     cut = max(1, min(data.select_limit, len(indices) // 3))
     return np.sort(indices[cut:]), np.sort(indices[:cut])
 
 
-def drawn_images(source: ImageSource, limit: int) -> np.ndarray:
+def draw_images(source: ImageSource, limit: int) -> np.ndarray:
     """Returns indices of ``limit`` readable held-out images (0: all), drawn by a fixed seed.
 
     Raises:
@@ -453,7 +453,7 @@ def assemble_dual(
         base,
         spec,
         numerics,
-        remat=chosen_remat(
+        remat=select_remat(
             compute.remat, base.image.d_model, numerics, gated=base.image.gated
         ),
         stats=gate_stats(config, shardings),
@@ -468,11 +468,11 @@ def assemble_dual(
 
     # Without adapters no gate is measured, and any activation serves.
     activation = next(iter(adapted.values()), base.image).activation
-    config = with_learning_rate(config)
+    config = resolve_learning_rate(config)
     program = run_program(
         config, model, lora, mesh, objective, blocks, activation, last=last
     )
-    return assembled(program, params, lora)
+    return build_assembly(program, params, lora)
 
 
 def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
@@ -682,7 +682,7 @@ def _gathered(x: jax.Array, rows: RowSharding) -> jax.Array:
     """Returns ``x`` with all of its rows on every device."""
     if rows is None:
         return x
-    return constrain(x, of_mesh(rows))
+    return constrain(x, mesh_sharding(rows))
 
 
 KIND = register_kind(

@@ -51,7 +51,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     train, held = open_records(
         config.data, vision_sources(config.data, config.vision, tokens, source)
     )
-    inputs = text.tokenized(config, files, train, held)
+    inputs = text.tokenize_inputs(config, files, train, held)
     assert tokens is not None
     assert files.processor is not None
     data = inputs.data
@@ -64,7 +64,7 @@ def evaluator(
     inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
 ) -> TextEvaluator:
     """Returns the evaluator of some held-out conversations."""
-    mesh = distributed.unless_single(assembly.mesh)
+    mesh = distributed.multi_device_mesh(assembly.mesh)
     return _vision_evaluator(loaded, assembly.eval_model, items, mesh)
 
 
@@ -105,7 +105,7 @@ def adapter_evaluator(
         splits = [data.eval_split]
     tokens = model.base.tokenizer.images
     source = vision_sources(data, config.vision, tokens, splits=splits)
-    items = text.asked_items(data, model.base.tokenizer, named, source)
+    items = text.evaluation_items(data, model.base.tokenizer, named, source)
     return _vision_evaluator(model.base, model.module, items, mesh)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from nalora_jax.assembly.optimizers import with_learning_rate
+from nalora_jax.assembly.optimizers import resolve_learning_rate
 from nalora_jax.assembly.program import check_decoder
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.forms import form_of
@@ -74,7 +74,9 @@ def open_records(
     return train, held_out
 
 
-def settled(config: RunConfig, width: int, examples: int, noun: str) -> RunConfig:
+def settle_schedule(
+    config: RunConfig, width: int, examples: int, noun: str
+) -> RunConfig:
     """Returns ``config`` with concrete steps, learning rate and evaluation interval.
 
     Args:
@@ -94,7 +96,7 @@ def settled(config: RunConfig, width: int, examples: int, noun: str) -> RunConfi
         log.info(message, config.epochs, unit, examples, noun, steps, batch)
         config = replace(config, steps=steps)
     if not config.optimizer.learning_rate:
-        config = with_learning_rate(config, width, run_kind(config).rate)
+        config = resolve_learning_rate(config, width, run_kind(config).rate)
         log.info("learning rate %g", config.optimizer.learning_rate)
     every = config.train.eval_every
     if every < 0:

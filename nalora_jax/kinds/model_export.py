@@ -14,7 +14,7 @@ from nalora_jax.assembly.start import exportable_adapter
 from nalora_jax.errors import NaloraError
 from nalora_jax.kinds.record import Job
 from nalora_jax.mesh import processes
-from nalora_jax.method.tuned import as_weights
+from nalora_jax.method.tuned import cast_tuned
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.merge import merged_tensors, write_merged
@@ -44,7 +44,7 @@ def export_model(job: Job, folder: Path, lora: Any) -> AdapterSpec:
     """
     loaded = job.loaded
     assert isinstance(loaded, LoadedModel)
-    weights, adapters = as_weights(job.assembly.params, lora, job.config.compute.dtype)
+    weights, adapters = cast_tuned(job.assembly.params, lora, job.config.compute.dtype)
     weights = jax.tree.map(processes.fetch, weights)
     spec = job.assembly.spec
     if adapters:
@@ -69,7 +69,7 @@ def export_model(job: Job, folder: Path, lora: Any) -> AdapterSpec:
         )
         check_files(folder, merged_tensors(config, weights, adapters, spec))
 
-    processes.on_first_process(write)
+    processes.run_on_first_process(write)
     log.info("model: %s (read back: equal)", folder)
     return job.assembly.spec
 

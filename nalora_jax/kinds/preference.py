@@ -23,7 +23,7 @@ from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import PreferenceConfig, RunConfig
 from nalora_jax.config.checks import Limits, trained_tables
 from nalora_jax.config.settings import UNCHANGED
-from nalora_jax.data.forms import in_turns
+from nalora_jax.data.forms import uses_chat_template
 from nalora_jax.data.preference_pairs import held_out_pairs, pair_data, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
@@ -31,7 +31,12 @@ from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference_evaluation import PreferenceEvaluator
 from nalora_jax.kinds import text
-from nalora_jax.kinds.inputs import open_records, resolve_base, settled, stream_shape
+from nalora_jax.kinds.inputs import (
+    open_records,
+    resolve_base,
+    settle_schedule,
+    stream_shape,
+)
 from nalora_jax.kinds.record import Arrays, Inputs, register_kind
 from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
@@ -74,7 +79,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     spec = adapter_spec(config, base)
     context = base.max_positions
     train, held = open_records(config.data, source)
-    turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
+    turns = uses_chat_template(train.read([0])[0], config.data, preference.chosen_field)
     shape = stream_shape(config) | {"context": context}
     data = pair_data(train, config.data, preference, tokenizer, **shape)
     longest = int(data.store.lengths().max())
@@ -89,7 +94,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     config = replace(
         config, data=replace(config.data, max_length=data.pattern.capacity)
     )
-    config = settled(config, base.d_model, data.rows_per_epoch, "rows of pairs")
+    config = settle_schedule(config, base.d_model, data.rows_per_epoch, "rows of pairs")
     pairs = held_out_pairs(held, config.data, preference, tokenizer, context)
     questions = {
         "reported": pairs_digest(pairs[0]),
@@ -103,7 +108,7 @@ def evaluator(
 ) -> PreferenceEvaluator:
     """Returns the evaluator of some held-out pairs."""
     model = assembly.eval_model
-    mesh = distributed.unless_single(assembly.mesh)
+    mesh = distributed.multi_device_mesh(assembly.mesh)
     return PreferenceEvaluator(
         model, loaded.tokenizer, pairs, inputs.config.preference, mesh=mesh
     )

@@ -17,7 +17,7 @@ from nalora_jax.assembly.program import Assembly, assemble
 from nalora_jax.assembly.start import exportable_adapter, prepare_start
 from nalora_jax.common import trees
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.data.forms import in_turns
+from nalora_jax.data.forms import uses_chat_template
 from nalora_jax.data.items import Item, digest
 from nalora_jax.data.pipeline import BatchIterator, packed_data
 from nalora_jax.data.questions import eval_examples, held_out
@@ -25,14 +25,14 @@ from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_pair
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate.generator import answering
+from nalora_jax.evaluate.generate.generator import make_completer
 from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.kinds.inputs import (
     check_layout,
     check_longest,
     open_records,
     resolve_base,
-    settled,
+    settle_schedule,
     stream_shape,
 )
 from nalora_jax.kinds.model_export import export_model
@@ -48,7 +48,7 @@ from nalora_jax.weights.model_files import (
     load_weights,
     open_files,
 )
-from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
+from nalora_jax.weights.new_tokens import add_tokens, tokenizer_writer
 from nalora_jax.weights.origin import original
 from nalora_jax.weights.peft_export import (
     export_adapter,
@@ -71,10 +71,10 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
       NaloraError: a model or data that cannot be read, or settings that do not fit them.
     """
     files = open_files(resolve_base(config))
-    return tokenized(config, files, *open_records(config.data, source))
+    return tokenize_inputs(config, files, *open_records(config.data, source))
 
 
-def tokenized(
+def tokenize_inputs(
     config: RunConfig, files: ModelFiles, train: Source, held: Source
 ) -> Inputs:
     """Returns the inputs of a run on text, given opened files and records.
@@ -87,14 +87,16 @@ def tokenized(
     tokenizer = files.tokenizer_with(added)
     # raises for rules that match nothing, before data is tokenized
     spec = adapter_spec(config, base)
-    turns = in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
+    turns = uses_chat_template(
+        train.read([0])[0], config.data, config.preference.chosen_field
+    )
     shape = stream_shape(config) | {"context": base.max_positions}
     data = packed_data(train, config.data, tokenizer, **shape)
     check_longest(int(data.store.lengths().max()), base)
     config = replace(
         config, data=replace(config.data, max_length=data.pattern.capacity)
     )
-    config = settled(config, base.d_model, data.rows_per_epoch, "rows")
+    config = settle_schedule(config, base.d_model, data.rows_per_epoch, "rows")
     items = held_out(held, config.data, tokenizer)
     questions = {"reported": digest(items[0]), "selecting": digest(items[1])}
     return Inputs(config, base, files, data, items, questions, turns, spec)
@@ -170,7 +172,7 @@ def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
             )
         held = f"{stored} and {held}"
     loaded = load_weights(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
-    loaded = with_added(loaded, AddedTokens.of(config.data), mesh)
+    loaded = add_tokens(loaded, AddedTokens.of(config.data), mesh)
     log.info(
         "%s: %.0f MB of parameters in %s, loaded in %.1f s",
         loaded.source,
@@ -190,9 +192,9 @@ def evaluator(
     them.
     """
     model = assembly.eval_model
-    mesh = distributed.unless_single(assembly.mesh)
+    mesh = distributed.multi_device_mesh(assembly.mesh)
     every = [*inputs.held_out[0], *inputs.held_out[1]]
-    answers = answering(model, loaded.tokenizer, mesh)
+    answers = make_completer(model, loaded.tokenizer, mesh)
     return TextEvaluator(model, answers, items, mesh=mesh, fitting=every)
 
 
@@ -208,12 +210,12 @@ def adapter_evaluator(
       named: True if the user named other data than the run's reported examples.
     """
     tokenizer = model.base.tokenizer
-    items = asked_items(config.data, tokenizer, named)
-    answers = answering(model.module, tokenizer, mesh)
+    items = evaluation_items(config.data, tokenizer, named)
+    answers = make_completer(model.module, tokenizer, mesh)
     return TextEvaluator(model.module, answers, items, mesh=mesh)
 
 
-def asked_items(
+def evaluation_items(
     data: DataConfig,
     tokenizer: Tokenizer,
     named: bool,
@@ -250,7 +252,7 @@ def export_run(
     if job.config.tune:
         return export_model(job, folder, state.lora)
     lora, spec = exportable_adapter(assembly, state.lora)
-    processes.on_first_process(
+    processes.run_on_first_process(
         lambda: write_adapter(folder, loaded, lora, spec, overwrite=True)
     )
     # All processes read the export in `_difference`.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.devices import TENSOR
 from nalora_jax.config import config_from_dict
-from nalora_jax.loading.located import Located, found_adapter, locate, run_config
+from nalora_jax.loading.located import Located, find_adapter, locate, run_config
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.models.decoder import Decoder
@@ -24,7 +24,7 @@ from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel
-from nalora_jax.weights.new_tokens import check_adapter, for_adapter
+from nalora_jax.weights.new_tokens import check_adapter, take_adapter_tokens
 from nalora_jax.weights.peft_config import recorded_fact
 from nalora_jax.weights.peft_import import import_adapter
 
@@ -74,7 +74,7 @@ def load(
     passes files that were resolved earlier.
 
     Raises:
-      NaloraError: see `locate`, `weights.load_model`, `weights.new_tokens.for_adapter` and
+      NaloraError: see `locate`, `weights.load_model`, `weights.new_tokens.take_adapter_tokens` and
         `weights.peft_import.import_adapter`; or a tensor axis of the mesh splits a head.
     """
     located = locate(model, adapter)
@@ -96,7 +96,7 @@ def load(
     lora = None
     spec = AdapterSpec()
     if located.adapter is not None:
-        base = for_adapter(base, located.adapter, mesh)
+        base = take_adapter_tokens(base, located.adapter, mesh)
         lora, spec = import_adapter(
             located.adapter, base.config, fingerprint=base.fingerprint
         )
@@ -129,7 +129,7 @@ def attach_adapter(
     Raises:
       NaloraError: the adapter cannot be read, or belongs to another base or to other added tokens.
     """
-    folder = found_adapter(Path(adapter))
+    folder = find_adapter(Path(adapter))
     if folder is None:
         return None
     base = model.base

@@ -33,7 +33,7 @@ from nalora_jax.models.targets import AdapterSpec, TargetSpec, layer_path
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
-from nalora_jax.weights.new_tokens import for_adapter
+from nalora_jax.weights.new_tokens import take_adapter_tokens
 from nalora_jax.weights.peft_config import TENSORS_NAME, recorded_fact
 from nalora_jax.weights.peft_import import import_adapter
 
@@ -56,7 +56,7 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
 S = TypeVar("S")
 
 
-def with_adapter(
+def take_adapter_settings(
     config: RunConfig,
     recorded: Mapping[str, Any] | None = None,
     named: Collection[str] = (),
@@ -306,7 +306,7 @@ def _with_tokens(
     loaded = LoadedModel(
         opened.config, {}, opened.tokenizer_with(), files.name, "", opened.raw
     )
-    loaded = for_adapter(loaded, folder)
+    loaded = take_adapter_tokens(loaded, folder)
     backend = loaded.tokenizer.backend
     ids = {text: backend.token_to_id(text) for text in loaded.added}
     marks = {

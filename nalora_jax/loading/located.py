@@ -44,7 +44,7 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
       NaloraError: a folder given as an adapter has none, there are two adapters, or an adapter
         names no base.
     """
-    adapter_of_model = found_adapter(Path(model))
+    adapter_of_model = find_adapter(Path(model))
     if adapter_of_model is None:
         tuned = Path(model) / MODEL
         if can_exist(tuned) and (tuned / "config.json").is_file():
@@ -86,7 +86,7 @@ def _with_adapter(
 
 def holds_adapter(folder: str | Path) -> bool:
     """Returns True if ``folder`` belongs to a run with an adapter or is a PEFT adapter."""
-    return found_adapter(Path(folder)) is not None
+    return find_adapter(Path(folder)) is not None
 
 
 def adapter_folder(path: Path) -> Path:
@@ -95,7 +95,7 @@ def adapter_folder(path: Path) -> Path:
     Raises:
       NaloraError: the folder has no adapter.
     """
-    located = found_adapter(path)
+    located = find_adapter(path)
     if located is None:
         if can_exist(path) and path.is_dir():
             actual = "neither"
@@ -168,7 +168,7 @@ def _header(folder: Path) -> dict[str, Any]:
     return unseal(header, f"{folder / METRICS}: line 1")
 
 
-def trained_in_turns(adapter: Path) -> bool | None:
+def was_trained_in_turns(adapter: Path) -> bool | None:
     """Returns True if a chat template wrote the adapter's training texts; None if unknown.
 
     Args:
@@ -181,7 +181,7 @@ def trained_in_turns(adapter: Path) -> bool | None:
     return _recorded(header, "data", "in_turns", bool)
 
 
-def found_adapter(path: Path) -> Path | None:
+def find_adapter(path: Path) -> Path | None:
     """Returns the folder of an adapter, or of a run's adapter, copied if it is in a bucket."""
     url = buckets.bucket_url(path)
     if url is not None:

@@ -130,7 +130,7 @@ def smallest_mesh(config: MeshConfig) -> Mesh:
     return make_mesh(config, jax.devices()[:required])
 
 
-def unless_single(mesh: Mesh) -> Mesh | None:
+def multi_device_mesh(mesh: Mesh) -> Mesh | None:
     """Returns ``mesh``; None if it has one device."""
     if mesh.size == 1:
         return None
@@ -164,7 +164,7 @@ def axis_sizes(
         sizes = {name: size or 1 for name, size in sizes.items()}
     elif min(size for name, size in sizes.items() if name != CONTEXT) > 0:
         sizes[CONTEXT] = sizes[CONTEXT] or 1
-    axes = shown_axes(sizes)
+    axes = describe_axes(sizes)
     free = [name for name, size in sizes.items() if size == -1]
     if any(size < -1 for size in sizes.values()):
         raise NaloraError(
@@ -206,7 +206,7 @@ def axis_sizes(
     return sizes
 
 
-def shown_axes(sizes: Mapping[str, int]) -> str:
+def describe_axes(sizes: Mapping[str, int]) -> str:
     """Returns the axes with a size, e.g. ``data 2 x fsdp 4 x tensor 1``; "context" only above 1."""
     return " x ".join(
         f"{name} {size}"
@@ -240,7 +240,7 @@ def batch_sharding(mesh: Mesh, *lead: str | None) -> NamedSharding:
     return NamedSharding(mesh, P(*lead, BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays that every device has as a whole."""
     return NamedSharding(mesh, P())
 

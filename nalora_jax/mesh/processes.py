@@ -84,7 +84,7 @@ def has_peers() -> bool:
 
 
 @contextmanager
-def lost_peers_named() -> Iterator[None]:
+def name_lost_peers() -> Iterator[None]:
     """Ends this process within two minutes after another process has ended.
 
     Either a collective fails, which raises a `LostPeerError`, or JAX's coordination service misses
@@ -130,7 +130,7 @@ def fetch(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def on_first_process(action: Callable[[], T]) -> T | None:
+def run_on_first_process(action: Callable[[], T]) -> T | None:
     """Runs ``action`` in process 0 only, while the others wait; if it fails, all processes raise.
 
     It is used for all writes to shared storage.
@@ -165,7 +165,7 @@ def tell_all(action: Callable[[], str | None]) -> str | None:
     Raises:
       NaloraError: in the other processes, if ``action`` raised in process 0.
     """
-    answer = on_first_process(action)
+    answer = run_on_first_process(action)
     if jax.process_count() == 1:
         return answer
     text = (answer or "").encode()[:_LONGEST_ANSWER]

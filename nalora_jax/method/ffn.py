@@ -37,7 +37,7 @@ from nalora_jax.method.measurement import (
     Measurement,
     SampledWeights,
     block_statistics,
-    tapped,
+    tap,
 )
 from nalora_jax.ops import storage
 from nalora_jax.ops.dispatch import Numerics, operation
@@ -80,7 +80,7 @@ def gated_mlp(
         u = up
         if u is not None:
             u = u.astype(z.dtype)
-    z = tapped(z, measurement)
+    z = tap(z, measurement)
     h, _ = gated_product(z, u, activation, numerics)
     measured = None
     if measurement is not None:
@@ -173,7 +173,7 @@ def _gated_product_fwd(
     product = a
     if saved_u is not None:
         product = a * up_factor(read(saved_u), up_limit)
-    outputs = (storage.rounded(product, z.dtype, numerics), a)
+    outputs = (storage.round_to(product, z.dtype, numerics), a)
     like_z = jnp.zeros((0,), z.dtype)
     return outputs, (saved_z, saved_u, like_z)
 
@@ -195,15 +195,15 @@ def _gated_product_bwd(
     rho, drho = activation.gate(z)
     slope = rho + z * drho  # phi'(z)
     if u is None:
-        return storage.rounded(g * slope, like_z.dtype, numerics), None
+        return storage.round_to(g * slope, like_z.dtype, numerics), None
     u = storage.read_residual(u, numerics.result)
     dz = g * up_factor(u, up_limit) * slope
     du = g * (z * rho)
     if up_limit:
         # the derivative of the clip in `up_factor`
         du = jnp.where(jnp.abs(u) <= up_limit, du, 0.0)
-    dz = storage.rounded(dz, like_z.dtype, numerics)
-    du = storage.rounded(du, like_z.dtype, numerics)
+    dz = storage.round_to(dz, like_z.dtype, numerics)
+    du = storage.round_to(du, like_z.dtype, numerics)
     return dz, du
 
 

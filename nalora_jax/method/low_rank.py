@@ -173,7 +173,7 @@ def _gated_bwd(
 gated.defvjp(_gated_fwd, _gated_bwd)
 
 
-def with_masked(layer: Factors) -> jax.Array:
+def stack_masked(layer: Factors) -> jax.Array:
     """Returns B ``[r, d_out]``, with ``B * m`` below it if there is a mask: ``[2 r, d_out]``.
 
     One matmul of the wide cotangent with it computes both arrays of `rank_cotangents`.
@@ -188,8 +188,8 @@ def rank_cotangents(layer: Factors, back: jax.Array) -> tuple[jax.Array, jax.Arr
     """Returns ``exact = s g B^T``, for dx, and ``masked = s g (B * m)^T``, for dA, both ``[rows,
     r]``.
 
-    ``back`` is ``g with_masked(layer)^T``, ``[rows, r or 2 r]``; without a mask both are equal. The
-    scale multiplies it, because the cotangent g ``[rows, d_out]`` is wider.
+    ``back`` is ``g stack_masked(layer)^T``, ``[rows, r or 2 r]``; without a mask both are equal.
+    The scale multiplies it, because the cotangent g ``[rows, d_out]`` is wider.
     """
     scaled = layer.scale * back
     rank = layer.b.shape[-2]
@@ -231,7 +231,7 @@ class AdapterProducts(Products):
         """See `Products`."""
         (layer,) = layers
         (g,) = gs
-        back = self._dot(g, with_masked(layer), (1, 1))
+        back = self._dot(g, stack_masked(layer), (1, 1))
         exact, masked = rank_cotangents(layer, back)
         dx = self._dot(exact, layer.a, (1, 1)).astype(x.dtype)
         da = self._dot(x, masked, (0, 0))
@@ -336,7 +336,7 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
-def moved_from(delta: jax.Array, start: jax.Array) -> jax.Array:
+def displacement(delta: jax.Array, start: jax.Array) -> jax.Array:
     """Returns ``delta - start``, and 0 if the difference is within the rounding of both."""
     difference = delta - start
     # Four units in the last place.

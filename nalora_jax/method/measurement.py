@@ -37,11 +37,11 @@ from nalora_jax.method.low_rank import (
     Dense,
     LowRankHidden,
     adapted_dense,
+    displacement,
     find_gates,
-    moved_from,
 )
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.reductions import by_shard, sampled, sampled_weights
+from nalora_jax.ops.reductions import sample_positions, sampled_weights, sum_by_shard
 from nalora_jax.ops.shardings import RowSharding
 from nalora_jax.ops.storage import dot
 
@@ -51,7 +51,7 @@ class GateStatsConfig:
     """The measurements of a block."""
 
     stride: int = (
-        1  # gate statistics use one in n positions of a row (`reductions.sampled`)
+        1  # gate statistics use one in n positions of a row (`sample_positions`)
     )
     probe_stride: int = 8  # probe statistics use one in n positions
     positions: int = (
@@ -148,7 +148,7 @@ def block_statistics(
     ) -> dict[str, Array]:
         """Returns the sums of some rows: z for gate statistics ``[rows, seq, d_ff]``, and the parts
         of z on the probe's positions, ``base`` and ``moved``."""
-        z = sampled(z, weights, config.stride)
+        z = sample_positions(z, weights, config.stride)
         of_gate = _taken(weights, config.stride)
         of_channels = statistics.channel_statistics(
             z, of_gate, activation, partition, names
@@ -171,18 +171,18 @@ def block_statistics(
         z = lax.stop_gradient(z)
         weights = lax.stop_gradient(weights.astype(jnp.float32))
         of_probe = lax.stop_gradient(of_probe.astype(jnp.float32))
-        measured: dict[str, Array] = by_shard(
+        measured: dict[str, Array] = sum_by_shard(
             sums, config.sharding, z, base, moved, weights, of_probe
         )
         return measured
 
 
 def _taken(weights: Array, stride: int) -> Array:
-    """Returns the weights of the positions that `sampled` takes."""
-    return sampled(weights[..., None], weights, stride)[..., 0]
+    """Returns the weights of the positions that `sample_positions` takes."""
+    return sample_positions(weights[..., None], weights, stride)[..., 0]
 
 
-def tapped(z: Array, measurement: Measurement | None) -> Array:
+def tap(z: Array, measurement: Measurement | None) -> Array:
     """Returns ``z`` unchanged. The gradients of the measurement's cotangent taps are the statistics
     of the cotangent of z."""
     if measurement is None:
@@ -200,11 +200,11 @@ def tapped(z: Array, measurement: Measurement | None) -> Array:
 
         def of_rows(delta: Array, weights: Array) -> dict[str, Array]:
             """Returns the statistics of some rows."""
-            delta = sampled(delta, weights, stride)
+            delta = sample_positions(delta, weights, stride)
             weights = _taken(weights, stride)
             return statistics.cotangent_statistics(delta, weights, names)
 
-        measured: dict[str, Array] = by_shard(of_rows, sharding, delta, weights)
+        measured: dict[str, Array] = sum_by_shard(of_rows, sharding, delta, weights)
         return measured
 
     return statistics.emit(z, taps, {}, measurement.weights.astype(jnp.float32), sums)
@@ -227,7 +227,7 @@ def _parts(
     Args:
       x, gate, z, delta, numerics: see `block_statistics`; z is in the layer's dtype.
       weights: ``[batch, seq]``, 0 for padding.
-      stride: 1 or more, see `reductions.sampled`.
+      stride: 1 or more, see `reductions.sample_positions`.
       since_start: the adapter's part is its output minus its initial output. That of a plain
         adapter is ``s x (A B - A0 B0) = s (x (A - A0)) B + s (x A0) (B - B0)``, exactly 0 before
         the first update.
@@ -236,7 +236,7 @@ def _parts(
     x, z, delta, adapter, weights = lax.stop_gradient(
         (x, z, delta, gate.adapter, weights)
     )
-    z = sampled(z, weights, stride)
+    z = sample_positions(z, weights, stride)
     project = partial(dot, numerics=numerics, operand=numerics.adapter)
     if delta is None:
         return z, jnp.zeros_like(z)
@@ -244,23 +244,23 @@ def _parts(
     if from_start:
         a, b, scale, *_ = adapter
         a0, b0 = adapter.start
-        rows = sampled(x, weights, stride).reshape(-1, x.shape[-1])
+        rows = sample_positions(x, weights, stride).reshape(-1, x.shape[-1])
         start = scale * project(rows, a0)  # [rows, r]
     if isinstance(delta, LowRankHidden):
         # [rows, r] and [r, d_ff]. Sampled after A: the layer has multiplied all of x by A, so x is
         # not read again.
         rank = delta.b.shape[0]
-        left = sampled(delta.value, weights, stride).reshape(-1, rank)
+        left = sample_positions(delta.value, weights, stride).reshape(-1, rank)
         right = delta.b
         if from_start:
             left = jnp.concatenate([scale * project(rows, a - a0), start], 1)
             right = jnp.concatenate([b, b - b0])
         moved = project(left, right).astype(z.dtype).reshape(z.shape)
     else:
-        moved = sampled(delta, weights, stride)
+        moved = sample_positions(delta, weights, stride)
         if from_start:
             initial = project(start, b0).astype(moved.dtype).reshape(moved.shape)
-            moved = moved_from(moved, initial)
+            moved = displacement(moved, initial)
     return z - moved, moved
 
 
@@ -323,7 +323,7 @@ class GateChecks:
         every = 1  # position
         _, dz = _parts(x, gate, stored, delta, ones, every, numerics, since_start=False)
         check = partial(self.arrays, activation=activation, residual=numerics.residual)
-        ratios: dict[str, Array] = by_shard(
+        ratios: dict[str, Array] = sum_by_shard(
             check, sharding, Live(z, base, dz, u, product)
         )
         return ratios

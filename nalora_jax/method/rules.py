@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from nalora_jax.common.registry import Registry, from_text
+from nalora_jax.common.registry import Registry, parse_instance
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import statistics
 from nalora_jax.method.activations import Partition
@@ -282,7 +282,7 @@ def make(rule: str | Mechanism) -> Mechanism:
     """
     if not isinstance(rule, str):
         return rule
-    mechanism: Mechanism = from_text(MECHANISMS, rule)
+    mechanism: Mechanism = parse_instance(MECHANISMS, rule)
     return mechanism
 
 

@@ -454,7 +454,7 @@ def emit_measured(
 # ---------------------------------------------------------------- sums to means
 
 
-def merged(path: str, first: Array, second: Array) -> Array:
+def merge_leaf(path: str, first: Array, second: Array) -> Array:
     """Returns the union of the leaf at ``path`` of two micro-batches: the larger value of a check,
     the sum of others."""
     if path.rpartition("/")[2].startswith(CHECK):
@@ -486,7 +486,7 @@ def sum_over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Statisti
     return totals
 
 
-def per_target(sums: Mapping[str, Array], target_tokens: Array) -> StatisticSums:
+def scale_to_targets(sums: Mapping[str, Array], target_tokens: Array) -> StatisticSums:
     """Returns a block's sums with delta as the cotangent of the mean loss per target token.
 
     The differentiated loss is a sum over target tokens, so that micro-batches and devices add up. A

@@ -32,8 +32,8 @@ from nalora_jax.method.transform import (
     gate_state,
     own_factors,
 )
-from nalora_jax.method.tuned import LayerMasks, select_layers, with_tuned
-from nalora_jax.ops.reductions import count, pinned
+from nalora_jax.method.tuned import LayerMasks, join_tuned, select_layers
+from nalora_jax.ops.reductions import count, pin_to_shards
 from nalora_jax.ops.shardings import UNSHARDED, RowSharding, Shardings
 
 Batch = Mapping[str, Array]
@@ -168,7 +168,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / targets, sums["grads"])
         stats = {}
         for path, block in sums["stats"].items():
-            stats[path] = statistics.per_target(block, targets)
+            stats[path] = statistics.scale_to_targets(block, targets)
         reduced = reduce_stats(stats, mechanisms.statistics, shardings.rows)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.lora, gate_stats=reduced
@@ -206,7 +206,7 @@ def micro_gradients(
         if "params" not in params:
             frozen = {"params": params}
         trained = select_layers(lora, config.tuned_layers)
-        weights, adapters = with_tuned(
+        weights, adapters = join_tuned(
             frozen["params"], trained, config.shardings.adapters
         )
         frozen = {**frozen, "params": weights}
@@ -224,7 +224,7 @@ def micro_gradients(
         (loss, measured), (grads, of_taps) = differentiate(
             lora, _taps(config), params, masks, batch, key
         )
-        stats = pinned(_by_block(of_taps), config.shardings.rows, axis=1)
+        stats = pin_to_shards(_by_block(of_taps), config.shardings.rows, axis=1)
         tokens, targets = objective.counts(batch)
         return {
             "loss": loss,
@@ -247,7 +247,7 @@ def _taps(config: StepConfig) -> Any:
         lead = (layers, shards) if shards > 1 else (layers,)
         zeros[path] = statistics.taps(dict.fromkeys(names), (*lead, *channels))
         zeros[path] |= {name: jnp.zeros(lead, jnp.float32) for name in config.checks}
-    return _nested(pinned(zeros, config.shardings.rows, axis=1))
+    return _nested(pin_to_shards(zeros, config.shardings.rows, axis=1))
 
 
 def reduce_stats(
@@ -278,7 +278,7 @@ def accumulate(
         """Adds the sums of one micro-batch to the total."""
         micro, index = item
         addend = sums(micro, jax.random.fold_in(key, index))
-        return trees.map_named(statistics.merged, total, addend), None
+        return trees.map_named(statistics.merge_leaf, total, addend), None
 
     # Zeros are neutral for sums and for maxima of non-negative numbers.
     shapes = jax.eval_shape(sums, first, key)

@@ -171,7 +171,7 @@ def update_gate_state(
     Args:
       state: before the step.
       stats: the step's sums (nested or by block), added up over micro-batches and hosts, with the
-        sums of cotangents (`nalora_jax.method.statistics.per_target`).
+        sums of cotangents (`nalora_jax.method.statistics.scale_to_targets`).
       mechanisms: of the run.
 
     Raises:
@@ -249,7 +249,7 @@ def channel_factors(
     """Returns the factor of each channel in the next step by place and block, [..., d_ff] float32.
 
     Factors that reallocate are multiplied and normalized to a root mean square of 1 over each
-    layer's channels (`equalized`); then the other factors are multiplied on.
+    layer's channels (`equalize`); then the other factors are multiplied on.
 
     Args:
       state: after the step before.
@@ -272,7 +272,7 @@ def channel_factors(
         for mechanism, factor in acting:
             if mechanism.reallocates:
                 product = product * factor
-        product = equalized(product)
+        product = equalize(product)
         for mechanism, factor in acting:
             if not mechanism.reallocates:
                 product = product * factor
@@ -284,7 +284,7 @@ def channel_factors(
     return by_place
 
 
-def equalized(factor: Array) -> Array:
+def equalize(factor: Array) -> Array:
     """Returns ``factor`` [..., d_ff] over its root mean square in each layer.
 
     The norm of a layer's update stays about the same, so the factor is not a hidden learning rate.
@@ -491,7 +491,7 @@ def gate_state(opt_state: Any) -> GateState | None:
     return next(filter(_is_state, nodes), None)
 
 
-def with_gate_state(opt_state: Any, state: GateState | None) -> Any:
+def replace_gate_state(opt_state: Any, state: GateState | None) -> Any:
     """Returns the state of an optimizer with other averages."""
 
     def with_state(node: Any) -> Any:

@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from nalora_jax.common import trees
-from nalora_jax.ops.shardings import RowSharding, of_mesh
+from nalora_jax.ops.shardings import RowSharding, mesh_sharding
 from nalora_jax.ops.storage import Stored, Trained
 
 TUNED = "tuned"
@@ -34,7 +34,7 @@ def has_tuned(lora: Any) -> bool:
     return isinstance(lora, Mapping) and TUNED in lora
 
 
-def with_tuned(params: Any, lora: Any, shardings: Any = None) -> tuple[Any, Any]:
+def join_tuned(params: Any, lora: Any, shardings: Any = None) -> tuple[Any, Any]:
     """Returns the collections of a model: weights with the trained ones among them, and adapters.
 
     Args:
@@ -60,10 +60,10 @@ def _of_one_layer(sharding: RowSharding, path: str) -> RowSharding:
     """Returns the sharding of one layer of a stacked leaf ``[layers, ...]``."""
     if sharding is None or not path.startswith("layers/"):
         return sharding
-    return of_mesh(sharding, *sharding.spec[1:])
+    return mesh_sharding(sharding, *sharding.spec[1:])
 
 
-def without_tuned(params: Any, lora: Any) -> Any:
+def remove_tuned(params: Any, lora: Any) -> Any:
     """Returns the frozen weights without those that a run trains, so that they take no memory."""
     if not has_tuned(lora):
         return params
@@ -73,8 +73,8 @@ def without_tuned(params: Any, lora: Any) -> Any:
     return trees.unflatten(frozen)
 
 
-def as_weights(params: Any, lora: Any, dtype: Any) -> tuple[Any, Any]:
-    """Returns `with_tuned` with plain arrays of ``dtype`` in place of the trained leaves."""
+def cast_tuned(params: Any, lora: Any, dtype: Any) -> tuple[Any, Any]:
+    """Returns `join_tuned` with plain arrays of ``dtype`` in place of the trained leaves."""
     if not has_tuned(lora):
         return params, lora
     adapters = {name: tree for name, tree in lora.items() if name != TUNED}

@@ -41,8 +41,8 @@ class KeyValues:
         k, v = update
         # k: [layers, batch, kv_heads, head_dim, seq]; v: [layers, batch, kv_heads, seq, head_dim]
         return KeyValues(
-            written(self.k, k.transpose(0, 1, 3, 4, 2), 4, index, numerics),
-            written(self.v, v.transpose(0, 1, 3, 2, 4), 3, index, numerics),
+            write_slice(self.k, k.transpose(0, 1, 3, 4, 2), 4, index, numerics),
+            write_slice(self.v, v.transpose(0, 1, 3, 2, 4), 3, index, numerics),
         )
 
 
@@ -145,7 +145,7 @@ def grown(x: Any, axis: int, length: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.pad(leaf, more), x)
 
 
-def written(
+def write_slice(
     stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics
 ) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""

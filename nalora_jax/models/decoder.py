@@ -34,7 +34,12 @@ from nalora_jax.models.parts import (
     layer_scales,
     part_adapters,
 )
-from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
+from nalora_jax.models.remat import (
+    position_policy,
+    rematerialize,
+    scan_layers,
+    stack_layers,
+)
 from nalora_jax.models.ropes import rope_tables
 from nalora_jax.models.stacks import Stack, groups, parts, stacks
 from nalora_jax.models.targets import TOKEN_ROWS, TOKEN_TABLES, AdapterSpec
@@ -44,10 +49,10 @@ from nalora_jax.ops.shardings import UNSHARDED, Shardings
 from nalora_jax.ops.split_rows import (
     Row,
     block_length,
-    padded,
-    repeated,
+    pad_to_blocks,
+    repeat_for_parts,
     shards_of,
-    split,
+    split_parts,
 )
 from nalora_jax.ops.storage import LAYER_INPUT, dot, round_and_save
 
@@ -186,7 +191,7 @@ class Decoder(nn.Module):
         if c.layer_kinds:
             self.layers = LayerGroups(c, self.remat, self.adapters, options)
         else:
-            block = stacked(
+            block = stack_layers(
                 Block, self.remat, c.n_layers, drops=_drops(c, self.adapters)
             )
             self.layers = block(c, self.adapters, options)
@@ -224,7 +229,7 @@ class Decoder(nn.Module):
             default the text ends with these tokens.
 
         If ``shardings.rows`` splits the tokens of rows, the arguments have whole rows and the
-        result has their parts (`nalora_jax.ops.split_rows.split`).
+        result has their parts (`nalora_jax.ops.split_rows.split_parts`).
 
         Returns:
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
@@ -233,7 +238,7 @@ class Decoder(nn.Module):
         shared = self._shared_inputs(tokens, *given)
         sharding = self.shardings.rows
         whole = tokens
-        tokens = split(whole, sharding)  # of this device, if the mesh splits rows
+        tokens = split_parts(whole, sharding)  # of this device, if the mesh splits rows
         # [batch, seq, d_model]
         x = (
             self.embed(tokens, self.numerics).astype(jnp.float32)
@@ -285,7 +290,7 @@ class Decoder(nn.Module):
             if cache is not None:
                 positions = positions + cache.lengths[:, None]
         shards = shards_of(sharding)
-        parts = partial(split, sharding=sharding)
+        parts = partial(split_parts, sharding=sharding)
         # Shards split the batch, too, so that a leading axis of 1 is not possible.
         if shards > 1:
             batch = shape[0]
@@ -301,8 +306,10 @@ class Decoder(nn.Module):
                 weights = token_weights
             stats = self.stats or GateStatsConfig()
             block = block_length(shape[1], shards)
-            token_weights = sampled_as_whole(weights, stats, block, parts)
-            row = Row(padded(positions, sharding), padded(segments, sharding))
+            token_weights = whole_row_weights(weights, stats, block, parts)
+            row = Row(
+                pad_to_blocks(positions, sharding), pad_to_blocks(segments, sharding)
+            )
         return SharedInputs(
             tables={
                 stack.prefix: rope_tables(
@@ -339,18 +346,20 @@ class Decoder(nn.Module):
         assert vision is not None
         # [batch, seq of whole rows]: image tokens, and how many precede each
         places = tokens == vision.image_token
-        index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
+        index = split_parts(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
         # A row with more places than features gets NaN there, so that the error is visible.
-        rows = repeated(features, sharding).astype(x.dtype)
+        rows = repeat_for_parts(features, sharding).astype(x.dtype)
         rows = jnp.take_along_axis(rows, index[..., None], axis=1, mode="fill")
-        x = jnp.where(split(places, sharding)[..., None], rows, x)
+        x = jnp.where(split_parts(places, sharding)[..., None], rows, x)
         if not vision.mutual:
             return x, shared
         if row is None:
             return x, replace(
                 shared, starts=run_starts(places, shared.positions, shared.segments)
             )
-        starts = run_starts(padded(places, sharding), row.positions, row.segments)
+        starts = run_starts(
+            pad_to_blocks(places, sharding), row.positions, row.segments
+        )
         return x, replace(shared, row=row._replace(starts=starts))
 
     def _through_layers(
@@ -419,8 +428,8 @@ class Period(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the update of every layer's state."""
         updates = []
         for number, (stack, layer) in enumerate(zip(self.stacks, layers, strict=True)):
-            block = rematerialized(
-                Block, of_position(self.remat, number, len(self.stacks))
+            block = rematerialize(
+                Block, position_policy(self.remat, number, len(self.stacks))
             )
             options = replace(self.options, prefix=stack.prefix)
             x, update = block(
@@ -446,7 +455,7 @@ class LayerGroups(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the updates of the layers' states by stack."""
         updates: dict[str, Any] = {}
         for number, group in enumerate(groups(self.config)):
-            period = scanned(
+            period = scan_layers(
                 Period, len(group[0].layers), drops=_drops(self.config, self.adapters)
             )(group, self.remat, self.adapters, self.options, name=f"group{number}")
             prefixes = [stack.prefix for stack in group]
@@ -488,7 +497,7 @@ def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     return jnp.asarray(by_layer, jnp.int32)
 
 
-def sampled_as_whole(
+def whole_row_weights(
     weights: jax.Array,
     config: GateStatsConfig,
     block: int,

@@ -21,9 +21,9 @@ from nalora_jax.common.devices import (
 from nalora_jax.method.ffn import frozen_kernel
 from nalora_jax.models.parts import RMSNorm, constrain
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.shardings import RowSharding, of_mesh
+from nalora_jax.ops.shardings import RowSharding, mesh_sharding
 from nalora_jax.ops.split_rows import shards_of
-from nalora_jax.ops.storage import Kernel, dot, take_rows, without_gradient
+from nalora_jax.ops.storage import Kernel, dot, stop_frozen_gradient, take_rows
 
 
 class Embedding(nn.Module):
@@ -78,7 +78,7 @@ class Embedding(nn.Module):
         # [shards * batch, seq] -> [shards, batch, seq]
         shape = (shards_of(self.sharding), -1, tokens.shape[1])
 
-        at = partial(of_mesh, self.sharding)
+        at = partial(mesh_sharding, self.sharding)
         sharded = constrain(tokens.reshape(shape), at(None, DATA))
         rows: jax.Array = take_rows(self.table(), sharded, numerics)
         rows = constrain(rows, at(None, DATA, None, WEIGHT_AXES))
@@ -89,7 +89,7 @@ class Embedding(nn.Module):
 
     def table(self) -> Kernel:
         """Returns the ``[vocab, d_model]`` as it is stored, without a gradient if it is frozen."""
-        return without_gradient(self.embedding)
+        return stop_frozen_gradient(self.embedding)
 
 
 def _with_rows(
@@ -130,7 +130,9 @@ def column_layouts(
     if min(batch, *sizes.values()) == 1:
         return None, None
     data, *fsdp = sharding.spec[0]
-    return of_mesh(sharding, data), of_mesh(sharding, data, None, tuple(fsdp))
+    return mesh_sharding(sharding, data), mesh_sharding(
+        sharding, data, None, tuple(fsdp)
+    )
 
 
 class LMHead(nn.Module):
@@ -143,7 +145,7 @@ class LMHead(nn.Module):
         """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
         return dot(
             x,
-            without_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))),
+            stop_frozen_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))),
             numerics,
         )
 

@@ -27,7 +27,7 @@ from jax import lax
 
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.ffn import gated_product, up_factor
-from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
+from nalora_jax.method.low_rank import Adapter, column_norm, displacement
 from nalora_jax.method.measurement import CHECKS, GateStatsConfig, Live
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.routing import (
@@ -43,8 +43,8 @@ from nalora_jax.models.routing import (
     route,
     sample,
     samples_of_parts,
-    spread,
-    summed,
+    scatter_rows,
+    sum_token_rows,
 )
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.grouped_matmul import recomputes_probe
@@ -73,7 +73,7 @@ class Layer(NamedTuple):
     expert_scale: jax.Array | None = None  # [experts], of the router's weights
 
 
-def of_each(
+def map_projections(
     layer: Layer, change: Callable[[ExpertProjection], ExpertProjection]
 ) -> Layer:
     """Returns the layer with all three projections changed."""
@@ -152,7 +152,7 @@ def routed_ffn(
     Returns:
       ``[batch, seq, d_model]``, and the statistics (``{}`` if none are computed) of all experts.
     """
-    routing = routed(x, layer, config, routed_by)
+    routing = route_tokens(x, layer, config, routed_by)
     samples = samples_of(routing, token_weights, config)
     if over is not None and sends:
         return _exchanged(x, layer, routing, samples, config, over)
@@ -192,14 +192,14 @@ def routed_rows(
     """Computes `routed_ffn` with given experts and sampled rows of the tokens."""
     places = Places(routing.token, routing.back)
     # [tokens * top_k, d_model], sorted by expert
-    rows = spread(x.reshape(-1, x.shape[-1]), places, config.top_k)
+    rows = scatter_rows(x.reshape(-1, x.shape[-1]), places, config.top_k)
     y, measured = expert_rows(
         rows, routing.weight, layer, routing.groups, samples, config, drop
     )
-    return of_tokens(y, places, config, x.shape), measured
+    return sum_over_experts(y, places, config, x.shape), measured
 
 
-def routed(
+def route_tokens(
     x: jax.Array, layer: Layer, config: RoutedConfig, routed_by: jax.Array | None = None
 ) -> Routing:
     """Returns the experts of the tokens ``x [batch, seq, d_model]``; see `routed_ffn`."""
@@ -222,11 +222,11 @@ def _frozen(array: jax.Array) -> jax.Array:
     return lax.stop_gradient(array).astype(jnp.float32)
 
 
-def of_tokens(
+def sum_over_experts(
     y: jax.Array, places: Places, config: RoutedConfig, shape: tuple[int, ...]
 ) -> jax.Array:
     """Returns the sums ``[batch, seq, d_model]`` over the experts of each token."""
-    y = summed(y, places, config.top_k).reshape(shape)
+    y = sum_token_rows(y, places, config.top_k).reshape(shape)
     if config.axis is None:
         return y
     return lax.psum(y, config.axis)
@@ -381,7 +381,7 @@ def _probed(
             started = grouped_residual(
                 x, *adapter.start, adapter.scale, groups, numerics
             )
-            moved = lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
+            moved = lax.stop_gradient(displacement(delta, started.astype(delta.dtype)))
         dz = probe.take(moved)
     return probed_z - dz.astype(jnp.float32), dz
 
@@ -481,7 +481,7 @@ def _exchanged(
         place_of_row = target * block + jnp.arange(target.shape[0]) - starts[target]
         places = Places(jnp.take(routing.token, row), place_of_row[routing.back], real)
         received = _to_devices(
-            spread(x.reshape(-1, x.shape[-1]), places, config.top_k), over
+            scatter_rows(x.reshape(-1, x.shape[-1]), places, config.top_k), over
         )
         # Unused places count as zeros of the last expert, with weight 0 in statistics.
         labels = jnp.where(
@@ -514,12 +514,12 @@ def _exchanged(
         }
         layer = layer._replace(taps=taps)
         inverse = jnp.argsort(order)
-        received = spread(received, Places(order, inverse), 1)
+        received = scatter_rows(received, Places(order, inverse), 1)
         y, measured = expert_rows(
             received, weight, layer, groups, (of_gate, of_probe), config
         )
-        y = _to_devices(spread(y, Places(inverse, order), 1), over)
-        y = of_tokens(y, places, config, x.shape)
+        y = _to_devices(scatter_rows(y, Places(inverse, order), 1), over)
+        y = sum_over_experts(y, places, config, x.shape)
         return y, {
             name: _of_all(value, first, local, devices)
             for name, value in measured.items()
@@ -543,7 +543,7 @@ def all_experts(layer: Layer, over: str) -> Layer:
             return leaf
         return lax.all_gather(leaf, over, tiled=True)
 
-    return of_each(layer, lambda experts: jax.tree.map(gather, experts))
+    return map_projections(layer, lambda experts: jax.tree.map(gather, experts))
 
 
 def _to_devices(blocks: jax.Array, over: str) -> jax.Array:

@@ -120,7 +120,7 @@ class Metadata:
         return scaling
 
 
-def without_window(r: Metadata) -> dict[str, Any]:
+def refuse_window(r: Metadata) -> dict[str, Any]:
     """Returns no further settings; a sliding window is refused."""
     if window := r.get("attention.sliding_window", int, 0):
         expected = "no sliding window for this architecture"
@@ -137,7 +137,7 @@ class GGUF:
     tensors: Rows  # llama.cpp's names
     # Returns fields of config.json that other architectures do not store, or that llama.cpp
     # hard-codes.
-    settings: Callable[[Metadata], dict[str, Any]] = without_window
+    settings: Callable[[Metadata], dict[str, Any]] = refuse_window
     # True if a file of the architecture, which several families may share, is of this one.
     matches: Callable[[Metadata], bool] = lambda r: True
 

@@ -31,13 +31,13 @@ import jax.numpy as jnp
 
 from nalora_jax.method.low_rank import Dense, adapted_dense, dora_ratio
 from nalora_jax.models.attention_layer import attend, cached_keys
-from nalora_jax.models.cache import grown, written
+from nalora_jax.models.cache import grown, write_slice
 from nalora_jax.models.config import Mixer, ModelConfig, ParamShapes
 from nalora_jax.models.parts import LayerInputs, PartOptions, RMSNorm, SharedInputs
 from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
 from nalora_jax.ops.attention import product
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.reductions import with_zeros
+from nalora_jax.ops.reductions import append_zeros
 from nalora_jax.ops.storage import Kernel, expand, round_and_save, store
 
 # transformers' norms of latents have this constant, whatever config.json states for the others.
@@ -60,7 +60,7 @@ class Latents:
     ) -> Latents:
         """Returns the state with new latents, ``[layers, batch, seq, kv_rank + rope_dim]``, written
         to the slots after ``index``."""
-        return Latents(written(self.latents, update, 2, index, numerics))
+        return Latents(write_slice(self.latents, update, 2, index, numerics))
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ class LatentAttentionLayer(nn.Module):
         k_rope = jnp.broadcast_to(state[..., None, part.kv_rank :], shape)
         k = jnp.concatenate([kv[..., : part.nope_dim], k_rope], axis=-1)
         v = kv[..., part.nope_dim :]
-        return k, with_zeros(v, k.shape[-1] - part.value_dim, axis=-1)
+        return k, append_zeros(v, k.shape[-1] - part.value_dim, axis=-1)
 
     def _absorbed(
         self,

@@ -42,7 +42,7 @@ from nalora_jax.models.experts import (
     RoutedConfig,
     RoutedOutput,
     exchanges_less,
-    of_each,
+    map_projections,
     routed_ffn,
 )
 from nalora_jax.models.parts import PartOptions, RMSNorm, adapters_below, scales_below
@@ -50,7 +50,7 @@ from nalora_jax.models.routing import RouterSpec
 from nalora_jax.ops.quantize import Coded
 from nalora_jax.ops.reductions import count, first_alone
 from nalora_jax.ops.shardings import RowSharding
-from nalora_jax.ops.storage import Kernel, in_stored_layout, round_and_save
+from nalora_jax.ops.storage import Kernel, restore_layout, round_and_save
 
 
 class MoEFFN(nn.Module):
@@ -112,7 +112,7 @@ class MoEFFN(nn.Module):
         # One key per sequence: the mask does not depend on the mesh.
         if config.dropout > 0 and not deterministic:
             keys = jax.random.split(self.make_rng("dropout"), x.shape[0])
-        y, measured = on_mesh(
+        y, measured = route_on_mesh(
             options.shardings.routed,
             x,
             weights,
@@ -174,7 +174,7 @@ class Router(nn.Module):
         return (kernel, *of_experts)
 
 
-def on_mesh(
+def route_on_mesh(
     sharding: RowSharding,
     x: jax.Array,
     weights: jax.Array,
@@ -230,13 +230,13 @@ def on_mesh(
         routed_by: jax.Array | None,
     ) -> RoutedOutput:
         """Computes `routed_ffn` of a device's rows; statistics get a leading axis of length 1."""
-        x = in_stored_layout(x, config.numerics)
+        x = restore_layout(x, config.numerics)
         layer = _of_shard(layer, config)
         split = replace(config, axis=axis)
         y, measured = routed_ffn(
             x, weights, keys, layer, split, routed_by, over=over, sends=sends
         )
-        return in_stored_layout(y, config.numerics), {
+        return restore_layout(y, config.numerics), {
             name: value[None] for name, value in measured.items()
         }
 
@@ -290,14 +290,14 @@ def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:
     def stored(experts: ExpertProjection) -> ExpertProjection:
         """Returns a projection whose kernel has the layout of the stack it was sliced from."""
         kernel = jax.tree.map(
-            lambda x: in_stored_layout(x, config.numerics), experts.kernel
+            lambda x: restore_layout(x, config.numerics), experts.kernel
         )
         return experts._replace(kernel=kernel)
 
     taps = layer.taps
     if count(config.stats.sharding) > 1:  # on a device these are the first
         taps = {name: tap[0] for name, tap in taps.items()}
-    return of_each(layer._replace(taps=taps), stored)
+    return map_projections(layer._replace(taps=taps), stored)
 
 
 def _splits(layer: Layer, parts: int) -> bool:

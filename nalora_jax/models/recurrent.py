@@ -38,7 +38,7 @@ from nalora_jax.models.parts import (
 from nalora_jax.ops.causal_conv import causal_conv, causal_conv_after
 from nalora_jax.ops.delta_rule import CHUNK_TOKENS, DeltaInputs, gated_delta_rule
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.shardings import RowSharding, of_mesh
+from nalora_jax.ops.shardings import RowSharding, mesh_sharding
 from nalora_jax.ops.split_mixers import split_conv, split_delta_rule
 from nalora_jax.ops.storage import round_and_save
 
@@ -237,7 +237,7 @@ class GatedDeltaNetLayer(nn.Module):
                 axis = TENSOR
             else:
                 axis = None
-            sharding = of_mesh(sharding, sharding.spec[0], None, axis)
+            sharding = mesh_sharding(sharding, sharding.spec[0], None, axis)
         return constrain(x.reshape(*x.shape[:2], heads, *shape), sharding)
 
 

@@ -41,7 +41,7 @@ _WITH_HOST_MEMORY = (
 _WIDEST_RECOMPUTED = 1024
 
 
-def chosen_remat(
+def select_remat(
     asked: str, d_model: int, numerics: Numerics, *, gated: bool = True
 ) -> str:
     """Returns ``asked``, or the platform's cheapest policy for "auto".
@@ -65,7 +65,7 @@ def chosen_remat(
     return "dots"
 
 
-def chosen_experts(asked: str, remat: str) -> str:
+def select_expert_kernel(asked: str, remat: str) -> str:
     """Returns ``asked``, but "gather" for "auto" if saved activations are offloaded.
 
     With rows that are sent and inputs that are saved on the host, libtpu 0.0.42 aborts the process
@@ -92,7 +92,7 @@ def check_remat(asked: str, platform: str) -> None:
         )
 
 
-def of_position(remat: str, position: int, period: int) -> str:
+def position_policy(remat: str, position: int, period: int) -> str:
     """Returns the policy of the layers at one position of a period; uniform layers have a period of
     1."""
     if remat != DOTS_LAST:
@@ -102,15 +102,15 @@ def of_position(remat: str, position: int, period: int) -> str:
     return "attention"
 
 
-def stacked(block: Any, remat: str, n_layers: int, *, drops: bool = True) -> Any:
+def stack_layers(block: Any, remat: str, n_layers: int, *, drops: bool = True) -> Any:
     """Returns ``block``, a module of one layer, scanned over layers and rematerialized; see
-    `scanned`."""
-    return scanned(
-        rematerialized(block, of_position(remat, 0, 1)), n_layers, drops=drops
+    `scan_layers`."""
+    return scan_layers(
+        rematerialize(block, position_policy(remat, 0, 1)), n_layers, drops=drops
     )
 
 
-def rematerialized(block: Any, remat: str) -> Any:
+def rematerialize(block: Any, remat: str) -> Any:
     """Returns ``block``, a module of one layer, with the rematerialization policy ``remat``.
 
     A block whose input is offloaded must name it `LAYER_INPUT` at its start.
@@ -122,7 +122,7 @@ def rematerialized(block: Any, remat: str) -> Any:
     return nn.remat(block, policy=_policy(remat), prevent_cse=False)
 
 
-def scanned(block: Any, n_layers: int, *, drops: bool = True) -> Any:
+def scan_layers(block: Any, n_layers: int, *, drops: bool = True) -> Any:
     """Returns ``block`` scanned over the leading axis of its variables and of its first input.
 
     Flax traces the block twice to check that broadcast variables are constant. Without dropout

@@ -20,20 +20,20 @@ from nalora_jax.method.low_rank import (
     Products,
     gated,
     rank_cotangents,
-    with_masked,
+    stack_masked,
 )
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.grouped_matmul import (
-    from_all,
     grouped_matmul,
     grouped_result,
     joins_factors,
+    multiply_factor,
     outer_of_all,
     own_of_all,
     ragged,
     ragged_outer,
 )
-from nalora_jax.ops.reductions import sampled as sampled_positions
+from nalora_jax.ops.reductions import sample_positions
 from nalora_jax.ops.split_rows import block_numbers, gather_rows
 from nalora_jax.ops.storage import Kernel, expand
 
@@ -48,7 +48,7 @@ class Places(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def spread(x: jax.Array, places: Places, top_k: int) -> jax.Array:
+def scatter_rows(x: jax.Array, places: Places, top_k: int) -> jax.Array:
     """Returns the token of each place, ``[places, d]``, zeros in unused places.
 
     Args:
@@ -63,21 +63,21 @@ def spread(x: jax.Array, places: Places, top_k: int) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def summed(y: jax.Array, places: Places, top_k: int) -> jax.Array:
-    """Returns the sum of each token's rows, ``[tokens, d]``; arguments as for `spread`, ``y
+def sum_token_rows(y: jax.Array, places: Places, top_k: int) -> jax.Array:
+    """Returns the sum of each token's rows, ``[tokens, d]``; arguments as for `scatter_rows`, ``y
     [places, d]``."""
     rows = _taken(y, places.of_rows)  # [tokens * top_k, d]
     of_tokens = rows.reshape(-1, top_k, y.shape[-1])
     return jnp.sum(of_tokens, axis=1)
 
 
-spread.defvjp(
-    lambda x, places, top_k: (spread(x, places, top_k), places),
-    lambda top_k, places, g: (summed(g, places, top_k), None),
+scatter_rows.defvjp(
+    lambda x, places, top_k: (scatter_rows(x, places, top_k), places),
+    lambda top_k, places, g: (sum_token_rows(g, places, top_k), None),
 )
-summed.defvjp(
-    lambda y, places, top_k: (summed(y, places, top_k), places),
-    lambda top_k, places, g: (spread(g, places, top_k), None),
+sum_token_rows.defvjp(
+    lambda y, places, top_k: (sum_token_rows(y, places, top_k), places),
+    lambda top_k, places, g: (scatter_rows(g, places, top_k), None),
 )
 
 
@@ -192,7 +192,7 @@ class GroupedProducts(Products):
     def _from_rank(self, hidden: jax.Array, factors: jax.Array) -> jax.Array:
         """Returns ``[rows, d]`` of ``[rows, r]`` times ``[experts, r, d]``."""
         if self.joined:
-            return from_all(hidden, factors, self.groups.expert, self.operand)
+            return multiply_factor(hidden, factors, self.groups.expert, self.operand)
         return ragged(hidden, factors, self.groups.sizes, self.operand, self.wide)
 
     def _per_expert(self, x: jax.Array, g: jax.Array, like: jax.Array) -> jax.Array:
@@ -219,7 +219,7 @@ class GroupedProducts(Products):
         """See `Products`."""
         (layer,) = layers
         (g,) = gs
-        back = self._to_rank(g, with_masked(layer).swapaxes(1, 2))
+        back = self._to_rank(g, stack_masked(layer).swapaxes(1, 2))
         exact, masked = rank_cotangents(layer, back)
         dx = self._from_rank(exact, layer.a.swapaxes(1, 2)).astype(x.dtype)
         return (
@@ -374,16 +374,18 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRo
             jnp.argsort(experts, axis=1, stable=True),
             axis=1,
         )
-        positions = sampled_positions(
+        positions = sample_positions(
             places[..., None], jnp.take(weights, places), stride, run=1
         )
         rows = positions.reshape(-1)
         weights = jnp.take(weights, rows)
         expert = jnp.take(expert, rows)
-    return SampledRows(rows, by_expert(weights, expert, routing))
+    return SampledRows(rows, expert_weights(weights, expert, routing))
 
 
-def by_expert(weights: jax.Array, expert: jax.Array, routing: Routing) -> jax.Array:
+def expert_weights(
+    weights: jax.Array, expert: jax.Array, routing: Routing
+) -> jax.Array:
     """Returns the weights ``[experts, taken]`` of `SampledRows`."""
     reached = expert[None, :] == jnp.arange(routing.sizes.shape[0])[:, None]
     return jnp.where(reached, weights[None, :], 0.0)
@@ -500,7 +502,7 @@ def samples_of_parts(
         rows, of_rows, to = (
             jnp.take_along_axis(x, taken, axis=1).reshape(-1) for x in arrays
         )
-        return SampledRows(rows, by_expert(of_rows, to, routing))
+        return SampledRows(rows, expert_weights(of_rows, to, routing))
 
     return of_stride(strides[0]), of_stride(strides[1])
 

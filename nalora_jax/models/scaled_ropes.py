@@ -37,7 +37,7 @@ _GROWTH = "llama_4_scaling_beta"
 _DERIVED = {"factor", "attention_factor"}
 
 
-def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str, Any]:
+def set_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str, Any]:
     """Returns a ``config.json`` with another RoPE scaling and the context length that follows from
     it.
 
@@ -59,7 +59,7 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     settings = parse_rope_scaling(text)
     if contains_text_model(raw.get("model_type"), images=False):
         text_model = text_part(raw, where)
-        changed = with_rope_scaling(text_model, text, f"{where}: text_config")
+        changed = set_rope_scaling(text_model, text, f"{where}: text_config")
         differing = {
             name: value
             for name, value in changed.items()

@@ -27,14 +27,14 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import TENSOR
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.reductions import in_tiles, of_tiles
+from nalora_jax.ops.reductions import join_tiles, split_tiles
 from nalora_jax.ops.shardings import RowSharding
 from nalora_jax.ops.storage import (
     Kernel,
     expand,
     read_residual,
     round_and_save,
-    rounded,
+    round_to,
     save_residual,
 )
 
@@ -92,7 +92,7 @@ class Keys(NamedTuple):
     # one image that see each other all have the position of the image's first token.
     starts: Array | None = None
     # float32 [heads], a score of each head that every query sees and that has no value
-    # (`with_sinks`); frozen, not scaled, not capped.
+    # (`apply_sinks`); frozen, not scaled, not capped.
     sinks: Array | None = None
     cached: CachedKeys | None = None  # keys of earlier calls, seen under the same rule
 
@@ -156,7 +156,7 @@ def is_mapped(config: AttentionConfig, numerics: Numerics) -> bool:
     return config.sharding is not None or numerics.platform.devices == 1
 
 
-def over_devices(
+def map_over_devices(
     attend: Callable[..., Array], config: AttentionConfig, *more: Any
 ) -> Any:
     """Returns ``attend((q, k, v), *others)``, mapped over the mesh of ``config`` if there is one.
@@ -199,7 +199,7 @@ def visibility(
     return same_segment & (since_start >= 0) & (distance < window)
 
 
-def with_sinks(out: Array, logsumexp: Array, sinks: Array) -> tuple[Array, Array]:
+def apply_sinks(out: Array, logsumexp: Array, sinks: Array) -> tuple[Array, Array]:
     """Returns the result and the log-sum-exps of a softmax with one more score per head, the sink.
 
     A sink has no value: its probability is lost. Gradients need no other change, since they follow
@@ -210,21 +210,21 @@ def with_sinks(out: Array, logsumexp: Array, sinks: Array) -> tuple[Array, Array
     return (out * share_of_keys).astype(out.dtype), total
 
 
-def capped(scores: Array, config: AttentionConfig) -> Array:
+def cap_scores(scores: Array, config: AttentionConfig) -> Array:
     """Returns ``c tanh(score / c)``, or the scores if there is no soft cap."""
     if config.softcap:
         return config.softcap * jnp.tanh(scores / config.softcap)
     return scores
 
 
-def by_key_head(x: Array, kv_heads: int) -> Array:
+def group_heads(x: Array, kv_heads: int) -> Array:
     """Returns ``[batch, kv_heads, groups, seq, head_dim]`` of ``[batch, seq, heads, head_dim]``."""
     batch, seq, _, dim = x.shape
     return x.reshape(batch, seq, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
 
 
-def by_token(x: Array) -> Array:
-    """Computes the inverse of `by_key_head`."""
+def ungroup_heads(x: Array) -> Array:
+    """Computes the inverse of `group_heads`."""
     batch, kv_heads, groups, seq, dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, seq, kv_heads * groups, dim)
 
@@ -232,11 +232,11 @@ def by_token(x: Array) -> Array:
 def product(equation: str, x: Array, y: Array, numerics: Numerics) -> Array:
     """Returns `jnp.einsum` of both arrays in float32; the operands are rounded to
     ``numerics.operand`` first."""
-    operands = (rounded(side, numerics.operand, numerics) for side in (x, y))
+    operands = (round_to(side, numerics.operand, numerics) for side in (x, y))
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def saved_heads(heads: QKV, config: AttentionConfig, numerics: Numerics) -> list[Array]:
+def save_heads(heads: QKV, config: AttentionConfig, numerics: Numerics) -> list[Array]:
     """Returns q, k and v, rounded and saved for the backward pass.
 
     Arrays that ``config.recomputed`` names are returned as they are, because the backward pass
@@ -299,7 +299,7 @@ def _fwd(
     save = partial(save_residual, dtype=numerics.residual, numerics=numerics)
     # [batch, kv_heads, groups, seq, head_dim]; keys and values have one group
     heads = tuple(
-        save(by_key_head(x, kv_heads)) for x in (q * config.scale, keys.k, keys.v)
+        save(group_heads(x, kv_heads)) for x in (q * config.scale, keys.k, keys.v)
     )
     places = keys.positions, keys.segments
 
@@ -318,7 +318,7 @@ def _fwd(
     out = jnp.concatenate(outs, -2)
     logsumexp = jnp.concatenate(totals, -2)
     if keys.sinks is not None:
-        out, logsumexp = with_sinks(
+        out, logsumexp = apply_sinks(
             out, logsumexp, keys.sinks.reshape(1, kv_heads, -1, 1, 1)
         )
     # Empty arrays carry the dtypes of the inputs: residuals have to be arrays.
@@ -326,7 +326,7 @@ def _fwd(
     saved = save(out)
     total = save_residual(logsumexp, "float32", numerics)
     residuals = heads, saved, total, places, window, like
-    return by_token(read_residual(saved, numerics.result)), residuals
+    return ungroup_heads(read_residual(saved, numerics.result)), residuals
 
 
 def _bwd(
@@ -337,7 +337,7 @@ def _bwd(
     heads, out, logsumexp, places, window, like = residuals
     kv_heads = heads[1].shape[1]
     seq = g.shape[1]
-    g = by_key_head(g.astype(jnp.float32), kv_heads)
+    g = group_heads(g.astype(jnp.float32), kv_heads)
     # [batch, kv_heads, groups, seq, 1]: the mean of the loss's gradient by the probabilities, which
     # the gradient of the softmax subtracts.
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
@@ -361,11 +361,11 @@ def _bwd(
     # [batch, kv_heads, head_dim, seq] -> [batch, kv_heads, 1, seq, head_dim]
     dk = dk.swapaxes(2, 3)[:, :, None]
     dv = dv.swapaxes(2, 3)[:, :, None]
-    dq_all = by_token(jnp.concatenate(dq[::-1], -2)) * config.scale
+    dq_all = ungroup_heads(jnp.concatenate(dq[::-1], -2)) * config.scale
     like_q, like_k, like_v = like
     of_keys = Keys(
-        by_token(dk).astype(like_k.dtype),
-        by_token(dv).astype(like_v.dtype),
+        ungroup_heads(dk).astype(like_k.dtype),
+        ungroup_heads(dv).astype(like_v.dtype),
         None,  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
     )
@@ -490,7 +490,7 @@ class _Seen(NamedTuple):
             (read_residual(query, jnp.float32), positions)
         )
         products = product("bkgqd,bktd->bkgqt", floats, self.key, self.numerics)
-        scores = capped(products, self.config)
+        scores = cap_scores(products, self.config)
         visible = visibility(
             positions[..., 0],
             segments[..., 0],
@@ -537,9 +537,9 @@ def attend_in_tiles(
             rng = jax.random.fold_in(dropout_rng, number)
         return None, attend(query, (positions, segments), rng=rng)
 
-    tiled = [in_tiles(x, tiles) for x in (q, *here)]
+    tiled = [split_tiles(x, tiles) for x in (q, *here)]
     _, out = lax.scan(tile, None, (jnp.arange(tiles), *tiled))
-    return of_tiles(out, seq)
+    return join_tiles(out, seq)
 
 
 def _attend(
@@ -559,7 +559,7 @@ def _attend(
     batch, seq, heads, dim = q.shape
     groups = heads // keys.k.shape[2]
     # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head
-    q = by_key_head(q, keys.k.shape[2]).reshape(batch, -1, groups * seq, dim)
+    q = group_heads(q, keys.k.shape[2]).reshape(batch, -1, groups * seq, dim)
     sources = [source for source in (keys.cached, keys) if source is not None]
 
     def masked_scores(source: Keys | CachedKeys) -> Array:
@@ -574,7 +574,7 @@ def _attend(
             )  # [batch, kv_heads, keys, head_dim]
             products = product("bkqd,bktd->bkqt", q, by_head, numerics)
             starts = source.starts
-        scores = capped(products * config.scale, config)
+        scores = cap_scores(products * config.scale, config)
         # [batch, kv_heads, groups * seq, keys] -> [batch, kv_heads, groups, seq, keys]
         scores = scores.reshape(batch, -1, groups, seq, scores.shape[-1])
         visible = visibility(*here, source.positions, source.segments, window, starts)
@@ -608,7 +608,7 @@ def _attend(
             values = source.v.transpose(0, 2, 1, 3)
         out = out + product("bkqt,bktd->bkqd", weights_of_block, values, numerics)
         first = last
-    return by_token(out.reshape(batch, -1, groups, seq, dim) / total)
+    return ungroup_heads(out.reshape(batch, -1, groups, seq, dim) / total)
 
 
 # Running sums of a softmax: the largest score, the sum of weights ``exp(score - largest)`` and the
@@ -644,7 +644,7 @@ def attention_over_cache(
     def attend(start: int, end: int) -> Array:
         """Returns the results of a block of queries."""
         # [batch, kv_heads, groups, block, head_dim]
-        queries = by_key_head(q[:, start:end], kv_heads)
+        queries = group_heads(q[:, start:end], kv_heads)
         here = keys.positions[:, start:end], keys.segments[:, start:end]
 
         def add(
@@ -660,7 +660,7 @@ def attention_over_cache(
             ``k`` is ``[batch, kv_heads, head_dim, keys]``, ``v [batch, kv_heads, keys, head_dim]``.
             """
             top, total, out = sums
-            scores = capped(
+            scores = cap_scores(
                 product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale,
                 config,
             )
@@ -721,7 +721,7 @@ def attention_over_cache(
         )
         # Padding sees no key; its result must be finite, because its values are multiplied by 0
         # later.
-        return by_token(out / jnp.where(total > 0, total, 1.0))
+        return ungroup_heads(out / jnp.where(total > 0, total, 1.0))
 
     return jnp.concatenate([attend(*block) for block in blocks(q.shape[1])], axis=1)
 

@@ -29,19 +29,19 @@ from nalora_jax.ops.attention import (
     UNSEEN,
     AttentionConfig,
     Keys,
+    apply_sinks,
     is_mapped,
-    over_devices,
-    saved_heads,
+    map_over_devices,
+    save_heads,
     self_attention,
     visibility,
-    with_sinks,
 )
 from nalora_jax.ops.dispatch import AUTO_IMPLEMENTATION, Numerics
 from nalora_jax.ops.split_attention import (
     Integers,
     Spread,
-    on_shard,
-    on_shards,
+    attend_on_shard,
+    attend_on_shards,
     split_attention,
 )
 from nalora_jax.ops.split_rows import Row
@@ -94,7 +94,7 @@ def cudnn_attention(
     called_seq = seq
     called_dim = head_dim
     if keys.sinks is not None:
-        # The operands grow by the sink's key and its columns, see `with_sink_key`.
+        # The operands grow by the sink's key and its columns, see `add_sink_key`.
         called_seq += _SINK_POSITIONS
         called_dim += _SINK_COLUMNS
     q_shape = (rows, called_seq, heads, called_dim)
@@ -104,15 +104,15 @@ def cudnn_attention(
     visible = visibility(
         keys.positions, keys.segments, keys.positions, keys.segments, window
     )
-    q, k, v = saved_heads((q, keys.k, keys.v), config, numerics)
+    q, k, v = save_heads((q, keys.k, keys.v), config, numerics)
     if keys.sinks is None:
         return dot_product(q, k, v, visible, config.scale).astype(numerics.result)
-    operands = with_sink_key(q, k, v, visible, keys.sinks, config.scale)
+    operands = add_sink_key(q, k, v, visible, keys.sinks, config.scale)
     out = dot_product(*operands, config.scale)[:, _SINK_POSITIONS:, :, :head_dim]
     return out.astype(numerics.result)
 
 
-def with_sink_key(
+def add_sink_key(
     q: Array, k: Array, v: Array, visible: Array, sinks: Array, scale: float
 ) -> tuple[Array, Array, Array, Array]:
     """Returns the operands of `dot_product` with one more key, whose score is the sink and whose
@@ -216,9 +216,9 @@ def triton_attention(
     if keys.sinks is not None or not is_mapped(config, numerics):
         return NotImplemented
     del window
-    heads = saved_heads((q, keys.k, keys.v), config, numerics)
+    heads = save_heads((q, keys.k, keys.v), config, numerics)
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
-    attend = over_devices(partial(_one_device, config=config), config, config.rows)
+    attend = map_over_devices(partial(_one_device, config=config), config, config.rows)
     out: Array = attend(tuple(x.astype(numerics.operand) for x in heads), segments)
     return out.astype(numerics.result)
 
@@ -286,11 +286,11 @@ def triton_split_attention(
         return NotImplemented
 
     def attend(heads: QKV, of: Integers, spread: Spread, sinks: Array | None) -> Array:
-        """Returns the attention of a shard's queries, see `on_shard`."""
+        """Returns the attention of a shard's queries, see `attend_on_shard`."""
         return _attention(heads, of, sinks, _Options(spread, tile, config, numerics))
 
-    local = partial(on_shard, config=config, attend=attend, tile=tile)
-    return on_shards(local, heads, row, window, config, sinks)
+    local = partial(attend_on_shard, config=config, attend=attend, tile=tile)
+    return attend_on_shards(local, heads, row, window, config, sinks)
 
 
 class _Options(NamedTuple):
@@ -330,7 +330,7 @@ def _fwd(
     )
     logsumexp = logsumexp.swapaxes(1, 2)  # [batch, queries, heads]
     if sinks is not None:
-        out, logsumexp = with_sinks(
+        out, logsumexp = apply_sinks(
             out, logsumexp[..., None], sinks[None, None, :, None]
         )
         logsumexp = logsumexp[..., 0]

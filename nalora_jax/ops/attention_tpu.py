@@ -28,21 +28,21 @@ from nalora_jax.ops.attention import (
     AttentionConfig,
     Keys,
     is_mapped,
-    over_devices,
-    saved_heads,
+    map_over_devices,
+    save_heads,
     self_attention,
 )
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.shardings import of_mesh
-from nalora_jax.ops.split_attention import on_shards, reach, split_attention
+from nalora_jax.ops.shardings import mesh_sharding
+from nalora_jax.ops.split_attention import attend_on_shards, reach, split_attention
 from nalora_jax.ops.split_rows import (
     Row,
-    by_block,
-    by_part,
     gather_rows,
-    gathered_exactly,
+    gather_rows_exactly,
+    join_blocks,
+    prepend_context,
     shards_of,
-    with_preceding,
+    split_blocks,
 )
 from nalora_jax.ops.storage import SAVED
 
@@ -57,7 +57,7 @@ LARGEST = 1024 * REGISTER_LANES
 # The fused kernel writes one partial gradient of the queries per block of keys. With more parts
 # they take gigabytes.
 _MOST_PARTS = 8
-_SUMS_ENTIRE_ARRAYS = ("TPU v5 lite", "TPU v5e")  # see `gathered_exactly`
+_SUMS_ENTIRE_ARRAYS = ("TPU v5 lite", "TPU v5e")  # see `gather_rows_exactly`
 
 
 @self_attention.implements(SPLASH)
@@ -75,12 +75,12 @@ def splash_attention(
     """
     if not takes(q.shape[1], q.shape[-1]) or not is_mapped(config, numerics):
         return NotImplemented
-    q, k, v = saved_heads((q, keys.k, keys.v), config, numerics)
+    q, k, v = save_heads((q, keys.k, keys.v), config, numerics)
     # splash attention has no scale parameter
     arrays = tuple(x.astype(numerics.operand) for x in (q * config.scale, k, v))
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
     attend = partial(_one_device, config=config)
-    mapped = over_devices(attend, config, config.rows, P(), P(config.head_axis))
+    mapped = map_over_devices(attend, config, config.rows, P(), P(config.head_axis))
     out: Array = mapped(arrays, segments, _index(window, config.windows), keys.sinks)
     return out.astype(jnp.float32).astype(numerics.result)
 
@@ -190,7 +190,7 @@ def split_splash_attention(
     assert sharding is not None
     if not takes(block, q.shape[-1]) or row.starts is not None:
         return NotImplemented
-    scaled = saved_heads((q * config.scale, k, v), config, numerics)
+    scaled = save_heads((q * config.scale, k, v), config, numerics)
     q, k, v = (x.astype(numerics.operand) for x in scaled)
     shards = shards_of(sharding)
     device_heads = q.shape[2] // sharding.mesh.shape.get(TENSOR, 1)
@@ -216,7 +216,7 @@ def split_splash_attention(
             """Computes attention with a window of ``size`` tokens, for the shard's queries."""
             if size not in by_size:
                 return _attend_near(size, config, row, sinks, (q, k, v))
-            of_queries = by_part(row.slices(0).segments)
+            of_queries = join_blocks(row.slices(0).segments)
             of_row = (q, spread(k), spread(v))
             return _called(by_size[size], of_row, of_queries, row.segments, sinks)
 
@@ -225,12 +225,12 @@ def split_splash_attention(
         return out
 
     kernels = tuple(of_row(size) for size in far)
-    by_query = of_mesh(sharding, None, CONTEXT)
+    by_query = mesh_sharding(sharding, None, CONTEXT)
     specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
     spread: Callable[[jax.Array], jax.Array] = gather_rows
     if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS:
-        spread = gathered_exactly
-    out = on_shards(
+        spread = gather_rows_exactly
+    out = attend_on_shards(
         on_shard, (q, k, v), row, window, config, sinks, *kernels, more_specs=specs
     )
     return out.astype(jnp.float32).astype(numerics.result)
@@ -254,8 +254,8 @@ def _attend_near(
     )
     sizes = _sizes(block, ahead + block, window, q.shape[3])
     kernel = _kernel(mask, q.shape[2], 1, sizes, config)
-    near = by_block(q), with_preceding(k, ahead), with_preceding(v, ahead)
-    return by_part(_called(kernel, near, segments[:, ahead:], segments, sinks))
+    near = split_blocks(q), prepend_context(k, ahead), prepend_context(v, ahead)
+    return join_blocks(_called(kernel, near, segments[:, ahead:], segments, sinks))
 
 
 def _called(

@@ -170,7 +170,7 @@ def own_of_all(x: Array, factors: Array, group: Array, operand: str) -> Array:
     return jnp.sum(jnp.where(own[..., None], products, 0.0), axis=1)
 
 
-def from_all(hidden: Array, factors: Array, group: Array, operand: str) -> Array:
+def multiply_factor(hidden: Array, factors: Array, group: Array, operand: str) -> Array:
     """Multiplies rows ``[rows, rank]`` by their group's factor, of ``[groups, rank, d]``: float32
     ``[rows, d]``."""
     groups, rank, d = factors.shape

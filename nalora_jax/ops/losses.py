@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.reductions import in_tiles, of_tiles
+from nalora_jax.ops.reductions import join_tiles, split_tiles
 from nalora_jax.ops.storage import Kernel, dot
 
 # Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so an
@@ -289,9 +289,9 @@ def _along_sequence(
         parts = jax.tree.map(lambda x: x.reshape(*of_columns, *x.shape[1:]), parts)
         return jax.tree.map(jnp.add, sums, more), parts
 
-    tiled = jax.tree.map(partial(in_tiles, tiles=chunks), (hidden, weights, targets))
+    tiled = jax.tree.map(partial(split_tiles, tiles=chunks), (hidden, weights, targets))
     sums, parts = lax.scan(body, start, tiled)
-    return sums, jax.tree.map(partial(of_tiles, seq=seq), parts)
+    return sums, jax.tree.map(partial(join_tiles, seq=seq), parts)
 
 
 def target_losses(

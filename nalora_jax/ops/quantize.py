@@ -31,7 +31,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.ops.shardings import mesh_axes, of_mesh
+from nalora_jax.ops.shardings import mesh_axes, mesh_sharding
 from nalora_jax.ops.storage import Stored
 
 QuantizedFormat = Literal["int8", "nf4", "mxfp4"]
@@ -114,7 +114,7 @@ class Quantized(Coded):
 
 def _at(array: Array, place: NamedSharding) -> Array:
     """Returns codes or scales with their last two axes sharded as in ``place``."""
-    sharding = of_mesh(place, *[None] * (array.ndim - 2), *place.spec)
+    sharding = mesh_sharding(place, *[None] * (array.ndim - 2), *place.spec)
     return lax.with_sharding_constraint(array, sharding)
 
 
@@ -215,7 +215,7 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
     block = _BLOCKS[kernel.kind]
     pairs = kernel.codes.reshape(*lead, d_in // block, block // 2, d_out)
     codes = unpack_pairs(pairs)
-    blocks = (of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
+    blocks = (look_up_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
     # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and
     # stores the repeated codes and scales, three times the traffic.
     return lax.optimization_barrier(blocks).reshape(*lead, d_in, d_out)
@@ -231,7 +231,7 @@ def unpack_pairs(pairs: Array) -> Array:
     return (pairs[..., None, :, :] >> shifts) & 15
 
 
-def of_levels(codes: Array, levels: Sequence[float]) -> Array:
+def look_up_levels(codes: Array, levels: Sequence[float]) -> Array:
     """Returns float32 ``levels[codes]``.
 
     The levels are selected bit by bit, the highest bit first, because a TPU gathers slowly from a
@@ -240,8 +240,8 @@ def of_levels(codes: Array, levels: Sequence[float]) -> Array:
     if len(levels) == 1:
         return jnp.float32(levels[0])
     half = len(levels) // 2
-    low = of_levels(codes, levels[:half])
-    high = of_levels(codes, levels[half:])
+    low = look_up_levels(codes, levels[:half])
+    high = look_up_levels(codes, levels[half:])
     return jnp.where((codes & half) > 0, high, low)
 
 
@@ -283,4 +283,4 @@ def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding |
     for entry in spec[-2:]:
         names = tuple(name for name in mesh_axes(entry) if name not in axes)
         remaining.append(names or None)
-    return of_mesh(sharding, *remaining)
+    return mesh_sharding(sharding, *remaining)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.ops.shardings import RowSharding, mesh_axes, of_mesh, ways
+from nalora_jax.ops.shardings import RowSharding, mesh_axes, mesh_sharding, ways
 
 SAMPLED_RUN = 8  # positions that are taken together if only some are sampled
 
@@ -28,7 +28,7 @@ def count(rows: RowSharding) -> int:
     return ways(rows.mesh, mesh_axes(rows.spec[0]))
 
 
-def with_zeros(x: Array, count: int, axis: int) -> Array:
+def append_zeros(x: Array, count: int, axis: int) -> Array:
     """Returns ``x`` with ``count`` zeros at the end of an axis."""
     if not count:
         return x
@@ -37,22 +37,22 @@ def with_zeros(x: Array, count: int, axis: int) -> Array:
     return jnp.pad(x, widths)
 
 
-def in_tiles(x: Array, tiles: int) -> Array:
+def split_tiles(x: Array, tiles: int) -> Array:
     """Returns ``[tiles, batch, tile, ...]`` of ``[batch, seq, ...]``, padded with zeros."""
     batch, seq, *rest = x.shape
     tile = -(-seq // tiles)
-    padded = with_zeros(x, tiles * tile - seq, 1)
+    padded = append_zeros(x, tiles * tile - seq, 1)
     return jnp.moveaxis(padded.reshape(batch, tiles, tile, *rest), 1, 0)
 
 
-def of_tiles(x: Array, seq: int) -> Array:
-    """Computes the inverse of `in_tiles`."""
+def join_tiles(x: Array, seq: int) -> Array:
+    """Computes the inverse of `split_tiles`."""
     tiles, batch, tile, *rest = x.shape
     rows = jnp.moveaxis(x, 0, 1).reshape(batch, tiles * tile, *rest)
     return rows[:, :seq]
 
 
-def by_shard(sums: Callable[..., Any], rows: RowSharding, *arrays: Any) -> Any:
+def sum_by_shard(sums: Callable[..., Any], rows: RowSharding, *arrays: Any) -> Any:
     """Returns ``sums(*arrays)`` for the rows of each shard of arrays ``[batch, ...]`` with the
     sharding ``rows``.
 
@@ -68,14 +68,14 @@ def by_shard(sums: Callable[..., Any], rows: RowSharding, *arrays: Any) -> Any:
 
     def parted(x: Array) -> Any:
         """Returns ``[shards, rows of a shard, ...]`` of ``[batch, ...]``."""
-        x = with_zeros(x, -x.shape[0] % shards, 0)
-        return pinned(x.reshape(shards, -1, *x.shape[1:]), rows)
+        x = append_zeros(x, -x.shape[0] % shards, 0)
+        return pin_to_shards(x.reshape(shards, -1, *x.shape[1:]), rows)
 
     parts = jax.tree.map(parted, arrays)
-    return pinned(jax.vmap(sums)(*parts), rows)
+    return pin_to_shards(jax.vmap(sums)(*parts), rows)
 
 
-def pinned(tree: Any, rows: RowSharding, axis: int = 0) -> Any:
+def pin_to_shards(tree: Any, rows: RowSharding, axis: int = 0) -> Any:
     """Returns ``tree`` with a sharding of the axis ``[shards]``; the compiler places all other
     axes."""
     if rows is None or count(rows) == 1:
@@ -85,7 +85,7 @@ def pinned(tree: Any, rows: RowSharding, axis: int = 0) -> Any:
         """Returns an array with the axis ``[shards]`` split over the mesh."""
         spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
         spec[axis] = rows.spec[0]
-        return lax.with_sharding_constraint(x, of_mesh(rows, *spec))
+        return lax.with_sharding_constraint(x, mesh_sharding(rows, *spec))
 
     return jax.tree.map(pin, tree)
 
@@ -100,14 +100,16 @@ def first_alone(value: Array, rows: RowSharding) -> Array:
     if shards == 1:
         return value
     zeros = jnp.zeros((shards, *value.shape), value.dtype)
-    alone: Array = pinned(zeros.at[0].set(value), rows)
+    alone: Array = pin_to_shards(zeros.at[0].set(value), rows)
     return alone
 
 
 # ---------------------------------------------------------------- positions
 
 
-def sampled(x: Array, weights: Array, stride: int, run: int = SAMPLED_RUN) -> Array:
+def sample_positions(
+    x: Array, weights: Array, stride: int, run: int = SAMPLED_RUN
+) -> Array:
     """Returns one in ``stride`` positions of every row, with real tokens preferred to padding.
 
     Positions are taken in runs of 8, one of every ``stride`` runs: the run with most real tokens,
@@ -131,7 +133,7 @@ def sampled(x: Array, weights: Array, stride: int, run: int = SAMPLED_RUN) -> Ar
     run, groups = _grouping(weights.shape[-1], stride, run)
     chosen = _chosen(weights, stride, run)
     missing = groups * stride * run - weights.shape[-1]
-    x = with_zeros(x, missing, -2)
+    x = append_zeros(x, missing, -2)
     # [..., groups, stride, run, n], of which one of every stride
     x = x.reshape(*x.shape[:-2], groups, stride, run, x.shape[-1])
     index = chosen[..., None, None, None]  # [..., groups, 1, 1, 1]
@@ -140,7 +142,7 @@ def sampled(x: Array, weights: Array, stride: int, run: int = SAMPLED_RUN) -> Ar
 
 
 def sampled_weights(weights: Array, stride: int) -> Array:
-    """Returns float32 ``weights [..., positions]``, 0 at positions that `sampled` leaves out."""
+    """Returns float32 ``weights [..., positions]``, 0 at positions that are not sampled."""
     if stride == 1:
         return weights.astype(jnp.float32)
     run, groups = _grouping(weights.shape[-1], stride, SAMPLED_RUN)
@@ -165,7 +167,7 @@ def _chosen(weights: Array, stride: int, run: int) -> Array:
     """Returns the index of the run that is taken in each group, int32 ``[..., groups]``."""
     groups = -(-weights.shape[-1] // (stride * run))
     real = lax.stop_gradient(weights) > 0
-    real = with_zeros(real, groups * stride * run - weights.shape[-1], -1)
+    real = append_zeros(real, groups * stride * run - weights.shape[-1], -1)
     by_run = real.reshape(*weights.shape[:-1], groups, stride, run)
     counts = jnp.sum(by_run, axis=-1, dtype=jnp.int32)  # [..., groups, stride]
     # Among runs with as many real tokens, the middle one is taken; of single positions the first.

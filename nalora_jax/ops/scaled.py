@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding
 from nalora_jax.ops.quantize import (
     MXFP4_LEVELS,
     Coded,
-    of_levels,
+    look_up_levels,
     powers_of_two,
     unpack_pairs,
 )
@@ -160,7 +160,7 @@ def _decoded(codes: Array, element: Element) -> Array:
     if element == "int4":
         values = nibbles.astype(jnp.float32)
     else:
-        values = of_levels(nibbles, MXFP4_LEVELS)
+        values = look_up_levels(nibbles, MXFP4_LEVELS)
     return values.reshape(*lead, 2 * rows, d_out)
 
 

@@ -38,7 +38,7 @@ class Shardings:
 UNSHARDED = Shardings()  # of one device
 
 
-def of_mesh(like: NamedSharding, *axes: Any) -> NamedSharding:
+def mesh_sharding(like: NamedSharding, *axes: Any) -> NamedSharding:
     """Returns the sharding over the mesh of ``like`` whose array axes are split over ``axes``."""
     return NamedSharding(like.mesh, P(*axes))
 

@@ -26,17 +26,17 @@ from nalora_jax.ops.attention import (
     AttentionConfig,
     Keys,
     attend_in_tiles,
-    over_devices,
-    saved_heads,
+    map_over_devices,
+    save_heads,
 )
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.split_rows import (
     Row,
     block_numbers,
-    by_block,
-    by_part,
     gather_rows,
-    with_preceding,
+    join_blocks,
+    prepend_context,
+    split_blocks,
 )
 
 # A shard's keys, or values, [batch, 2 * block, ...] -> those of all tokens that its queries see.
@@ -61,19 +61,19 @@ def split_attention(
     """
 
     def attend(heads: QKV, of: Integers, spread: Spread, sinks: Array | None) -> Array:
-        """Returns the attention of a shard's queries, see `on_shard`."""
+        """Returns the attention of a shard's queries, see `attend_on_shard`."""
         q, k, v = heads
         keys = Keys(spread(k), spread(v), *of.keys, sinks)
         here = of.queries.positions, of.queries.segments
         return attend_in_tiles(q, here, keys, of.window, config, numerics)
 
-    q, k, v = saved_heads(heads, config, numerics)
-    local = partial(on_shard, config=config, attend=attend)
-    out = on_shards(local, (q, k, v), row, window, config, sinks)
+    q, k, v = save_heads(heads, config, numerics)
+    local = partial(attend_on_shard, config=config, attend=attend)
+    out = attend_on_shards(local, (q, k, v), row, window, config, sinks)
     return out.astype(numerics.result)
 
 
-def on_shards(
+def attend_on_shards(
     attend: Callable[..., Array],
     heads: QKV,
     row: Row,
@@ -100,7 +100,7 @@ def on_shards(
     row_spec = P(BATCH_AXES)
     window_spec = P()
     sinks_spec = P(config.head_axis)
-    mapped = over_devices(
+    mapped = map_over_devices(
         attend, config, row_spec, window_spec, sinks_spec, *more_specs
     )
     out: Array = mapped(heads, row, jnp.asarray(window, jnp.int32), sinks, *more)
@@ -119,7 +119,7 @@ def reach(windows: tuple[int, ...], block: int, row: Row) -> int:
     return max(near, default=0)
 
 
-def on_shard(
+def attend_on_shard(
     heads: QKV,
     row: Row,
     window: Array,
@@ -147,15 +147,17 @@ def on_shard(
             of_keys.segments[:, ahead:],
             jnp.full((1,), ahead),
         )
-        spread = partial(with_preceding, ahead=ahead)
+        spread = partial(prepend_context, ahead=ahead)
         integers = Integers(queries, of_keys, window)
-        return by_part(attend((by_block(q), k, v), integers, spread, sinks))
+        return join_blocks(attend((split_blocks(q), k, v), integers, spread, sinks))
 
     def far(*heads: Array) -> Array:
         """Attends to the gathered keys of the entire row."""
         here = row.slices(0)
         first = block * jnp.stack(block_numbers())
-        queries = Queries(by_part(here.positions), by_part(here.segments), first)
+        queries = Queries(
+            join_blocks(here.positions), join_blocks(here.segments), first
+        )
         return attend(heads, Integers(queries, row, window), gather_rows, sinks)
 
     if not ahead:

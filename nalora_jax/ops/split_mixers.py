@@ -21,14 +21,14 @@ from nalora_jax.common.devices import BATCH_AXES, CONTEXT, TENSOR
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.causal_conv import causal_conv
 from nalora_jax.ops.delta_rule import DeltaInputs, gated_delta_rule, segment_runs
-from nalora_jax.ops.reductions import with_zeros
+from nalora_jax.ops.reductions import append_zeros
 from nalora_jax.ops.split_rows import (
     Row,
     block_numbers,
-    by_block,
-    by_part,
     gather_rows,
-    with_preceding,
+    join_blocks,
+    prepend_context,
+    split_blocks,
 )
 
 
@@ -54,8 +54,8 @@ def split_conv(x: Array, kernel: Array, row: Row, sharding: NamedSharding) -> Ar
     def local(x: Array, kernel: Array, row: Row) -> Array:
         """Returns the convolution of a shard's part, ``[batch, 2 * block, channels]``."""
         segments = row.slices(ahead).segments
-        out = causal_conv(with_preceding(x, ahead), kernel, segments)
-        return by_part(out[:, ahead:])
+        out = causal_conv(prepend_context(x, ahead), kernel, segments)
+        return join_blocks(out[:, ahead:])
 
     channels = _over_tensor(sharding, x.shape[-1])
     by_channel = P(sharding.spec[0], None, channels)
@@ -74,7 +74,7 @@ def split_delta_rule(inputs: DeltaInputs, row: Row, sharding: NamedSharding) -> 
 
 def _delta_rule(inputs: DeltaInputs, row: Row) -> Array:
     """Computes a shard's outputs ``[batch, 2 * block, groups, n, d_v]``."""
-    inputs = jax.tree.map(by_block, inputs)  # [2 * batch, block, ...]
+    inputs = jax.tree.map(split_blocks, inputs)  # [2 * batch, block, ...]
     segments = row.slices(0).segments
     with_runs = row._replace(segments=segment_runs(row.segments))
     before = with_runs.slices(1).segments[
@@ -82,7 +82,7 @@ def _delta_rule(inputs: DeltaInputs, row: Row) -> Array:
     ]  # segment of the token before each block
     d_k = inputs.k.shape[-1]
     d_v = inputs.v.shape[-1]
-    v = with_zeros(inputs.v, d_k, -1)
+    v = append_zeros(inputs.v, d_k, -1)
     heads = (v.shape[0], *v.shape[2:4])
     # The rule is run on two states side by side: zeros [d_k, d_v] with the values, and an identity
     # [d_k, d_k] with values of zero.
@@ -93,7 +93,7 @@ def _delta_rule(inputs: DeltaInputs, row: Row) -> Array:
     of_state = jnp.einsum(
         "btgnd,bgnde->btgne", out[..., d_v:], state, preferred_element_type=jnp.float32
     )
-    return by_part(out[..., :d_v] + of_state)
+    return join_blocks(out[..., :d_v] + of_state)
 
 
 def _states_before(summary: Array, d_v: int) -> Array:

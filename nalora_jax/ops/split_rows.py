@@ -22,8 +22,8 @@ from jax import Array, lax
 
 from nalora_jax.common.devices import BATCH_AXES, CONTEXT
 from nalora_jax.errors import NaloraError
-from nalora_jax.ops.reductions import with_zeros
-from nalora_jax.ops.shardings import RowSharding, of_mesh
+from nalora_jax.ops.reductions import append_zeros
+from nalora_jax.ops.shardings import RowSharding, mesh_sharding
 
 _ALIGNED = 128  # blocks of at least this length are multiples of it, as kernels need
 
@@ -70,11 +70,11 @@ def shards_of(sharding: RowSharding) -> int:
     return int(sharding.mesh.shape[CONTEXT])
 
 
-def of_whole_rows(sharding: RowSharding) -> RowSharding:
+def whole_row_sharding(sharding: RowSharding) -> RowSharding:
     """Returns the sharding of whole rows for a sharding of their parts."""
     if sharding is None or shards_of(sharding) == 1:
         return sharding
-    return of_mesh(sharding, BATCH_AXES)
+    return mesh_sharding(sharding, BATCH_AXES)
 
 
 def block_length(seq: int, shards: int) -> int:
@@ -96,17 +96,17 @@ def block_length(seq: int, shards: int) -> int:
     return -(-block // _ALIGNED) * _ALIGNED
 
 
-def padded(x: Array, sharding: RowSharding) -> Array:
+def pad_to_blocks(x: Array, sharding: RowSharding) -> Array:
     """Returns rows ``[batch, seq, ...]`` with zeros at their end up to whole blocks."""
     shards = shards_of(sharding)
     if shards == 1:
         return x
     seq = x.shape[1]
     whole = 2 * shards * block_length(seq, shards)
-    return with_zeros(x, whole - seq, 1)
+    return append_zeros(x, whole - seq, 1)
 
 
-def split(x: Array, sharding: RowSharding) -> Array:
+def split_parts(x: Array, sharding: RowSharding) -> Array:
     """Returns the parts of rows: ``[shards * batch, 2 * block, ...]`` of ``[batch, seq, ...]``.
 
     Whole rows (one shard) are returned as they are.
@@ -115,7 +115,7 @@ def split(x: Array, sharding: RowSharding) -> Array:
     if sharding is None or shards == 1:
         return x
     batch = x.shape[0]
-    x = padded(x, sharding)
+    x = pad_to_blocks(x, sharding)
     early = np.arange(shards)
     late = 2 * shards - 1 - early
     order = np.stack([early, late], axis=1)  # [shards, 2], each shard's blocks
@@ -124,15 +124,15 @@ def split(x: Array, sharding: RowSharding) -> Array:
     x = x.reshape(batch, 2 * shards, -1, *rest)
     x = jnp.moveaxis(x[:, order], 1, 0)
     x = x.reshape(shards, batch, -1, *rest)
-    by_shard = of_mesh(sharding, CONTEXT, BATCH_AXES)
+    by_shard = mesh_sharding(sharding, CONTEXT, BATCH_AXES)
     x = lax.with_sharding_constraint(x, by_shard)
     x = x.reshape(shards * batch, -1, *rest)
     return lax.with_sharding_constraint(x, sharding)
 
 
-def joined(x: Array, sharding: RowSharding, seq: int) -> Array:
+def join_parts(x: Array, sharding: RowSharding, seq: int) -> Array:
     """Returns rows ``[batch, seq, ...]`` of their parts ``[shards * batch, 2 * block, ...]``: the
-    inverse of `split` and `padded`.
+    inverse of `split_parts` and `pad_to_blocks`.
 
     Whole rows (one shard) are returned as they are.
     """
@@ -143,11 +143,11 @@ def joined(x: Array, sharding: RowSharding, seq: int) -> Array:
     block = length // 2
     # [shards * batch, 2 * block, ...] -> [shards, batch, 2, block, ...] -> [batch, seq, ...]
     x = _natural(x.reshape(shards, -1, 2, block, *rest))
-    whole = of_mesh(sharding, BATCH_AXES)
+    whole = mesh_sharding(sharding, BATCH_AXES)
     return lax.with_sharding_constraint(x[:, :seq], whole)
 
 
-def repeated(x: Array, sharding: RowSharding) -> Array:
+def repeat_for_parts(x: Array, sharding: RowSharding) -> Array:
     """Returns an array of rows, ``[batch, ...]``, once for each part of a row: ``[shards * batch,
     ...]``."""
     shards = shards_of(sharding)
@@ -155,7 +155,7 @@ def repeated(x: Array, sharding: RowSharding) -> Array:
         return x
     _, *rest = x.shape
     x = jnp.broadcast_to(x[None], (shards, *x.shape))
-    by_shard = of_mesh(sharding, CONTEXT, BATCH_AXES)
+    by_shard = mesh_sharding(sharding, CONTEXT, BATCH_AXES)
     x = lax.with_sharding_constraint(x, by_shard)
     return lax.with_sharding_constraint(x.reshape(-1, *rest), sharding)
 
@@ -179,14 +179,14 @@ def block_numbers() -> tuple[Any, Any]:
     return shard, 2 * lax.axis_size(CONTEXT) - 1 - shard
 
 
-def by_block(x: Array) -> Array:
+def split_blocks(x: Array) -> Array:
     """Returns ``[2 * batch, block, ...]`` of this shard's ``[batch, 2 * block, ...]``."""
     batch, length, *rest = x.shape
     return x.reshape(2 * batch, length // 2, *rest)
 
 
-def by_part(x: Array) -> Array:
-    """Computes the inverse of `by_block`."""
+def join_blocks(x: Array) -> Array:
+    """Computes the inverse of `split_blocks`."""
     parts, block, *rest = x.shape
     return x.reshape(parts // 2, 2 * block, *rest)
 
@@ -199,7 +199,7 @@ def gather_rows(x: Array) -> Array:
 
 
 @jax.custom_vjp
-def gathered_exactly(x: Array) -> Array:
+def gather_rows_exactly(x: Array) -> Array:
     """Computes `gather_rows`; its backward pass exchanges the gradients and sums them in float32.
 
     It sends as many bytes as the gradient of `gather_rows`, which v5e's compiler makes of the
@@ -224,10 +224,10 @@ def _exchanged(_: None, g: Array) -> tuple[Array]:
     return (total.reshape(batch, -1, *rest),)
 
 
-gathered_exactly.defvjp(lambda x: (gather_rows(x), None), _exchanged)
+gather_rows_exactly.defvjp(lambda x: (gather_rows(x), None), _exchanged)
 
 
-def with_preceding(x: Array, ahead: int) -> Array:
+def prepend_context(x: Array, ahead: int) -> Array:
     """Returns this shard's blocks, each after the ``ahead`` tokens before it in the row: ``[2 *
     batch, ahead + block, ...]``.
 

@@ -87,7 +87,7 @@ class Bits(Stored):
         bits = self.bits
         if self.at is not None:
             bits = lax.dynamic_index_in_dim(bits, self.at, keepdims=False)
-        return from_bits(bits).astype(dtype or jnp.bfloat16)
+        return bf16_from_bits(bits).astype(dtype or jnp.bfloat16)
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +109,7 @@ class Trained(Stored):
         return self.value.astype(dtype or self.value.dtype)
 
 
-def without_gradient(array: Kernel) -> Kernel:
+def stop_frozen_gradient(array: Kernel) -> Kernel:
     """Returns an array as a constant of the backward pass, unless it is trained."""
     if isinstance(array, Trained):
         return array
@@ -123,7 +123,7 @@ def bf16_bits(x: Array) -> Array:
     return x
 
 
-def from_bits(x: Array) -> Array:
+def bf16_from_bits(x: Array) -> Array:
     """Computes the inverse of `bf16_bits`."""
     if x.dtype == jnp.uint16:
         return lax.bitcast_convert_type(x, jnp.bfloat16)
@@ -149,7 +149,7 @@ def take_rows(table: Kernel, rows: Array, numerics: Numerics, axis: int = 0) -> 
     """Returns the rows of a frozen table that have the indices ``rows``, along ``axis``, as
     floats."""
     if numerics.facts_of == "cpu" and isinstance(table, Bits | Array):
-        return from_bits(jnp.take(bits_of(table), rows, axis=axis))
+        return bf16_from_bits(jnp.take(bits_of(table), rows, axis=axis))
     return jnp.take(expand(table), rows, axis=axis)
 
 
@@ -216,7 +216,7 @@ def store(x: Array, numerics: Numerics) -> Kernel:
     return x
 
 
-def in_stored_layout(x: Any, numerics: Numerics) -> Any:
+def restore_layout(x: Any, numerics: Numerics) -> Any:
     """Returns an array of one layer in the layout of the stack of all layers, if the compiler would
     change it.
 
@@ -231,7 +231,7 @@ def in_stored_layout(x: Any, numerics: Numerics) -> Any:
     return with_layout_constraint(x, row_major)
 
 
-def rounded(x: Array, dtype: Any, numerics: Numerics) -> Array:
+def round_to(x: Array, dtype: Any, numerics: Numerics) -> Array:
     """Returns ``x.astype(dtype)``; on a CPU, float32 is rounded to bf16 with integers, which is
     faster."""
     narrows = x.dtype == jnp.float32 and jnp.dtype(dtype) == jnp.bfloat16
@@ -249,7 +249,7 @@ def _rounded(x: Array) -> Array:
     # number halfway is rounded up only if its last bit is odd.
     odd = (bits >> 16) & jnp.uint32(1)
     high = (bits + jnp.uint32(0x7FFF) + odd) >> 16
-    return from_bits(high.astype(jnp.uint16))
+    return bf16_from_bits(high.astype(jnp.uint16))
 
 
 _rounded.defvjp(lambda x: (_rounded(x), None), lambda _, g: (g.astype(jnp.float32),))
@@ -260,7 +260,7 @@ def save_residual(
 ) -> Array | Stored:
     """Returns ``x`` rounded to ``dtype`` and named for rematerialized layers; `read_residual` is
     the inverse."""
-    x = rounded(x, dtype, numerics)
+    x = round_to(x, dtype, numerics)
     if numerics.facts_of == "cpu" and x.dtype == jnp.bfloat16:
         return Bits(checkpoint_name(bf16_bits(x), name))
     return checkpoint_name(x, name)
@@ -308,11 +308,11 @@ def dot(
     the product to ``result``.
     """
     operand = operand or numerics.operand
-    left = rounded(x, operand, numerics)
-    right = rounded(expand(y, operand), operand, numerics)
+    left = round_to(x, operand, numerics)
+    right = round_to(expand(y, operand), operand, numerics)
     contract = (((dims[0],), (dims[1],)), ((), ()))  # no batch dimensions
     product = lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
-    return rounded(product, result, numerics)
+    return round_to(product, result, numerics)
 
 
 def matmul(x: Array, kernel: Kernel, numerics: Numerics) -> Array:

@@ -33,10 +33,10 @@ from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed, sharding
 from nalora_jax.method.step import init_state
-from nalora_jax.method.tuned import without_tuned
+from nalora_jax.method.tuned import remove_tuned
 from nalora_jax.models import adapters, stacks, targets
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.scaled_ropes import with_rope_scaling
+from nalora_jax.models.scaled_ropes import set_rope_scaling
 from nalora_jax.ops.quantize import kernels, mark_gathered, quantize
 from nalora_jax.planner import machines
 from nalora_jax.planner.figures import Figures
@@ -70,7 +70,7 @@ def architecture(
     part is a key of `CONFIGS`, or its ``config.json`` is read from the hub's cache or downloaded.
     With ``images`` a multimodal model includes its image tower and projector; by default only its
     text model is returned. ``rope_scaling`` replaces the model's
-    (`nalora_jax.models.scaled_ropes.with_rope_scaling`).
+    (`nalora_jax.models.scaled_ropes.set_rope_scaling`).
 
     Raises:
       NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.
@@ -107,7 +107,7 @@ def architecture(
         )
     quantization = quantization_of(raw, where)
     config = ModelConfig.from_hf(
-        with_rope_scaling(raw, rope_scaling, where), where, images=images
+        set_rope_scaling(raw, rope_scaling, where), where, images=images
     )
     if quantization is None:
         return config
@@ -182,7 +182,7 @@ def step_and_arguments(
         return jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype, sharding=place)
 
     states, batches = jax.tree.map(of_runs, (state, batch))
-    everywhere = distributed.replicated(mesh)
+    everywhere = distributed.replicated_sharding(mesh)
     rates = of_runs(
         jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=everywhere)
     )
@@ -207,14 +207,15 @@ def _program_and_state(
         for path, shape in stacks.param_shapes(base).items()
     }
     params = mark_gathered(
-        placed(trees.unflatten(weights), mesh, sharding.PARAM_RULES)[0], WEIGHT_AXES
+        place_shapes(trees.unflatten(weights), mesh, sharding.PARAM_RULES)[0],
+        WEIGHT_AXES,
     )
     fresh = jax.eval_shape(
         lambda lora: init_state(lora, program.optimizer, 0),
         adapters.adapter_shapes(base, spec),
     )
-    state, places = placed(fresh, mesh, sharding.STATE_RULES)
-    params = without_tuned(params, state.lora)
+    state, places = place_shapes(fresh, mesh, sharding.STATE_RULES)
+    params = remove_tuned(params, state.lora)
     return program, params, state, places
 
 
@@ -248,7 +249,7 @@ def rollout_and_arguments(
         tokens=of((count, longest), "int32"),
         lengths=of((count,), "int32"),
         live=of((count,), "bool"),
-        stop_ids=of((8,), "int32", distributed.replicated(mesh)),
+        stop_ids=of((8,), "int32", distributed.replicated_sharding(mesh)),
         sampling=jax.tree.map(lambda x: of(x.shape, x.dtype), sampling),
     )
     model = program.eval_model
@@ -332,7 +333,7 @@ def _weight(
     )
 
 
-def placed(tree: Any, mesh: Mesh, rules: sharding.Rules) -> tuple[Any, Any]:
+def place_shapes(tree: Any, mesh: Mesh, rules: sharding.Rules) -> tuple[Any, Any]:
     """Returns a tree of shapes with their shardings on ``mesh``, and the tree of shardings.
 
     ``tree`` has arrays or shapes, and ``rules`` give the sharding of a path.

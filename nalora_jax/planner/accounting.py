@@ -24,7 +24,7 @@ from nalora_jax.planner.hlo import (
     group_size,
     kernel_name,
     parse_program,
-    received,
+    ring_bytes,
 )
 
 BETWEEN = " between slices"  # suffix of the kind of a collective between slices
@@ -228,7 +228,7 @@ class Program:
                     kind = instruction.opcode.removesuffix("-start")
                     devices = group_size(instruction.attributes)
                     overlapped = _is_overlapped([caller for caller, _ in parts])
-                    moved = received(kind, instruction, devices)
+                    moved = ring_bytes(kind, instruction, devices)
                     collectives.append(
                         Collective(kind, moved, devices, self.times[name], overlapped)
                     )

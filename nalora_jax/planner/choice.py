@@ -17,9 +17,9 @@ from nalora_jax.mesh import distributed, processes
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner.decide import Compiled, decide
 from nalora_jax.planner.estimates import Layout
-from nalora_jax.planner.figures import of_compiled, roofline
-from nalora_jax.planner.layouts import fitting
-from nalora_jax.planner.machines import of_devices
+from nalora_jax.planner.figures import measure_compiled, roofline
+from nalora_jax.planner.layouts import fitting_layouts
+from nalora_jax.planner.machines import describe_machine
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ def accept_layout(
     Raises:
       NaloraError: no layout fits, or ``build`` raises it.
     """
-    where = of_devices(list(devices or jax.devices()))
+    where = describe_machine(list(devices or jax.devices()))
     if where is None:  # a CPU or an unknown chip: the simplest mesh
         return build(config)
-    candidates = fitting(config, base, where)
+    candidates = fitting_layouts(config, base, where)
     if len(candidates) == 1:  # the layout is fixed by the settings
         log.info("mesh: %s", candidates[0])
         return build(candidates[0].into(config))
@@ -72,7 +72,7 @@ def accept_layout(
         program = compile_ahead(assembly.step, params, assembly.state, batch)
         result = Compiled(0.0, True, 0.0)  # a step without figures counts as fitting
         if program is not None:
-            figures = of_compiled(program)
+            figures = measure_compiled(program)
             seconds = roofline(figures, placed, base, where).seconds + layout.rollout
             result = Compiled(figures.memory, figures.fits(where.chip), seconds)
         if result.fits:

@@ -19,7 +19,7 @@ from nalora_jax.mesh.distributed import program_shape
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.experts import SLACK, block_rows
-from nalora_jax.models.remat import OFFLOAD, of_position
+from nalora_jax.models.remat import OFFLOAD, position_policy
 from nalora_jax.models.stacks import (
     groups,
     param_shapes,
@@ -157,7 +157,7 @@ class Layout:
         if self.run and self.runs_per_device:
             sizes = f"run {self.run} x fsdp {self.fsdp} x tensor {self.tensor}"
             return f"{sizes}, {self.runs_per_device} a group"
-        return distributed.shown_axes({name: getattr(self, name) for name in AXES})
+        return distributed.describe_axes({name: getattr(self, name) for name in AXES})
 
     @property
     def short(self) -> str:
@@ -203,7 +203,7 @@ def uniform(base: ModelConfig) -> list[ModelConfig]:
     return [stack.config for stack in stacks(base)]
 
 
-def attending(base: ModelConfig) -> list[ModelConfig]:
+def attention_stacks(base: ModelConfig) -> list[ModelConfig]:
     """Returns the uniform config of every stack with attention."""
     return [config for config in uniform(base) if config.attends]
 
@@ -230,7 +230,7 @@ def splash_flops(
     fused kernel and 7 with two kernels.
     """
     total = 0.0
-    for config in attending(base):
+    for config in attention_stacks(base):
         for window in config.layer_windows:
             fused = "use_fused_bwd_kernel" in block_sizes(seq, window, config.head_dim)
             products = 2 * forward + (5 if fused else 7) * backward
@@ -245,7 +245,8 @@ def causal_flops(base: ModelConfig, seq: int, products: float) -> float:
     Kernels compute all blocks of 128 queries and keys that causality touches, for any window.
     """
     widths = sum(
-        config.n_layers * config.n_heads * config.head_dim for config in attending(base)
+        config.n_layers * config.n_heads * config.head_dim
+        for config in attention_stacks(base)
     )
     return products * 2.0 * attention_gpu.triton_pairs(seq) * widths
 
@@ -371,7 +372,7 @@ def _policies(base: ModelConfig, remat: str) -> Iterator[tuple[ModelConfig, str]
     """Yields the uniform config and the rematerialization policy of every stack."""
     for group in groups(base):
         for position, stack in enumerate(group):
-            yield stack.config, of_position(remat, position, len(group))
+            yield stack.config, position_policy(remat, position, len(group))
 
 
 def values_for_backward(
@@ -704,7 +705,7 @@ class _Share:
         most = 0.0
         received = 0.0
         context = self.layout.context
-        for config in attending(self.base) if context > 1 else ():
+        for config in attention_stacks(self.base) if context > 1 else ():
             each = (
                 2
                 * config.n_kv_heads
@@ -857,7 +858,7 @@ class _Share:
         # Numbers of a token in all layers.
         stored = sum(
             of.n_layers * parts(of)[0].state_values(of, tensor)
-            for of in attending(base)
+            for of in attention_stacks(base)
         )
         cache = rows * self.seq * stored * self.wide
         weights = (self.weights + self.ends) / tensor

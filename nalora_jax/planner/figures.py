@@ -22,13 +22,13 @@ from nalora_jax.common.digests import FIELD, digest_of, seal, unseal
 from nalora_jax.common.files import write_atomically
 from nalora_jax.common.imports import installed_version
 from nalora_jax.config import RunConfig
-from nalora_jax.config.structured import structured
+from nalora_jax.config.structured import parse_dataclass
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops import attention_gpu
 from nalora_jax.ops.delta_rule import SCOPE as DELTA_RULE
 from nalora_jax.planner.accounting import Collective, Program, Transfer, Work
 from nalora_jax.planner.estimates import (
-    attending,
+    attention_stacks,
     causal_flops,
     decoder_alone,
     splash_flops,
@@ -118,16 +118,16 @@ def figures(
             record = json.loads(file.read_bytes())
             if FIELD not in record:  # `unseal` accepts that
                 raise KeyError(FIELD)
-            return structured(Figures, unseal(record, str(file)))
+            return parse_dataclass(Figures, unseal(record, str(file)))
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             log.warning("%s is damaged: the program is compiled again", file)
-    compiled = of_compiled(lowered.compile())
+    compiled = measure_compiled(lowered.compile())
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(seal(asdict(compiled))))
     return compiled
 
 
-def of_compiled(compiled: Any) -> Figures:
+def measure_compiled(compiled: Any) -> Figures:
     """Returns the figures of a ``jax.stages.Compiled``."""
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
@@ -193,7 +193,7 @@ def kernel_flops(
     """Returns the flops of attention kernels in a step, which XLA does not count."""
     calls = program.custom_calls
     if any(name in calls for name in _ON_GPUS):
-        layers = sum(config.n_layers for config in attending(base))
+        layers = sum(config.n_layers for config in attention_stacks(base))
         products = (
             sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items())
             / layers
@@ -206,7 +206,8 @@ def kernel_flops(
         return 0.0
     # Every window is a branch, and each layer runs one of them.
     windows = sum(
-        len(set(config.layer_windows)) * config.n_layers for config in attending(base)
+        len(set(config.layer_windows)) * config.n_layers
+        for config in attention_stacks(base)
     )
     layers = accumulate * windows
     each = splash_flops(base, seq, forward=forward / layers, backward=backward / layers)
@@ -233,12 +234,14 @@ def roofline(
     flops = program.flops + kernel_flops(
         program, base, share, seq, n_tensor, config.train.accumulate
     )
-    return bounded(
+    return bound_program(
         program, flops, useful_flops(base, spec, rows, seq) / where.size, where
     )
 
 
-def bounded(program: Figures, flops: float, useful: float, where: Topology) -> Roofline:
+def bound_program(
+    program: Figures, flops: float, useful: float, where: Topology
+) -> Roofline:
     """Returns the bound of a compiled program with ``flops`` on each chip, of which ``useful``
     count for the MFU."""
     chip = where.chip

@@ -349,7 +349,7 @@ def _product_flops(instruction: Instruction) -> float:
 # ---------------------------------------------------------------- collectives
 
 
-def received(kind: str, instruction: Instruction, devices: int) -> float:
+def ring_bytes(kind: str, instruction: Instruction, devices: int) -> float:
     """Returns the bytes that reach a device in a ring.
 
     For large arrays this is the minimum over all algorithms.

@@ -28,12 +28,12 @@ from nalora_jax.models.remat import DOTS_LAST, OFFLOAD
 from nalora_jax.models.stacks import groups, key_heads, stacks
 from nalora_jax.planner.estimates import (
     Layout,
-    attending,
     attention_kernel,
+    attention_stacks,
     decoder_alone,
     estimate,
 )
-from nalora_jax.planner.machines import Topology, of_devices
+from nalora_jax.planner.machines import Topology, describe_machine
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +68,17 @@ def choose_axes(
     Raises:
       NaloraError: no layout fits, or the axes do not fit the devices, the batch or the heads.
     """
-    where = of_devices(list(devices or jax.devices()))
+    where = describe_machine(list(devices or jax.devices()))
     if where is None:  # `make_mesh` takes the simplest mesh
         return config
-    layout = fastest(fitting(config, base, where))
+    layout = fastest(fitting_layouts(config, base, where))
     log.info("mesh: %s", layout)
     return layout.into(config)
 
 
-def fitting(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layout]:
+def fitting_layouts(
+    config: RunConfig, base: ModelConfig, where: Topology
+) -> list[Layout]:
     """Returns layouts that are estimated to fit and match the axes and policy of ``config``.
 
     Image towers and projectors are ignored as small.
@@ -170,7 +172,7 @@ def candidates(
     size = where.size
     heads = key_heads(base)
     # libtpu 0.0.42 aborts with both on most meshes of one slice
-    # (`nalora_jax.models.remat.chosen_experts`).
+    # (`nalora_jax.models.remat.select_expert_kernel`).
     asked_for_both = "auto" not in (config.compute.remat, config.compute.experts)
     fixed = distributed.axis_sizes(config.mesh, size, where.slices, keep_open=True)
     distributed.check_heads(
@@ -226,7 +228,7 @@ def _splits_well(base: ModelConfig, where: Topology, seq: int, context: int) -> 
     )
     has_kernel = where.chip.platform == "tpu" or all(
         attention_kernel(where, of_stack, 1, seq, context)
-        for of_stack in attending(base)
+        for of_stack in attention_stacks(base)
     )
     return can_split and has_kernel and seq >= 2 * context * _LEAST_BLOCK
 
@@ -248,7 +250,7 @@ def _ways(
 # ---------------------------------------------------------------- sweeps
 
 
-def fitting_sweep(
+def fitting_sweep_layouts(
     config: RunConfig, base: ModelConfig, where: Topology, runs: int
 ) -> list[Layout]:
     """Returns the layouts of a sweep that are estimated to fit.

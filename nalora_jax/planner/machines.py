@@ -256,7 +256,7 @@ def topology(name: str) -> Topology:
     )
 
 
-def of_devices(devices: Sequence[jax.Device]) -> Topology | None:
+def describe_machine(devices: Sequence[jax.Device]) -> Topology | None:
     """Returns the machine that real or abstract devices form.
 
     Returns None if the table of chips does not describe it.

@@ -14,7 +14,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.kinds.record import run_kind
 from nalora_jax.mesh import distributed
 from nalora_jax.mesh.distributed import prompt_shards
-from nalora_jax.method.transform import with_gate_state
+from nalora_jax.method.transform import replace_gate_state
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner import accounting, estimates, machines
 from nalora_jax.planner.abstract_step import (
@@ -27,12 +27,12 @@ from nalora_jax.planner.decide import Compiled, decide
 from nalora_jax.planner.figures import (
     Figures,
     Roofline,
-    bounded,
+    bound_program,
     figures,
     kernel_flops,
     roofline,
 )
-from nalora_jax.planner.layouts import fastest, fitting, fitting_sweep
+from nalora_jax.planner.layouts import fastest, fitting_layouts, fitting_sweep_layouts
 
 
 @dataclass(frozen=True)
@@ -209,14 +209,14 @@ def make_plan(
     Raises:
       NaloraError: no layout fits, or the compiler is missing.
     """
-    layouts = fitting(config, base, where)
+    layouts = fitting_layouts(config, base, where)
     compiled = _compiler(config, base, where, images=images)
     layout, result, _ = decide(layouts, where.chip.memory, compiled, must_fit=False)
     placed = layout.into(config)
     concrete = placed.without_mechanisms()
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
-    other = figures(without_statistics(step, mesh), arguments)
+    other = figures(plain_lora_step(step, mesh), arguments)
     rollout = None
     if run_kind(config).draws_samples:
         rollout = _plan_rollout(placed, base, where, other, arguments)
@@ -253,7 +253,7 @@ def _plan_rollout(
         config.data.max_length - rl.max_new_tokens,
         max(config.mesh.tensor, 1),
     )
-    bound = bounded(
+    bound = bound_program(
         found, found.flops + kernel_flops(found, decoder, *shape), 0.0, where
     )
     moved = moved_weights(update, arguments, found, drawn)
@@ -282,7 +282,7 @@ def plan_sweep(
     Raises:
       NaloraError: no layout fits, or the compiler is missing.
     """
-    layouts = fitting_sweep(config, base, where, runs)
+    layouts = fitting_sweep_layouts(config, base, where, runs)
     if not compiles:
         layout = fastest(layouts)
         seconds = layout.seconds / math.ceil(runs / layout.together)
@@ -332,7 +332,7 @@ def _compiler(
     return compiled
 
 
-def without_statistics(step: Any, mesh: Any) -> Any:
+def plain_lora_step(step: Any, mesh: Any) -> Any:
     """Returns a step of plain LoRA that computes no gate statistics.
 
     Outputs that read them are removed, so the compiler drops them.
@@ -342,7 +342,7 @@ def without_statistics(step: Any, mesh: Any) -> Any:
     def plain(params: Any, state: Any, batch: Any) -> Any:
         """Returns the step's result with the old statistics and the loss alone."""
         new, metrics = inner(params, state, batch)
-        opt_state = with_gate_state(new.opt_state, state.gate)
+        opt_state = replace_gate_state(new.opt_state, state.gate)
         return new._replace(opt_state=opt_state), {"loss": metrics["loss"]}
 
     return jax.jit(

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from nalora_jax.common.files import write_atomically
-from nalora_jax.config.structured import dotted
+from nalora_jax.config.structured import flatten_settings
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.intervals import t_interval
 from nalora_jax.report import plots
@@ -136,7 +136,7 @@ def group_runs(runs: Sequence[History]) -> list[RunGroup]:
     members: list[list[History]] = []
     for run in runs:
         identity = {}
-        for name, value in dotted(run.config):
+        for name, value in flatten_settings(run.config):
             if name not in _ASIDE:
                 identity[name] = plain_text(value)
         if identity not in identities:

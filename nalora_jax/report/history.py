@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.common.redaction import redacted
+from nalora_jax.common.redaction import redact
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import METRICS_FILE, acting_steps, read_metrics
 
@@ -68,7 +68,7 @@ class History:
     @property
     def config(self) -> Mapping[str, Any]:
         """Returns the run's config as nested dicts, without passwords (earlier logs have them)."""
-        return redacted(self.header.get("run", {}))
+        return redact(self.header.get("run", {}))
 
     @property
     def loss_kind(self) -> str:

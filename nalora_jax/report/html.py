@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config import RunConfig
-from nalora_jax.config.structured import dotted
+from nalora_jax.config.structured import flatten_settings
 from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.report import plots, sections
 from nalora_jax.report.drawing import style
@@ -83,7 +83,7 @@ def render(
         headline=sections.headline(history),
         sections=_draw(history),
         samples=sections.samples(history),
-        sampled_after=sections.sampled_after(history),
+        sampled_after=sections.shown_sample_step(history),
         changes=sections.changes(history),
         confusion=sections.confusions(history),
         needle=needle,
@@ -142,9 +142,9 @@ def _status(history: History) -> str:
 
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """Returns (dotted name, value, differs from the default) of every field."""
-    defaults = dict(dotted(to_json(RunConfig().to_dict())))  # as in the log
+    defaults = dict(flatten_settings(to_json(RunConfig().to_dict())))  # as in the log
     rows = []
-    for name, value in dotted(config):
+    for name, value in flatten_settings(config):
         differs = name in defaults and defaults[name] != value
         rows.append((name, plain_text(value), differs))
     return rows

@@ -61,7 +61,7 @@ class LayerSummary:
     names: tuple[str, ...] = ()  # of the rows; () for the numbers of layers
 
 
-def by_layer(
+def merge_by_layer(
     summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequence[int]]
 ) -> LayerSummary:
     """Returns one summary of several blocks, in the order of the model's layers.
@@ -343,7 +343,7 @@ def inspect_texts(
     )
     summaries = {block: layer_summary(sums[block], probe[block]) for block in sums}
     layers = {stack.prefix: stack.layers for stack in stacks(model.base.config)}
-    return by_layer(summaries, layers)
+    return merge_by_layer(summaries, layers)
 
 
 def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]:

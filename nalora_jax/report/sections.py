@@ -363,7 +363,7 @@ def _sample_row(answers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def sampled_after(history: History) -> int | None:
+def shown_sample_step(history: History) -> int | None:
     """Returns the step of the adapter whose samples are shown with the base's, or None."""
     sampled = [record for record in history.measured if record["eval"].get("samples")]
     if len(sampled) > 1 and sampled[0]["step"] == 0:

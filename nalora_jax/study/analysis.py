@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from nalora_jax.study.hypothesis_tests import Paired, holm, paired
+from nalora_jax.study.hypothesis_tests import Paired, compare_pairs, holm
 from nalora_jax.study.planned_runs import (
     COSTS,
     Cell,
@@ -20,7 +20,7 @@ from nalora_jax.study.planned_runs import (
     cost,
     others_of,
     test_runs,
-    tuning,
+    tuning_grid,
     tuning_runs,
 )
 from nalora_jax.study.protocol import Protocol
@@ -113,7 +113,7 @@ def results(
     """Returns every cell of the study with its runs, in the order of the file."""
     cell_results = []
     for cell in cells(protocol):
-        grid = tuning(protocol, cell, records)
+        grid = tuning_grid(protocol, cell, records)
         tuned = [
             records[run.id]
             for run in tuning_runs(protocol, cell, grid.rates)
@@ -129,7 +129,7 @@ def results(
     return cell_results
 
 
-def by_task(
+def group_by_task(
     cell_results: Sequence[MethodResult],
 ) -> dict[tuple[str, str], list[MethodResult]]:
     """Returns the results by task and model."""
@@ -140,7 +140,7 @@ def by_task(
     return groups
 
 
-def named(metric: str) -> str:
+def cost_label(metric: str) -> str:
     """Returns the label of a metric's cost."""
     if metric in COSTS:
         return metric
@@ -159,11 +159,11 @@ def other_measured(metric: str, cell_results: Sequence[MethodResult]) -> list[st
 def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[Measure]:
     """Returns every measure by which the study compares methods, the primary one first."""
     metric = protocol.metric
-    primary = Measure("primary", named(metric), partial(_test_cost, metric))
+    primary = Measure("primary", cost_label(metric), partial(_test_cost, metric))
     all_measures = [primary]
     for name in other_measured(metric, cell_results):
         value = partial(_test_cost, name)
-        all_measures.append(Measure("other", named(name), value))
+        all_measures.append(Measure("other", cost_label(name), value))
     for multiple in sorted(protocol.test_multiples):
         if multiple != 1:
             label = f"x {multiple:g}"
@@ -261,7 +261,7 @@ def _compare(
     if not values:
         return None
     margin = protocol.margin or protocol.margin_share * gain
-    statistics = paired(values, values_of_other, margin)
+    statistics = compare_pairs(values, values_of_other, margin)
     return MethodComparison(cell, other, measure, statistics, gain)
 
 

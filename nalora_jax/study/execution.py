@@ -18,7 +18,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.study import provenance
-from nalora_jax.study.planned_runs import Run, pending
+from nalora_jax.study.planned_runs import Run, list_pending
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Records, StudyRecord, exact_values, hours
 from nalora_jax.study.resources import Resources
@@ -92,7 +92,7 @@ def run_study(
                 spent,
             )
             break
-        left = pending(protocol, records)
+        left = list_pending(protocol, records)
         if methods:
             left = [run for run in left if run.cell.method in methods]
         if not left:

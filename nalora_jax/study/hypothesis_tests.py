@@ -45,7 +45,9 @@ class Paired:
     seeds_needed: int | None
 
 
-def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Paired:
+def compare_pairs(
+    method: Sequence[float], other: Sequence[float], margin: float
+) -> Paired:
     """Compares two lists of losses seed by seed.
 
     Args:

@@ -160,7 +160,9 @@ class DualEncoders(Subject):
             config.vision.templates,
             config.lora.rules,
         )
-        return self.once(key, lambda: dual.with_classes(config, loaded, classes, mesh))
+        return self.once(
+            key, lambda: dual.add_class_weights(config, loaded, classes, mesh)
+        )
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
         """Returns both towers with the projections of the seed."""
@@ -183,7 +185,7 @@ class DualEncoders(Subject):
         def draw() -> ImageData:
             """Opens the training split, and draws its few-shot images."""
             source = self._source(config, config.data, config.data.train_split)
-            records = dual.trained_on(
+            records = dual.training_images(
                 config, source, self._classes(config, config.data)
             )
             mesh = distributed.smallest_mesh(config.mesh)
@@ -212,7 +214,7 @@ class DualEncoders(Subject):
         # equal: a probe, whose data is not trained on
         if data.train_split != data.eval_split:
             check_disjoint(train, held_out)
-        indices = dual.drawn_images(held_out, data.eval_limit)
+        indices = dual.draw_images(held_out, data.eval_limit)
         images = RecordImages(
             held_out, indices[indices.argsort()]
         )  # in the order of the source

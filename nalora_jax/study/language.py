@@ -138,7 +138,7 @@ class Language(Subject):
             """Reads the weights, and adds rows for new tokens."""
             mesh = distributed.smallest_mesh(config.mesh)
             options: dict[str, Any] = {"mesh": mesh, "quantized": compute.quantized}
-            return new_tokens.with_added(
+            return new_tokens.add_tokens(
                 load_model(inputs.resolve_base(config), dtype=compute.dtype, **options),
                 added,
                 mesh,
@@ -285,7 +285,7 @@ class Language(Subject):
         programs: the ``accuracy`` if there are choices.
         """
         model = assembly.eval_model
-        mesh = distributed.unless_single(assembly.mesh)
+        mesh = distributed.multi_device_mesh(assembly.mesh)
         scored = TextEvaluator(model, None, items.asked, mesh=mesh)
         values = {"loss": scored.measure(params, lora)["loss"]}
         if whole and items.choices:

@@ -14,7 +14,7 @@ from nalora_jax.data.source import components
 from nalora_jax.errors import NaloraError
 
 
-def located(config: RunConfig, folder: Path) -> RunConfig:
+def locate_settings(config: RunConfig, folder: Path) -> RunConfig:
     """Returns settings whose model, data set and splits are found from the current folder.
 
     Args:

@@ -87,7 +87,7 @@ def _grid(
     Returns:
       SVG text, or "" if no line is visible.
     """
-    groups = analysis.by_task(cell_results)
+    groups = analysis.group_by_task(cell_results)
     columns = min(len(groups), _COLUMNS)
     rows = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
@@ -104,7 +104,7 @@ def _grid(
                 method = result.cell.method
                 xs, ys = zip(*line, strict=True)
                 axis.plot(xs, ys, label=method, **panels.style, **marks[method])
-        cost_label = analysis.named(group[0].metric)
+        cost_label = analysis.cost_label(group[0].metric)
         axis.set(xlabel=panels.xlabel, ylabel=panels.ylabel.format(cost=cost_label))
         axis.set_title(f"{task}, {model}", fontsize=10)
         if lines:
@@ -291,7 +291,7 @@ def _differences(
     axis.set_yticks(range(len(compared)), labels, fontsize=8)
     axis.set_ylim(len(compared) - 0.5, -0.5)  # the first on top
     axis.xaxis.set_major_locator(MaxNLocator(4))
-    metric = analysis.named(protocol.metric)
+    metric = analysis.cost_label(protocol.metric)
     difference = f"difference of the test {metric}, lower is better"
     legend = "95% t interval; grey: the margin of equivalence"
     axis.set_xlabel(f"{difference}\n{legend}", fontsize=9)

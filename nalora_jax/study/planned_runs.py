@@ -17,8 +17,8 @@ from nalora_jax.common.buckets import is_url
 from nalora_jax.common.digests import json_digest
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.initial_adapter import with_adapter
-from nalora_jax.study.locations import located
+from nalora_jax.loading.initial_adapter import take_adapter_settings
+from nalora_jax.study.locations import locate_settings
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import StudyRecord
 
@@ -75,12 +75,14 @@ class Run:
 
         If the run starts from an adapter, they include the adapter's settings.
         """
-        settings = located(self._settings, self.protocol.folder)
+        settings = locate_settings(self._settings, self.protocol.folder)
         if settings.adapter:
             path = settings.adapter
             if not is_url(path):
                 path = str(self.protocol.folder / path)
-            settings = with_adapter(replace(settings, adapter=path), named={"model"})
+            settings = take_adapter_settings(
+                replace(settings, adapter=path), named={"model"}
+            )
         if self.mesh is None:
             return settings
         return replace(settings, mesh=self.mesh)
@@ -151,7 +153,7 @@ class Tuning:
         return min(finite, key=finite.__getitem__)
 
 
-def tuning(
+def tuning_grid(
     protocol: Protocol, cell: Cell, records: Mapping[str, StudyRecord]
 ) -> Tuning:
     """Returns the grid of ``cell``, extended as the records require.
@@ -228,7 +230,7 @@ def cells(protocol: Protocol) -> list[Cell]:
     return [Cell(model, task, method) for model, task, method in places]
 
 
-def wanted(protocol: Protocol, records: Mapping[str, StudyRecord]) -> list[Run]:
+def list_runs(protocol: Protocol, records: Mapping[str, StudyRecord]) -> list[Run]:
     """Returns every known run of the study, done or not, in the order in which they should be done.
 
     Each seed is completed for all methods before the next, so a study that stops early has equally
@@ -239,7 +241,7 @@ def wanted(protocol: Protocol, records: Mapping[str, StudyRecord]) -> list[Run]:
     tunes: list[Run] = []
     tests: list[Run] = []
     for cell in order_of_cells:
-        grid = tuning(protocol, cell, records)
+        grid = tuning_grid(protocol, cell, records)
         tunes += tuning_runs(protocol, cell, grid.rates)
         if grid.chosen:
             tests += test_runs(protocol, cell, grid.chosen)
@@ -258,9 +260,9 @@ def wanted(protocol: Protocol, records: Mapping[str, StudyRecord]) -> list[Run]:
     return sorted(tunes, key=by_seed) + sorted(tests, key=by_seed)
 
 
-def pending(protocol: Protocol, records: Mapping[str, StudyRecord]) -> list[Run]:
-    """Returns the runs of `wanted` that have no record yet."""
-    return [run for run in wanted(protocol, records) if run.id not in records]
+def list_pending(protocol: Protocol, records: Mapping[str, StudyRecord]) -> list[Run]:
+    """Returns the runs of `list_runs` that have no record yet."""
+    return [run for run in list_runs(protocol, records) if run.id not in records]
 
 
 def _mean_cost(

@@ -92,7 +92,7 @@ class Preferences(Language):
         def make() -> PreferenceEvaluator:
             """Returns the evaluator of these items, which scores the base once."""
             tokenizer = self.model(items.config).tokenizer
-            mesh = distributed.unless_single(assembly.mesh)
+            mesh = distributed.multi_device_mesh(assembly.mesh)
             settings = items.config.preference
             return PreferenceEvaluator(
                 assembly.eval_model, tokenizer, items.asked, settings, mesh=mesh

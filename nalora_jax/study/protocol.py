@@ -42,7 +42,7 @@ from nalora_jax.config.structured import (
     SIZE,
     Range,
     check_ranges,
-    structured,
+    parse_dataclass,
 )
 from nalora_jax.errors import NaloraError
 from nalora_jax.kinds.record import check_run_config
@@ -199,9 +199,11 @@ class Protocol:
         """
         chosen = self.tasks[task]
         base = RunConfig().without_mechanisms()
-        common = structured(RunConfig, self.run, "[run] ", base=base)
+        common = parse_dataclass(RunConfig, self.run, "[run] ", base=base)
         data = replace(common.data, dataset=chosen.dataset)
-        data = structured(DataConfig, chosen.data, f"[tasks.{task}] data.", base=data)
+        data = parse_dataclass(
+            DataConfig, chosen.data, f"[tasks.{task}] data.", base=data
+        )
         data = replace(
             data,
             train_split=chosen.train,
@@ -209,7 +211,7 @@ class Protocol:
             eval_limit=chosen.validation_items,
         )
         where = f"[tasks.{task}] vision."
-        vision = structured(VisionConfig, chosen.vision, where, base=common.vision)
+        vision = parse_dataclass(VisionConfig, chosen.vision, where, base=common.vision)
         if vision.reads_chats:
             raise NaloraError(
                 f"[tasks.{task}] vision task",
@@ -219,7 +221,7 @@ class Protocol:
         common = replace(common, data=data, vision=vision)
         settings = self.methods[method].settings
         where = f"[methods.{method}] settings."
-        config = structured(RunConfig, settings, where, base=common)
+        config = parse_dataclass(RunConfig, settings, where, base=common)
         if self.methods[method].no_gate:
             rules = (LoRARule(_GATES, rank=0), *config.lora.rules)
             config = replace(config, lora=replace(config.lora, rules=rules))
@@ -253,7 +255,7 @@ def read_protocol(path: str | Path) -> Protocol:
         raise NaloraError(str(path), expected="a TOML file", found=error) from error
     digest = json_digest(table, sort_keys=True, default=str)  # dates as text
     try:
-        protocol = replace(structured(Protocol, table), path=path, digest=digest)
+        protocol = replace(parse_dataclass(Protocol, table), path=path, digest=digest)
         import_files(protocol.imports, path.parent)
         for where, fine, expected, actual in _requirements(protocol):
             if not fine:

@@ -29,7 +29,7 @@ from nalora_jax.common.files import (
     open_unlinked,
     write_atomically,
 )
-from nalora_jax.common.locks import locked
+from nalora_jax.common.locks import hold_lock
 from nalora_jax.config.structured import has_type
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import read_metrics, to_json
@@ -158,7 +158,7 @@ class Records:
         content = (json.dumps(exact_values(line), allow_nan=False) + "\n").encode()
         try:
             with (
-                locked(self._claims() / "records.lock", wait=True),
+                hold_lock(self._claims() / "records.lock", wait=True),
                 open_unlinked(path, "ab+") as file,
             ):
                 file.seek(0)
@@ -180,7 +180,7 @@ class Records:
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[Path | None]:
         """Claims ``run`` within the context; yields its snapshot's path, or None if it is taken."""
-        with locked(self._claims() / f"{run}.lock") as free:
+        with hold_lock(self._claims() / f"{run}.lock") as free:
             if free is False:
                 yield None
             else:

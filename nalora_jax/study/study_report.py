@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from nalora_jax.common.files import make_unlinked_folder, write_atomically
-from nalora_jax.config.structured import dotted
+from nalora_jax.config.structured import flatten_settings
 from nalora_jax.errors import NaloraError
 from nalora_jax.report import tables
 from nalora_jax.report.tables import markdown_table
@@ -148,7 +148,7 @@ def render_results(protocol: Protocol, records: Mapping[str, StudyRecord]) -> st
     text = template.render(
         question=protocol.question,
         unit=_unit(protocol),
-        metric=analysis.named(protocol.metric),
+        metric=analysis.cost_label(protocol.metric),
         seeds=", ".join(map(str, protocol.tuning_seeds)),
         baseline=protocol.baseline,
         runs=tables.runs(),
@@ -205,7 +205,7 @@ class _Tables:
     def by_place(self, table: Callable[[_Group], Table]) -> str:
         """Returns the table of each task and model, with a heading; without tables of no row."""
         tables = []
-        for (task, model), group in analysis.by_task(self._results).items():
+        for (task, model), group in analysis.group_by_task(self._results).items():
             heads, rows = table(group)
             if rows:
                 tables.append(f"### {task}, {model}\n\n{markdown_table(heads, rows)}")
@@ -253,7 +253,7 @@ class _Tables:
         protocol = self._protocol
         several = len(protocol.tasks) * len(protocol.models) > 1
         tests = []
-        for run in planned_runs.pending(protocol, self._records):
+        for run in planned_runs.list_pending(protocol, self._records):
             if run.stage == "test":
                 method = run.cell.method
                 if several:
@@ -347,7 +347,7 @@ class _Tables:
             "parameters",
             "seeds",
             "diverged",
-            analysis.named(metric),
+            analysis.cost_label(metric),
             "deviation",
         ]
         heads += [
@@ -404,13 +404,15 @@ class _Tables:
             task += f" ({cell.model})"
         interval = "-"
         if statistics.n > 1:
-            interval = f"{signed(statistics.low)} to {signed(statistics.high)}"
+            interval = (
+                f"{format_signed(statistics.low)} to {format_signed(statistics.high)}"
+            )
         return [
             cell.method,
             comparison.other,
             task,
             str(statistics.n),
-            signed(statistics.mean),
+            format_signed(statistics.mean),
             interval,
             f"{statistics.better}/{statistics.n}",
             p_value(statistics.t_p, comparison.t_holm),
@@ -471,7 +473,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
       '`lora.dora = true`, `lora.init = "pissa"`'
     """
     texts = []
-    for name, value in dotted(settings):
+    for name, value in flatten_settings(settings):
         text = json.dumps(value, ensure_ascii=False, default=str)
         texts.append(f"`{name} = {text}`".replace("|", "\\|"))
     return ", ".join(texts)
@@ -497,8 +499,8 @@ def _difference(common: tuple[float, float | None] | None) -> str:
         return ""
     difference, movement = common
     if movement is None:
-        return signed(difference)
-    return f"{signed(difference)} ({movement:.2f} x)"
+        return format_signed(difference)
+    return f"{format_signed(difference)} ({movement:.2f} x)"
 
 
 def _test_row(result: analysis.MethodResult, names: Sequence[str]) -> list[str]:
@@ -533,14 +535,14 @@ def _probe(records: Sequence[StudyRecord], name: str) -> str:
     """Returns the loss on other data before training, and its mean change."""
     before = float(records[0]["probes"][name]["before"])
     changes = [analysis.forgotten(name, record) for record in records]
-    return f"{_number(before)} {signed(analysis.mean_of(changes))}"
+    return f"{_number(before)} {format_signed(analysis.mean_of(changes))}"
 
 
-def signed(value: float) -> str:
+def format_signed(value: float) -> str:
     """Returns a difference with its sign.
 
     Example:
-      >>> signed(-0.0), signed(0.0044)
+      >>> format_signed(-0.0), format_signed(0.0044)
       ('+0.0000', '+0.0044')
     """
     # Adding 0.0 turns -0.0 into 0.0.
@@ -579,9 +581,9 @@ def status(protocol: Protocol) -> str:
     """
     store = Records(protocol.folder)
     records = provenance.checked_records(protocol, store)
-    runs = planned_runs.wanted(protocol, records)
+    runs = planned_runs.list_runs(protocol, records)
     grids = {
-        cell: planned_runs.tuning(protocol, cell, records)
+        cell: planned_runs.tuning_grid(protocol, cell, records)
         for cell in planned_runs.cells(protocol)
     }
     left = [run for run in runs if run.id not in records]
@@ -603,7 +605,7 @@ def status(protocol: Protocol) -> str:
         of_time += f", about {remaining:.1f} h left"
     lines = [f"{protocol.path}: {protocol.question}", of_runs, of_time]
     if protocol.metric != "loss":
-        lines.append(f"{analysis.named(protocol.metric)} on the validation items:")
+        lines.append(f"{analysis.cost_label(protocol.metric)} on the validation items:")
     for cell, grid in grids.items():
         costs = []
         for rate, cost in grid.costs.items():

@@ -11,7 +11,7 @@ from typing import Any
 from nalora_jax.errors import NaloraError
 from nalora_jax.mesh.machine import describe_device
 from nalora_jax.study.execution import perform_all
-from nalora_jax.study.planned_runs import Run, wanted
+from nalora_jax.study.planned_runs import Run, list_runs
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import checked_records, describe_old
 from nalora_jax.study.records import Records, StudyRecord, exact_values
@@ -59,7 +59,7 @@ def verify_records(
     store = Records(protocol.folder)
     resources = Resources(protocol)
     records = checked_records(protocol, store)
-    finished = [run for run in wanted(protocol, records) if run.id in records]
+    finished = [run for run in list_runs(protocol, records) if run.id in records]
     if not finished:
         raise NaloraError(
             str(protocol.folder), expected="at least one finished run", found="none"

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from nalora_jax.common.redaction import REDACTED
-from nalora_jax.common.registry import Registry, from_text
-from nalora_jax.errors import NaloraError, described
+from nalora_jax.common.registry import Registry, parse_instance
+from nalora_jax.errors import NaloraError, describe_error
 
 if TYPE_CHECKING:
     from nalora_jax.kinds.record import Job
@@ -144,7 +144,7 @@ class Callbacks(AbstractContextManager["Callbacks"]):
             except Exception as error:
                 if callback.required:
                     raise
-                reason = " ".join(described(error).split())[:400]
+                reason = " ".join(describe_error(error).split())[:400]
                 expected = "a callback that can begin"
                 raise NaloraError(
                     f"--callbacks, {type(callback).__name__}",
@@ -209,4 +209,4 @@ def make_callbacks(texts: Sequence[str]) -> list[Callback]:
                 remedy=remedy,
             )
     importlib.import_module("nalora_jax.train.log")  # registers the built-in callbacks
-    return [from_text(_CALLBACKS, text) for text in texts]
+    return [parse_instance(_CALLBACKS, text) for text in texts]

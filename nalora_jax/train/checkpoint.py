@@ -35,7 +35,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from nalora_jax.common import buckets, digests, files, trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.mesh.processes import check_lost_peer, on_first_process, tell_all
+from nalora_jax.mesh.processes import check_lost_peer, run_on_first_process, tell_all
 from nalora_jax.train import snapshot
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         logging.getLogger("absl").addFilter(_is_news)
         _hush_cancelled_writes()
         with _io_errors(f"checkpoints {self.folder}", "a folder that can be written"):
-            on_first_process(self._set_unreadable_aside)
+            run_on_first_process(self._set_unreadable_aside)
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, handler_registry=handlers()
             )
@@ -183,7 +183,7 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
                     if earlier
                     else "start a new run in another --output",
                 )
-            on_first_process(partial(self._set_aside, step, damage))
+            run_on_first_process(partial(self._set_aside, step, damage))
             self._manager.reload()
             # The only ranked checkpoint was damaged.
             if which == "best" and self.best_step() is None:

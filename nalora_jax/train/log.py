@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nalora_jax.common.digests import seal
-from nalora_jax.common.files import naming, open_unlinked, write_atomically
-from nalora_jax.config.structured import dotted
+from nalora_jax.common.files import name_file_in_errors, open_unlinked, write_atomically
+from nalora_jax.config.structured import flatten_settings
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import METRICS_FILE, read_metrics, to_json
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
@@ -383,7 +383,7 @@ class MLflow(_Numbers):
         params = [
             # Older servers reject longer parameters.
             kind(key, str(value)[:500])
-            for key, value in dotted(to_json(started.config))
+            for key, value in flatten_settings(to_json(started.config))
         ]
         for first in range(0, len(params), 100):  # the API's limit per call
             self._client.log_batch(self._id, params=params[first : first + 100])
@@ -416,7 +416,7 @@ def _record_id(started: Started, folder: str, run_id: str) -> str:
     """Records the id of the tracker's run, and returns it."""
     path = started.folder / folder / _RUN_ID
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path), open_unlinked(path, "w", encoding="utf-8") as file:
+    with name_file_in_errors(path), open_unlinked(path, "w", encoding="utf-8") as file:
         file.write(run_id)
     return run_id
 

@@ -16,7 +16,7 @@ from nalora_jax.assembly.compilation import compile_ahead
 from nalora_jax.assembly.schedule import Schedule
 from nalora_jax.assembly.state_metrics import first_bad_row, non_finite
 from nalora_jax.common import trees
-from nalora_jax.common.notes import counting
+from nalora_jax.common.notes import count_progress
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.profile import Profile
@@ -98,7 +98,7 @@ def run_steps(
         batch = next(batches)
         # Before the first step only: all steps have its shapes.
         if step == start + 1:
-            with counting("compiling the step"):
+            with count_progress("compiling the step"):
                 compile_ahead(step_fn, params, state, batch)
         with profile.step(step, state):
             state, metrics = step_fn(params, state, batch)

@@ -53,7 +53,7 @@ from nalora_jax.common.folders import START
 from nalora_jax.common.locks import RUN_LOCK, RunLock
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import ROLLOUTS
-from nalora_jax.mesh.processes import on_first_process
+from nalora_jax.mesh.processes import run_on_first_process
 from nalora_jax.train.profile import FOLDER as PROFILE
 
 CHECKPOINTS = "checkpoints"
@@ -111,7 +111,7 @@ class Output:
     def share(self, name: str) -> None:
         """Makes folder ``name`` of the first process readable in all processes; all call it."""
         if self.mirror is not None and jax.process_count() > 1:
-            on_first_process(self.mirror.push)
+            run_on_first_process(self.mirror.push)
             if jax.process_index():
                 self.mirror.fetch(name)
 
@@ -147,7 +147,7 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
         remedy = "mount the bucket on every host (mountpoint-s3 for s3://) and name a folder in it"
         expected = f"a folder of a file system or gs://..., with {jax.process_count()} processes"
         raise NaloraError("--output", expected=expected, found=where, remedy=remedy)
-    with mirrored(
+    with mirror_folder(
         where, fresh=not resume, without=(CHECKPOINTS,) if direct else ()
     ) as mirror:
         if several:
@@ -166,7 +166,7 @@ def _claimed(output: Output, resume: Resume) -> Iterator[Output]:
     """
     held: list[RunLock] = []
     try:
-        resumes = on_first_process(
+        resumes = run_on_first_process(
             lambda: _claim(output.folder, output.checkpoints, resume, held)
         )
         if jax.process_count() > 1:
@@ -191,7 +191,7 @@ def check_shared(folder: Any) -> None:
         np.frombuffer(secrets.token_bytes(8), np.uint32)
     )
     mark = folder / f".shared-{number.tobytes().hex()}"
-    on_first_process(mark.touch)
+    run_on_first_process(mark.touch)
     until = time.monotonic() + _SEEN_WITHIN
     # Network file systems show a new file only after a while.
     while not (visible := _is_seen(mark)) and time.monotonic() < until:
@@ -199,7 +199,7 @@ def check_shared(folder: Any) -> None:
     visible_to = np.asarray(
         multihost_utils.process_allgather(np.int32(visible))
     ).ravel()
-    on_first_process(lambda: mark.unlink(missing_ok=True))
+    run_on_first_process(lambda: mark.unlink(missing_ok=True))
     if not visible_to.all():
         blind = ", ".join(map(str, np.flatnonzero(visible_to == 0)[:8]))
         raise NaloraError(
@@ -281,7 +281,7 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) ->
         raise NaloraError(
             "--output",
             expected="a new or empty folder",
-            found=f"{path}, which holds {listing(left)}",
+            found=f"{path}, which holds {list_first_names(left)}",
             remedy=f"choose another folder{way}",
         )
     return resumes
@@ -342,7 +342,7 @@ _EVERY = 30.0  # seconds between two copies
 _DIRECT = "gs://"  # Orbax and TensorStore write such checkpoints without a local copy
 
 
-def listing(names: Sequence[str]) -> str:
+def list_first_names(names: Sequence[str]) -> str:
     """Returns the first names of a folder's files, for messages."""
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
@@ -362,7 +362,7 @@ def write_text(folder: str, name: str, text: str) -> None:
 
 
 @contextmanager
-def mirrored(
+def mirror_folder(
     where: str, *, fresh: bool, without: tuple[str, ...] = ()
 ) -> Iterator[Mirror]:
     """Opens a local folder whose finished files are copied to the URL ``where``.
@@ -393,14 +393,14 @@ def mirrored(
                 raise NaloraError(
                     "--output",
                     expected="a new or empty folder",
-                    found=f"{where}, which holds {listing(names)}",
+                    found=f"{where}, which holds {list_first_names(names)}",
                     remedy="choose another folder, or continue that run with --resume",
                 )
             mirror.claim()
             mirror.fetch()
             mirror.push()
 
-    on_first_process(begin)
+    run_on_first_process(begin)
     if jax.process_index():
         yield mirror
         return
@@ -492,7 +492,8 @@ class Mirror:
             self._sign()
             # A file that changes during its copy gets its earlier state here, and is copied again.
             states = {
-                name: _state(self.folder / name) for name in finished(self.folder)
+                name: _state(self.folder / name)
+                for name in list_finished_files(self.folder)
             }
             for name in sorted(states, key=_order_of_copies):
                 if self._copied.get(name) != states[name]:
@@ -533,7 +534,7 @@ class Mirror:
         )
 
 
-def finished(folder: Path) -> list[str]:
+def list_finished_files(folder: Path) -> list[str]:
     """Returns the files below ``folder`` except scratch files and uncommitted checkpoints."""
     # Changing `folders` in place keeps `os.walk` out of uncommitted checkpoints.
     names_found = []

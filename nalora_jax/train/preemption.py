@@ -73,12 +73,12 @@ class StopSignals:
                 raise Interrupted(self._received)
             return
         # Other repetitions may be the same request, forwarded by a supervisor.
-        second_ctrl_c = number == self._received == signal.SIGINT and in_foreground()
+        second_ctrl_c = number == self._received == signal.SIGINT and is_in_foreground()
         if second_ctrl_c or time.monotonic() - self._since >= _PATIENCE:
             raise Interrupted(Signals(number))
 
 
-def in_foreground() -> bool:
+def is_in_foreground() -> bool:
     """Returns True if a Ctrl-C on the terminal reaches this process; False without a terminal."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)

@@ -54,7 +54,7 @@ class Progress:
         self._numbers = STARTING
         self._listening = ExitStack()
         # A file or a pipe gets one line a log step, and no bar.
-        if self.console.is_terminal and not notes.as_json():
+        if self.console.is_terminal and not notes.writes_json():
             text = TextColumn(
                 "{task.completed:.0f}/{task.total:.0f}{task.fields[numbers]}",
                 markup=False,
@@ -84,7 +84,7 @@ class Progress:
         left = None
         if step < self.total:
             left = self.seconds_left(step)
-        if notes.as_json():
+        if notes.writes_json():
             numbers = {
                 name: value
                 for name, value in values.items()
@@ -118,7 +118,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
-        if notes.as_json():
+        if notes.writes_json():
             self._write({"message": text})
         else:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -149,7 +149,7 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
             # Work other than steps, e.g. a compilation, reports its progress to the bar.
-            self._listening.enter_context(notes.listening(self._counted))
+            self._listening.enter_context(notes.pass_progress_to(self._counted))
         return self
 
     def __exit__(self, *error: object) -> None:

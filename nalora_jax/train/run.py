@@ -22,7 +22,7 @@ from nalora_jax.common import trees
 from nalora_jax.common.digests import seal
 from nalora_jax.common.files import write_atomically
 from nalora_jax.common.imports import import_files
-from nalora_jax.common.terminal import outliving_terminal
+from nalora_jax.common.terminal import outlive_terminal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.given import Data, RecordFormat, resolve_sources
@@ -33,7 +33,7 @@ from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.intervals import compare
 from nalora_jax.evaluate.run_log import ADAPTER, MODEL, read_evaluation
 from nalora_jax.kinds.record import Inputs, Job, check_kind, run_kind
-from nalora_jax.loading.initial_adapter import with_adapter
+from nalora_jax.loading.initial_adapter import take_adapter_settings
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.method.rules import make
@@ -163,9 +163,9 @@ def settle(
 def attend_processes() -> Iterator[StopSignals]:
     """Connects the processes of a run; handles signals, a closed terminal and lost processes within
     the block."""
-    with outliving_terminal():
+    with outlive_terminal():
         processes.initialize_distributed()
-        with processes.lost_peers_named(), stop_signals() as stop:
+        with processes.name_lost_peers(), stop_signals() as stop:
             yield stop
 
 
@@ -181,7 +181,7 @@ def read_inputs(settled: Settled, session: Session) -> Inputs:
     config = settled.config
     if config.compute.compilation_cache:
         use_compilation_cache()
-    config = with_adapter(config, session.recorded or None)
+    config = take_adapter_settings(config, session.recorded or None)
     inputs = run_kind(config).open_inputs(config, settled.source)
     session.check_continues(inputs.config)
     return inputs
@@ -337,7 +337,7 @@ def evaluate_base(
     before = run.before = dict(measured.reported)
     # Stored for a resumed run, which does not evaluate the base again.
     text = json.dumps(seal(before | {"questions": job.inputs.questions}))
-    processes.on_first_process(
+    processes.run_on_first_process(
         lambda: write_atomically(run.output.folder / BEFORE, text)
     )
     run.callbacks.tell("on_eval", 0, before, "initial")

@@ -13,7 +13,7 @@ from rich.console import Console
 from nalora_jax.assembly.mechanisms import first_step
 from nalora_jax.assembly.optimizers import make_schedule
 from nalora_jax.assembly.schedule import Schedule
-from nalora_jax.common.redaction import redacted
+from nalora_jax.common.redaction import redact
 from nalora_jax.config import RunConfig
 from nalora_jax.data.items import FEW
 from nalora_jax.data.pipeline import BatchIterator
@@ -93,7 +93,7 @@ class Session:
             )
         if self.recorded:
             where = f"--resume {self.output.folder}"
-            check_settings(where, self.recorded, to_json(redacted(config.to_dict())))
+            check_settings(where, self.recorded, to_json(redact(config.to_dict())))
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def open_checkpoints(job: Job, session: Session) -> Checkpointer:
         Checkpointer(
             session.output.checkpoints,
             fingerprint=job.loaded.fingerprint,
-            config=redacted(config.to_dict()),
+            config=redact(config.to_dict()),
             keep=config.train.keep,
             best_metric=job.evaluator.metric,
             best_mode=job.evaluator.mode,
@@ -223,7 +223,7 @@ class Running:
     def fail(self, error: BaseException) -> None:
         """Records the error that ended the run."""
         self.callbacks.tell(
-            "on_end", Ended(message=redacted(bounded_text(error)) or "interrupted")
+            "on_end", Ended(message=redact(bounded_text(error)) or "interrupted")
         )
 
     def follow(self) -> Follower:
@@ -359,5 +359,5 @@ def _started(job: Job, output: Output, start: int, runs: int) -> Started:
         more["mechanisms_from"] = first_step(job.assembly.mechanisms)
     if runs > 1:
         more["runs_in_program"] = runs
-    settings = redacted(job.config.to_dict())
+    settings = redact(job.config.to_dict())
     return Started(output.folder, settings, start, versions(), describe_device(), more)

@@ -17,7 +17,7 @@ from nalora_jax.common.redaction import (
     fence_around,
     is_hub_id,
     markdown,
-    published,
+    redact_private,
 )
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import visible
@@ -104,7 +104,7 @@ def render_card(card: Card) -> str:
         values[function.__name__.lstrip("_")] = function
     if run is not None:
         values["mechanisms"] = [_mechanism(rule) for rule in run.mechanisms]
-        values["settings"] = json.dumps(published(run.to_dict()), indent=2)
+        values["settings"] = json.dumps(redact_private(run.to_dict()), indent=2)
     versions = []
     for name, version in sorted(card.versions.items()):
         versions.append(markdown(f"{name} {version}"))
@@ -120,7 +120,7 @@ def render_card(card: Card) -> str:
         results=results,
         scored=any(score is not None for score in scores),
         rope=json.dumps(dict(card.rope), indent=2),
-        command=visible(published(card.command)),
+        command=visible(redact_private(card.command)),
         versions=versions,
         **values,
     )
@@ -178,7 +178,7 @@ def write_card(folder: str | Path, card: Card) -> Path:
 
 def _mechanism(rule: str) -> str:
     """Returns a rule's description with its settings; of a user's own rule the settings alone."""
-    settings = markdown(str(published(rule, "mechanisms")))
+    settings = markdown(str(redact_private(rule, "mechanisms")))
     name = rule.partition(":")[0]
     if name not in _RULES:
         return f"the rule {settings}"
@@ -190,7 +190,7 @@ def _mechanism(rule: str) -> str:
 
 def _short(name: str) -> str:
     """Returns a name for the card; a path is shortened to its last part."""
-    return published(name, "model")
+    return redact_private(name, "model")
 
 
 def _link(name: str) -> str:

@@ -117,9 +117,7 @@ def load_dual(
     )
 
 
-def described_dual(
-    source: str, *, d_out: int = 0, loss: Loss = "softmax"
-) -> DualConfig:
+def describe_dual(source: str, *, d_out: int = 0, loss: Loss = "softmax") -> DualConfig:
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
     names = _towers(source)
     if names:

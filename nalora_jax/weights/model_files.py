@@ -17,7 +17,7 @@ from nalora_jax.data.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_js
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model
-from nalora_jax.models.scaled_ropes import rope_settings, with_rope_scaling
+from nalora_jax.models.scaled_ropes import rope_settings, set_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import MXFP4_BLOCK as BLOCK
 from nalora_jax.ops.quantize import MXFP4_LEVELS as LEVELS
@@ -134,7 +134,7 @@ def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
         where = resolved.path / "config.json"
         raw = with_modelopt(read_json(where), resolved.path)
     quantization = quantization_of(raw, str(where))
-    raw = with_rope_scaling(raw, resolved.rope_scaling, str(where))
+    raw = set_rope_scaling(raw, resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
     if quantization is not None:
         config = replace(config, stored_bits=stored_bits(quantization, config))
@@ -165,7 +165,7 @@ def load_weights(
     named: TensorSource = Unpacked(tensors)
     if files.quantization is not None:
         named = QuantizedTensors(tensors, files.quantization)
-    keymap = with_fused_experts(keymap_for(config, resolved.kind), named.shapes())
+    keymap = map_fused_experts(keymap_for(config, resolved.kind), named.shapes())
     shapes = param_shapes(config)
     shardings = param_shardings(shapes, mesh)
     loaders = None
@@ -327,7 +327,7 @@ class Unpacked(TensorSource):
         return flat[..., start:stop].swapaxes(-1, -2)
 
 
-def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
+def map_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
     """Returns the key map of a file with the tensors ``names``, which may fuse the experts of a
     layer.
 

@@ -47,7 +47,7 @@ _SAVE = "save the tokenizer that it was trained with there: tokenizer.save_pretr
 _UNUSED = re.compile(r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>")
 
 
-def with_added(
+def add_tokens(
     base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None
 ) -> LoadedModel:
     """Adds tokens to a model's tokenizer and rows to its tables, and logs the additions.
@@ -77,7 +77,7 @@ def with_added(
     return replace(_resize_model(base, rows, tokenizer, mesh), added=tuple(new))
 
 
-def for_adapter(
+def take_adapter_tokens(
     base: LoadedModel, folder: Path, mesh: Mesh | None = None
 ) -> LoadedModel:
     """Returns the model with an adapter's tokens and rows; ``base`` if it needs no others.

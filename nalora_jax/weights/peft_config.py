@@ -67,7 +67,7 @@ _SUPPORTED = {
 }
 
 
-def listed(value: Any) -> Any:
+def list_of(value: Any) -> Any:
     """Returns a setting as a list: an empty one for None, one item for a name or a number."""
     if value is None:
         return []
@@ -189,7 +189,7 @@ class PeftConfig(Fields):
 
     def _sequence(self, key: str, kind: type[Any], expected: str) -> tuple[Any, ...]:
         """Returns a field as a tuple of ``kind``; () for null, one item for a single value."""
-        value = listed(self.raw.get(key))
+        value = list_of(self.raw.get(key))
         if not isinstance(value, list) or any(type(item) is not kind for item in value):
             raise self._refusal(key, expected, value)
         return tuple(value)

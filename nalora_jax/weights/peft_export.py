@@ -37,7 +37,7 @@ from nalora_jax.weights.peft_modules import (
     fuse,
     layout_for,
     module_layout,
-    of_form,
+    modules_of_form,
     places_in,
     tensor_keys,
     value_names,
@@ -134,11 +134,11 @@ def export_adapter(
     else:
         # PEFT treats names of target_modules that end like an expert's modules in transformers 4 as
         # the experts, also if they name a dense layer or a shared expert.
-        by_weight = {module.short for module in of_form(layout, "expert")}
+        by_weight = {module.short for module in modules_of_form(layout, "expert")}
     experts: PeftForm = "stack"
-    if for_vllm and of_form(layout, "expert"):
+    if for_vllm and modules_of_form(layout, "expert"):
         experts = "expert"
-    layout = of_form(layout, "linear", experts)
+    layout = modules_of_form(layout, "linear", experts)
     entries = list(_entries(lora, spec, config, layout, by_weight))
     if for_vllm:
         entries = _adapt_to_vllm(entries, config, layout, max_lora_rank)
@@ -346,11 +346,11 @@ def _adapt_to_vllm(
     # Linear modules with an adapted module's short name are adapted too.
     shorts = {module.short for module in adapted if module.form != "stack"}
     adapted |= {
-        module for module in of_form(layout, "linear") if module.short in shorts
+        module for module in modules_of_form(layout, "linear") if module.short in shorts
     }
     # vLLM requires all three projections of the experts or none, and all stacks of experts or none.
-    if of_form(tuple(adapted), "expert", "stack"):
-        adapted |= set(of_form(layout, "expert", "stack"))
+    if modules_of_form(tuple(adapted), "expert", "stack"):
+        adapted |= set(modules_of_form(layout, "expert", "stack"))
 
     def zeros(place: Place) -> ModuleAdapter:
         """Returns an adapter without effect: a ``[..., d_in, rank]``, b ``[..., rank, d_out]``."""
@@ -437,7 +437,7 @@ def _settings(
     }
     parameters = [entry.place for entry in entries if entry.parameter]
     if parameters:
-        existing = places_in(config, of_form(layout, "linear", "stack"))
+        existing = places_in(config, modules_of_form(layout, "linear", "stack"))
         settings["target_parameters"] = _shorten(
             map(_parameter_names, parameters), map(_parameter_names, existing)
         )
@@ -479,8 +479,10 @@ def _target_modules(
     if not isinstance(config, ModelConfig) or config.vision is not None:
         return sorted(names)
     # A short name would target the experts too, which are not modules if they are stacks.
-    experts = of_form(layout, "expert") or of_form(module_layout(config), "expert")
-    existing = places_in(config, of_form(layout, "linear") + experts)
+    experts = modules_of_form(layout, "expert") or modules_of_form(
+        module_layout(config), "expert"
+    )
+    existing = places_in(config, modules_of_form(layout, "linear") + experts)
     return _shorten(
         map(_module_names, names), [_module_names(place.name) for place in existing]
     )

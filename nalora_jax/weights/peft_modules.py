@@ -77,7 +77,7 @@ _TEXT_PART = "model.language_model.layers."  # in multimodal models
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-def of_form(layout: ModuleLayout, *forms: PeftForm) -> ModuleLayout:
+def modules_of_form(layout: ModuleLayout, *forms: PeftForm) -> ModuleLayout:
     """Returns the modules of these forms."""
     return tuple(module for module in layout if module.form in forms)
 
@@ -145,7 +145,7 @@ def layout_for(
     if contains_text_model((raw or {}).get("model_type"), images=False):
         layout = _rename(layout, {_TEXT: _TEXT_PART})
         if family_of(config.model_type).stacks_in_vllm:
-            layout = of_form(layout, "linear", "stack")
+            layout = modules_of_form(layout, "linear", "stack")
     return layout
 
 
@@ -154,8 +154,8 @@ def _split_stacks(layout: ModuleLayout) -> ModuleLayout:
 
     Example: the stack ``experts.down_proj`` (Gemma 4) gives ``experts.{expert}.down_proj``.
     """
-    stacks = of_form(layout, "stack")
-    if of_form(layout, "expert") or any(stack.alternates for stack in stacks):
+    stacks = modules_of_form(layout, "stack")
+    if modules_of_form(layout, "expert") or any(stack.alternates for stack in stacks):
         return layout
     experts = []
     for stack in stacks:
@@ -163,7 +163,7 @@ def _split_stacks(layout: ModuleLayout) -> ModuleLayout:
         for path in stack.parts:
             name = f"{module}.{{expert}}.{path.rpartition('/')[2]}"
             experts.append(HostModule(name, (path,), "expert"))
-    return (*of_form(layout, "linear"), *experts, *stacks)
+    return (*modules_of_form(layout, "linear"), *experts, *stacks)
 
 
 def _rename(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
@@ -289,10 +289,10 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     # transformers 4 has a module for each expert, transformers 5 a stack of all experts.
     if any(map(_ONE_EXPERT.search, written)):
         return _split_stacks(layout)
-    if of_form(layout, "stack"):
+    if modules_of_form(layout, "stack"):
         # If single experts' modules were in the layout, "w1" (LFM2-MoE) would target experts in
         # addition to the dense layers.
-        return of_form(layout, "linear", "stack")
+        return modules_of_form(layout, "linear", "stack")
     return layout
 
 
@@ -318,7 +318,7 @@ def value_names(config: Host, layout: ModuleLayout) -> dict[str, str]:
         return {}
     return {
         place.name: f"{place.name.removesuffix('k_proj')}v_proj"
-        for place in places_in(config, of_form(layout, "linear"))
+        for place in places_in(config, modules_of_form(layout, "linear"))
         if place.module.parts == (_KEYS,) and place.layer in layers
     }
 

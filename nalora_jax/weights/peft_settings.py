@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nalora_jax.errors import NaloraError, shown
+from nalora_jax.errors import NaloraError, abbreviate
 from nalora_jax.models import families  # noqa: F401  (enters the families that names are of)
 from nalora_jax.models.family import BUILT_IN
 from nalora_jax.models.targets import TOKEN_ROWS, TOKEN_TABLES
-from nalora_jax.weights.peft_config import ids_by_table, listed
+from nalora_jax.weights.peft_config import ids_by_table, list_of
 
 # Settings as nested dicts, by the names of `nalora_jax.config`.
 _Settings = dict[str, Any]
@@ -275,7 +275,7 @@ def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], _Sett
             raise NaloraError(
                 theirs,
                 expected=f"a number of steps up to {total}",
-                found=shown(steps),
+                found=abbreviate(steps),
             )
         ours[name] = steps / total
     of_method = {*_ADALORA, "rank_pattern"}
@@ -374,13 +374,13 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
             raise NaloraError(
                 where,
                 expected="values by name",
-                found=shown(values[where]),
+                found=abbreviate(values[where]),
             )
     rank = values.get("r", 8)
     alpha = values.get("lora_alpha", 8)
     ranks = dict(values.get("rank_pattern") or {})
     alphas = dict(values.get("alpha_pattern") or {})
-    parameters = listed(values.get("target_parameters"))
+    parameters = list_of(values.get("target_parameters"))
     stacks = [_stack_path(name) for name in _names(parameters, "target_parameters")]
     targets = values.get("target_modules")
     excluded = values.get("exclude_modules")
@@ -426,13 +426,13 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
     paths = [path for path in paths if path not in out]
     # Start of the patterns if layers_to_transform is set, e.g. layers/(0|1)/.
     within = ""
-    numbers = listed(values.get("layers_to_transform"))
+    numbers = list_of(values.get("layers_to_transform"))
     if numbers:
         if not isinstance(numbers, Sequence) or {*map(type, numbers)} != {int}:
             raise NaloraError(
                 "layers_to_transform",
                 expected="layer numbers",
-                found=shown(numbers),
+                found=abbreviate(numbers),
             )
         within = f"layers/({'|'.join(map(str, numbers))})/"
     rules = []
@@ -462,7 +462,7 @@ def _names(value: Any, where: str) -> Sequence[str]:
     """Returns a list of names; raises a NaloraError about the field ``where`` for another value."""
     if isinstance(value, Sequence) and all(isinstance(name, str) for name in value):
         return value
-    raise NaloraError(where, expected="a list of names", found=shown(value))
+    raise NaloraError(where, expected="a list of names", found=abbreviate(value))
 
 
 def _first_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -486,7 +486,7 @@ def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
         raise NaloraError(
             "lora_alpha or alpha_pattern",
             expected="a number",
-            found=shown(alpha),
+            found=abbreviate(alpha),
         )
     if not path.startswith("layers/"):
         path = within + path

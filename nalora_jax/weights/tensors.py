@@ -31,7 +31,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import sharding
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import Quantized, QuantizedFormat, kernels, quantize
-from nalora_jax.ops.shardings import mesh_axes, of_mesh, ways
+from nalora_jax.ops.shardings import mesh_axes, mesh_sharding, ways
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 from nalora_jax.weights.shards import FileTensor
 
@@ -290,7 +290,7 @@ def _read(
 
     Ranges of a tensor that several slices need are read close together.
     """
-    buffers = [aligned(_lengths(index), dtype) for index in indices]
+    buffers = [allocate_aligned(_lengths(index), dtype) for index in indices]
     jobs = []
     for fill in fills:
         for index, buffer in zip(indices, buffers, strict=True):
@@ -347,7 +347,7 @@ def filled_array(
     buffers = {}
     for key in _local_spans(shape, placed):
         index = _index_of(key)
-        buffers[key] = aligned(_lengths(index), dtype)
+        buffers[key] = allocate_aligned(_lengths(index), dtype)
         fill(buffers[key], index)
     return jax.make_array_from_callback(
         shape, placed, lambda index: buffers[span(index, shape)]
@@ -404,7 +404,7 @@ def span(index: Index | None, shape: tuple[int, ...]) -> Key:
     return tuple(place.indices(size)[:2] for place, size in places)
 
 
-def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def allocate_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Returns an uninitialized array that JAX can use on a CPU without copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
@@ -493,7 +493,7 @@ def quantized_parts(
         counts = tuple(stop - start for start, stop in leads)
         # With all rows, of which only the needed ones are touched and so take memory.
         filled = [
-            aligned((*counts, array.shape[-2], last - first), array.dtype)
+            allocate_aligned((*counts, array.shape[-2], last - first), array.dtype)
             for array in wholes
         ]
         for lead in np.ndindex(*counts):
@@ -545,4 +545,4 @@ def _fit_sharding(
         names = (*left, *(axes[-1] or ()))
         if shape[-1] % ways(sharding.mesh, names) == 0:
             axes[-1] = names
-    return of_mesh(sharding, *axes)
+    return mesh_sharding(sharding, *axes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nalora_jax.study.analysis import MethodResult, results
-from nalora_jax.study.hypothesis_tests import Paired, holm, paired
+from nalora_jax.study.hypothesis_tests import Paired, compare_pairs, holm
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records, StudyRecord
 
@@ -24,7 +24,7 @@ def between_devices(by_method: Mapping[str, MethodResult], margin: float) -> dic
         seeds = sorted(tests.keys() & reference.keys())
         if name != start and seeds:
             losses = [[float(side[seed]["test"]["loss"]) for seed in seeds] for side in (tests, reference)]
-            compared[name] = paired(*losses, margin)
+            compared[name] = compare_pairs(*losses, margin)
     return compared
 
 

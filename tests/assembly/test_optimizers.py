@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax.assembly.optimizers import make_optimizer, make_schedule, with_learning_rate
+from nalora_jax.assembly.optimizers import make_optimizer, make_schedule, resolve_learning_rate
 from nalora_jax.common import trees
 from nalora_jax.config import (
     AdaLoRAConfig,
@@ -97,21 +97,21 @@ def test_the_automatic_rate_falls_with_the_width_and_follows_the_method(
     changes, width, rate
 ) -> None:
     config = replace(LEFT, **changes)
-    settled = with_learning_rate(config, width, run_kind(config).rate)
+    settled = resolve_learning_rate(config, width, run_kind(config).rate)
     assert settled.optimizer.learning_rate == rate
 
 
 def test_a_rate_that_is_named_stays_and_others_than_adam_need_one() -> None:
     named = replace(LEFT, optimizer=OptimizerConfig(name="sgd", learning_rate=0.3))
-    assert with_learning_rate(named, 4096) is named
+    assert resolve_learning_rate(named, 4096) is named
     with pytest.raises(NaloraError, match="expected a learning rate with lion, found auto"):
-        with_learning_rate(replace(LEFT, optimizer=OptimizerConfig(name="lion")), 576)
+        resolve_learning_rate(replace(LEFT, optimizer=OptimizerConfig(name="lion")), 576)
     with pytest.raises(
         NaloraError, match=r"--optimizer.learning-rate: expected a number above 0, found auto"
     ):
         make_schedule(LEFT.optimizer, 10)
     with pytest.raises(NaloraError, match="expected a learning rate with --tune, found auto"):
-        with_learning_rate(RunConfig(tune=("full",)), 576)
+        resolve_learning_rate(RunConfig(tune=("full",)), 576)
 
 
 @pytest.mark.parametrize(

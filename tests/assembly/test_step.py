@@ -29,7 +29,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import distributed
 from nalora_jax.method import activations
 from nalora_jax.method.step import Evaluated, StepConfig, init_state, make_train_step
-from nalora_jax.method.transform import make_mechanisms, with_gate_state
+from nalora_jax.method.transform import make_mechanisms, replace_gate_state
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.train.loop import _Meter
@@ -180,7 +180,7 @@ def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:
     batch = _batch(0)
     batch |= {name: np.zeros_like(batch[name]) for name in ("segment_ids", "loss_weights")}
     gate = assembly.state.gate._replace(count=jnp.int32(10))
-    late = assembly.state._replace(opt_state=with_gate_state(assembly.state.opt_state, gate))
+    late = assembly.state._replace(opt_state=replace_gate_state(assembly.state.opt_state, gate))
     _, metrics = assembly.step(params, late, batch)
     for name in ("importance", "occupancy", "feature", "misalignment", "limit"):
         assert np.isnan(metrics["layers"]["layers/ffn"][name]).all(), name

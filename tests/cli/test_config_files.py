@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from nalora_jax.cli import command, verbs
-from nalora_jax.cli.config_files import as_yaml, load_config
+from nalora_jax.cli.config_files import format_yaml, load_config
 from nalora_jax.config import (
     DataConfig,
     LoRAConfig,
@@ -61,7 +61,7 @@ def test_yaml_and_json_hold_what_differs_from_the_defaults(tmp_path: Path) -> No
 @pytest.mark.parametrize("config", [RunConfig(), EXPECTED])
 @pytest.mark.parametrize("changed_only", [False, True])
 def test_settings_survive_yaml(tmp_path: Path, config: RunConfig, changed_only: bool) -> None:
-    (tmp_path / "a.yaml").write_text(as_yaml(config, changed_only=changed_only))
+    (tmp_path / "a.yaml").write_text(format_yaml(config, changed_only=changed_only))
     assert load_config(tmp_path / "a.yaml") == config
 
 
@@ -123,7 +123,7 @@ def dry_run(
 
     def run(config: RunConfig, flags: str = "") -> str:
         settings = tmp_path / "settings.yaml"
-        settings.write_text(as_yaml(config))
+        settings.write_text(format_yaml(config))
         verbs.train(
             command.parse(["train", "--config", str(settings), "--dry-run", *flags.split()])[1]
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax.__main__ import guarded, main
+from nalora_jax.__main__ import guard, main
 from nalora_jax.cli import command, usage
 from nalora_jax.cli import parser as cli
 from nalora_jax.config import LoRARule, RunConfig
@@ -212,9 +212,9 @@ def raising(error):
 
 
 def test_an_error_of_many_lines_becomes_one(capsys):
-    assert guarded(raising(NaloraError("a\nfile", expected="b", found="c\n  d"))) == 2
+    assert guard(raising(NaloraError("a\nfile", expected="b", found="c\n  d"))) == 2
     assert capsys.readouterr().err == "error: a file: expected b, found c d\n"
-    assert guarded(raising(ListedError("a", expected="b", found="2:\n c   d\n e"))) == 2
+    assert guard(raising(ListedError("a", expected="b", found="2:\n c   d\n e"))) == 2
     assert capsys.readouterr().err == "error: a: expected b, found 2:\n  c d\n  e\n"
 
 

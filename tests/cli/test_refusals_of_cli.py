@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from nalora_jax.__main__ import guarded, main
+from nalora_jax.__main__ import guard, main
 from nalora_jax.cli import chat, config_files, evaluate, plan, verbs, verify
 from nalora_jax.planner import abstract_step, machines
 from tests.refused import Call, table_test
@@ -171,7 +171,7 @@ def test_a_platform_that_jax_cannot_start_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "abacus")
-    assert guarded(lambda: jax.devices("abacus")) == 2
+    assert guard(lambda: jax.devices("abacus")) == 2
     error = capsys.readouterr().err
     assert "JAX_PLATFORMS: expected a platform with a device on this machine, found abacus" in error
     assert error.endswith("; unset it, or use cpu\n")

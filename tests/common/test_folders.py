@@ -8,23 +8,23 @@ import sys
 import pytest
 
 from nalora_jax.common.folders import new_file, new_folder, refuse_claimed
-from nalora_jax.common.locks import RunLock, locked, scratch_folder
+from nalora_jax.common.locks import RunLock, hold_lock, scratch_folder
 from nalora_jax.errors import NaloraError
 
 
 def test_a_lock_has_one_holder_and_its_file_may_not_be_a_link(tmp_path):
     with (
-        locked(tmp_path / "a") as first,
-        locked(tmp_path / "a") as second,
-        locked(tmp_path / "b") as other,
+        hold_lock(tmp_path / "a") as first,
+        hold_lock(tmp_path / "a") as second,
+        hold_lock(tmp_path / "b") as other,
     ):
         assert (first, second, other) == (True, False, True)
-    with locked(tmp_path / "a", wait=True) as again:
+    with hold_lock(tmp_path / "a", wait=True) as again:
         assert again
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with (
         pytest.raises(NaloraError, match="a file, found a symbolic link"),
-        locked(tmp_path / "link"),
+        hold_lock(tmp_path / "link"),
     ):
         pass
     assert not (tmp_path / "target").exists()

@@ -86,4 +86,4 @@ def test_settings_files_and_recorded_runs_execute_no_files(tmp_path, monkeypatch
     )
     _, args = command.parse(["train", "--output", str(tmp_path), "--resume"])
     assert (args.run.steps, args.run.imports) == (7, ())
-    assert not imports.imported()
+    assert not imports.list_imported_files()

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from nalora_jax.__main__ import guarded
-from nalora_jax.common.redaction import REDACTED, published, redacted
+from nalora_jax.__main__ import guard
+from nalora_jax.common.redaction import REDACTED, redact, redact_private
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.session import Running
 
@@ -37,7 +37,7 @@ from nalora_jax.train.session import Running
     ],
 )
 def test_passwords_and_tokens_are_replaced(text, expected):
-    assert redacted({"callbacks": (text,), "n": 3}) == {"callbacks": (expected,), "n": 3}
+    assert redact({"callbacks": (text,), "n": 3}) == {"callbacks": (expected,), "n": 3}
 
 
 def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys):
@@ -56,7 +56,7 @@ def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys):
         with session.reporting_errors():
             raise error
 
-    assert guarded(failing) == 2
+    assert guard(failing) == 2
     session.fail(error)
     assert capsys.readouterr().err == f"{said}\nerror: {said}\n"
     assert [end.message for end in ended] == [said, said]
@@ -64,7 +64,7 @@ def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys):
 
 def test_a_setting_with_the_name_of_a_secret_is_replaced():
     settings = {"password": "x", "hub_token": "y", "user": "z", "add_tokens": ["<a>"]}
-    assert redacted({"auth": settings}) == {
+    assert redact({"auth": settings}) == {
         "auth": settings | {"password": REDACTED, "hub_token": REDACTED}
     }
 
@@ -83,4 +83,4 @@ def test_a_setting_with_the_name_of_a_secret_is_replaced():
     ],
 )
 def test_private_folders_are_not_published(text, expected):
-    assert published(text) == expected
+    assert redact_private(text) == expected

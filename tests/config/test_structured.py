@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from nalora_jax.config import LoRAConfig, LoRARule, RunConfig, config_from_dict
-from nalora_jax.config.structured import INTERNAL, dotted, ranges, structured
+from nalora_jax.config.structured import INTERNAL, flatten_settings, parse_dataclass, ranges
 from nalora_jax.errors import NaloraError
 from nalora_jax.kinds.record import check_run_config
 
@@ -55,7 +55,7 @@ def test_what_is_out_of_range_is_refused_by_the_name_of_its_flag(name: str) -> N
 def test_every_number_of_a_run_has_a_range_at_its_field() -> None:
     numbers = {
         name
-        for name, value in dotted(RunConfig().to_dict())
+        for name, value in flatten_settings(RunConfig().to_dict())
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     assert numbers <= ranges(RunConfig).keys()
@@ -120,7 +120,9 @@ def test_logs_of_other_versions_can_be_read() -> None:
 
 def test_settings_that_are_not_in_the_table_are_those_of_the_base():
     base = RunConfig(steps=7, lora=LoRAConfig(dora=True, dropout=0.5))
-    config = structured(RunConfig, {"lora": {"rules": ["ffn:2"], "dropout": "1e-2"}}, base=base)
+    config = parse_dataclass(
+        RunConfig, {"lora": {"rules": ["ffn:2"], "dropout": "1e-2"}}, base=base
+    )
     assert config == RunConfig(
         steps=7, lora=LoRAConfig(rules=(LoRARule("ffn", 2),), dora=True, dropout=0.01)
     )
@@ -142,8 +144,10 @@ def test_tables_by_name_are_dataclasses():
         "boxes": {"x": {"pattern": "p"}},
         "notes": {"steps": [1]},
     }
-    assert structured(Shelf, table) == Shelf("a", (1.0, 2.5), {"x": LoRARule("p")}, {"steps": [1]})
-    assert isinstance(structured(Shelf, table).sizes[0], float)
+    assert parse_dataclass(Shelf, table) == Shelf(
+        "a", (1.0, 2.5), {"x": LoRARule("p")}, {"steps": [1]}
+    )
+    assert isinstance(parse_dataclass(Shelf, table).sizes[0], float)
 
 
 @pytest.mark.parametrize(
@@ -165,4 +169,4 @@ def test_tables_by_name_are_dataclasses():
 )
 def test_what_does_not_fit_is_named_with_its_place(table, said):
     with pytest.raises(NaloraError, match=said):
-        structured(Shelf, table, "file: ")
+        parse_dataclass(Shelf, table, "file: ")

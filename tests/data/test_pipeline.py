@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nalora_jax.config import DataConfig, PreferenceConfig
 from nalora_jax.data import packing, tokenize
-from nalora_jax.data.pipeline import stream_text, train_data, with_length
+from nalora_jax.data.pipeline import resolve_row_length, stream_text, train_data
 from nalora_jax.data.preference_pairs import pair_data
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenize import Example, fit_example, rows_of
@@ -390,7 +390,7 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, cach
     ],
 )
 def test_rows_take_the_length_of_most_examples_within_bounds(sizes, pack, context, length):
-    assert with_length(DataConfig(pack=pack), np.array(sizes), context).max_length == length
+    assert resolve_row_length(DataConfig(pack=pack), np.array(sizes), context).max_length == length
 
 
 @pytest.mark.parametrize("limit", [0, 1])

@@ -18,7 +18,7 @@ from nalora_jax.data import builders, forms
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.data_files import open_rows
 from nalora_jax.data.images import image_files, opened
-from nalora_jax.data.images.image_chat import ChatImages, asked, open_chats
+from nalora_jax.data.images.image_chat import ChatImages, open_chats, question_tokens
 from nalora_jax.data.preference_pairs import tokenize_pairs
 from nalora_jax.data.prompts import prompt_data
 from nalora_jax.data.questions import split_questions
@@ -97,7 +97,7 @@ def prepare_with_tensorflow(*_: Any) -> None:
 
 
 def ask_about_an_image(prompt: str, images: ImageTokens | None, tokenizer: Tokenizer) -> None:
-    asked(prompt, 1, replace(tokenizer, images=images), chat=False)
+    question_tokens(prompt, 1, replace(tokenizer, images=images), chat=False)
 
 
 def cut_captions(*_: Any) -> None:

@@ -15,8 +15,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.mesh import distributed
 from nalora_jax.mesh.machine import peak_memory
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.planner.layouts import choose_axes, fastest, fitting
-from nalora_jax.planner.machines import of_devices, topology
+from nalora_jax.planner.layouts import choose_axes, fastest, fitting_layouts
+from nalora_jax.planner.machines import describe_machine, topology
 from tests import tiny
 from tests.doubles.describe import FILE, digest
 from tests.doubles.machines import NAMES, machine
@@ -79,11 +79,13 @@ def test_every_mesh_holds_every_device_or_names_the_axis(name):
     [("v5p-2048", "v5p:8x8x16"), ("2 x v6e-16", "2xv6e:4x4"), ("2 x 8 H100, cyclic", "16xh100")],
 )
 def test_nalora_plan_and_training_choose_the_same_layout(name, planned):
-    where, planned = of_devices(machine(name)), topology(planned)
+    where, planned = describe_machine(machine(name)), topology(planned)
     assert where is not None
     assert (where.chip, where.size, where.slices) == (planned.chip, planned.size, planned.slices)
     config = run(MeshConfig(), 2 * where.size)
-    found, expected = (fastest(fitting(config, SMALL, machine)) for machine in (where, planned))
+    found, expected = (
+        fastest(fitting_layouts(config, SMALL, machine)) for machine in (where, planned)
+    )
     assert found == expected
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.kinds.inputs import open_records, settled
+from nalora_jax.kinds.inputs import open_records, settle_schedule
 
 
 def test_evaluation_on_what_is_trained_on_is_warned_of(tmp_path, caplog) -> None:
@@ -30,7 +30,7 @@ def test_evaluation_on_what_is_trained_on_is_warned_of(tmp_path, caplog) -> None
 
 def test_one_epoch_is_logged_in_the_singular(caplog) -> None:
     caplog.set_level(logging.INFO)
-    steps = [settled(RunConfig(epochs=epochs), 64, 40, "rows").steps for epochs in (1, 1.5)]
+    steps = [settle_schedule(RunConfig(epochs=epochs), 64, 40, "rows").steps for epochs in (1, 1.5)]
     assert steps == [5, 8]
     messages = [message for message in caplog.messages if "epoch" in message]
     assert messages == ["1 epoch of 40 rows: 5 steps of 8", "1.5 epochs of 40 rows: 8 steps of 8"]

@@ -26,7 +26,7 @@ from nalora_jax.config import (
 from nalora_jax.errors import NaloraError
 from nalora_jax.kinds.record import check_run_config
 from nalora_jax.kinds.text import write_adapter
-from nalora_jax.loading.initial_adapter import lora_rules, read_initial, with_adapter
+from nalora_jax.loading.initial_adapter import lora_rules, read_initial, take_adapter_settings
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths
@@ -65,13 +65,13 @@ def adapter(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_a_run_has_the_adapter_s_base_settings_digest_and_values(loaded, adapter) -> None:
     """Here rsLoRA and a trained table; DoRA and trained rows are in tests/test_run.py."""
-    config = with_adapter(RunConfig(adapter=str(adapter)))
+    config = take_adapter_settings(RunConfig(adapter=str(adapter)))
     assert config.model == loaded.source
     assert config.adapter_sha256 == hashlib.sha256((adapter / TENSORS).read_bytes()).hexdigest()
     assert replace(config.lora, rules=RULES) == LORA
     spec = adapter_spec(config, loaded.config)
     assert spec == adapter_spec(replace(config, lora=LORA), loaded.config)
-    assert with_adapter(config) == config
+    assert take_adapter_settings(config) == config
     values = flatten(read_initial(config, loaded))
     fresh = init_lora(loaded.config, spec, jax.random.key(0), loaded.params)
     assert values.keys() == flatten(fresh).keys()
@@ -80,9 +80,12 @@ def test_a_run_has_the_adapter_s_base_settings_digest_and_values(loaded, adapter
 
 def test_named_settings_stay(adapter: Path) -> None:
     lora = LoRAConfig(dropout=0.5, plus_ratio=4.0, rules=RULES)
-    config = with_adapter(RunConfig(adapter=str(adapter), lora=lora, seed=3))
+    config = take_adapter_settings(RunConfig(adapter=str(adapter), lora=lora, seed=3))
     assert config.lora == replace(LORA, dropout=0.5, plus_ratio=4.0)
-    assert with_adapter(RunConfig(adapter=str(adapter)), named={"lora.dropout"}).lora.dropout == 0.0
+    assert (
+        take_adapter_settings(RunConfig(adapter=str(adapter)), named={"lora.dropout"}).lora.dropout
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ def test_named_settings_stay(adapter: Path) -> None:
 )  # fmt: skip
 def test_settings_that_differ_from_the_adapter_are_one_error(adapter, changes, match) -> None:
     with pytest.raises(NaloraError, match=match):
-        with_adapter(check_run_config(replace(RunConfig(adapter=str(adapter)), **changes)))
+        take_adapter_settings(check_run_config(replace(RunConfig(adapter=str(adapter)), **changes)))
 
 
 def copied(adapter: Path, folder: Path) -> Path:
@@ -156,7 +159,7 @@ def test_an_adapter_that_a_run_cannot_continue_is_refused(
 ) -> None:
     folder = change(adapter, loaded, tmp_path / "copy")
     with pytest.raises(NaloraError, match=match):
-        with_adapter(RunConfig(adapter=str(folder)))
+        take_adapter_settings(RunConfig(adapter=str(folder)))
 
 
 # Layers of different kinds, whose projections are in several stacks.

@@ -66,7 +66,7 @@ def test_cotangents_are_those_of_the_mean_loss():
     delta, weights, names = normal(22, 12, 4), jnp.ones(12), ("delta", "delta_squared")
     of_sum = statistics.cotangent_statistics(delta, weights, names)
     of_mean = statistics.cotangent_statistics(delta / 5, weights, names)
-    for name, got in statistics.per_target(of_sum, jnp.float32(5)).items():
+    for name, got in statistics.scale_to_targets(of_sum, jnp.float32(5)).items():
         np.testing.assert_allclose(got, of_mean[name], rtol=1e-6)
 
 
@@ -98,8 +98,11 @@ def sampled_both_ways(weights, stride):
     """Positions and their weights, the positions of the first row alone, and the weights where they
     lie."""
     places = jnp.broadcast_to(jnp.arange(weights.shape[1]), weights.shape)[..., None]
-    taken = [reductions.sampled(x, weights, stride)[..., 0] for x in (places, weights[..., None])]
-    alone = reductions.sampled(places[:1], weights[:1], stride)[..., 0]
+    taken = [
+        reductions.sample_positions(x, weights, stride)[..., 0]
+        for x in (places, weights[..., None])
+    ]
+    alone = reductions.sample_positions(places[:1], weights[:1], stride)[..., 0]
     return *taken, alone, reductions.sampled_weights(weights, stride)
 
 

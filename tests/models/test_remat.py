@@ -16,7 +16,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.remat import OFFLOAD, REMAT, _policy, check_remat, chosen_experts
+from nalora_jax.models.remat import OFFLOAD, REMAT, _policy, check_remat, select_expert_kernel
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.attention_tpu import SPLASH
@@ -132,9 +132,9 @@ def test_the_result_of_cudnn_is_saved_with_the_projections():
 
 
 def test_experts_are_gathered_if_inputs_are_offloaded():
-    assert chosen_experts("auto", "full_offload") == "gather"
-    assert chosen_experts("auto", "full") == "auto"
-    assert chosen_experts("send", "full_offload") == "send"
+    assert select_expert_kernel("auto", "full_offload") == "gather"
+    assert select_expert_kernel("auto", "full") == "auto"
+    assert select_expert_kernel("send", "full_offload") == "send"
 
 
 def test_a_cpu_has_no_other_memory():

@@ -21,7 +21,7 @@ from nalora_jax.models.ropes import (
     sharing_length,
     switch_length,
 )
-from nalora_jax.models.scaled_ropes import rope_settings, with_rope_scaling
+from nalora_jax.models.scaled_ropes import rope_settings, set_rope_scaling
 from tests.models.test_families import FULL, SIZES, SLIDING, rope
 
 TO_LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -71,7 +71,7 @@ NESTED = {
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_rotations_beyond_the_limit_equal_transformers(raw, text, context):
-    changed = with_rope_scaling(raw, text, "config.json")
+    changed = set_rope_scaling(raw, text, "config.json")
     ours = ModelConfig.from_hf(changed)
     assert ours.max_positions == context > ModelConfig.from_hf(raw).max_positions
     theirs = transformers.AutoConfig.for_model(**changed)
@@ -98,7 +98,7 @@ def test_rotations_beyond_the_limit_equal_transformers(raw, text, context):
 
 
 def test_settings_for_other_tools_are_the_changed_fields():
-    changed = with_rope_scaling(NESTED, "yarn:factor=2", "config.json")
+    changed = set_rope_scaling(NESTED, "yarn:factor=2", "config.json")
     full = {
         "rope_type": "yarn",
         "factor": 2.0,
@@ -110,7 +110,7 @@ def test_settings_for_other_tools_are_the_changed_fields():
         "sliding_attention": NESTED["rope_parameters"]["sliding_attention"],
     }
     assert rope_settings(changed) == {"rope_parameters": expected, "max_position_embeddings": 64}
-    scaled = with_rope_scaling(
+    scaled = set_rope_scaling(
         {"model_type": "gemma3", "text_config": NESTED}, "yarn:factor=2", "config.json"
     )
     assert rope_settings(scaled)["rope_parameters"] == expected
@@ -134,7 +134,7 @@ UNROTATED = {**SHORT, "model_type": "smollm3", "no_rope_layers": [0] * 4}
 )
 def test_scalings_that_cannot_be_are_refused(raw, text, message):
     with pytest.raises(NaloraError, match="--model.rope-scaling") as caught:
-        with_rope_scaling(raw, text, "config.json")
+        set_rope_scaling(raw, text, "config.json")
     assert message in str(caught.value)
 
 

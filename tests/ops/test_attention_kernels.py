@@ -18,15 +18,22 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.mesh import distributed
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import GLOBAL_WINDOW
-from nalora_jax.models.decoder import run_starts, sampled_as_whole
+from nalora_jax.models.decoder import run_starts, whole_row_weights
 from nalora_jax.ops import attention_gpu
 from nalora_jax.ops.attention import AttentionConfig, Keys, attention, self_attention
 from nalora_jax.ops.attention_gpu import compiles
 from nalora_jax.ops.attention_tpu import block_sizes, computed_pairs
 from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for, register_all
-from nalora_jax.ops.reductions import sampled, sampled_weights
+from nalora_jax.ops.reductions import sample_positions, sampled_weights
 from nalora_jax.ops.split_attention import split_attention
-from nalora_jax.ops.split_rows import Row, block_length, joined, padded, shards_of, split
+from nalora_jax.ops.split_rows import (
+    Row,
+    block_length,
+    join_parts,
+    pad_to_blocks,
+    shards_of,
+    split_parts,
+)
 from nalora_jax.ops.storage import SAVED
 from tests.ops.in_float64 import packed_rows
 
@@ -66,10 +73,12 @@ def results(
         )
 
     def in_parts(window, *heads):
-        row = Row(*(None if x is None else padded(x, config.sharding) for x in (*places, starts)))
-        parts = tuple(split(x, config.sharding) for x in heads)
+        row = Row(
+            *(None if x is None else pad_to_blocks(x, config.sharding) for x in (*places, starts))
+        )
+        parts = tuple(split_parts(x, config.sharding) for x in heads)
         out = split_attention(parts, row, window, config, numerics, sinks=sinks)
-        return joined(out, config.sharding, seq)
+        return join_parts(out, config.sharding, seq)
 
     @jax.jit
     def run(window, *heads):
@@ -132,10 +141,12 @@ def test_positions_are_sampled_as_of_whole_rows(seq, strides):
     rng = np.random.default_rng(0)
     weights = jnp.asarray(rng.uniform(size=(2, seq)) < 0.7, jnp.float32)
     places = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.float32), weights.shape)
-    parts, config = partial(split, sharding=SPLIT), GateStatsConfig(*strides)
-    taken = jax.jit(lambda w: sampled_as_whole(w, config, block_length(seq, 2), parts))(weights)
+    parts, config = partial(split_parts, sharding=SPLIT), GateStatsConfig(*strides)
+    taken = jax.jit(lambda w: whole_row_weights(w, config, block_length(seq, 2), parts))(weights)
     for own, stride, inner in zip((taken.gate, taken.probe), strides, taken.strides, strict=True):
-        values = (sampled(x[..., None], own, inner)[..., 0] for x in (parts(places) + 1, own))
+        values = (
+            sample_positions(x[..., None], own, inner)[..., 0] for x in (parts(places) + 1, own)
+        )
         ours = np.sort(np.asarray(jnp.prod(jnp.stack(list(values)), axis=0)).ravel())
         expected = np.sort(np.asarray(sampled_weights(weights, stride) * (places + 1)).ravel())
         np.testing.assert_array_equal(ours[ours > 0], expected[expected > 0])

@@ -13,7 +13,7 @@ from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import MeshConfig
 from nalora_jax.mesh import distributed
 from nalora_jax.method import statistics
-from nalora_jax.ops.reductions import by_shard
+from nalora_jax.ops.reductions import sum_by_shard
 
 SEQ, D_FF = 3, 6
 
@@ -33,7 +33,7 @@ def test_shards_together_have_the_sums_of_the_batch(rows, batch):
     rng = np.random.default_rng(0)
     z = rng.normal(size=(batch, SEQ, D_FF)).astype(np.float32)
     weights = rng.integers(0, 2, (batch, SEQ)).astype(np.float32)
-    found = jax.jit(lambda z, w: by_shard(sums, rows, z, w))(z, weights)
+    found = jax.jit(lambda z, w: sum_by_shard(sums, rows, z, w))(z, weights)
     each = -(-batch // 4)
     for shard in range(4):
         own = slice(shard * each, (shard + 1) * each)

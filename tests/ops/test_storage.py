@@ -17,7 +17,7 @@ from nalora_jax.ops.storage import (
     matmul,
     prepare,
     round_and_save,
-    rounded,
+    round_to,
     take_rows,
     view_bits,
 )
@@ -73,14 +73,14 @@ def test_rounding_is_the_conversion_to_bf16_and_differentiable(numerics):
     )
     bits = RNG.integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
     x = jnp.asarray(np.concatenate([ties, edges, bits[np.isfinite(bits)]]).astype(np.float32))
-    got = jax.jit(lambda x: rounded(x, "bfloat16", numerics()))(x)
+    got = jax.jit(lambda x: round_to(x, "bfloat16", numerics()))(x)
     want = np.asarray(x).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(got).view(np.uint16), want.view(np.uint16))
     assert np.isnan(
-        rounded(jnp.asarray([np.nan, -np.nan]), "bfloat16", numerics()).astype(jnp.float32)
+        round_to(jnp.asarray([np.nan, -np.nan]), "bfloat16", numerics()).astype(jnp.float32)
     ).all()
     slope = jax.grad(
-        lambda x: jnp.sum(rounded(x, "bfloat16", numerics()).astype(jnp.float32) ** 2)
+        lambda x: jnp.sum(round_to(x, "bfloat16", numerics()).astype(jnp.float32) ** 2)
     )(x[:3])
     np.testing.assert_array_equal(slope, 2 * np.asarray(got[:3], np.float32))
     # What is saved for the backward pass passes the gradient on.

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.models.experts import UNEVEN
 from nalora_jax.planner.accounting import Program
-from nalora_jax.planner.figures import figures, of_compiled
+from nalora_jax.planner.figures import figures, measure_compiled
 
 LAYERS, D, ROWS = 5, 64, 32
 
@@ -182,7 +182,7 @@ def test_a_program_needs_the_smaller_of_sum_and_peak(temporary, peak, live):
     program = SimpleNamespace(
         memory_analysis=lambda: analysis, as_text=lambda: text, input_shardings=()
     )
-    assert of_compiled(program).memory == live
+    assert measure_compiled(program).memory == live
 
 
 def test_a_damaged_file_of_the_cache_is_written_again(tmp_path):

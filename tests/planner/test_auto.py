@@ -15,7 +15,7 @@ import nalora_jax
 from nalora_jax.config import MeshConfig
 from nalora_jax.mesh import distributed
 from nalora_jax.planner import choice
-from nalora_jax.planner.figures import of_compiled
+from nalora_jax.planner.figures import measure_compiled
 from nalora_jax.planner.machines import CHIPS, Topology
 from nalora_jax.train import run as run_module
 from tests import tiny
@@ -41,7 +41,7 @@ def test_too_little_memory_leads_to_the_next_layout_and_each_step_is_compiled_on
         return built(inputs, placed, *others, **options)
 
     def figures(program: Any) -> Any:
-        return replace(of_compiled(program), temporary=next(large, 0.0))
+        return replace(measure_compiled(program), temporary=next(large, 0.0))
 
     def first_step(run: Any) -> None:
         assembly, batches = run.job.assembly, run.job.data.batches()
@@ -50,10 +50,10 @@ def test_too_little_memory_leads_to_the_next_layout_and_each_step_is_compiled_on
         assembly.step(assembly.view(assembly.params), assembly.state, batch)
         raise Chosen
 
-    monkeypatch.setattr(choice, "of_devices", lambda _: where)
+    monkeypatch.setattr(choice, "describe_machine", lambda _: where)
     monkeypatch.setattr(run_module, "build_placed", build)
     monkeypatch.setattr(run_module, "evaluate_base", first_step)
-    monkeypatch.setattr(choice, "of_compiled", figures)
+    monkeypatch.setattr(choice, "measure_compiled", figures)
     monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
     config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=1, mechanisms=())
     config = replace(config, compute=replace(config.compute, remat="dots"))

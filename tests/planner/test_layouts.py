@@ -28,8 +28,8 @@ from nalora_jax.planner.abstract_step import _weight, architecture
 from nalora_jax.planner.estimates import (
     Layout,
     active_parameters,
-    attending,
     attention_flops,
+    attention_stacks,
     estimate,
     saved_values,
     splash_flops,
@@ -37,7 +37,7 @@ from nalora_jax.planner.estimates import (
     weight_bytes,
 )
 from nalora_jax.planner.figures import Figures, kernel_flops
-from nalora_jax.planner.layouts import fastest, fitting
+from nalora_jax.planner.layouts import fastest, fitting_layouts
 from nalora_jax.planner.machines import Topology, topology
 
 
@@ -47,7 +47,7 @@ def run(rows: int, seq: int = 4096, **options) -> RunConfig:
 
 def chosen(model: str, where: str, *, seq: int = 4096, rows: int = 0, **options) -> Layout:
     base, machine = architecture(model), topology(where)
-    return fastest(fitting(run(rows or machine.size, seq, **options), base, machine))
+    return fastest(fitting_layouts(run(rows or machine.size, seq, **options), base, machine))
 
 
 def estimated(
@@ -124,13 +124,13 @@ def test_latent_attention_is_counted_by_its_heads_and_stored_as_latents():
     pairs = np.tril(np.ones((64, 64))).sum()
     assert attention_flops(base, 64) == 2 * (192 + 128) * 128 * pairs * base.n_layers
     assert active_parameters(base) == pytest.approx(37e9, rel=0.02)
-    for of in attending(base):
+    for of in attention_stacks(base):
         mixer = parts(of)[0]
         assert [mixer.state_values(of, tensor) for tensor in (1, 8)] == [576, 576]
     llama = architecture("llama-3.1-8b")
     assert parts(llama)[0].state_values(llama, 8) == 2 * 8 * 128 / 8
     # Latents before and after their norms, on every device of tensor.
-    with_latents = saved_values(attending(base)[0], "attention", 128, SPLASH)
+    with_latents = saved_values(attention_stacks(base)[0], "attention", 128, SPLASH)
     assert with_latents == 2 * 7168 + 4 * 192 + 2 * (1536 + 512) + 64
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.planner.machines import of_devices, shapes, topology
+from nalora_jax.planner.machines import describe_machine, shapes, topology
 from tests.doubles.machines import machine as devices_of
 
 
@@ -75,8 +75,8 @@ def test_the_compilers_are_asked_for_the_slice_or_for_nodes_and_gpus():
 )
 def test_a_machine_is_recognised_by_its_devices(name, chip, dims):
     """tests/doubles/test_launches.py has several slices, and processes in cyclic order."""
-    where = of_devices(devices_of(name))
+    where = describe_machine(devices_of(name))
     assert where is not None
     assert (where.kind, where.dims, where.slices) == (chip, dims, 1)
     if chip == "v5e":
-        assert of_devices(devices_of(name)[:3]) is None  # a torus has no holes
+        assert describe_machine(devices_of(name)[:3]) is None  # a torus has no holes

@@ -27,7 +27,7 @@ from nalora_jax.planner.abstract_step import (
 )
 from nalora_jax.planner.figures import figures
 from nalora_jax.planner.machines import topology
-from nalora_jax.planner.plan_report import without_statistics
+from nalora_jax.planner.plan_report import plain_lora_step
 from tests import tiny
 
 LAYERS, D, D_FF, VOCAB, RANK = 3, 64, 128, 1024, 4
@@ -92,7 +92,7 @@ def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch
         config = settings(MeshConfig(2, 4, 1), chunk=0, train=train, mechanisms=mechanisms)
         mesh = distributed.make_mesh(config.mesh)
         step, arguments = step_and_arguments(config, BASE, mesh)
-        step = step if mechanisms else without_statistics(step, mesh)
+        step = step if mechanisms else plain_lora_step(step, mesh)
         found.append(figures(step, arguments, cache=tmp_path))
     ours, plain = found
     assert plain.flops < ours.flops

@@ -21,7 +21,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner.abstract_step import architecture, step_and_arguments
 from nalora_jax.planner.accounting import Transfer
 from nalora_jax.planner.estimates import Layout, estimate
-from nalora_jax.planner.figures import Figures, of_compiled, roofline
+from nalora_jax.planner.figures import Figures, measure_compiled, roofline
 from nalora_jax.planner.machines import topology
 from nalora_jax.planner.plan_report import (
     Plan,
@@ -105,4 +105,4 @@ def test_the_planned_program_of_one_run_a_device_has_no_collective() -> None:
     mesh = distributed.make_mesh(MeshConfig(run=8))
     config = run(1, 8, steps=5, optimizer=OptimizerConfig(learning_rate=1e-3))
     step, arguments = step_and_arguments(config, base, mesh, runs=8)
-    assert of_compiled(step.lower(*arguments).compile()).collectives == ()
+    assert measure_compiled(step.lower(*arguments).compile()).collectives == ()

@@ -19,7 +19,7 @@ from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.kinds import text
 from nalora_jax.study import execution
-from nalora_jax.study.planned_runs import Run, pending, wanted
+from nalora_jax.study.planned_runs import Run, list_pending, list_runs
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import (
     Records,
@@ -83,12 +83,12 @@ def test_runs_of_a_pair_share_data_initial_adapters_and_items(
     assert len({one["data"] for one in records}) == 3  # one order per seed
     assert len({json.dumps(one["items"]) for one in records if one["stage"] == "tune"}) == 1
     a, starts = "layers/ffn/gate_proj/a", {}
-    for run in (run for run in wanted(resources.protocol, {}) if run.rate == 1e-2):
+    for run in (run for run in list_runs(resources.protocol, {}) if run.rate == 1e-2):
         data = resources.subject(run.config).data(run.config)
         starts[run.cell.method] = trees.flatten(resources.start(run, data).lora)[a]
     np.testing.assert_array_equal(starts["lora"], starts["half"])
     assert not np.allclose(starts["lora"], starts["again"])
-    assert_starts_alone(text, wanted(resources.protocol, {})[0], resources)
+    assert_starts_alone(text, list_runs(resources.protocol, {})[0], resources)
 
 
 def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(
@@ -121,7 +121,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_record_of_an_uninterrupted
     finished: Path, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records, snapshot = Records(finished).read(), tmp_path / "x.npz"
-    runs = [run for run in wanted(resources.protocol, records) if run.stage == "test"]
+    runs = [run for run in list_runs(resources.protocol, records) if run.stage == "test"]
     run = next(run for run in runs if run.cell.method == "half")
     evaluate, seen = RunInProgress.evaluate, []
 
@@ -156,7 +156,7 @@ def test_a_run_that_diverges_has_a_record_that_says_so(
 
     monkeypatch.setattr("nalora_jax.study.study_progress.run_steps", diverge)
     (record,) = execution.perform_all(
-        wanted(resources.protocol, {})[:1], resources, [tmp_path / "x.npz"]
+        list_runs(resources.protocol, {})[:1], resources, [tmp_path / "x.npz"]
     )
     assert record["diverged"]
     assert record["validation"] == {"loss": None}
@@ -184,7 +184,7 @@ def test_processes_share_a_study_and_no_run_is_done_twice(quick: Protocol) -> No
     for one in threads:
         one.join()
     records = Records(quick.folder).read()  # which refuses a run that has two
-    assert pending(quick, records) == []
+    assert list_pending(quick, records) == []
     assert (sum(counts), len(counts)) == (len(records), 3)
 
 
@@ -200,7 +200,10 @@ def test_splits_that_share_records_are_refused(study: Path, resources: Resources
     path = study / "protocol.toml"
     path.write_text(path.read_text().replace('test = "train[80%:]"', 'test = "train[70%:]"'))
     protocol = read_protocol(study)
-    fresh, run = Resources(protocol), Run(protocol, "test", wanted(protocol, {})[0].cell, 1e-2, 1)
+    fresh, run = (
+        Resources(protocol),
+        Run(protocol, "test", list_runs(protocol, {})[0].cell, 1e-2, 1),
+    )
     fresh._made = {type(s): s for s in (resources.subject(run.config),)}  # its model is loaded
     with pytest.raises(NaloraError, match="shares 30 with it"):
         fresh.test_items(run)

@@ -14,7 +14,7 @@ from nalora_jax.evaluate.generate import Generator
 from nalora_jax.kinds import preference
 from nalora_jax.kinds.rl import kind, rewards
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.study.planned_runs import wanted
+from nalora_jax.study.planned_runs import list_runs
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.resources import Resources
@@ -69,7 +69,7 @@ def test_a_study_of_preference_pairs_compares_initializations_and_numbers_of_dev
     text = render_results(protocol, records)
     assert "nats per pair" in text
     assert "1 - accuracy" in text
-    tuned = next(run for run in wanted(protocol, records) if run.cell.method == "b_zero")
+    tuned = next(run for run in list_runs(protocol, records) if run.cell.method == "b_zero")
     assert_starts_alone(preference, tuned, Resources(protocol))
 
 
@@ -111,7 +111,7 @@ def test_a_study_of_rewards_trains_and_measures_as_a_run_does(
     folder = write_study(tmp_path, base, questions, FEW_RUNS + WITH_REWARDS)
     assert main(["study", "run", str(folder)]) == 0
     protocol, records = read_protocol(folder), Records(folder).read()
-    first, resources = wanted(protocol, {})[0], Resources(protocol)
+    first, resources = list_runs(protocol, {})[0], Resources(protocol)
     assert_starts_alone(kind, first, resources)
     loaded, items = (
         resources.subject(first.config).model(first.config),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nalora_jax.config import RunConfig
-from nalora_jax.study.planned_runs import Cell, Run, pending, tuning, wanted
+from nalora_jax.study.planned_runs import Cell, Run, list_pending, list_runs, tuning_grid
 from nalora_jax.study.protocol import Method, Protocol, Task
 from nalora_jax.study.records import StudyRecord
 
@@ -35,7 +35,7 @@ def done(
     """Records of all runs that are wanted one after another, with these losses; infinite ones
     diverged."""
     records: dict[str, StudyRecord] = {}
-    while left := [run for run in pending(protocol, records) if run.stage in stages]:
+    while left := [run for run in list_pending(protocol, records) if run.stage in stages]:
         value = loss(left[0])
         records[left[0].id] = {"diverged": math.isinf(value), "validation": {"loss": value}}
     return records
@@ -52,8 +52,8 @@ def test_changed_defaults_are_noticed_since_run_ids_leave_defaults_out() -> None
 def test_the_rate_with_the_lowest_mean_over_seeds_is_chosen_and_tested() -> None:
     losses = {1e-3: (3.0, 3.0), 2e-3: (2.8, 2.9), 4e-3: (2.5, 3.3)}
     records = done(PROTOCOL, lambda run: losses[run.rate][run.seed])
-    assert tuning(PROTOCOL, CELL, records).chosen == 2e-3
-    tests = pending(PROTOCOL, records)
+    assert tuning_grid(PROTOCOL, CELL, records).chosen == 2e-3
+    tests = list_pending(PROTOCOL, records)
     assert [(r.stage, r.cell.method, r.rate, r.seed) for r in tests] == [
         ("test", method, 2e-3, seed) for seed in (5, 6) for method in "ab"
     ]
@@ -68,7 +68,7 @@ def test_a_grid_is_extended_while_the_best_rate_is_at_its_end() -> None:
         (1e-9, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), True),
     ):
         records = done(PROTOCOL, lambda run, best=best: abs(math.log(run.rate / best)))
-        found = tuning(PROTOCOL, CELL, records)
+        found = tuning_grid(PROTOCOL, CELL, records)
         chosen = min(grid, key=lambda rate, best=best: abs(math.log(rate / best)))
         assert (found.rates, found.at_edge, found.chosen) == (grid, at_edge, chosen)
 
@@ -77,8 +77,10 @@ def test_a_rate_at_which_one_seed_diverges_is_not_chosen() -> None:
     records = done(
         PROTOCOL, lambda run: math.inf if run.rate == 4e-3 and run.seed == 1 else -run.rate
     )
-    assert tuning(PROTOCOL, CELL, records).chosen == 2e-3
-    assert all(run.stage == "tune" for run in wanted(PROTOCOL, done(PROTOCOL, lambda _: math.inf)))
+    assert tuning_grid(PROTOCOL, CELL, records).chosen == 2e-3
+    assert all(
+        run.stage == "tune" for run in list_runs(PROTOCOL, done(PROTOCOL, lambda _: math.inf))
+    )
 
 
 def test_a_run_id_changes_with_whatever_changes_its_result_and_with_nothing_else() -> None:

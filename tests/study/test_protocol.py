@@ -10,8 +10,8 @@ import pytest
 from nalora_jax.config import DataConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import resolve
-from nalora_jax.study.locations import located
-from nalora_jax.study.planned_runs import pending
+from nalora_jax.study.locations import locate_settings
+from nalora_jax.study.planned_runs import list_pending
 from nalora_jax.study.protocol import read_protocol
 from tests.study.conftest import write_study
 
@@ -126,7 +126,9 @@ def test_paths_are_relative_to_the_study_and_names_of_models_stay_unchanged(
     monkeypatch.chdir(tmp_path)
 
     def paths(**data: str) -> list[str]:
-        config = located(RunConfig(model="org/model", data=DataConfig(**data)), Path("study"))
+        config = locate_settings(
+            RunConfig(model="org/model", data=DataConfig(**data)), Path("study")
+        )
         return [config.model, config.data.dataset, config.data.train_split, config.data.eval_split]
 
     named = paths(dataset="socialiqa", train_split="train[:5]", eval_split="train")
@@ -140,7 +142,7 @@ def test_paths_are_relative_to_the_study_and_names_of_models_stay_unchanged(
     ):
         paths(dataset="here.jsonl")
     write_study(folder, Path("org/model"), Path("z.jsonl"))
-    run = pending(read_protocol("study"), {})[0]
+    run = list_pending(read_protocol("study"), {})[0]
     assert (run.config.model, run.config.data.dataset) == ("study/org/model", "study/z.jsonl")
     monkeypatch.chdir(folder)
-    assert pending(read_protocol("."), {})[0].id == run.id
+    assert list_pending(read_protocol("."), {})[0].id == run.id

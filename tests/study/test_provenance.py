@@ -16,7 +16,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import MECHANISMS
 from nalora_jax.study import execution
-from nalora_jax.study.planned_runs import Run, wanted
+from nalora_jax.study.planned_runs import Run, list_runs
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.provenance import (
     check_committed,
@@ -170,7 +170,7 @@ def test_a_method_whose_rule_file_changed_after_its_runs_is_refused(
     method = '\n[methods.mine]\nsettings.mechanisms = ["of_a_user"]\n'
     (study / "protocol.toml").write_text('imports = ["my_rule.py"]' + text + method)
     protocol = read_protocol(study)
-    run = next(run for run in wanted(protocol, {}) if run.cell.method == "mine")
+    run = next(run for run in list_runs(protocol, {}) if run.cell.method == "mine")
     identity = RunInProgress(run, Resources(protocol), study / "x.npz").identity
     assert list(identity["rules"]) == ["my_rule.py"]
     record = {"id": run.id, "stage": "tune", "seed": 0, **run.cell._asdict(), **identity}
@@ -189,4 +189,4 @@ def test_the_tables_of_a_committed_study_are_rendered_from_its_records(folder: P
     protocol = read_protocol(folder)
     records = checked_records(protocol, Records(folder))  # records of earlier versions stay valid
     assert (folder / "results.md").read_text().startswith(render_results(protocol, records))
-    assert records.keys() <= {run.id for run in wanted(protocol, records)}
+    assert records.keys() <= {run.id for run in list_runs(protocol, records)}

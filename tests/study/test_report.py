@@ -15,7 +15,7 @@ from scipy import stats
 from nalora_jax.__main__ import main
 from nalora_jax.study.analysis import comparisons, results
 from nalora_jax.study.hypothesis_tests import holm
-from nalora_jax.study.planned_runs import Run, pending
+from nalora_jax.study.planned_runs import Run, list_pending
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records, StudyRecord
 from nalora_jax.study.study_report import render_results, write_tables
@@ -31,7 +31,7 @@ def told(study: Path) -> Path:
     text = text.replace("\ntest_items = 20", "\ntest_items = 20\naccuracy_items = 7")
     path.write_text(text)
     protocol, records = read_protocol(study), Records(study)
-    while left := pending(protocol, records.read()):
+    while left := list_pending(protocol, records.read()):
         for run in left:
             records.append(record_of(run))
     return study

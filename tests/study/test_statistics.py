@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 
 from nalora_jax.study.hypothesis_tests import (
+    compare_pairs,
     holm,
     is_equivalent,
-    paired,
     seeds_needed,
     signed_rank_test,
     skewness,
@@ -43,8 +43,8 @@ def test_accuracies_that_differ_by_the_same_number_of_items_are_ties_despite_rou
         np.round(values / 300, 9) for values in (counts, other)
     )  # as records hold them
     exact = signed_rank_test((counts - other).astype(float))
-    assert paired(recorded, theirs, 0.02).wilcoxon_p == exact == 0.0625
-    assert paired(recorded, recorded + 1e-10, 0.02).better == 0
+    assert compare_pairs(recorded, theirs, 0.02).wilcoxon_p == exact == 0.0625
+    assert compare_pairs(recorded, recorded + 1e-10, 0.02).better == 0
 
 
 def test_equivalence_equals_two_one_sided_t_tests_of_scipy() -> None:
@@ -65,7 +65,7 @@ def test_equivalence_equals_two_one_sided_t_tests_of_scipy() -> None:
 
 
 def test_statistics_are_undefined_for_one_pair_equal_pairs_or_an_unknown_margin() -> None:
-    one = paired([1.0], [2.0], 0.005)
+    one = compare_pairs([1.0], [2.0], 0.005)
     assert (one.low, one.high, one.equivalent, one.seeds_needed) == (
         -math.inf,
         math.inf,
@@ -75,7 +75,7 @@ def test_statistics_are_undefined_for_one_pair_equal_pairs_or_an_unknown_margin(
     assert math.isnan(one.t_p)
     assert (t_test(np.ones(3)), t_test(np.zeros(3)), skewness(np.full(3, 0.1))) == (0.0, 1.0, 0.0)
     for margin in (math.nan, 0.0, -0.1):
-        unknown = paired(DIFFERENCES, np.zeros(6), margin)
+        unknown = compare_pairs(DIFFERENCES, np.zeros(6), margin)
         assert not unknown.equivalent
         assert unknown.seeds_needed is None
 

@@ -32,7 +32,7 @@ def test_only_a_second_ctrl_c_or_a_late_signal_cuts_a_save_short(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(preemption, "in_foreground", lambda: foreground)
+    monkeypatch.setattr(preemption, "is_in_foreground", lambda: foreground)
     for polled in (True, False):  # also while the checkpoint is written after the last step
         with stop_signals() as stop, contextlib.ExitStack() as steps:
             steps.enter_context(stop.between_steps())

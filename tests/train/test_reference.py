@@ -24,7 +24,7 @@ from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.method.rules import HomogeneityStep, SoftMask
 from nalora_jax.method.step import StepConfig, init_state, make_train_step
-from nalora_jax.method.transform import make_mechanisms, nalora, with_gate_state
+from nalora_jax.method.transform import make_mechanisms, nalora, replace_gate_state
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head
 from tests import tiny
@@ -199,7 +199,7 @@ def test_twelve_steps_agree_with_torch() -> None:
         updates={"layers": jnp.full((LAYERS,), count, jnp.int32)},
         count=jnp.asarray(count, jnp.int32),
     )
-    state = state._replace(opt_state=with_gate_state(state.opt_state, gate))
+    state = state._replace(opt_state=replace_gate_state(state.opt_state, gate))
     raw = (importance * (1 - MASK.decay**count), occupancy * (1 - STEP.decay**count))
     reference = Reference(params, lora, *(x.astype(np.float64) for x in raw), count)
     assert reference.masks().std() > 0.3

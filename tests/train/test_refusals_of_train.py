@@ -128,7 +128,7 @@ def score_without_a_reward(_: pytest.MonkeyPatch, __: Path) -> None:
 def hold_out_one_image(_: pytest.MonkeyPatch, folder: Path) -> None:
     tiny.make_pictures(folder, {"red": (220, 30, 30)}, count=1, size=(16, 16))
     records = RecordsSource("pictures", [{"image": folder / "red0.png"}])
-    dual.drawn_images(ImageSource(records, VisionConfig(image_field="image")), 0)
+    dual.draw_images(ImageSource(records, VisionConfig(image_field="image")), 0)
 
 
 def read_patches_of_another_size(_: pytest.MonkeyPatch, __: Path) -> None:

@@ -23,7 +23,7 @@ from nalora_jax.errors import Interrupted
 from nalora_jax.kinds.model_export import check_files
 from nalora_jax.loading.adapted import load
 from nalora_jax.mesh.distributed import make_global_batch
-from nalora_jax.method.tuned import as_weights
+from nalora_jax.method.tuned import cast_tuned
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
@@ -90,7 +90,7 @@ def test_ten_steps_of_full_tuning_equal_torch(tied):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    weights, adapters = as_weights(assembly.params, state.lora, "float32")
+    weights, adapters = cast_tuned(assembly.params, state.lora, "float32")
     assert adapters == {}
     for name, ours in merged_tensors(base, weights, None, assembly.spec):
         expected = theirs.get_parameter(name).detach().numpy()
@@ -123,10 +123,10 @@ def test_selected_weights_have_the_gradients_of_torch(tune):
     model = their_model(tied=True)
     sgd = replace(OPTIMIZER, name="sgd", learning_rate=1.0, weight_decay=0.0)
     assembly, base = our_start(model, tune, optimizer=sgd)
-    before, _ = as_weights(assembly.params, assembly.state.lora, "float32")
+    before, _ = cast_tuned(assembly.params, assembly.state.lora, "float32")
     before = dict(merged_tensors(base, before, None, AdapterSpec()))
     state, _ = assembly.step(assembly.params, assembly.state, batches(1)[0])
-    after, _ = as_weights(assembly.params, state.lora, "float32")
+    after, _ = cast_tuned(assembly.params, state.lora, "float32")
     their_loss(model, batches(1)[0]).backward()
     moved = set()
     for name, ours in merged_tensors(base, after, None, AdapterSpec()):

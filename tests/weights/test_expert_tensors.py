@@ -30,7 +30,7 @@ from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import write_merged
-from nalora_jax.weights.model_files import with_fused_experts
+from nalora_jax.weights.model_files import map_fused_experts
 from nalora_jax.weights.tensors import load_params
 from nalora_jax.weights.tokenizer_files import copy_tokenizer
 from tests.weights.conftest import COMMON
@@ -183,7 +183,7 @@ def test_fused_experts_are_read_as_one_kernel_each(tmp_path, family, folder, mon
         {name: tensor.clone() for name, tensor in saved.items()}, tmp_path / "model.safetensors"
     )
     config, source = ModelConfig.from_hf(raw.to_dict()), SafetensorsFolder(tmp_path)
-    keymap = with_fused_experts(keymap_for(config), source.shapes())
+    keymap = map_fused_experts(keymap_for(config), source.shapes())
     leaves = flatten(load_params(param_shapes(config), source, keymap, dtype="float32"))
     for layer in range(2):
         stem = f"model.layers.{layer}.mlp.experts"

@@ -123,14 +123,14 @@ def test_loading_takes_the_parameters_and_a_block_for_each_core(
     """A second copy of one leaf takes 4.2 MB, a whole kernel in floats 8.4 MB."""
     wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024, "num_hidden_layers": 8}
     write_folder(tmp_path, RAW | wide)
-    config, aligned, places = ModelConfig.from_hf(RAW | wide), tensors.aligned, []
+    config, aligned, places = ModelConfig.from_hf(RAW | wide), tensors.allocate_aligned, []
 
     def recorded(*of: Any) -> np.ndarray:
         buffer = aligned(*of)
         places.append(buffer.ctypes.data)
         return buffer
 
-    monkeypatch.setattr(tensors, "aligned", recorded)
+    monkeypatch.setattr(tensors, "allocate_aligned", recorded)
     model = param_shapes(config), SafetensorsFolder(tmp_path), keymap_for(config)
     load_params(*model, dtype="bfloat16", quantized=kind)  # compiles
     tracemalloc.start()

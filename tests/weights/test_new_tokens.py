@@ -27,7 +27,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.loading.adapted import attach_adapter, load
 from nalora_jax.mesh import distributed
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.new_tokens import with_added
+from nalora_jax.weights.new_tokens import add_tokens
 from tests import tiny
 from tests.weights.in_peft import logits as torch_logits_of
 from tests.weights.in_peft import save, wrap
@@ -254,7 +254,7 @@ def test_new_rows_are_means_on_any_mesh_and_known_tokens_are_left_alone(
     for mesh in (None, distributed.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])):
         base = load_model(str(tmp_path), dtype="float32", mesh=mesh)
         with caplog.at_level("INFO", "nalora_jax"):
-            found = with_added(base, AddedTokens(("<out>", "w7"), ("<end>", "<go>")), mesh)
+            found = add_tokens(base, AddedTokens(("<out>", "w7"), ("<end>", "<go>")), mesh)
         assert found.added == ("<go>", "<out>", "w7")
         assert "tokens that the tokenizer has already: '<end>' (1)" in caplog.text
         assert found.tokenizer.encode("w5<out>w7w7<go>") == [5, 50, 7, 7, 49]
@@ -264,5 +264,5 @@ def test_new_rows_are_means_on_any_mesh_and_known_tokens_are_left_alone(
         np.testing.assert_allclose(embedding[48:], np.tile(means["embed"], (3, 1)), atol=1e-6)
         np.testing.assert_allclose(head[48:], np.tile(means["lm_head"], (3, 1)), atol=1e-6)
         np.testing.assert_array_equal(embedding[:48], base.params["embed"]["embedding"])
-    padded = with_added(base, AddedTokens(special=("[PAD]",)), mesh)
+    padded = add_tokens(base, AddedTokens(special=("[PAD]",)), mesh)
     assert (padded.added, padded.resized, padded.tokenizer.encode("[PAD]")) == ((), 49, [48])

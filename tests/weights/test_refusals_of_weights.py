@@ -89,7 +89,7 @@ def train_a_row_of_no_token(_: pytest.MonkeyPatch, folder: Path) -> None:
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
     settings |= {"trainable_token_indices": [RAW["vocab_size"] + 3]}
     (adapter / CONFIG_NAME).write_text(json.dumps(settings))
-    new_tokens.for_adapter(model, adapter)
+    new_tokens.take_adapter_tokens(model, adapter)
 
 
 def serve_an_adapter_of_other_positions(_: pytest.MonkeyPatch, folder: Path) -> None:

@@ -54,7 +54,7 @@ _FLAGS = {
 _FUNCTIONS = ("products", "attention", "attention_gradient", "over_vocabulary")
 
 
-def chosen() -> str | None:
+def select_kernels() -> str | None:
     """Returns the kind of kernels that ``NALORA_NATIVE`` selects; None for XLA.
 
     AVX2 kernels are used on request only if the CPU has AVX-512, on which XLA multiplies twice as
@@ -83,9 +83,9 @@ def kind(devices: int = 1) -> str | None:
     """Returns the kind of kernels that programs on this number of devices call; None for XLA.
 
     If a compiler is missing, the reason is logged once. On several devices XLA would gather the
-    operands of a foreign function. Raises what `chosen` raises.
+    operands of a foreign function. Raises what `select_kernels` raises.
     """
-    name = chosen()
+    name = select_kernels()
     if name is not None and devices == 1 and _register(name):
         return name
     return None

@@ -32,7 +32,7 @@ import numpy as np
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.chat_text import as_messages, text_field
+from nalora_jax.data.chat_text import make_turns, text_field
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
 from nalora_jax.data.images.image_files import ImageProcessor, file_below, open_image
 from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
@@ -87,7 +87,7 @@ class ChatImages(SourceView):
 
         def check(index: int) -> None:
             for image in self[index][IMAGES]:
-                opened(image, self.where(index), self._vision.max_pixels)
+                rgb_image(image, self.where(index), self._vision.max_pixels)
 
         places = places_without_error(self.name, len(self), check, self._vision.broken)
         if len(places) == len(self):
@@ -126,9 +126,7 @@ class ChatImages(SourceView):
         if _PLACEHOLDER not in prompt:
             prompt = f"{_PLACEHOLDER}\n" * len(images) + prompt
         if data.chat:
-            messages, images = self._messages(
-                as_messages(prompt, answer), images, where
-            )
+            messages, images = self._messages(make_turns(prompt, answer), images, where)
             return {data.messages_field: messages, IMAGES: images}
         if prompt.count(_PLACEHOLDER) != len(images):
             expected = f"{_PLACEHOLDER} once for each of {len(images)} images"
@@ -296,14 +294,16 @@ def open_chats(
     )
 
 
-def opened(image: Image, where: str, max_pixels: int) -> Any:
+def rgb_image(image: Image, where: str, max_pixels: int) -> Any:
     """Returns an image as an RGB ``PIL.Image.Image``; ``where`` names its record in messages."""
     if not isinstance(image, bytes):
         where = f"{where}: {image}"
     return open_image(image, where, max_pixels)
 
 
-def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
+def question_tokens(
+    prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool
+) -> list[int]:
     """Returns the token ids of a prompt with ``images`` images before it.
 
     Raises:
@@ -382,7 +382,9 @@ class RowImages:
             for example in examples.tolist():
                 record = int(self.records[example])
                 for encoded in self.source.read([record])[0][IMAGES]:
-                    image = opened(encoded, self.source.where(record), self.max_pixels)
+                    image = rgb_image(
+                        encoded, self.source.where(record), self.max_pixels
+                    )
                     pixels[row, counts[row]] = self.processor(image)["pixels"]
                     counts[row] += 1
         return {"pixels": pixels, "images": counts}

@@ -96,7 +96,7 @@ def open_image(
             _check(image, name, max_pixels)
             image.load()
             upright = importlib.import_module("PIL.ImageOps").exif_transpose(image)
-            return flattened(_eight_bits(upright, image.format, name))
+            return flatten_alpha(_eight_bits(upright, image.format, name))
     except images.DecompressionBombError as error:
         raise _too_large(name, max_pixels, error) from error
     except NaloraError:
@@ -175,7 +175,7 @@ def _eight_bits(image: Any, kind: str, name: str) -> Any:
     return grey
 
 
-def flattened(image: Any) -> Any:
+def flatten_alpha(image: Any) -> Any:
     """Returns ``image`` as RGB, with transparent parts white, as in transformers' processors."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
@@ -435,7 +435,7 @@ def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
     return sized(low)
 
 
-def resized_to(image: Any, side: int) -> Any:
+def resize_square(image: Any, side: int) -> Any:
     """Returns an RGB image resized to a square of ``side`` pixels, for reports."""
     return image.resize((side, side), resample=pillow().Resampling.BICUBIC)
 

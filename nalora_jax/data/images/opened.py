@@ -44,7 +44,7 @@ from nalora_jax.data.source import (
 )
 from nalora_jax.data.sources import FileSource
 from nalora_jax.data.tfds_source import TfdsSource, open_tfds
-from nalora_jax.errors import NaloraError, shown
+from nalora_jax.errors import NaloraError, abbreviate
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,10 @@ class ImageSource(SourceView):
             f"name the field by --vision.{kind}-field (there are {', '.join(record)})"
         )
         raise NaloraError(
-            f"{where}: {field}", expected=expected, found=shown(value), remedy=remedy
+            f"{where}: {field}",
+            expected=expected,
+            found=abbreviate(value),
+            remedy=remedy,
         )
 
     def labels(self, classes: Sequence[str]) -> np.ndarray:
@@ -447,7 +450,9 @@ class ImageData(Stream):
         for row, index, record in zip(rows, indices.tolist(), records, strict=True):
             image = self.source.opened(index, record)
             prepared.append(
-                self.processor(augmented(image, self.vision, generator(self.seed, row)))
+                self.processor(
+                    augment_image(image, self.vision, generator(self.seed, row))
+                )
             )
         batch = stack_images(prepared)
         if self.labels is not None:
@@ -490,7 +495,7 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-def augmented(image: Any, vision: VisionConfig, rng: np.random.Generator) -> Any:
+def augment_image(image: Any, vision: VisionConfig, rng: np.random.Generator) -> Any:
     """Returns ``image`` (RGB), cropped and mirrored at random as ``vision.augment`` allows.
 
     A crop has at least ``vision.crop_area`` of the image's area and an aspect ratio between 3/4 and

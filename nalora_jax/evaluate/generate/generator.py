@@ -101,7 +101,7 @@ def require_setting(
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def with_options(settings: type) -> Callable[[Function], Function]:
+def accept_options(settings: type) -> Callable[[Function], Function]:
     """Returns a decorator for functions with ``**settings``, the fields of a dataclass.
 
     `inspect.signature` and editors then show the fields as keyword arguments.
@@ -255,7 +255,7 @@ class Completion:
     reason: Literal["stop", "length"]
 
 
-def answering(
+def make_completer(
     model: Decoder,
     tokenizer: Tokenizer,
     mesh: Mesh | None = None,
@@ -351,7 +351,7 @@ class Generator:
         generator._weights = view_weights(self.model, variables)
         return generator
 
-    @with_options(GenerationSettings)
+    @accept_options(GenerationSettings)
     def generate(
         self,
         prompts: Sequence[TextOrTokens],
@@ -381,7 +381,7 @@ class Generator:
         )
         return [completion.text for completion in completions]
 
-    @with_options(GenerationSettings)
+    @accept_options(GenerationSettings)
     def complete(
         self,
         prompts: Sequence[TextOrTokens],
@@ -416,7 +416,7 @@ class Generator:
             completions |= zip(rows, batch.run(), strict=True)
         return [completions[i] for i in range(len(ids))]
 
-    @with_options(GenerationSettings)
+    @accept_options(GenerationSettings)
     def stream(
         self, prompt: TextOrTokens, *, images: PromptImages = (), **settings: Any
     ) -> Iterator[str]:

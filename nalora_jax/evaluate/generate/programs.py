@@ -22,9 +22,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.sampling import (
     Sampling,
     _Array,
+    mark_seen_tokens,
+    mark_token,
     next_tokens,
-    seen_tokens,
-    with_token,
 )
 from nalora_jax.models.cache import Cache, grow, repeat
 from nalora_jax.models.decoder import Decoder, init_cache
@@ -141,7 +141,7 @@ def prefill(
     step = jnp.asarray(step)
     logits = model.apply(weights.head, last, method="unembed")
     vocab = logits.shape[-1]
-    seen = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, vocab)
+    seen = mark_seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, vocab)
     token = next_tokens(logits, prompts.sampling, step, seen)
     done = _is_stop(token, prompts.stop_ids) | ~prompts.live
     return State(
@@ -149,7 +149,7 @@ def prefill(
         token=token,
         done=done,
         step=step + 1,
-        seen=with_token(seen, token),
+        seen=mark_token(seen, token),
     )
 
 
@@ -311,7 +311,7 @@ def decode(
             token=token,
             done=state.done | _is_stop(token, prompts.stop_ids),
             step=state.step + 1,
-            seen=with_token(state.seen, token),
+            seen=mark_token(state.seen, token),
         )
         return i + 1, state, new_tokens
 

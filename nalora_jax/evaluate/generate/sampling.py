@@ -74,7 +74,7 @@ def make_sampling(
     )
 
 
-def seen_tokens(
+def mark_seen_tokens(
     sampling: Sampling,
     tokens: _Array,
     lengths: _Array,
@@ -102,8 +102,8 @@ def seen_tokens(
     return none.at[rows, ids].set(True, mode="drop")
 
 
-def with_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
-    """Returns ``seen`` (`seen_tokens`) with the newest token ``[batch]`` of each row."""
+def mark_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
+    """Returns ``seen`` (`mark_seen_tokens`) with the newest token ``[batch]`` of each row."""
     if seen is None:
         return None
     return seen.at[jnp.arange(token.shape[0]), token].set(True)
@@ -123,7 +123,7 @@ def next_tokens(
       logits: float32 ``[batch, vocab]``.
       sampling: settings of each row.
       step: int scalar, number of tokens sampled before.
-      seen: bool ``[batch, vocab]``, tokens of the text so far (`seen_tokens`).
+      seen: bool ``[batch, vocab]``, tokens of the text so far (`mark_seen_tokens`).
 
     Returns:
       int32 ``[batch]``.

@@ -34,7 +34,7 @@ from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import RLConfig, RunConfig
 from nalora_jax.config.checks import Limits, check_divides, require
 from nalora_jax.config.settings import UNCHANGED
-from nalora_jax.data.forms import in_turns
+from nalora_jax.data.forms import uses_chat_template
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.data.prompts import (
     PromptData,
@@ -50,7 +50,12 @@ from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.intervals import bootstrap
 from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.kinds import text
-from nalora_jax.kinds.inputs import open_records, resolve_base, settled, stream_shape
+from nalora_jax.kinds.inputs import (
+    open_records,
+    resolve_base,
+    settle_schedule,
+    stream_shape,
+)
 from nalora_jax.kinds.record import Arrays, Built, Inputs, Job, register_kind
 from nalora_jax.kinds.rl.policy import Policy
 from nalora_jax.kinds.rl.rewards import Scorer
@@ -163,11 +168,11 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     base = files.described(added)
     tokenizer = files.tokenizer_with(added)
     train, held = open_records(config.data, source)
-    turns = in_turns(train.read([0])[0], config.data)
+    turns = uses_chat_template(train.read([0])[0], config.data)
     shape = stream_shape(config) | {"context": base.max_positions}
     data = PromptRows.of(train, config.data, tokenizer, rl=rl, **shape)
     config = replace(config, data=replace(config.data, max_length=data.length))
-    config = settled(config, base.d_model, data.rows_per_epoch, "samples")
+    config = settle_schedule(config, base.d_model, data.rows_per_epoch, "samples")
     prompts = held_out_prompts(
         held, config.data, tokenizer, data.length - rl.max_new_tokens
     )
@@ -207,7 +212,9 @@ def tried_servers(inputs: Inputs, config: RunConfig, output: RunFolder) -> Expor
     longest = inputs.data.longest + rl.max_new_tokens
     prompt = inputs.data.items[0].prompt_ids
     vocab = inputs.base.vocab_size
-    processes.on_first_process(lambda: try_servers(rl, exports, prompt, longest, vocab))
+    processes.run_on_first_process(
+        lambda: try_servers(rl, exports, prompt, longest, vocab)
+    )
     return exports
 
 
@@ -835,7 +842,7 @@ class RewardEvaluator(Evaluator):
         self._prompts = prompts
         self._model = assembly.eval_model
         self._tokenizer = loaded.tokenizer
-        self._mesh = distributed.unless_single(assembly.mesh)
+        self._mesh = distributed.multi_device_mesh(assembly.mesh)
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
         """Returns prompt, answer, the weighted sum ``reward`` (NaN if unknown) and each reward of

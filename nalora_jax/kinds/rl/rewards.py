@@ -25,10 +25,10 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from nalora_jax.common.registry import Registry, from_text
+from nalora_jax.common.registry import Registry, parse_instance
 from nalora_jax.config import RLConfig
-from nalora_jax.errors import NaloraError, described
-from nalora_jax.evaluate.answers import last_number, matches, normalised_text
+from nalora_jax.errors import NaloraError, describe_error
+from nalora_jax.evaluate.answers import last_number, matches, normalize_text
 
 RewardRecord = Mapping[str, Any]
 Reward = Callable[[str, str, RewardRecord], float]
@@ -50,7 +50,7 @@ def register_reward(name: str) -> Callable[[_Rule], _Rule]:
 def exact_reward(prompt: str, completion: str, record: RewardRecord) -> float:
     """Returns 1 if the completion is the answer, apart from case, punctuation, articles and white
     space."""
-    return float(matches(completion, str(record["answer"]), normalised_text))
+    return float(matches(completion, str(record["answer"]), normalize_text))
 
 
 @register_reward("number")
@@ -149,11 +149,11 @@ def make_reward(text: str) -> Reward:
         except (Exception, SystemExit) as error:
             expected = "MODULE:FUNCTION that can be imported"
             raise NaloraError(
-                f"--rl.rewards {text}", expected=expected, found=described(error)
+                f"--rl.rewards {text}", expected=expected, found=describe_error(error)
             ) from error
         return reward
     kind = _REWARDS.get(name)
-    reward = from_text(_REWARDS, text) if isinstance(kind, type) else kind
+    reward = parse_instance(_REWARDS, text) if isinstance(kind, type) else kind
     return reward
 
 
@@ -206,7 +206,7 @@ class Scorer:
                     raise NaloraError(
                         f"reward {name} of {where[row]}",
                         expected=expected,
-                        found=f"{described(error)} for the completion {sample[1][:80]!r}",
+                        found=f"{describe_error(error)} for the completion {sample[1][:80]!r}",
                         remedy="mend the reward, or pass --rl.ignore-reward-errors: such samples "
                         "have no reward",
                     ) from error

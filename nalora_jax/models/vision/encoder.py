@@ -22,7 +22,7 @@ from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.embedding import Embedding
 from nalora_jax.models.parts import constrain, layer_scales, part_adapters
-from nalora_jax.models.remat import stacked
+from nalora_jax.models.remat import stack_layers
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.vision_config import EncoderConfig
 from nalora_jax.ops.attention import full_attention
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
             self.stats or GateStatsConfig(),
             self.shardings,
         )
-        block = stacked(EncoderBlock, self.remat, c.n_layers)
+        block = stack_layers(EncoderBlock, self.remat, c.n_layers)
         layers = block(c, self.adapters, *options, name="layers")
         x, _ = layers(x, layer_scales(self.adapters, "layers"), shared)
         if c.final_norm:

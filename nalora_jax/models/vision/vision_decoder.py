@@ -19,13 +19,13 @@ from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.parts import RMSNorm, layer_scales, part_adapters
-from nalora_jax.models.remat import stacked
+from nalora_jax.models.remat import stack_layers
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual_encoder import tower_adapters
 from nalora_jax.models.vision.encoder import Encoder, PlainDense
 from nalora_jax.models.vision.vision_config import VisionSpec
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.split_rows import of_whole_rows
+from nalora_jax.ops.split_rows import whole_row_sharding
 
 
 class VisionDecoder(Decoder):
@@ -43,7 +43,7 @@ class VisionDecoder(Decoder):
             self.numerics,
             self.remat,
             self.stats,
-            replace(self.shardings, rows=of_whole_rows(self.shardings.rows)),
+            replace(self.shardings, rows=whole_row_sharding(self.shardings.rows)),
         )
         self.image = Encoder(
             vision.running, tower_adapters(self.adapters, "image"), *shared
@@ -130,7 +130,7 @@ class Projector(nn.Module):
         adapters = part_adapters(self.adapters, "projector/ffn")
         scales = layer_scales(self.adapters, "projector").get("ffn", {})
         shape = (s.d_model, s.d_model, s.activation, adapters, s.bias)
-        layers = stacked(_ProjectorLayer, "none", 1)(
+        layers = stack_layers(_ProjectorLayer, "none", 1)(
             *shape, self.numerics, self.stats, deterministic, name="ffn"
         )
         _, y = layers(None, scales, (x.astype(self.numerics.result), weights))

@@ -13,7 +13,7 @@ from nalora_jax.mesh import distributed
 from nalora_jax.mesh.machine import device_memory
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner import estimates, layouts
-from nalora_jax.planner.machines import of_devices, topology
+from nalora_jax.planner.machines import describe_machine, topology
 
 _USABLE = 0.9  # share of a device's memory
 
@@ -47,14 +47,16 @@ class Fitting:
                 expected="1 in a sweep, whose rows are whole",
                 found=config.mesh.context,
             )
-        where = of_devices(jax.devices())
+        where = describe_machine(jax.devices())
         mesh = config.mesh
         if (
             base is not None
             and where is not None
             and mesh.data == mesh.fsdp == mesh.tensor == 0
         ):
-            layout = layouts.fastest(layouts.fitting_sweep(config, base, where, count))
+            layout = layouts.fastest(
+                layouts.fitting_sweep_layouts(config, base, where, count)
+            )
             return cls(layout, layout.together, base.d_model)
         # Bytes of a device that may be used, of the base, and of a run. Without an estimate, a
         # run of 1 byte makes the memory no limit.

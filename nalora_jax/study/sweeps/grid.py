@@ -20,7 +20,7 @@ from typing import Any
 from nalora_jax.common import buckets
 from nalora_jax.common.digests import unseal
 from nalora_jax.config import RunConfig, check, config_from_dict
-from nalora_jax.config.structured import structured
+from nalora_jax.config.structured import parse_dataclass
 from nalora_jax.errors import NaloraError
 
 # In the folder of a sweep: its options, its settings and their digest.
@@ -65,7 +65,7 @@ def grid(config: RunConfig, axes: Sequence[Axis]) -> list[RunConfig]:
     runs = []
     for values in itertools.product(*(values for _, values in axes)):
         settings = dict(zip(names, values, strict=True))
-        changed = structured(RunConfig, _table(settings), base=config)
+        changed = parse_dataclass(RunConfig, _table(settings), base=config)
         folder = "_".join(_part(name, value) for name, value in settings.items())
         runs.append(check(replace(changed, output=f"{parent}/{folder}")))
     check_names(runs)
@@ -160,8 +160,8 @@ def _value(name: str, word: str, where: str) -> Any:
     *others, last = _readings(word, listed=is_list)
     for reading in others:
         with contextlib.suppress(NaloraError):
-            return _setting(structured(RunConfig, _table({name: reading})), name)
-    return _setting(structured(RunConfig, _table({name: last}), where), name)
+            return _setting(parse_dataclass(RunConfig, _table({name: reading})), name)
+    return _setting(parse_dataclass(RunConfig, _table({name: last}), where), name)
 
 
 def _readings(word: str, *, listed: bool) -> list[Any]:

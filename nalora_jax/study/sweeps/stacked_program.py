@@ -23,7 +23,7 @@ from nalora_jax.assembly.program import Assembly
 from nalora_jax.assembly.stacked import step_of_runs
 from nalora_jax.assembly.state_metrics import StateMetrics
 from nalora_jax.common import trees
-from nalora_jax.common.notes import counting
+from nalora_jax.common.notes import count_progress
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.mesh import distributed, processes, sharding
 from nalora_jax.method.step import Batch, TrainState
@@ -82,7 +82,7 @@ def _pad(numpy: Any, array: Any, shape: tuple[int, ...]) -> Any:
     return numpy.pad(array, widths)
 
 
-def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
+def share_weights(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
     """Returns the frozen weights of all runs, and which of the arrays have an axis ``[runs]``.
 
     Arrays that all runs share are not copied. Kernels differ by run if their initialization
@@ -156,10 +156,10 @@ class SweepProgram:
             lambda place: distributed.stacked_sharding(self.mesh, place), self._solo
         )
         self._by_run = distributed.stacked_sharding(
-            self.mesh, distributed.replicated(self.mesh)
+            self.mesh, distributed.replicated_sharding(self.mesh)
         )
         self.values: RunValues = jax.device_put(values_of(runs, width), self._by_run)
-        weights, axes = shared([run.params for run in runs], self.mesh)
+        weights, axes = share_weights([run.params for run in runs], self.mesh)
         of_params: Any = None
         if axes is None:
             self.params = first.view(weights)
@@ -381,7 +381,7 @@ def fit_all(
         empty = len(program.runs) - len(rows)
         batch = batch_of([*rows, *rows[-1:] * empty], program.mesh)
         if not step:
-            with counting("compiling the step"):
+            with count_progress("compiling the step"):
                 program.lower(states, batch).compile()
         states, metrics = program.step(states, batch, [run.active for run in runs])
         step += 1

@@ -90,7 +90,7 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
       NaloraError: an option that cannot vary, and the errors of `sweep`.
     """
     configs = grid(config, axes_of(options))
-    settings = redaction.redacted(replace(config, resume=False).to_dict())
+    settings = redaction.redact(replace(config, resume=False).to_dict())
     record = {"sweep": list(options), "run": run_log.to_json(settings)}
     text = json.dumps(digests.seal(record), indent=1) + "\n"
     return sweep(configs, locked=lambda: write_text(config.output, SWEEP_FILE, text))
@@ -128,8 +128,8 @@ def sweep(
     results: _Results = {}
     with attend_processes() as stop, _logged_once(), ExitStack() as stack:
         runs = [_open_run(config, data, format, stop, stack) for config in configs]
-        processes.on_first_process(locked)
-        groups = values.grouped(runs, _key)
+        processes.run_on_first_process(locked)
+        groups = values.group_by_key(runs, _key)
         log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
         firsts = [(group[0].inputs, len(group)) for group in groups]
         fitting = [
@@ -152,7 +152,9 @@ def sweep(
             log.warning("%s diverged and was frozen: %s", Path(name).name, result)
     if not finished:
         raise next(iter(diverged.values()))
-    processes.on_first_process(lambda: write_text(folder, PAGE, _render_page(finished)))
+    processes.run_on_first_process(
+        lambda: write_text(folder, PAGE, _render_page(finished))
+    )
     page = f"{folder}/{PAGE}"
     log.info("comparison: %s", page)
     return SweepResult(finished, diverged, page)

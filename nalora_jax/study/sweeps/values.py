@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.assembly.optimizers import NUMBERS, make_schedule, with_learning_rate
+from nalora_jax.assembly.optimizers import NUMBERS, make_schedule, resolve_learning_rate
 from nalora_jax.assembly.program import Assembly
 from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
@@ -45,7 +45,7 @@ RunValues = dict[str, dict[Any, Any]]
 # ---------------------------------------------------------------- runs of one program
 
 
-def grouped(runs: Sequence[T], key: Callable[[T], str]) -> list[list[T]]:
+def group_by_key(runs: Sequence[T], key: Callable[[T], str]) -> list[list[T]]:
     """Returns the runs with equal keys together, in the order of their first run."""
     groups: dict[str, list[T]] = {}
     for run in runs:
@@ -141,7 +141,7 @@ def values_of(runs: Sequence[Assembly], width: int) -> RunValues:
       mechanisms by (label, field), ``orders`` of permuted channels by (label, path), and ``facts``:
       seed and total steps.
     """
-    configs = [with_learning_rate(run.config, width) for run in runs]
+    configs = [resolve_learning_rate(run.config, width) for run in runs]
     numbers = []
     for config in configs:
         of_run = {"plus_ratio": config.lora.plus_ratio}

@@ -15,7 +15,7 @@ import pytest
 from nalora_jax.common import downloads, processor
 from nalora_jax.cpu.native import library
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.remat import select_remat
 from nalora_jax.ops.dispatch import numerics_for
 from tests import tiny
 
@@ -115,7 +115,7 @@ def test_the_fastest_kind_is_taken_unless_xla_is_faster(
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
     for choice in ("", "1"):
         monkeypatch.setenv("NALORA_NATIVE", choice)
-        assert library.chosen() == expected
+        assert library.select_kernels() == expected
         assert library.kind(devices=8) is None
     monkeypatch.setenv("NALORA_NATIVE", "0")
     assert library.kind() is None
@@ -138,7 +138,7 @@ def test_the_fastest_kind_is_taken_unless_xla_is_faster(
 )
 def test_matmuls_are_recomputed_where_that_is_faster(kind, d_model, gated, expected, monkeypatch):
     monkeypatch.setattr(library, "kind", lambda devices=1: kind)
-    assert chosen_remat("auto", d_model, numerics_for("bfloat16", "cpu"), gated=gated) == expected
+    assert select_remat("auto", d_model, numerics_for("bfloat16", "cpu"), gated=gated) == expected
 
 
 # ---------------------------------------------------------------- what is in the cache is run, so

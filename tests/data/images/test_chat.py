@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.chat_templates import ImageTokens, as_parts
+from nalora_jax.data.chat_templates import ImageTokens, split_contents
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.images.image_chat import image_places, open_chats
 from nalora_jax.data.packing import pack, plan_rows
@@ -81,7 +81,7 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path):
     record = source[0]
     assert (record["prompt"], record["completion"]) == ("[<img><img>]\nSay:", " a cat")
     assert TOKENS.expanded("x<boi>y") == "x[<img><img>]y"
-    assert as_parts([{"role": "user", "content": "Hi"}])[0]["content"] == [
+    assert split_contents([{"role": "user", "content": "Hi"}])[0]["content"] == [
         {"type": "text", "text": "Hi"}
     ]
 

@@ -11,7 +11,7 @@ from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.image_files import ImageProcessor, open_image
 from nalora_jax.data.images.opened import (
     ImageData,
-    augmented,
+    augment_image,
     crop_box,
     draw_shots,
     generator,
@@ -150,10 +150,10 @@ def test_batches_are_pure_and_every_epoch_holds_every_image(picture_folder):
 def test_augmentation_keeps_what_it_promises():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     crop, flip, none = (VisionConfig(augment=a, crop_area=0.4) for a in ("crop", "flip", "none"))
-    assert augmented(image, none, generator(0)) is image
-    flipped = {np.asarray(augmented(image, flip, generator(0, i))).tobytes() for i in range(20)}
+    assert augment_image(image, none, generator(0)) is image
+    flipped = {np.asarray(augment_image(image, flip, generator(0, i))).tobytes() for i in range(20)}
     assert flipped == {np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()}
-    assert augmented(image, crop, generator(3)) == augmented(image, crop, generator(3))
+    assert augment_image(image, crop, generator(3)) == augment_image(image, crop, generator(3))
     shares = []
     for i in range(300):
         left, top, right, bottom = crop_box(60, 40, 0.4, generator(9, i))

@@ -59,7 +59,7 @@ def test_a_mesh_that_splits_rows_is_refused_in_a_sweep() -> None:
 
 
 def test_known_chips_get_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "of_devices", lambda _: topology("v6e:2x4"))
+    monkeypatch.setattr(fit, "describe_machine", lambda _: topology("v6e:2x4"))
     fitting = Fitting.of(CONFIG, BASE, count=16)
     assert (fitting.layout.run, fitting.layout.runs_per_device, fitting.layout.remat) == (
         8,

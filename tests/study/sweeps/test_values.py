@@ -16,7 +16,7 @@ from nalora_jax.config import (
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.planner.abstract_step import CONFIGS
-from nalora_jax.study.sweeps.values import grouped, program_key
+from nalora_jax.study.sweeps.values import group_by_key, program_key
 
 BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
 CONFIG = RunConfig(
@@ -49,4 +49,4 @@ def test_runs_that_differ_in_a_setting_that_cannot_be_traced_are_in_different_gr
     """The hard mask rounds its share to a number of channels, with which it calls `top_k`."""
     rules = [f"hard:keep={keep},decay={decay}" for keep in (0.5, 0.25) for decay in (0.9, 0.8)]
     keeps = [replace(CONFIG, mechanisms=(rule,)) for rule in rules]
-    assert [len(group) for group in grouped(keeps, _key)] == [2, 2]
+    assert [len(group) for group in group_by_key(keeps, _key)] == [2, 2]

@@ -59,7 +59,7 @@ from nalora_jax.kinds.rl.servers.proof import (
 )
 from nalora_jax.kinds.rl.servers.received import Received, key_of
 from nalora_jax.kinds.rl.servers.versions import Exports, Version
-from nalora_jax.mesh.processes import fetch, on_first_process
+from nalora_jax.mesh.processes import fetch, run_on_first_process
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class ServerPool:
             futures = [self._begin(request) for request in requests]
             samples.extend(future.result() for future in futures)
 
-        on_first_process(ask)
+        run_on_first_process(ask)
         if jax.process_count() > 1:
             samples = _on_all_processes(samples, requests)
         self._waited += time.monotonic() - started
