@@ -496,8 +496,8 @@ class RLConfig:
     """
 
     # Rewards of a sample, NAME, NAME:setting=value,... or MODULE:FUNCTION; of "exact", "number",
-    # "choice", "regex", "format", "length" and those that --import files register; none: training
-    # on the data set's responses.
+    # "choice", "regex", "format", "length", "reasoning_gym" and those that --import files register;
+    # none: training on the data set's responses.
     rewards: tuple[str, ...] = ()
     # Weight of each reward in the sum, the environment's first; 1 without.
     reward_weights: tuple[float, ...] = ()

@@ -92,9 +92,9 @@ def test_masks_are_those_of_transformers(tokenizer: Tokenizer) -> None:
             mask += [0] * len(inserted)
             messages += reply
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend)
-    template = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
-' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '
-' }}{% else %}{{ message['content'] + '<|im_end|>' + '
+    template = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '
+' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '
+' }}{% else %}{{ m['content'] + '<|im_end|>' + '
 ' }}{% endif %}{% endfor %}"""
     output = theirs.apply_chat_template(
         messages, chat_template=template, return_assistant_tokens_mask=True, return_dict=True
@@ -179,11 +179,13 @@ def test_templates_that_cannot_keep_turns_are_refused(
         check()
 
 
-MISTRAL = """{% if tools %}[TOOLS]{{ tools }}{% endif %}{% for m in messages %}{% if m.tool_calls %}[CALLS][
-{%- for c in m.tool_calls %}{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}{% endfor %}]<|im_end|>
+MISTRAL = """{% if tools %}[TOOLS]{{ tools }}{% endif %}{% for m in messages %}
+{%- if m.tool_calls %}[CALLS][{% for c in m.tool_calls %}{"name": "{{ c.function.name }}", "arguments": {#
+#}{{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}{% endfor %}]<|im_end|>
 {%- else %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endif %}{% endfor %}"""
 LLAMA = """{% if tools %}{{ tools }}{% endif %}{% for m in messages %}<{{ m.role }}>
-{%- if m.tool_calls %}{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}
+{%- if m.tool_calls %}{% set call = m.tool_calls[0].function -%}
+{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}
 {%- else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 
 

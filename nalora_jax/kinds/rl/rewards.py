@@ -137,6 +137,14 @@ class Length:
         return -min(max(len(completion) / self.limit - 1.0, 0.0), 1.0)
 
 
+@register_reward("reasoning_gym")
+def reasoning_gym_reward(prompt: str, completion: str, record: RewardRecord) -> float:
+    """Returns the score of reasoning-gym, for records of ``--data.dataset reasoning_gym:TASK``."""
+    tasks = importlib.import_module("nalora_jax.data.reasoning_gym_tasks")
+    score: float = tasks.score_completion(record, completion)
+    return score
+
+
 def make_reward(text: str) -> Reward:
     """Returns the reward called ``NAME``, ``NAME:setting=value,...`` or ``MODULE:FUNCTION``.
 
