@@ -304,6 +304,23 @@ def test_first_processes_outcomes_are_those_of_all(tokenizer, monkeypatch) -> No
     assert episodes._in_all_processes(lambda: [])[:2] == outcomes[:2]
 
 
+def test_a_long_rollout_logs_its_progress(tokenizer, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(episodes, "_LOGGED_EVERY", 0.0)
+    arena = arena_of(tokenizer)
+    engine = Written(tokenizer, "b<end>", "z<end>", "z<end>")
+    with caplog.at_level("INFO"):
+        play(engine, arena, [prompt_of(arena)] * 2, [1, 2])
+    assert [record.getMessage() for record in caplog.records] == [
+        "rollout: 0 of 2 samples are done",
+        "rollout: 1 of 2 samples are done",
+    ]
+    caplog.clear()
+    monkeypatch.setattr(episodes, "_LOGGED_EVERY", 60.0)
+    with caplog.at_level("INFO"):
+        play(Written(tokenizer, "z<end>"), arena, [prompt_of(arena)], [1])
+    assert not caplog.records
+
+
 # ---------------------------------------------------------------- tools
 
 

@@ -10,6 +10,8 @@ template writes them, and marked, because they are not trained on:
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -29,6 +31,24 @@ from nalora_jax.kinds.rl.engine import DrawnCompletion, Request
 from nalora_jax.kinds.rl.environments import Arena, Environment, Opening
 from nalora_jax.kinds.rl.rewards import Scorer
 from nalora_jax.mesh.processes import on_first_process
+
+log = logging.getLogger(__name__)
+
+_LOGGED_EVERY = 60.0  # seconds between two lines on the progress of a rollout
+
+
+class RolloutProgress:
+    """Logs how far a long rollout is, at most once a minute."""
+
+    def __init__(self) -> None:
+        self._logged = time.monotonic()
+
+    def __call__(self, noun: str, done: int, total: int) -> None:
+        """Logs ``done`` of ``total``, if the last line is a minute ago."""
+        now = time.monotonic()
+        if now - self._logged >= _LOGGED_EVERY:
+            self._logged = now
+            log.info("rollout: %d of %d %s are done", done, total, noun)
 
 
 class TurnEngine(Protocol):
@@ -131,7 +151,9 @@ def play(
     rl = arena.rl
     episodes = _begin(arena, prompts, seeds)
     active = episodes
+    progress = RolloutProgress()
     while active:
+        progress("samples", len(episodes) - len(active), len(episodes))
         drawn = engine.sample([episode.request(rl) for episode in active])
         for episode, completion in zip(active, drawn, strict=True):
             episode.add_turn(completion, arena.tokenizer)

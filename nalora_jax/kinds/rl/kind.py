@@ -546,6 +546,7 @@ class RolloutStep:
         figures = {
             # After the replacements, unlike `groups_replaced`.
             "groups_alike": float(_is_flat(total, rl.samples).mean()),
+            "groups_kept": float((~_is_flat(total, rl.samples)).sum()),
             "groups_replaced": float(replaced),
             "length": float(samples.written.mean()),
             "cut": float(samples.cut.mean()),

@@ -41,6 +41,7 @@ from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.kinds.rl.engine import Request
 from nalora_jax.kinds.rl.environments import Arena
 from nalora_jax.kinds.rl.episodes import (
+    RolloutProgress,
     TurnEngine,
     episode_rewards,
     follows_template,
@@ -222,7 +223,9 @@ class Sampler:
         seeds = self._seeds(step, prompts, attempt)
         store = _Store(self.folder, f"{step}-{attempt}", lora)
         parts: list[Samples] = []
+        progress = RolloutProgress()
         for start in range(0, len(prompts), self.shape[0]):
+            progress("prompts", start, len(prompts))
             group = prompts[start : start + self.shape[0]]
             if (part := store.read(start)) is None:
                 first = start * self.rl.samples
