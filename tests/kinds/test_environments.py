@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -423,3 +424,50 @@ def test_a_model_that_calls_a_tool_reads_its_result(byte_level: Tokenizer) -> No
     assert environments.Arena.of(replace(RL, environment="test_echo"), byte_level).check(
         arena.begin(record, "here")[1]
     )
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page_block(title: str) -> dict[str, Any]:
+    """The names that a file of docs/environments.md defines."""
+    page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text(encoding="utf-8")
+    code = page.split(f'```python title="{title}"\n')[1].split("```")[0]
+    space: dict[str, Any] = {"__name__": title}
+    exec(code, space)
+    return space
+
+
+@pytest.fixture
+def free_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests may import the page's files, too."""
+    monkeypatch.setattr(environments._ENVIRONMENTS, "_values", {})
+
+
+@pytest.mark.usefixtures("free_names")
+def test_the_calculator_of_the_page_calculates() -> None:
+    environment = page_block("calculator.py")
+    calculator = environment["Calculator"]()
+    opening = calculator.start({"prompt": "What is 237 - 83?", "answer": "154"})
+    assert opening[-1]["content"] == "What is 237 - 83?"
+
+    def answer(text: str) -> Any:
+        return calculator.step([*opening, {"role": "assistant", "content": text}])
+
+    assert answer("calc(237 - 83)") == [{"role": "tool", "content": "154"}]
+    assert answer("So calc(2 * 3)") == [{"role": "tool", "content": "6"}]
+    assert answer("It is 154.") == 1.0
+    assert answer("1540") == answer("none") == answer("calc(237 / 83)") == 0.0
+    assert isinstance(make_environments("calculator")(), environment["Calculator"])
+
+
+@pytest.mark.usefixtures("free_names")
+def test_the_tools_of_the_page_multiply() -> None:
+    products = page_block("tools.py")["Products"]()
+    products.start({"prompt": "6 * 7?", "answer": "42"})
+    function = {"name": "multiply", "arguments": {"a": 6, "b": 7}}
+    call = {"id": "call00000", "function": function}
+    (result,) = products.step([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert result["content"] == "42"
+    assert products.step([{"role": "assistant", "content": "42"}]) == 1.0
+    assert products.tools[0]["function"]["description"] == "Multiplies two whole numbers."
