@@ -135,11 +135,12 @@ def test_every_block_is_of_a_kind_that_is_executed() -> None:
     assert [block.text.split("  =")[0] for block in unknown] == [
         "phi(z + dz) - phi(z)"
     ]  # a formula
-    # These have tests of their own, in test_change_one_thing.py, method/test_adapt.py and
-    # train/test_rewards.py.
+    # These have tests of their own, in test_change_one_thing.py, method/test_adapt.py,
+    # kinds/test_rewards.py and kinds/test_environments.py.
     assert {block.page for block in BLOCKS if block.title} == {
         "README.md",
         "change_one_thing.md",
+        "environments.md",
         "own_models.md",
         "rl.md",
     }

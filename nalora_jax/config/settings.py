@@ -496,10 +496,10 @@ class RLConfig:
     """
 
     # Rewards of a sample, NAME, NAME:setting=value,... or MODULE:FUNCTION; of "exact", "number",
-    # "choice", "regex", "format", "length" and those that --import files register; none: training
-    # on the data set's responses.
+    # "choice", "regex", "format", "length", "reasoning_gym" and those that --import files register;
+    # none: training on the data set's responses.
     rewards: tuple[str, ...] = ()
-    # Weight of each reward in the sum; 1 without.
+    # Weight of each reward in the sum, the environment's first; 1 without.
     reward_weights: tuple[float, ...] = ()
     # The loss: "grpo" (arXiv 2402.03300), "dr_grpo" (2503.20783), "dapo" (2503.14476), "gspo"
     # (2507.18071) or "rloo" (2402.14740).
@@ -523,7 +523,20 @@ class RLConfig:
     resample: Annotated[int, Range("a whole number", "[0, 64]")] = 0
     # Leave samples that the limit of tokens cut out of the loss.
     mask_cut: bool = False
-    # Time limit of a reward in seconds; 0: none.
+    # System prompt of chats that have none.
+    system_prompt: str = ""
+    # Environment of several turns, NAME, NAME:setting=value,... or MODULE:CLASS; its reward comes
+    # before those of `rewards`. A sample then includes all turns and the environment's messages.
+    environment: str = ""
+    # Largest number of turns of the model in a sample, with an environment.
+    max_turns: Annotated[int, SIZE] = 8
+    # Largest number of tokens of a turn, with an environment; 0: the sample's limit.
+    max_turn_tokens: Annotated[int, COUNT] = 0
+    # Also evaluate pass@k: the probability that one of k samples of a held-out prompt passes.
+    pass_at: tuple[int, ...] = ()
+    # Weighted sum of rewards from which a sample passes.
+    pass_reward: float = 1.0
+    # Time limit of a reward, or of a step of an environment, in seconds; 0: none.
     reward_seconds: Annotated[float, Range("a number", "[0, 1e5]")] = 30.0
     # Train on without the reward of a sample for which it fails or takes too long.
     ignore_reward_errors: bool = False
@@ -549,8 +562,16 @@ class RLConfig:
 
     @property
     def kind(self) -> str:
-        """Returns the kind of run that rewards ask for; "" without rewards."""
-        return "rl" if self.rewards else ""
+        """Returns the kind of run that rewards or an environment ask for; "" without."""
+        return "rl" if self.rewards or self.environment else ""
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Returns the environment, if there is one, and the rewards: the columns of a sample's
+        rewards."""
+        if self.environment:
+            return (self.environment, *self.rewards)
+        return self.rewards
 
 
 @dataclass(frozen=True)

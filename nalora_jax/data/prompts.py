@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nalora_jax.config import DataConfig, RLConfig
+from nalora_jax.data.chat_text import Message, messages_of
+from nalora_jax.data.forms import Parts, canonical, tools_of
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.data.packing import epoch_order, permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
 from nalora_jax.data.questions import examples_at, held_out_indices, split_questions
-from nalora_jax.data.source import Source
+from nalora_jax.data.source import Record, Source
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OTHERS = 7  # key of the prompts that replace groups without variance
+# Text of the prompt of a record, with all its special tokens; it is given the record's name, too.
+PromptText = Callable[[Record, str], str]
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def prompt_data(
     batch_size: int,
     accumulate: int,
     seed: int,
+    written: PromptText | None = None,
 ) -> PromptData:
     """Tokenizes the prompts of records.
 
@@ -155,13 +160,14 @@ def prompt_data(
       batch_size: samples of a step.
       accumulate: micro-batches of a step.
       seed: of the order.
+      written: returns the text of a record's prompt; None: that of training on text.
 
     Raises:
       NaloraError: bad records, or no prompt that fits.
     """
     order = permutation(len(records), seed, 0)[: config.train_limit or None].tolist()
     limit = min(config.max_length or context, context) - rl.max_new_tokens
-    indices, items = _fitting(records, sorted(order), config, tokenizer, limit)
+    indices, items = _fitting(records, sorted(order), config, tokenizer, limit, written)
     length = config.max_length
     if not length:  # of the longest row, rounded up to a multiple of 8
         longest = max(len(item.prompt_ids) for item in items) + rl.max_new_tokens
@@ -183,7 +189,11 @@ def prompt_data(
 
 
 def held_out_prompts(
-    records: Source, config: DataConfig, tokenizer: Tokenizer, limit: int
+    records: Source,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    limit: int,
+    written: PromptText | None = None,
 ) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Returns held-out prompts in two lists: for reported results, and to choose a checkpoint.
 
@@ -192,12 +202,13 @@ def held_out_prompts(
       config: names of the fields, ``eval_limit`` and ``select_limit``.
       tokenizer: tokenizer of the model.
       limit: tokens of a prompt.
+      written: as for `prompt_data`.
 
     Raises:
       NaloraError: bad records, or fewer than two.
     """
     held_out = held_out_indices(records, config)
-    indices, items = _fitting(records, held_out, config, tokenizer, limit)
+    indices, items = _fitting(records, held_out, config, tokenizer, limit, written)
     prompts = _with_records(records, indices, items)
     return split_questions(prompts, config.eval_limit, config.select_limit)
 
@@ -208,6 +219,7 @@ def _fitting(
     config: DataConfig,
     tokenizer: Tokenizer,
     limit: int,
+    written: PromptText | None = None,
 ) -> tuple[list[int], list[Any]]:
     """Returns the indices of the records whose prompts have at most ``limit`` tokens, and their
     examples.
@@ -217,7 +229,11 @@ def _fitting(
     whole = replace(config, max_length=0, loss_last=0.0)  # an example is not divided
     kept = []
     items = []
-    examples = examples_at(records, indices, whole, tokenizer)
+    examples: Sequence[Any]
+    if written is None:
+        examples = examples_at(records, indices, whole, tokenizer)
+    else:
+        examples = _written(records, indices, config, tokenizer, written)
     for index, item in zip(indices, examples, strict=True):
         if len(item.prompt_ids) <= limit:
             kept.append(index)
@@ -242,6 +258,112 @@ def _fitting(
         text = "%s: left out %d of %d prompts, longer than %d tokens"
         log.warning(text, records.name, len(indices) - len(items), len(indices), limit)
     return kept, items
+
+
+def _written(
+    records: Source,
+    indices: Sequence[int],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    written: PromptText,
+) -> list[CompletionItem]:
+    """Returns an item without a completion for each record; see `prompt_data`."""
+    items = []
+    for index, record in zip(indices, records.read(list(indices)), strict=True):
+        text = written(record, records.where(index))
+        ids = tokenizer.encode(text, special=False)
+        items.append(CompletionItem(ids, [], text, _reference(record, config)))
+    return items
+
+
+def _reference(record: Record, config: DataConfig) -> str:
+    """Returns the reference completion of a record, "" if it has none."""
+    completion = record.get(config.completion_field)
+    if isinstance(completion, str):
+        return completion
+    messages = canonical(record, config, "record").get(config.messages_field)
+    if not isinstance(messages, list) or not messages:
+        return ""
+    last = messages[-1]
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        return ""
+    return str(last.get("content") or "")
+
+
+def answered(record: Record, config: DataConfig) -> Record:
+    """Returns a record with ``answer``, its reference completion unless it has that field."""
+    return {"answer": _reference(record, config), **record}
+
+
+# ---------------------------------------------------------------- chats as prompts
+
+
+def is_chat_prompt(record: Record, config: DataConfig) -> bool:
+    """Returns True if a record is a chat that the model continues: its last message is not the
+    assistant's."""
+    prompt = record.get(config.prompt_field)
+    if isinstance(prompt, list) and not isinstance(
+        record.get(config.completion_field), list
+    ):
+        return True
+    messages = canonical(record, config, "record").get(config.messages_field)
+    if not isinstance(messages, list) or not messages:
+        return False
+    last = messages[-1]
+    return isinstance(last, dict) and last.get("role") != "assistant"
+
+
+def chat_prompts(config: DataConfig, tokenizer: Tokenizer, system: str) -> PromptText:
+    """Returns the function for `prompt_data` that renders the prompts of chats.
+
+    Args:
+      config: names of the fields, and ``chat``.
+      tokenizer: with the chat template.
+      system: system prompt of chats that have none; "": the template's own.
+    """
+
+    def text(record: Record, where: str) -> str:
+        messages, tools = opening_messages(record, config, where)
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        return tokenizer.render_chat(messages, add_generation_prompt=True, tools=tools)
+
+    return text
+
+
+def opening_messages(
+    record: Record, config: DataConfig, where: str
+) -> tuple[list[Message], list[Record] | None]:
+    """Returns the messages of a record before the completion, and the schemas of its tools.
+
+    Raises:
+      NaloraError: bad messages, none before the completion, or a plain text without ``chat``.
+    """
+    tools = tools_of(record, where)
+    prompt = record.get(config.prompt_field)
+    if isinstance(prompt, list):
+        record = type(record)({config.messages_field: prompt})
+    record = canonical(record, config, where)
+    if config.messages_field not in record:
+        prompt = record.get(config.prompt_field)
+        if not isinstance(prompt, str) or not config.chat:
+            raise NaloraError(
+                where,
+                expected="a chat, since --rl.system-prompt is a message of one",
+                found="a plain text",
+                remedy="pass --data.chat: prompts are then messages of the user",
+            )
+        return [{"role": "user", "content": prompt}], tools
+    messages = messages_of(record, config, where)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or any(isinstance(m["content"], Parts) for m in messages):
+        raise NaloraError(
+            where,
+            expected="a chat of texts with a message before the completion",
+            found=f"{len(messages)} messages",
+        )
+    return messages, tools
 
 
 def _with_records(

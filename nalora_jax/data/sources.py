@@ -48,7 +48,11 @@ AUTO_SPLIT = "auto"  # evaluation split "auto"; see `open_pair`
 
 # Opens ``NAME:ARGUMENT`` of a data set's name: (argument, split) -> source.
 Opener = Callable[[str, str], Source]
-_OPENERS: Registry[Opener] = Registry("data source", "nalora_jax.sources")
+_OPENERS: Registry[Opener] = Registry(
+    "data source",
+    "nalora_jax.sources",
+    modules={"reasoning_gym": "nalora_jax.data.reasoning_gym_tasks"},
+)
 
 
 def register_source(name: str) -> Callable[[Opener], Opener]:

@@ -141,6 +141,9 @@ def describe(values: Mapping[str, Any]) -> str:
                 rewards.append(f"{name.removeprefix('reward_')} {value:.3f}")
         if len(rewards) > 1:
             text += f": {', '.join(rewards)}"
+        for name, value in values.items():
+            if name.startswith("pass_"):
+                text += f", pass@{name.removeprefix('pass_')} {value:.3f}"
         return text
     loss = f"loss {values['loss']:.3f}"
     if "accuracy" in values:

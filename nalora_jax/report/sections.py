@@ -449,6 +449,9 @@ def _sample_group(record: Mapping[str, Any]) -> dict[str, Any]:
         if sample.get("advantage") is not None:
             advantage = f"{sample['advantage']:+.3f}"
         completion = _clip(sample["completion"])
+        if "turns" in sample:  # with an environment
+            turns = [f"{turn['author']}: {turn['text']}" for turn in sample["turns"]]
+            completion = _clip("\n".join(turns))
         samples.append(
             {
                 "completion": completion,

@@ -17,6 +17,8 @@ from nalora_jax.data.prompts import held_out_prompts
 from nalora_jax.data.sources import open_pair
 from nalora_jax.kinds.inputs import stream_shape
 from nalora_jax.kinds.rl import kind
+from nalora_jax.kinds.rl.environments import Arena
+from nalora_jax.kinds.rl.reward_evaluation import RewardEvaluator, weighted_sum
 from nalora_jax.kinds.rl.rollout import Sampler, sample_batch
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import Step
@@ -49,8 +51,14 @@ class Rewards(Language):
         records, _ = open_pair(config.data)
         model = self.model(config)
         shape = stream_shape(config) | {"context": model.config.max_positions}
+        written = kind.prompt_text(config.rl, config.data, model.tokenizer, records[0])
         return kind.PromptRows.of(
-            records, config.data, model.tokenizer, rl=config.rl, **shape
+            records,
+            config.data,
+            model.tokenizer,
+            rl=config.rl,
+            written=written,
+            **shape,
         )
 
     def source_digest(self, data: Any) -> str:
@@ -71,8 +79,9 @@ class Rewards(Language):
         model = self.model(config)
         context = model.config.max_positions
         limit = min(data.max_length or context, context) - config.rl.max_new_tokens
+        written = kind.prompt_text(config.rl, data, model.tokenizer, records[0])
         parts = held_out_prompts(
-            records, replace(data, select_limit=0), model.tokenizer, limit
+            records, replace(data, select_limit=0), model.tokenizer, limit, written
         )
         prompts = tuple(itertools.chain(*parts))
         return Items(kind.prompts_digest(prompts)[:16], len(prompts), config, prompts)
@@ -96,7 +105,7 @@ class Rewards(Language):
             return super().measure(items, assembly, params, lora, whole=whole)
         config = items.config
         loaded = self.model(items.config)
-        evaluator = kind.RewardEvaluator(config.rl, loaded, assembly, items.asked)
+        evaluator = RewardEvaluator(config.rl, loaded, assembly, items.asked)
         reward = float(evaluator.summary(evaluator.records(params, lora))["reward"])
         values = {"loss": 1.0 - reward, "reward": reward}
         if whole:
@@ -120,9 +129,11 @@ class Rewards(Language):
         mesh = assembly.mesh
         count = len(prompts)
         parts = assembly.eval_model, assembly.params, loaded.tokenizer
-        samples = Sampler(drawn, *parts, mesh, count, _SEED, longest)(lora, 0, prompts)
+        arena = Arena.of(drawn, loaded.tokenizer) if drawn.environment else None
+        sampler = Sampler(drawn, *parts, mesh, count, _SEED, longest, arena=arena)
+        samples = sampler(lora, 0, prompts)
         # [prompts * samples] -> [prompts, samples]
-        rewards = kind.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
+        rewards = weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
         # prompt and completion, rounded up to a multiple of 8
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
         ids: list[Any] = []  # of each sample's prompt

@@ -94,7 +94,8 @@ class Callback:
         """Handles samples of a log step of a run with rewards: some groups, of one prompt each.
 
         A group has ``prompt`` and ``samples``, each with ``completion``, ``rewards`` by name and
-        ``advantage``.
+        ``advantage``; with an environment also ``turns``, each with ``author`` ("model" or
+        "environment") and ``text``.
         """
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:

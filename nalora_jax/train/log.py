@@ -287,6 +287,26 @@ class TensorBoard(_Numbers):
             self._events.close()
 
 
+_SAMPLE_COLUMNS = ("prompt", "completion", "rewards", "advantage")
+
+
+def _sample_rows(groups: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Returns a row of `_SAMPLE_COLUMNS` for each sample; one of several turns has them all, with
+    their authors."""
+    rows = []
+    for group in groups:
+        for sample in group["samples"]:
+            completion = sample["completion"]
+            if "turns" in sample:
+                turns = [
+                    f"{turn['author']}: {turn['text']}" for turn in sample["turns"]
+                ]
+                completion = "\n".join(turns)
+            rewards = json.dumps(sample["rewards"])
+            rows.append([group["prompt"], completion, rewards, sample["advantage"]])
+    return rows
+
+
 @register_callback("wandb")
 @dataclass
 class Wandb(_Numbers):
@@ -332,17 +352,9 @@ class Wandb(_Numbers):
 
     def on_samples(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
         """Writes a table of the samples, a row each."""
-        table = self._wandb.Table(
-            columns=["prompt", "completion", "rewards", "advantage"]
-        )
-        for group in groups:
-            for sample in group["samples"]:
-                table.add_data(
-                    group["prompt"],
-                    sample["completion"],
-                    json.dumps(sample["rewards"]),
-                    sample["advantage"],
-                )
+        table = self._wandb.Table(columns=list(_SAMPLE_COLUMNS))
+        for row in _sample_rows(groups):
+            table.add_data(*row)
         self._run.log({"step": step, "samples": table})
 
     def on_end(self, ended: Ended) -> None:
@@ -398,6 +410,11 @@ class MLflow(_Numbers):
         # The API's limit per call.
         for first in range(0, len(metrics), 1000):
             self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
+
+    def on_samples(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a table of the samples, in the form of MLflow's tables, a row each."""
+        table = {"columns": list(_SAMPLE_COLUMNS), "data": _sample_rows(groups)}
+        self._client.log_dict(self._id, table, f"samples/{step}.json")
 
     def on_end(self, ended: Ended) -> None:
         """Finishes the tracker run."""

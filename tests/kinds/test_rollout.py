@@ -158,7 +158,7 @@ def test_prompts_and_samples_fit_into_the_context_and_before_the_switch_of_longr
 
 def test_samples_that_the_limit_cut_can_be_left_out() -> None:
     tokens = np.array([[5, 6, NO_TOKEN], [5, 6, 7]], np.int32)
-    samples = Samples(
+    samples = Samples.of_one_turn(
         tokens, np.zeros((2, 3), np.float32), np.zeros((2, 1)), np.array([False, True]), np.zeros(2)
     )
     batch = sample_batch([[1, 2], [3]], samples, 6, masks_cut=True)

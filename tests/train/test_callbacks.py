@@ -176,3 +176,28 @@ def test_weights_and_biases_gets_a_table_of_samples(
     table = wandb.Table.return_value
     assert table.add_data.call_args_list == [mock.call("3 + 4 =", " 7", '{"number": 1.0}', 0.5)] * 2
     wandb.init.return_value.log.assert_called_with({"step": 7, "samples": table})
+
+
+def test_mlflow_gets_a_table_of_samples_with_all_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = mock.MagicMock()
+    client = mlflow.MlflowClient.return_value
+    client.create_run.return_value.info.run_id = "r1"
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    turns = [
+        {"author": "model", "text": "calc(3 + 4)<end>"},
+        {"author": "environment", "text": "7"},
+        {"author": "model", "text": "7"},
+    ]
+    sample = {"completion": "x", "rewards": {"sums": 1.0}, "advantage": 0.5, "turns": turns}
+    group = {"step": 7, "prompt": "3 + 4 =", "samples": [sample]}
+    with Callbacks(make_callbacks(["mlflow"])) as told:
+        told.start(Started(tmp_path, {}))
+        told.tell("on_samples", 7, [group])
+    conversation = "model: calc(3 + 4)<end>\nenvironment: 7\nmodel: 7"
+    table = {
+        "columns": ["prompt", "completion", "rewards", "advantage"],
+        "data": [["3 + 4 =", conversation, '{"sums": 1.0}', 0.5]],
+    }
+    client.log_dict.assert_called_once_with("r1", table, "samples/7.json")

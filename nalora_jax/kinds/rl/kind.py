@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import itertools
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -31,7 +30,7 @@ from nalora_jax.assembly.program import Assembly, next_token
 from nalora_jax.assembly.schedule import Schedule
 from nalora_jax.common.files import write_atomically
 from nalora_jax.common.folders import RunFolder
-from nalora_jax.config import RLConfig, RunConfig
+from nalora_jax.config import DataConfig, RLConfig, RunConfig
 from nalora_jax.config.checks import Limits, check_divides, require
 from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.forms import uses_chat_template
@@ -39,15 +38,15 @@ from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.data.prompts import (
     PromptData,
     PromptRecord,
+    PromptText,
+    answered,
+    chat_prompts,
     held_out_prompts,
+    is_chat_prompt,
     prompt_data,
 )
-from nalora_jax.data.source import Source
-from nalora_jax.data.tokenizer import AddedTokens
-from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
-from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.intervals import bootstrap
+from nalora_jax.data.source import Record, Source
+from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import (
@@ -57,7 +56,14 @@ from nalora_jax.kinds.inputs import (
     stream_shape,
 )
 from nalora_jax.kinds.record import Arrays, Built, Inputs, Job, register_kind
+from nalora_jax.kinds.rl.environments import Arena, make_environments
+from nalora_jax.kinds.rl.episodes import segments
 from nalora_jax.kinds.rl.policy import Policy
+from nalora_jax.kinds.rl.reward_evaluation import (
+    RewardEvaluator,
+    metric_names,
+    weighted_sum,
+)
 from nalora_jax.kinds.rl.rewards import Scorer
 from nalora_jax.kinds.rl.rollout import Sampler, Samples, sample_batch
 from nalora_jax.kinds.rl.servers.pool import ServerPool
@@ -85,40 +91,6 @@ _SHOWN = 4  # groups of a step in the run's file of samples
 _MISMATCH = 0.1
 # Rollouts in a row without a difference between rewards, before a warning.
 _PATIENCE = 10
-
-
-def metric_names(rl: RLConfig) -> list[str]:
-    """Returns the name of each reward in log and records: ``reward_`` with its name or its
-    function's.
-
-    Names differ, also from those of their standard deviations: the second of two has ``_2``.
-    """
-    names: list[str] = []
-    used = {"reward", "reward_std"}
-    for reward in rl.rewards:
-        name, _, rest = reward.partition(":")
-        # A function is named after itself (MODULE:FUNCTION), a built-in reward by its name even if
-        # it has settings (NAME:setting=value).
-        short = f"reward_{rest if rest and '=' not in rest else name}"
-        several = itertools.chain(
-            [short], (f"{short}_{number}" for number in itertools.count(2))
-        )
-        names.append(
-            next(name for name in several if used.isdisjoint((name, f"{name}_std")))
-        )
-        used |= {names[-1], f"{names[-1]}_std"}
-    return names
-
-
-def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
-    """Returns the weighted sum over the last axis of rewards ``[..., rewards]``, ``[...]``.
-
-    Unknown rewards (NaN) count as 0; the sum is NaN if all rewards of a sample are unknown.
-    """
-    weights = np.array(rl.reward_weights or [1.0] * len(rl.rewards))
-    known = ~np.isnan(rewards)
-    total = np.where(known, rewards * weights, 0.0).sum(-1)
-    return np.where(known.any(-1), total, np.nan)
 
 
 def updates_with_base(rl: RLConfig) -> bool:
@@ -161,26 +133,72 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
       NaloraError: a model, prompts or rewards that cannot be read, or settings that do not fit
         them.
     """
-    Scorer(config.rl)  # raises for unknown rewards, before data is read
+    rl = config.rl
+    # They raise for unknown names, before data is read.
+    Scorer(rl)
+    if rl.environment:
+        make_environments(rl.environment)
     files = open_files(resolve_base(config))
     added = AddedTokens.of(config.data)
-    rl = config.rl
     base = files.described(added)
     tokenizer = files.tokenizer_with(added)
     train, held = open_records(config.data, source)
-    turns = uses_chat_template(train.read([0])[0], config.data)
+    first = train.read([0])[0]
+    if rl.environment:
+        record = answered(first, config.data)
+        check_environment(Arena.of(rl, tokenizer), record, train.where(0))
+    written = prompt_text(rl, config.data, tokenizer, first)
+    turns = written is not None or uses_chat_template(first, config.data)
     shape = stream_shape(config) | {"context": base.max_positions}
-    data = PromptRows.of(train, config.data, tokenizer, rl=rl, **shape)
+    data = PromptRows.of(train, config.data, tokenizer, rl=rl, written=written, **shape)
     config = replace(config, data=replace(config.data, max_length=data.length))
     config = settle_schedule(config, base.d_model, data.rows_per_epoch, "samples")
     prompts = held_out_prompts(
-        held, config.data, tokenizer, data.length - rl.max_new_tokens
+        held, config.data, tokenizer, data.length - rl.max_new_tokens, written
     )
     questions = {
         name: prompts_digest(of)
         for name, of in zip(("reported", "selecting"), prompts, strict=True)
     }
     return Inputs(config, base, files, data, prompts, questions, turns)
+
+
+def prompt_text(
+    rl: RLConfig, data: DataConfig, tokenizer: Tokenizer, first: Record
+) -> PromptText | None:
+    """Returns the function that writes prompts, for `nalora_jax.data.prompts.prompt_data`.
+
+    They are an environment's, or chats that end before the assistant's turn or have
+    ``rl.system_prompt``; otherwise those of training on text, and the result is None.
+
+    Args:
+      rl: environment and system prompt.
+      data: names of the fields.
+      tokenizer: of the model.
+      first: a record, whose form is that of all.
+    """
+    if rl.environment:
+        arena = Arena.of(rl, tokenizer)
+        return lambda record, where: arena.render(
+            arena.begin(answered(record, data), where)[1]
+        )
+    if rl.system_prompt or is_chat_prompt(first, data):
+        return chat_prompts(data, tokenizer, rl.system_prompt)
+    return None
+
+
+def check_environment(arena: Arena, record: Record, where: str) -> None:
+    """Checks that the chat template can write an environment's conversations, on one record, and
+    logs if it removes thoughts.
+
+    Raises:
+      NaloraError: it rewrites earlier turns, or cannot write its tools.
+    """
+    if arena.check(arena.begin(record, where)[1]):
+        log.info(
+            "the chat template removes the thoughts of earlier turns; samples keep them: each turn "
+            "is trained on after all tokens before it"
+        )
 
 
 def build_step(
@@ -252,6 +270,9 @@ def _policy_digest(config: RunConfig) -> str:
     decisive = [settings[name] for name in names]
     rl = config.rl
     decisive.append([rl.rewards, rl.loss, rl.temperature, rl.beta])
+    if rl.environment:
+        turns = [rl.environment, rl.max_turns, rl.max_turn_tokens]
+        decisive.append([*turns, rl.system_prompt])
     return hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:8]
 
 
@@ -270,7 +291,8 @@ def limits(config: RunConfig) -> Iterator[Limits]:
         divide.
     """
     rl = config.rl
-    require("--rl.rewards", bool(rl.rewards), "at least one", "none")
+    has_reward = bool(rl.reward_names)
+    require("--rl.rewards", has_reward, "at least one, or --rl.environment", "none")
     # The penalty compares with the base, whose kernels PiSSA changes. Initializations by gradients
     # read batches of targets, which prompts do not have.
     inits: tuple[str, ...] = (*UNCHANGED, "pissa")
@@ -290,7 +312,12 @@ def limits(config: RunConfig) -> Iterator[Limits]:
         remedy = "the reference is the base without an adapter: merge this one first (nalora merge)"
         yield Limits("--adapter", {"rl.beta": (0,)}, remedy)
     yield from _server_limits(rl)
-    count = len(rl.rewards)
+    if not rl.environment:
+        values = {"rl.max_turns": (8,), "rl.max_turn_tokens": (0,)}
+        yield Limits("no --rl.environment", values)
+    enough = all(count >= 1 for count in rl.pass_at)
+    require("--rl.pass-at", enough, "numbers of samples, at least 1", rl.pass_at)
+    count = len(rl.reward_names)
     weights = len(rl.reward_weights)
     expected = f"{count}, one a reward"
     require("--rl.reward-weights", weights in (0, count), expected, weights)
@@ -440,6 +467,7 @@ class RolloutStep:
             longest=data.longest,
             folder=folder and folder / "rollouts",
             servers=servers,
+            arena=Arena.of(rl, loaded.tokenizer) if rl.environment else None,
         )
         self._servers = servers
         self._checkpoints = folder and folder / "checkpoints"
@@ -503,7 +531,7 @@ class RolloutStep:
         if self._servers is not None:
             self._ask_ahead(self._servers, state, number, places)
         samples = self._sampler(state.lora, number, prompts)
-        drawn_tokens = samples.lengths.sum()
+        drawn_tokens = samples.written.sum()
         replaced = 0
         for attempt in range(rl.resample):
             # Indices of the prompts whose groups are replaced.
@@ -516,7 +544,7 @@ class RolloutStep:
             others = stream.prompts(stream.others(number, attempt, len(flat)).tolist())
             drawn = self._sampler(state.lora, number, others, attempt=attempt + 1)
             samples = samples.replaced(flat, drawn, rl.samples)
-            drawn_tokens = drawn_tokens + drawn.lengths.sum()
+            drawn_tokens = drawn_tokens + drawn.written.sum()
             for place, other in zip(flat, others, strict=False):
                 prompts[place] = other
         seconds = time.perf_counter() - started
@@ -525,12 +553,16 @@ class RolloutStep:
         figures = {
             # After the replacements, unlike `groups_replaced`.
             "groups_alike": float(_is_flat(total, rl.samples).mean()),
+            "groups_kept": float((~_is_flat(total, rl.samples)).sum()),
             "groups_replaced": float(replaced),
-            "length": float(samples.lengths.mean()),
+            "length": float(samples.written.mean()),
             "cut": float(samples.cut.mean()),
             "rollout_seconds": seconds,
             "rollout_tokens_per_second": float(drawn_tokens) / seconds,
         }
+        if rl.environment:
+            figures["turns"] = float(samples.turns[:, 0].mean())
+            figures["template_match"] = float(samples.turns[:, 1].mean())
         if self._servers is not None:
             figures |= self._servers.figures()
             figures["staleness"] = float(number - samples.version.mean())
@@ -688,17 +720,27 @@ class RolloutStep:
         tokens = samples.tokens[row]
         rewards: dict[str, float | None] = {}
         for name, reward in zip(
-            self._config.rl.rewards, samples.rewards[row].tolist(), strict=True
+            self._config.rl.reward_names, samples.rewards[row].tolist(), strict=True
         ):
             rewards[name] = None
             if not math.isnan(reward):
                 rewards[name] = reward
-        return {
-            "completion": self._sampler.tokenizer.decode(tokens[tokens >= 0].tolist()),
+        decode = self._sampler.tokenizer.decode
+        ids = tokens[tokens >= 0].tolist()
+        sample: dict[str, Any] = {
+            "completion": decode(ids),
             "rewards": rewards,
             "advantage": float(advantage),
             "version": int(samples.version[row]),
         }
+        if self._config.rl.environment:
+            sample["turns"] = []
+            inserted = samples.inserted[row, : len(ids)]
+            for is_inserted, part in segments(ids, inserted.tolist()):
+                author = "environment" if is_inserted else "model"
+                content = decode(part, skip_special=False)
+                sample["turns"].append({"author": author, "text": content})
+        return sample
 
 
 def _forget_samples(file: Path, step: int) -> None:
@@ -812,108 +854,6 @@ def _scored(
         return objective.base_log_probs(variables, frozen["params"], batch)
     key = jax.random.key(0)  # of dropout, which a run with rewards does not have
     return objective.log_probs(variables, frozen["params"], batch, key)
-
-
-# ---------------------------------------------------------------- held-out prompts
-
-
-class RewardEvaluator(Evaluator):
-    """Evaluator of different adapters by the rewards of greedy completions of the same prompts.
-
-    Args:
-      rl: the rewards.
-      loaded: the base model.
-      assembly: with the model and its adapters.
-      prompts: held out.
-    """
-
-    metric: Literal["reward"] = "reward"
-    mode: Literal["max"] = "max"
-
-    def __init__(
-        self,
-        rl: RLConfig,
-        loaded: LoadedModel,
-        assembly: Assembly,
-        prompts: Sequence[PromptRecord],
-    ) -> None:
-        self._rl = rl
-        self._scorer = Scorer(rl)
-        self._prompts = prompts
-        self._model = assembly.eval_model
-        self._tokenizer = loaded.tokenizer
-        self._mesh = distributed.multi_device_mesh(assembly.mesh)
-
-    def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns prompt, answer, the weighted sum ``reward`` (NaN if unknown) and each reward of
-        every prompt."""
-        generator = Generator(
-            self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh
-        )
-        prompts = self._prompts
-        answers = generator.generate(
-            [p.ids for p in prompts], max_new_tokens=self._rl.max_new_tokens
-        )
-        texts, records, places = zip(
-            *((p.text, p.record, p.where) for p in prompts), strict=True
-        )
-        rewards = self._scorer(texts, answers, records, places)
-        names = metric_names(self._rl)
-        totals = weighted_sum(self._rl, rewards).tolist()
-        rows = zip(texts, answers, totals, rewards.tolist(), strict=True)
-        return [
-            {
-                "prompt": prompt,
-                "answer": answer,
-                "reward": total,
-                **dict(zip(names, each, strict=True)),
-            }
-            for prompt, answer, total, each in rows
-        ]
-
-    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
-        """Returns the mean ``reward`` and the mean of each reward, over prompts whose reward is
-        known.
-
-        ``low`` and ``high`` are the 95% bootstrap interval of the mean; ``n`` is the number of
-        prompts with a known reward.
-
-        Raises:
-          NaloraError: no prompt has a known reward.
-        """
-        known = [
-            record["reward"] for record in records if not math.isnan(record["reward"])
-        ]
-        if not known:
-            raise NaloraError(
-                "held-out prompts", expected="a reward of at least one", found="none"
-            )
-        low, high = bootstrap(np.array(known))
-        values: dict[str, Any] = {
-            "reward": float(np.mean(known)),
-            "low": low,
-            "high": high,
-            "n": len(known),
-        }
-        for name in records[0]:
-            if name.startswith("reward_"):
-                values[name] = float(np.nanmean([record[name] for record in records]))
-        return values
-
-    def samples(
-        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
-    ) -> dict[str, Any]:
-        """Returns a few prompts with their completions and the reference completions."""
-        pairs = zip(self._prompts[:SAMPLES], records, strict=False)
-        shown = [
-            {
-                "prompt": prompt.text,
-                "answer": record["answer"].strip(),
-                "expected": str(prompt.record["answer"]).strip(),
-            }
-            for prompt, record in pairs
-        ]
-        return {"samples": shown}
 
 
 KIND = register_kind(

@@ -7,12 +7,14 @@
 ``--rl.rewards number short my_package.rewards:judge`` adds three; ``--rl.reward-weights`` weighs
 them. A reward is a function ``(prompt, completion, record) -> float``: the texts of the prompt and
 of the sample, and the record of the data set, in which ``answer`` is the reference completion
-unless the record has a field of that name.
+unless the record has a field of that name. A function with a further parameter ``messages`` gets
+the whole conversation; ``completion`` is the last turn of a sample of several turns.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 import signal
@@ -31,7 +33,8 @@ from nalora_jax.errors import NaloraError, describe_error
 from nalora_jax.evaluate.answers import last_number, matches, normalize_text
 
 RewardRecord = Mapping[str, Any]
-Reward = Callable[[str, str, RewardRecord], float]
+# (prompt, completion, record), and messages=... if it has that parameter.
+Reward = Callable[..., float]
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 
 _REWARDS: Registry[Any] = Registry("reward", "nalora_jax.rewards", "--rl.rewards")
@@ -134,6 +137,14 @@ class Length:
         return -min(max(len(completion) / self.limit - 1.0, 0.0), 1.0)
 
 
+@register_reward("reasoning_gym")
+def reasoning_gym_reward(prompt: str, completion: str, record: RewardRecord) -> float:
+    """Returns the score of reasoning-gym, for records of ``--data.dataset reasoning_gym:TASK``."""
+    tasks = importlib.import_module("nalora_jax.data.reasoning_gym_tasks")
+    score: float = tasks.score_completion(record, completion)
+    return score
+
+
 def make_reward(text: str) -> Reward:
     """Returns the reward called ``NAME``, ``NAME:setting=value,...`` or ``MODULE:FUNCTION``.
 
@@ -170,6 +181,7 @@ class Scorer:
     def __init__(self, rl: RLConfig) -> None:
         self._rl = rl
         self._rewards = [make_reward(name) for name in rl.rewards]
+        self._read_messages = [_reads_messages(reward) for reward in self._rewards]
 
     def __call__(
         self,
@@ -177,6 +189,7 @@ class Scorer:
         completions: Sequence[str],
         records: Sequence[RewardRecord],
         where: Sequence[str],
+        messages: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     ) -> np.ndarray:
         """Returns float64 ``[samples, rewards]``; NaN for a reward that failed.
 
@@ -185,6 +198,7 @@ class Scorer:
           completions: text of each sample.
           records: of the data set, of each sample.
           where: name of each record in errors.
+          messages: of each sample; None: prompt and completion are two messages.
 
         Raises:
           NaloraError: a reward raises, takes too long or returns no finite number.
@@ -198,8 +212,13 @@ class Scorer:
             for column, (name, reward) in enumerate(
                 zip(rl.rewards, self._rewards, strict=True)
             ):
+                options: dict[str, Any] = {}
+                if self._read_messages[column]:
+                    options["messages"] = _two_messages(*sample[:2])
+                    if messages is not None:
+                        options["messages"] = [dict(each) for each in messages[row]]
                 try:
-                    values[row, column] = self._value(reward, *sample)
+                    values[row, column] = self._value(reward, *sample, **options)
                 except Exception as error:
                     if rl.ignore_reward_errors:
                         continue
@@ -213,22 +232,43 @@ class Scorer:
         return values
 
     def _value(
-        self, reward: Reward, prompt: str, completion: str, record: RewardRecord
+        self,
+        reward: Reward,
+        prompt: str,
+        completion: str,
+        record: RewardRecord,
+        **options: Any,
     ) -> float:
         """Returns a sample's reward within the time limit.
 
         Raises:
           ValueError: it is not finite; and any exception of the reward.
         """
-        with _time_limit(self._rl.reward_seconds):
-            value = float(reward(prompt, completion, record))
+        with time_limit(self._rl.reward_seconds):
+            value = float(reward(prompt, completion, record, **options))
         if not math.isfinite(value):
             raise ValueError(f"the value {value}")
         return value
 
 
+def _reads_messages(reward: Reward) -> bool:
+    """Returns True if a reward has a parameter ``messages``."""
+    try:
+        return "messages" in inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+
+
+def _two_messages(prompt: str, completion: str) -> list[dict[str, Any]]:
+    """Returns the messages of a sample of one turn."""
+    return [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": completion},
+    ]
+
+
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in the block after ``seconds``; never with 0, or outside of the main
     thread, where Python handles no signals."""
     if not seconds or threading.current_thread() is not threading.main_thread():

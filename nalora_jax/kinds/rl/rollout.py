@@ -33,15 +33,23 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import (
     NO_TOKEN,
     Prompts,
-    bucket,
     padded_rows,
     sample_groups,
     view_weights,
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.kinds.rl.engine import Request
+from nalora_jax.kinds.rl.environments import Arena
+from nalora_jax.kinds.rl.episodes import (
+    RolloutProgress,
+    TurnEngine,
+    episode_rewards,
+    follows_template,
+    play,
+)
 from nalora_jax.kinds.rl.rewards import Scorer
 from nalora_jax.kinds.rl.servers.pool import ServerPool
+from nalora_jax.kinds.rl.turn_generator import TurnGenerator, stop_ids
 from nalora_jax.mesh.distributed import (
     GENERATED_ROWS,
     place_batch,
@@ -67,12 +75,35 @@ class Samples:
     cut: np.ndarray  # bool [prompts * samples], True for samples without a stop token
     # int32 [prompts * samples], training step of the adapter that wrote each sample
     version: np.ndarray
+    # bool [prompts * samples, limit], True for tokens of an environment's messages
+    inserted: np.ndarray
+    # int32 [prompts * samples, 2]: turns of the model; 1 if the chat template renders the sample's
+    # messages as its tokens, else 0
+    turns: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
         """Returns the number of tokens of each sample, with its stop token."""
         lengths: np.ndarray = (self.tokens != NO_TOKEN).sum(1)
         return lengths
+
+    @property
+    def written(self) -> np.ndarray:
+        """Returns the number of tokens of each sample that the model wrote."""
+        return self.lengths - self.inserted.sum(1)
+
+    @staticmethod
+    def of_one_turn(
+        tokens: np.ndarray,
+        log_probs: np.ndarray,
+        rewards: np.ndarray,
+        cut: np.ndarray,
+        version: np.ndarray,
+    ) -> Samples:
+        """Returns samples without an environment."""
+        turns = np.ones((len(tokens), 2), np.int32)
+        inserted = np.zeros(tokens.shape, bool)
+        return Samples(tokens, log_probs, rewards, cut, version, inserted, turns)
 
     @staticmethod
     def joined(parts: Sequence[Samples]) -> Samples:
@@ -119,6 +150,7 @@ class Sampler:
       folder: for complete groups; None: they are not stored.
       rows: rows that are generated at once on each shard of a batch.
       servers: that draw the samples; None: the generator of this library does.
+      arena: of an environment; None: samples have one turn.
     """
 
     rl: RLConfig
@@ -132,6 +164,7 @@ class Sampler:
     folder: Path | None = None
     rows: int = GENERATED_ROWS
     servers: ServerPool | None = None
+    arena: Arena | None = None
 
     def __post_init__(self) -> None:
         """Checks that the longest prompt and its samples fit the model's context.
@@ -159,11 +192,7 @@ class Sampler:
 
     @cached_property
     def _stops(self) -> np.ndarray:
-        """Returns the stop tokens, padded."""
-        stops = sorted(self.tokenizer.eos_ids)
-        return np.array(
-            stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops))
-        )
+        return stop_ids(self.tokenizer)
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
@@ -194,15 +223,21 @@ class Sampler:
         seeds = self._seeds(step, prompts, attempt)
         store = _Store(self.folder, f"{step}-{attempt}", lora)
         parts: list[Samples] = []
+        progress = RolloutProgress()
         for start in range(0, len(prompts), self.shape[0]):
+            progress("prompts", start, len(prompts))
             group = prompts[start : start + self.shape[0]]
             if (part := store.read(start)) is None:
                 first = start * self.rl.samples
                 after = first + len(group) * self.rl.samples
                 of_group = seeds[first:after].tolist()
-                generated = self._generated(weights, group, of_group)
-                version = np.full(after - first, step, np.int32)
-                part = self._scored(group, *generated, version)
+                if self.arena is not None:
+                    engine = self._turn_generator(weights, step)
+                    part = self._played(self.arena, engine, group, of_group)
+                else:
+                    generated = self._generated(weights, group, of_group)
+                    version = np.full(after - first, step, np.int32)
+                    part = self._scored(group, *generated, version)
                 store.write(start, part)
             parts.append(part)
         return Samples.joined(parts)
@@ -210,14 +245,71 @@ class Sampler:
     def requests(
         self, step: int, prompts: Sequence[PromptRecord], attempt: int = 0
     ) -> list[Request]:
-        """Returns the requests of all samples of ``prompts``, see `__call__`."""
+        """Returns the requests of all samples of ``prompts``, see `__call__`; with an environment
+        those of their first turns."""
         seeds = iter(self._seeds(step, prompts, attempt).tolist())
+        limit = self._turn_limit
         requests = []
         for prompt in prompts:
             for _ in range(self.rl.samples):
-                limit = self.rl.max_new_tokens
                 requests.append(Request(prompt.ids, next(seeds), limit))
         return requests
+
+    @property
+    def _turn_limit(self) -> int:
+        """Returns the largest number of tokens of a turn."""
+        limit = self.rl.max_new_tokens
+        if self.arena is not None and self.rl.max_turn_tokens:
+            return min(self.rl.max_turn_tokens, limit)
+        return limit
+
+    def _turn_generator(self, weights: Any, step: int) -> TurnGenerator:
+        """Returns this library's generator as an engine of turns; see `view_weights`."""
+        _, count, samples = self.shape
+        return TurnGenerator(
+            self.model,
+            weights,
+            self._stops,
+            self.mesh,
+            self.rl.temperature,
+            self._turn_limit,
+            step,
+            count * samples,
+        )
+
+    def _played(
+        self,
+        arena: Arena,
+        engine: TurnEngine,
+        prompts: Sequence[PromptRecord],
+        seeds: Sequence[int],
+    ) -> Samples:
+        """Returns samples of several turns; ``seeds`` has one for each sample."""
+        of_rows = [prompt for prompt in prompts for _ in range(self.rl.samples)]
+        episodes = play(engine, arena, of_rows, seeds)
+        rewards = episode_rewards(self._scorer, episodes)
+        if jax.process_count() > 1:
+            rewards = multihost_utils.broadcast_one_to_all(rewards)
+        shape = (len(episodes), self.rl.max_new_tokens)
+        tokens = np.full(shape, NO_TOKEN, np.int32)
+        log_probs = np.zeros(shape, np.float32)
+        inserted = np.zeros(shape, bool)
+        turns = np.zeros((len(episodes), 2), np.int32)
+        for row, episode in enumerate(episodes):
+            count = len(episode.tokens)
+            tokens[row, :count] = episode.tokens
+            log_probs[row, :count] = episode.log_probs
+            inserted[row, :count] = episode.inserted
+            turns[row] = (episode.turns, follows_template(arena, episode))
+        return Samples(
+            tokens,
+            log_probs,
+            np.asarray(rewards, np.float64),
+            np.array([episode.cut for episode in episodes]),
+            np.array([episode.version for episode in episodes], np.int32),
+            inserted,
+            turns,
+        )
 
     def _seeds(
         self, step: int, prompts: Sequence[PromptRecord], attempt: int
@@ -234,6 +326,9 @@ class Sampler:
         attempt: int,
     ) -> Samples:
         """Returns the samples of ``prompts`` by servers, see `__call__`."""
+        if self.arena is not None:
+            seeds = self._seeds(step, prompts, attempt).tolist()
+            return self._played(self.arena, servers, prompts, seeds)
         completions = servers.sample(self.requests(step, prompts, attempt))
         shape = (len(completions), self.rl.max_new_tokens)
         tokens = np.full(shape, NO_TOKEN, np.int32)
@@ -308,7 +403,7 @@ class Sampler:
         # The limit is reached, and its token is no stop token.
         cut = (tokens[:, -1] != NO_TOKEN) & ~np.isin(tokens[:, -1], self._stops)
         rewards = np.asarray(rewards, np.float64)
-        return Samples(tokens, log_probs, rewards, cut, version)
+        return Samples.of_one_turn(tokens, log_probs, rewards, cut, version)
 
 
 class _Store:
@@ -395,7 +490,9 @@ def sample_batch(
         ids[row, : len(prompt)] = prompt
         ids[row, new] = samples.tokens[row, :count]
         sampled[row, new] = samples.log_probs[row, :count]
-        mask[row, new] = not (masks_cut and samples.cut[row])
+        # Messages of an environment are read, and not trained on.
+        is_written = ~samples.inserted[row, :count]
+        mask[row, new] = is_written & (not (masks_cut and samples.cut[row]))
         segments[row, : new.stop] = 1
     return {
         "tokens": ids[:, :-1],
