@@ -1,4 +1,4 @@
-"""Labels of texts: one of several names, any number of them, or scores.
+"""LabelSet of texts: one of several names, any number of them, or scores.
 
 {"text": "...", "label": "spam"}        one label: a name, a number from 0, or true or false
 {"text": "...", "label": ["a", "c"]}    several labels: names or numbers, none for []
@@ -26,7 +26,7 @@ FORMS = ("one", "several", "score")
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelSet:
     """The outputs of a head: their form, one of `FORMS`, and their names."""
 
     form: str
@@ -77,7 +77,7 @@ class Labels:
         write_json(folder / LABELS_FILE, {"form": self.form, "names": list(self.names)})
 
     @staticmethod
-    def read(folder: Path) -> Labels:
+    def read(folder: Path) -> LabelSet:
         """Reads the labels of an adapter with a head.
 
         Raises:
@@ -86,7 +86,7 @@ class Labels:
         path = folder / LABELS_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return Labels(str(values["form"]), tuple(map(str, values["names"])))
+            return LabelSet(str(values["form"]), tuple(map(str, values["names"])))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NaloraError(
                 str(path),
@@ -154,7 +154,7 @@ def _is_indicator(value: Any) -> bool:
 
 def find_labels(
     source: Source, indices: Sequence[int], field: str, form: str, count: int
-) -> Labels:
+) -> LabelSet:
     """Returns the labels of a data set's records, in the order of their names or numbers.
 
     Args:
@@ -189,7 +189,7 @@ def find_labels(
                 names.add(label_name(label))
     where = f"{source.name}: {field}"
     if width:
-        return Labels(form, _numbers(width))
+        return LabelSet(form, _numbers(width))
     if numbered:
         negative = [name for name in names if name.startswith("-")]
         if negative:
@@ -212,7 +212,7 @@ def find_labels(
             expected="two labels or more",
             found=f"{', '.join(known) or 'none'} in all of {len(indices)} records",
         )
-    return Labels(form, known)
+    return LabelSet(form, known)
 
 
 def _numbers(count: int) -> tuple[str, ...]:

@@ -42,15 +42,17 @@ class PooledItem:
 
 
 class RecordForm(ABC):
-    """The texts and labels of a kind's records.
+    """The texts and labels of a kind's records."""
 
-    Attributes:
-      group: number of texts of a record.
-      options: settings that change the texts, for the cache of tokens.
-    """
+    @property
+    def group(self) -> int:
+        """Returns the number of texts of a record."""
+        return 1
 
-    group: int = 1
-    options: dict[str, Any]
+    @property
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Returns the settings that change the texts, for the cache of tokens."""
 
     @abstractmethod
     def render(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.common.notes import counting
-from nalora_jax.data.labels import Labels
+from nalora_jax.data.labels import LabelSet
 from nalora_jax.data.pooled_texts import PooledItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
@@ -127,9 +127,6 @@ class PooledEvaluator(Evaluator):
       mesh: mesh of the weights, if they are sharded.
     """
 
-    metric = "accuracy"
-    mode = "max"
-
     def __init__(
         self,
         model: Decoder,
@@ -144,6 +141,8 @@ class PooledEvaluator(Evaluator):
           NaloraError: scikit-learn is not installed.
         """
         require_metrics()
+        self.metric = "accuracy"
+        self.mode = "max"
         self.model = model
         self.items = items
         self.pooling = pooling
@@ -171,7 +170,7 @@ class PooledEvaluator(Evaluator):
             )
         values: dict[str, Any] = {"samples": samples}
         if "correct" in records[0]:
-            values["right"] = [int(record["correct"]) for record in records]
+            values["right"] = [record["correct"] for record in records]
         return values
 
 
@@ -185,7 +184,7 @@ class LabelEvaluator(PooledEvaluator):
         self,
         model: Decoder,
         items: Sequence[PooledItem],
-        labels: Labels,
+        labels: LabelSet,
         *,
         mesh: Mesh | None = None,
     ) -> None:

@@ -23,7 +23,7 @@ from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.config.checks import Limits
 from nalora_jax.data.chat_text import Rendered
-from nalora_jax.data.labels import FORMS, Labels, find_labels, raw_label
+from nalora_jax.data.labels import FORMS, LabelSet, find_labels, raw_label
 from nalora_jax.data.pooled_texts import RecordForm, held_out_texts, render_input
 from nalora_jax.data.source import Record, Source
 from nalora_jax.data.sources import open_held_out
@@ -67,9 +67,7 @@ class LabeledTexts(RecordForm):
     """Records with a text and a label."""
 
     field: str
-    labels: Labels
-
-    group = 1
+    labels: LabelSet
 
     @property
     def options(self) -> dict[str, Any]:
@@ -151,7 +149,7 @@ def adapter_evaluator(
     return LabelEvaluator(model.module, items, labels, mesh=mesh)
 
 
-def labels_of(model: AdaptedModel) -> Labels:
+def labels_of(model: AdaptedModel) -> LabelSet:
     """Returns the labels of a model with a trained head.
 
     Raises:
@@ -164,7 +162,7 @@ def labels_of(model: AdaptedModel) -> Labels:
             expected="an adapter with a head, as --kind classify trains it",
             found="none",
         )
-    return Labels.read(adapter)
+    return LabelSet.read(adapter)
 
 
 def export_run(

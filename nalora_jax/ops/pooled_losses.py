@@ -32,8 +32,8 @@ def pool_segments(
       segments: the largest number of segments in a row; absent ones have zeros.
       pooling: one of `POOLINGS`.
     """
-    numbers = jnp.arange(1, segments + 1)
-    inside = segment_ids[:, None, :] == numbers[:, None]  # [rows, segments, seq]
+    numbers = jnp.arange(1, segments + 1)[None, :, None]
+    inside = segment_ids[:, None, :] == numbers  # [rows, segments, seq]
     lengths = jnp.sum(inside, axis=-1, keepdims=True)
     if pooling == "mean":
         weights = inside / jnp.maximum(lengths, 1)
