@@ -20,7 +20,7 @@ from nalora_jax.errors import NaloraError
 
 with epy.lazy_imports():  # on first use: `nalora report` does not wait for JAX
     from nalora_jax.cli import dry_run, training
-    from nalora_jax.data import chat_text, sources
+    from nalora_jax.data import chat_text, labels, sources
     from nalora_jax.data import tokenizer as tokenizers
     from nalora_jax.data.images import image_chat as image_chat
     from nalora_jax.data.images import image_files as image_files
@@ -172,11 +172,13 @@ def export(args: cli.ExportArgs) -> None:
             )
     else:
         layout = peft_modules.layout_for(args.target, base.config, base.hf_config)
-        options = {
+        options: dict[str, Any] = {
             "target": args.target,
             "max_lora_rank": args.max_lora_rank,
             "layout": layout,
         }
+        if model.spec.score and model.located.adapter is not None:
+            options["write_extra"] = labels.LabelSet.read(model.located.adapter).write
         with folders.new_folder(args.output) as folder:
             difference = text.write_adapter(folder, base, lora, model.spec, **options)
             files.write_atomically(folder / "README.md", card(model, "adapter"))

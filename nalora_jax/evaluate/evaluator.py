@@ -16,6 +16,9 @@ from nalora_jax.method.tuned import join_tuned
 SAMPLES = 4  # examples that are shown with generated completions
 SAMPLE_TOKENS = 96  # length limit of a sample completion
 
+# Metrics of heads that a line of the log states after the headline metric.
+FURTHER_METRICS = ("f1", "pearson", "spearman")
+
 ItemRecord = Mapping[str, Any]
 
 
@@ -146,9 +149,14 @@ def describe(values: Mapping[str, Any]) -> str:
                 text += f", pass@{name.removeprefix('pass_')} {value:.3f}"
         return text
     loss = f"loss {values['loss']:.3f}"
+    further = ""
+    for name in FURTHER_METRICS:
+        if name in values:
+            further += f", {name} {values[name]:.3f}"
     if "accuracy" in values:
-        return f"held-out accuracy {values['accuracy']:.3f} ({interval}), {loss}"
-    return f"held-out {loss} ({interval})"
+        accuracy = f"held-out accuracy {values['accuracy']:.3f} ({interval})"
+        return f"{accuracy}{further}, {loss}"
+    return f"held-out {loss} ({interval}){further}"
 
 
 def compare_records(

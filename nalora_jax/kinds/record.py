@@ -12,7 +12,7 @@ of yours. No other module asks which kind a run is of; it reads the record.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,7 +60,7 @@ class Inputs:
           NaloraError: rules that match nothing, or that the base has no place for.
         """
         assert self.base is not None
-        return self.spec or adapter_spec(self.config, self.base)
+        return self.spec or run_kind(self.config).adapters(self.config, self.base)
 
 
 class Built(NamedTuple):
@@ -137,6 +137,8 @@ class Kind:
       settings: dataclass of the settings in ``--kind NAME:setting=value``.
       limits: yields the values that other settings may have in such a run, or raises NaloraError.
       rate: factor of the automatic learning rate.
+      outputs: returns the number of outputs of a trained head on one vector of each text; 0: the
+        kind has no such head.
       batch_arrays: returns the arrays that a batch has besides those of text, for plans, of the
         settings, the base and the number of images of a row.
       draws_samples: True if each step draws samples of the model first.
@@ -156,6 +158,7 @@ class Kind:
     settings: type = NoSettings
     limits: Callable[[RunConfig], Iterable[Limits]] = lambda config: ()
     rate: float = 1.0
+    outputs: Callable[[RunConfig], int] = lambda config: 0
     batch_arrays: Callable[[RunConfig, ModelConfig, int], Arrays] = (
         lambda config, base, images: {}
     )
@@ -168,6 +171,14 @@ class Kind:
     def trains_decoder(self) -> bool:
         """Returns True for kinds on a decoder, False for those on image and text encoders."""
         return self.program_parts is not None
+
+    def adapters(self, config: RunConfig, base: ModelConfig) -> AdapterSpec:
+        """Returns the adapters that a run's rules select on a decoder, with the kind's head.
+
+        Raises:
+          NaloraError: as `nalora_jax.models.adapters.adapter_spec`.
+        """
+        return replace(adapter_spec(config, base), score=self.outputs(config))
 
     def parts(self, config: RunConfig, processor: Any = None) -> dict[str, Any]:
         """Returns the result of `program_parts`, which a kind on a decoder has."""
@@ -186,6 +197,7 @@ KINDS: Registry[Kind] = Registry(
         "images": "nalora_jax.kinds.images",
         "dual": "nalora_jax.kinds.dual",
         "rl": "nalora_jax.kinds.rl.kind",
+        "classify": "nalora_jax.kinds.classify",
     },
 )
 

@@ -232,7 +232,12 @@ def evaluation_items(
 
 
 def export_run(
-    job: Job, folder: Path, state: TrainState, share: Callable[[str], None]
+    job: Job,
+    folder: Path,
+    state: TrainState,
+    share: Callable[[str], None],
+    *,
+    write_extra: Callable[[Path], object] | None = None,
 ) -> AdapterSpec:
     """Writes PEFT files of the adapter, verifies them by reloading, and returns their adapters.
 
@@ -243,6 +248,7 @@ def export_run(
       folder: new, or an earlier export, which is replaced.
       state: the state to export.
       share: makes a folder of the first process readable in all processes.
+      write_extra: writes further files into the folder.
 
     Raises:
       NaloraError: the files cannot be written, or differ from the trained adapter.
@@ -253,7 +259,9 @@ def export_run(
         return export_model(job, folder, state.lora)
     lora, spec = exportable_adapter(assembly, state.lora)
     processes.run_on_first_process(
-        lambda: write_adapter(folder, loaded, lora, spec, overwrite=True)
+        lambda: write_adapter(
+            folder, loaded, lora, spec, write_extra=write_extra, overwrite=True
+        )
     )
     # All processes read the export in `_difference`.
     share(folder.name)
@@ -325,12 +333,26 @@ def write_adapter(
     loaded: LoadedModel,
     lora: Mapping[str, Any],
     spec: AdapterSpec,
+    *,
+    write_extra: Callable[[Path], object] | None = None,
     **options: Any,
 ) -> float:
     """Writes PEFT files of an adapter and verifies them; returns the difference (`verify_export`).
 
-    ``options`` are passed to `export_adapter`.
+    ``write_extra`` writes further files into the folder, and ``options`` are passed to
+    `export_adapter`.
     """
+    writers: list[Callable[[Path], object]] = []
+    if loaded.added or loaded.resized:
+        writers.append(tokenizer_writer(loaded))
+    if write_extra is not None:
+        writers.append(write_extra)
+
+    def write_others(path: Path) -> None:
+        """Writes the files that are no adapter's."""
+        for write in writers:
+            write(path)
+
     export_adapter(
         lora,
         spec,
@@ -340,9 +362,7 @@ def write_adapter(
         base_weights=loaded.source if original(loaded) != loaded.source else "",
         fingerprint=loaded.fingerprint,
         rope_scaling=loaded.rope_scaling,
-        write_extra=tokenizer_writer(loaded)
-        if loaded.added or loaded.resized
-        else None,
+        write_extra=write_others,
         **options,
     )
     return verify_export(

@@ -28,6 +28,7 @@ from nalora_jax.models.stacks import (
     stacks,
 )
 from nalora_jax.models.targets import (
+    SCORE,
     TOKEN_ROWS,
     TOKEN_TABLES,
     AdapterSpec,
@@ -37,6 +38,7 @@ from nalora_jax.models.targets import (
 )
 
 _ADALORA_STD = 0.02  # standard deviation of AdaLoRA's A and B, as in PEFT
+_SCORE_STD = 0.02  # of a new head, as in transformers
 
 
 def adapter_spec(config: RunConfig, base: ModelConfig) -> AdapterSpec:
@@ -167,6 +169,11 @@ def init_lora(
         leaves[TOKEN_ROWS[name]] = rows.astype(jnp.float32)
     for path, _ in spec.tuned:
         leaves[f"{TUNED}/{path}"] = _float32(base[path])
+    if spec.score:
+        # No adapter has this number, so none has the same key.
+        of_score = jax.random.fold_in(key, len(spec.targets))
+        shape = (config.d_model, spec.score)
+        leaves[SCORE] = _SCORE_STD * jax.random.normal(of_score, shape)
     return unflatten(leaves)
 
 

@@ -31,6 +31,10 @@ TOKEN_TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}
 TOKEN_ROWS = {"embed_tokens": "embed/rows", "lm_head": "lm_head/rows"}
 
 
+# The path of a classification or reward head in ``lora``, ``[d_model, outputs]``.
+SCORE = "score/kernel"
+
+
 @dataclass(frozen=True)
 class TargetSpec:
     """Ranks and alphas of one kind of projection by layer; rank 0 leaves a layer unadapted."""
@@ -91,6 +95,8 @@ class AdapterSpec:
     # Weights of the base that are trained themselves (`nalora_jax.method.tuned`): path in
     # ``params``, and the selected layers of its stack, () for a weight that is trained whole.
     tuned: tuple[tuple[str, tuple[bool, ...]], ...] = ()
+    # Outputs of a trained head on one vector of each text, at `SCORE` in ``lora``; 0: no head.
+    score: int = 0
 
     @property
     def tuned_layers(self) -> dict[str, np.ndarray]:
@@ -127,6 +133,8 @@ class AdapterSpec:
         names += [f"{len(ids)} rows of {name}" for name, ids in self.token_indices]
         if self.tuned:
             names.append(f"{len(self.tuned)} arrays of the model")
+        if self.score:
+            names.append(f"a head of {self.score} outputs")
         return ", ".join(names) or "projections alone"
 
     def target(self, path: str) -> TargetSpec | None:

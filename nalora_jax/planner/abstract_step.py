@@ -199,8 +199,9 @@ def _program_and_state(
     Returns:
       The program, the shapes of its weights and of its state, and the state's shardings.
     """
-    spec = adapters.adapter_spec(config, base)
-    parts = run_kind(config).parts(config, ImageProcessor())
+    kind = run_kind(config)
+    spec = kind.adapters(config, base)
+    parts = kind.parts(config, ImageProcessor())
     program = decoder_program(config, base, spec, mesh, **parts)
     weights = {
         path: _weight(path, shape, base, config.compute)

@@ -28,6 +28,9 @@ _MAX_PATTERNS = 4096
 # with the original base.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
+# Tasks of adapters on a decoder.
+_TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
+
 # Fields that this module reads or that do not change the adapter's function: `init_lora_weights`
 # and its settings matter only through `_PLAIN_INITS`; PEFT ignores `fan_in_fan_out` for Linear
 # layers.
@@ -291,7 +294,7 @@ def _refuse_unsupported(fields: Fields) -> None:
     # Field, whether its value is supported, expected value, remedy.
     for key, fine, expected, remedy in (
         ("peft_type", raw.get("peft_type") == "LORA", '"LORA"', merge),
-        ("task_type", raw.get("task_type") in (None, "CAUSAL_LM"), '"CAUSAL_LM"', ""),
+        ("task_type", raw.get("task_type") in _TASKS, '"CAUSAL_LM" or "SEQ_CLS"', ""),
         (
             "bias",
             raw.get("bias", "none") == "none",

@@ -13,6 +13,7 @@ import numpy as np
 
 from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten
+from nalora_jax.data.labels import LABELS_FILE
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import family_of
@@ -46,6 +47,7 @@ from nalora_jax.weights.peft_tables import (
     PREFIX,
     TRAINED,
     refuse_saved,
+    saved_modules,
     table_tensors,
     token_settings,
     trained_tensors,
@@ -60,7 +62,9 @@ from nalora_jax.weights.peft_import import import_adapter
 
 __all__ = ["export_adapter", "max_logit_difference", "verify_export"]
 
-OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, TRAINED, "README.md", *TEXT_FILES})
+OWN_FILES = frozenset(
+    {CONFIG_NAME, TENSORS_NAME, TRAINED, LABELS_FILE, "README.md", *TEXT_FILES}
+)
 # Largest relative difference of a folded B: folding a scale into B rounds every entry once, and so
 # does reading it back.
 _FOLD_TOLERANCE = 2.0**-21
@@ -416,7 +420,9 @@ def _settings(
     rank, rank_pattern = _pattern(ranks, entries)
     usual_alpha, alpha_pattern = _pattern(alphas, entries)
     task = None
-    if isinstance(config, ModelConfig):
+    if spec.score:
+        task = "SEQ_CLS"
+    elif isinstance(config, ModelConfig):
         task = "CAUSAL_LM"
     settings = {
         "alpha_pattern": alpha_pattern,
@@ -426,7 +432,7 @@ def _settings(
         "init_lora_weights": True,
         "lora_alpha": usual_alpha,
         "lora_dropout": dropout,
-        "modules_to_save": list(spec.saved) or None,
+        "modules_to_save": saved_modules(spec) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,

@@ -126,7 +126,12 @@ def import_adapter(
     filled = [(slots[key], modules[key]) for key in modules]
     adapters = _group_by_projection(config, peft, path, filled)
     leaves, spec = _stack(config, peft, adapters)
-    spec = replace(spec, saved=trained.saved, token_indices=trained.token_indices)
+    spec = replace(
+        spec,
+        saved=trained.saved,
+        token_indices=trained.token_indices,
+        score=trained.score,
+    )
     return unflatten(leaves | tables), spec
 
 

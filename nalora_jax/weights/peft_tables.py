@@ -43,7 +43,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import family_of
-from nalora_jax.models.targets import TOKEN_ROWS, TOKEN_TABLES, AdapterSpec
+from nalora_jax.models.targets import SCORE, TOKEN_ROWS, TOKEN_TABLES, AdapterSpec
 from nalora_jax.weights.peft_config import TENSORS_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.shards import read_header, read_tensors
 
@@ -57,6 +57,9 @@ _EMBEDDING = TOKEN_TABLES["embed_tokens"]
 # resized.
 _ROWS = "token_adapter.trainable_tokens_delta"
 _RESIZED = "token_adapter.base_layer.weight"
+# The head of transformers' ``...ForSequenceClassification``.
+_SCORE_MODULE = "score"
+_SCORE_KEY = f"{PREFIX}{_SCORE_MODULE}.weight"
 
 
 def table_modules(config: ModelConfig) -> dict[str, str]:
@@ -132,6 +135,11 @@ def take_tables(
         table or rows are missing or have the wrong shape.
     """
     named = tuple(name.rpartition(".")[2] for name in peft.modules_to_save)
+    head = {}
+    if _SCORE_MODULE in named:
+        # PEFT names both of its usual heads.
+        named = tuple(name for name in named if name not in ("classifier", "score"))
+        head[SCORE] = _take_score(config, tensors, where)
     spec = AdapterSpec(saved=named, token_indices=peft.token_indices)
     remedy = (
         "use its own base; if tokens were added, their tokenizer must be in the adapter's "
@@ -214,7 +222,32 @@ def take_tables(
         (name, ids) for name, ids in peft.token_indices if name in with_rows
     )
     saved = tuple(name for name in TOKEN_TABLES if TOKEN_TABLES[name] in leaves)
-    return leaves, AdapterSpec(saved=saved, token_indices=indices)
+    outputs = head[SCORE].shape[1] if head else 0
+    taken = AdapterSpec(saved=saved, token_indices=indices, score=outputs)
+    return leaves | head, taken
+
+
+def _take_score(
+    config: ModelConfig, tensors: dict[str, np.ndarray], where: str
+) -> np.ndarray:
+    """Removes the head from an adapter's tensors and returns it, ``[d_model, outputs]``.
+
+    Raises:
+      NaloraError: it is missing, or reads vectors of another size.
+    """
+    # PEFT may write it a second time under its inner name.
+    tensors.pop(f"{PREFIX}{_SCORE_MODULE}.modules_to_save.weight", None)
+    stored = tensors.pop(_SCORE_KEY, None)
+    if stored is None or stored.ndim != 2 or stored.shape[1] != config.d_model:
+        found = "nothing"
+        if stored is not None:
+            found = f"shape {stored.shape}"
+        raise NaloraError(
+            f"{where}: {_SCORE_KEY}",
+            expected=f"the head of modules_to_save, shape (outputs, {config.d_model})",
+            found=found,
+        )
+    return np.ascontiguousarray(stored.T)
 
 
 def table_tensors(
@@ -230,6 +263,9 @@ def table_tensors(
     for name in spec.own_rows(tied=config.tie_embeddings):
         rows = np.asarray(leaves[TOKEN_ROWS[name]], np.float32)
         tensors[f"{modules[name]}.{_ROWS}"] = rows
+    if spec.score:
+        kernel = np.asarray(leaves[SCORE], np.float32)
+        tensors[_SCORE_KEY] = np.ascontiguousarray(kernel.T)
     return tensors
 
 
@@ -239,6 +275,13 @@ def _flip(name: str, table: np.ndarray) -> np.ndarray:
     if name == "embed_tokens":
         return table
     return np.ascontiguousarray(table.T)
+
+
+def saved_modules(spec: AdapterSpec) -> list[str]:
+    """Returns the value of ``modules_to_save``: names of modules that are trained entirely."""
+    if spec.score:
+        return [*spec.saved, _SCORE_MODULE]
+    return list(spec.saved)
 
 
 def fold_saved(
@@ -258,7 +301,11 @@ def fold_saved(
       spec: of the adapter.
 
     Returns: Config, parameters, and the spec of the remaining adapter.
+
+    Raises:
+      NaloraError: the adapter has a head, for which a language model has no place.
     """
+    refuse_head(spec, "merge")
     if not spec.saved and not spec.token_indices:
         return config, dict(params), spec
     leaves = trees.flatten(params)
@@ -293,7 +340,7 @@ def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
       where: the setting that names the format, for the message.
       remedy: for the message.
     """
-    trained = list(spec.saved)
+    trained = saved_modules(spec)
     trained += [f"rows of {name}" for name, _ in spec.token_indices]
     if trained:
         raise NaloraError(
@@ -301,6 +348,22 @@ def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
             expected="an adapter of projections alone",
             found=f"trained {' and '.join(trained)}",
             remedy=remedy,
+        )
+
+
+def refuse_head(spec: AdapterSpec, where: str) -> None:
+    """Raises a NaloraError if an adapter has a head on one vector of each text.
+
+    Args:
+      spec: of the adapter.
+      where: what needs a language model, for the message.
+    """
+    if spec.score:
+        raise NaloraError(
+            where,
+            expected="an adapter of a language model",
+            found=f"one with a head of {spec.score} outputs",
+            remedy="load it in transformers' AutoModelForSequenceClassification with PEFT",
         )
 
 
