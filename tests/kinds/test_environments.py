@@ -292,7 +292,7 @@ def test_first_processes_outcomes_are_those_of_all(tokenizer, monkeypatch) -> No
     monkeypatch.setattr(
         episodes.multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or sent[-1]
     )
-    monkeypatch.setattr(episodes, "on_first_process", lambda action: action())
+    monkeypatch.setattr(episodes, "run_on_first_process", lambda action: action())
     outcomes = [[{"role": "user", "content": "é"}], 0.5, float("nan")]
     received = episodes._in_all_processes(lambda: outcomes)
     assert received[:2] == outcomes[:2]
@@ -300,7 +300,7 @@ def test_first_processes_outcomes_are_those_of_all(tokenizer, monkeypatch) -> No
     assert int(sent[0]) == len(sent[1])
     # The second process: the same sizes, without a value.
     first = list(sent)
-    monkeypatch.setattr(episodes, "on_first_process", lambda action: None)
+    monkeypatch.setattr(episodes, "run_on_first_process", lambda action: None)
     monkeypatch.setattr(episodes.multihost_utils, "broadcast_one_to_all", lambda x: first.pop(0))
     assert episodes._in_all_processes(lambda: [])[:2] == outcomes[:2]
 
