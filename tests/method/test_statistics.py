@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nalora_jax.assembly.mechanisms import layer_means
@@ -113,6 +113,7 @@ def sampled_both_ways(weights, stride):
     width=st.sampled_from([64, 90]),
     stride=st.sampled_from([1, 2, 8]),
 )
+@example(lengths=[3, 20, 96], start=5, width=64, stride=8)  # real tokens on one side of the row
 def test_every_row_that_has_a_real_token_is_measured(lengths, start, width, stride):
     place = np.arange(width)[None, :]
     weights = ((place >= start) & (place < start + np.array(lengths)[:, None])).astype(np.float32)
