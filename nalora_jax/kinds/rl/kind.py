@@ -43,7 +43,6 @@ from nalora_jax.data.prompts import (
     prompt_data,
 )
 from nalora_jax.data.source import Source
-from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.generate import Generator
@@ -51,6 +50,7 @@ from nalora_jax.evaluate.intervals import bootstrap
 from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import (
+    describe_base,
     open_records,
     resolve_base,
     settle_schedule,
@@ -67,7 +67,6 @@ from nalora_jax.kinds.rl.servers.trial import try_servers
 from nalora_jax.kinds.rl.servers.versions import Exports
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import Batch, TrainState
-from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.policy_losses import (
     CLIPS,
@@ -163,10 +162,8 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     """
     Scorer(config.rl)  # raises for unknown rewards, before data is read
     files = open_files(resolve_base(config))
-    added = AddedTokens.of(config.data)
     rl = config.rl
-    base = files.described(added)
-    tokenizer = files.tokenizer_with(added)
+    base, tokenizer, adapters = describe_base(config, files)
     train, held = open_records(config.data, source)
     turns = uses_chat_template(train.read([0])[0], config.data)
     shape = stream_shape(config) | {"context": base.max_positions}
@@ -180,7 +177,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
         name: prompts_digest(of)
         for name, of in zip(("reported", "selecting"), prompts, strict=True)
     }
-    return Inputs(config, base, files, data, prompts, questions, turns)
+    return Inputs(config, base, files, data, prompts, questions, turns, adapters)
 
 
 def build_step(
@@ -204,11 +201,12 @@ def build_step(
 def tried_servers(inputs: Inputs, config: RunConfig, output: RunFolder) -> Exports:
     """Tries the servers of a run (`try_servers`) and returns the folder of adapter versions."""
     assert inputs.base is not None
+    assert inputs.adapters is not None
     rl = config.rl
     folder = rl.server_adapters or str(output.folder.absolute() / "served")
     name = hashlib.sha256(str(output.folder.absolute()).encode()).hexdigest()[:6]
-    spec = inputs.adapters or adapter_spec(config, inputs.base)
-    exports = Exports(folder, rl.server_path or folder, name, inputs.base, spec)
+    path = rl.server_path or folder
+    exports = Exports(folder, path, name, inputs.base, inputs.adapters)
     longest = inputs.data.longest + rl.max_new_tokens
     prompt = inputs.data.items[0].prompt_ids
     vocab = inputs.base.vocab_size
