@@ -107,6 +107,7 @@ def _describe(inputs: record.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     data = inputs.data
     assert base is not None
     assert files is not None
+    assert inputs.adapters is not None
     concrete = layouts.choose_axes(config, base)
     mesh = distributed.make_mesh(concrete.mesh)
     check_layout(concrete, inputs, mesh)

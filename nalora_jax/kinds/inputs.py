@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -17,7 +17,7 @@ from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.source import MixedSource, SelectedSource, Source
 from nalora_jax.data.sources import have_same_records, open_pair
-from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.kinds.record import Inputs, run_kind
 from nalora_jax.mesh import distributed
@@ -40,6 +40,26 @@ def resolve_base(config: RunConfig) -> ResolvedSource:
       NaloraError: the model is not found.
     """
     return replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
+
+
+class BaseFacts(NamedTuple):
+    """Facts about the base model of a run, known before its weights are read."""
+
+    config: ModelConfig  # with rows for added tokens
+    tokenizer: Tokenizer  # with added tokens
+    adapters: AdapterSpec
+
+
+def describe_base(config: RunConfig, files: ModelFiles) -> BaseFacts:
+    """Returns architecture, tokenizer and adapters of a run on opened files.
+
+    Raises:
+      NaloraError: rules that match nothing, or that the base has no place for.
+    """
+    added = AddedTokens.of(config.data)
+    base = files.described(added)
+    adapters = run_kind(config).adapters(config, base)
+    return BaseFacts(base, files.tokenizer_with(added), adapters)
 
 
 def open_records(
@@ -152,6 +172,7 @@ def check_layout(placed: RunConfig, inputs: Inputs, mesh: Mesh) -> None:
     """
     assert inputs.base is not None
     assert inputs.files is not None
+    assert inputs.adapters is not None
     check_decoder(placed, inputs.base, mesh)
     distributed.process_rows(mesh, placed.train.batch_size // placed.train.accumulate)
     _check_rows(placed, inputs.files, inputs.base, inputs.adapters)

@@ -24,9 +24,9 @@ from nalora_jax.data.pooled_texts import (
     pooled_data,
 )
 from nalora_jax.data.source import Source
-from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.kinds.inputs import (
     check_longest,
+    describe_base,
     open_records,
     resolve_base,
     settle_schedule,
@@ -100,11 +100,8 @@ def open_texts(
         out.
     """
     files = open_files(resolve_base(config))
-    added = AddedTokens.of(config.data)
-    base = files.described(added)
-    tokenizer = files.tokenizer_with(added)
     # raises for rules that match nothing, before data is tokenized
-    run_kind(config).adapters(config, base)
+    base, tokenizer, _ = describe_base(config, files)
     context = base.max_positions
     train, held = open_records(config.data, source)
     config, form = open_form(config, train)
@@ -120,8 +117,9 @@ def open_texts(
         "reported": digest_items(items[0]),
         "selecting": digest_items(items[1]),
     }
-    spec = run_kind(config).adapters(config, base)
-    return Inputs(config, base, files, data, items, questions, spec=spec)
+    # The number of outputs of the head is known now.
+    adapters = run_kind(config).adapters(config, base)
+    return Inputs(config, base, files, data, items, questions, adapters=adapters)
 
 
 def with_settings(config: RunConfig, **changes: Any) -> RunConfig:

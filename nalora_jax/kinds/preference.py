@@ -27,11 +27,11 @@ from nalora_jax.data.forms import uses_chat_template
 from nalora_jax.data.preference_pairs import held_out_pairs, pair_data, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
-from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference_evaluation import PreferenceEvaluator
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import (
+    describe_base,
     open_records,
     resolve_base,
     settle_schedule,
@@ -41,7 +41,6 @@ from nalora_jax.kinds.record import Arrays, Inputs, register_kind
 from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch, Evaluated
-from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.preference_losses import (
     LOSSES,
@@ -71,12 +70,9 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
       NaloraError: a model or pairs that cannot be read, pairs that do not fit, or too few held out.
     """
     files = open_files(resolve_base(config))
-    added = AddedTokens.of(config.data)
     preference = config.preference
-    base = files.described(added)
-    tokenizer = files.tokenizer_with(added)
     # raises for rules that match nothing, before data is tokenized
-    spec = adapter_spec(config, base)
+    base, tokenizer, adapters = describe_base(config, files)
     context = base.max_positions
     train, held = open_records(config.data, source)
     turns = uses_chat_template(train.read([0])[0], config.data, preference.chosen_field)
@@ -100,7 +96,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
         "reported": pairs_digest(pairs[0]),
         "selecting": pairs_digest(pairs[1]),
     }
-    return Inputs(config, base, files, data, pairs, questions, turns, spec)
+    return Inputs(config, base, files, data, pairs, questions, turns, adapters)
 
 
 def evaluator(

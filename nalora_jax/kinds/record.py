@@ -22,12 +22,12 @@ from nalora_jax.common.folders import RunFolder
 from nalora_jax.common.registry import Registry, settings_from
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.checks import Limits, check_limits
-from nalora_jax.data.pipeline import TrainingRows
-from nalora_jax.data.source import Source
 from nalora_jax.models.adapters import adapter_spec
 
 if TYPE_CHECKING:
     from nalora_jax.assembly.program import Assembly
+    from nalora_jax.data.pipeline import TrainingRows
+    from nalora_jax.data.source import Source
     from nalora_jax.method.step import TrainState
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.targets import AdapterSpec
@@ -50,17 +50,7 @@ class Inputs:
     questions: Mapping[str, str]  # digests of both
     # True if the training texts are formatted by a chat template; None without texts
     in_turns: bool | None = None
-    spec: AdapterSpec | None = None  # the adapters of a decoder
-
-    @property
-    def adapters(self) -> AdapterSpec:
-        """Returns the adapters of a decoder, by the rules of the settings.
-
-        Raises:
-          NaloraError: rules that match nothing, or that the base has no place for.
-        """
-        assert self.base is not None
-        return self.spec or run_kind(self.config).adapters(self.config, self.base)
+    adapters: AdapterSpec | None = None  # of a decoder, by the rules of the settings
 
 
 class Built(NamedTuple):
@@ -166,11 +156,6 @@ class Kind:
     compares_with_base: bool = False
     describe: Callable[[Inputs], Described] | None = None
     subject: str = "nalora_jax.study.language:Language"
-
-    @property
-    def trains_decoder(self) -> bool:
-        """Returns True for kinds on a decoder, False for those on image and text encoders."""
-        return self.program_parts is not None
 
     def adapters(self, config: RunConfig, base: ModelConfig) -> AdapterSpec:
         """Returns the adapters that a run's rules select on a decoder, with the kind's head.

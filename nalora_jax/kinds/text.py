@@ -30,6 +30,7 @@ from nalora_jax.evaluate.text_evaluation import TextEvaluator
 from nalora_jax.kinds.inputs import (
     check_layout,
     check_longest,
+    describe_base,
     open_records,
     resolve_base,
     settle_schedule,
@@ -39,7 +40,6 @@ from nalora_jax.kinds.model_export import export_model
 from nalora_jax.kinds.record import Built, Inputs, Job, Kind, register_kind, run_kind
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import TrainState
-from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.model_files import (
@@ -82,11 +82,8 @@ def tokenize_inputs(
     Raises:
       NaloraError: rules that match nothing, or an example that is longer than the context.
     """
-    added = AddedTokens.of(config.data)
-    base = files.described(added)
-    tokenizer = files.tokenizer_with(added)
     # raises for rules that match nothing, before data is tokenized
-    spec = adapter_spec(config, base)
+    base, tokenizer, adapters = describe_base(config, files)
     turns = uses_chat_template(
         train.read([0])[0], config.data, config.preference.chosen_field
     )
@@ -99,7 +96,7 @@ def tokenize_inputs(
     config = settle_schedule(config, base.d_model, data.rows_per_epoch, "rows")
     items = held_out(held, config.data, tokenizer)
     questions = {"reported": digest(items[0]), "selecting": digest(items[1])}
-    return Inputs(config, base, files, data, items, questions, turns, spec)
+    return Inputs(config, base, files, data, items, questions, turns, adapters)
 
 
 def build_step(

@@ -46,10 +46,11 @@ from nalora_jax.data.prompts import (
     prompt_data,
 )
 from nalora_jax.data.source import Record, Source
-from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import (
+    describe_base,
     open_records,
     resolve_base,
     settle_schedule,
@@ -73,7 +74,6 @@ from nalora_jax.kinds.rl.servers.trial import try_servers
 from nalora_jax.kinds.rl.servers.versions import Exports
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import Batch, TrainState
-from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.policy_losses import (
     CLIPS,
@@ -139,9 +139,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     if rl.environment:
         make_environments(rl.environment)
     files = open_files(resolve_base(config))
-    added = AddedTokens.of(config.data)
-    base = files.described(added)
-    tokenizer = files.tokenizer_with(added)
+    base, tokenizer, adapters = describe_base(config, files)
     train, held = open_records(config.data, source)
     first = train.read([0])[0]
     if rl.environment:
@@ -160,7 +158,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
         name: prompts_digest(of)
         for name, of in zip(("reported", "selecting"), prompts, strict=True)
     }
-    return Inputs(config, base, files, data, prompts, questions, turns)
+    return Inputs(config, base, files, data, prompts, questions, turns, adapters)
 
 
 def prompt_text(
@@ -222,11 +220,12 @@ def build_step(
 def tried_servers(inputs: Inputs, config: RunConfig, output: RunFolder) -> Exports:
     """Tries the servers of a run (`try_servers`) and returns the folder of adapter versions."""
     assert inputs.base is not None
+    assert inputs.adapters is not None
     rl = config.rl
     folder = rl.server_adapters or str(output.folder.absolute() / "served")
     name = hashlib.sha256(str(output.folder.absolute()).encode()).hexdigest()[:6]
-    spec = inputs.adapters or adapter_spec(config, inputs.base)
-    exports = Exports(folder, rl.server_path or folder, name, inputs.base, spec)
+    path = rl.server_path or folder
+    exports = Exports(folder, path, name, inputs.base, inputs.adapters)
     longest = inputs.data.longest + rl.max_new_tokens
     prompt = inputs.data.items[0].prompt_ids
     vocab = inputs.base.vocab_size

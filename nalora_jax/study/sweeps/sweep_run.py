@@ -190,10 +190,7 @@ def _open_run(
 def _key(run: _Run) -> str:
     """Returns the key of a run's program; its adapters are known for language models."""
     config = run.inputs.config
-    spec = None
-    if run.inputs.base is not None:
-        spec = run.inputs.adapters
-    return values.program_key(config, spec)
+    return values.program_key(config, run.inputs.adapters)
 
 
 def _train_group(
