@@ -66,7 +66,8 @@ def test_functions_of_modules_are_rewards() -> None:
     with pytest.raises(NaloraError, match="MODULE:FUNCTION that can be imported, found .*once"):
         make_reward("rewards_of_a_test:once")
     with pytest.raises(
-        NaloraError, match="expected one of choice, exact, format, length, number, regex"
+        NaloraError,
+        match="expected one of choice, exact, format, length, number, reasoning_gym, regex",
     ):
         make_reward("nmber")
 
