@@ -83,7 +83,7 @@ def text_after_turn(
 
 
 def _marked(message: ChatMessage, mark: str) -> dict[str, Any]:
-    """Returns an assistant's message with a short text in place of what it wrote."""
+    """Returns an assistant's message with a short text in place of its content."""
     calls = message.get("tool_calls")
     if not calls:
         return {"role": "assistant", "content": mark}
@@ -185,7 +185,7 @@ def _without_thoughts(text: str) -> str:
 
 
 def _stop_before(tokenizer: Tokenizer, text: str, end: int) -> str:
-    """Returns the stop token that ends at a place of a text."""
+    """Returns the stop token that ends at position ``end`` of a text."""
     stops = [tokenizer.turn_ends.get(token_id, "") for token_id in tokenizer.eos_ids]
     ending = [stop for stop in stops if text[:end].endswith(stop)]
     return max(ending, key=len, default="")

@@ -107,12 +107,13 @@ def test_masks_are_those_of_transformers(tokenizer: Tokenizer) -> None:
 
 def test_what_the_model_wrote_does_not_change_the_inserted_text() -> None:
     tokenizer = released("qwen_tools")
-    reply = [{"role": "user", "content": "y"}]
-    texts = []
-    for content in ("x", "<think>a</think>  b ", "xz0000zx", "<|im_end|>"):
-        chat = [*PROMPT, {"role": "assistant", "content": content}]
-        texts.append(text_after_turn(tokenizer, chat, reply))
-    assert set(texts) == {"\n<|im_start|>user\ny<|im_end|>\n<|im_start|>assistant\n"}
+    for words in ("y", "xz0000zx"):
+        texts = []
+        for content in ("x", "<think>a</think>  b ", "xz0000zx", "<|im_end|>"):
+            chat = [*PROMPT, {"role": "assistant", "content": content}]
+            texts.append(text_after_turn(tokenizer, chat, [{"role": "user", "content": words}]))
+        expected = f"\n<|im_start|>user\n{words}<|im_end|>\n<|im_start|>assistant\n"
+        assert set(texts) == {expected}
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Episode:
     log_probs: list[float] = field(default_factory=list)  # 0 for inserted tokens
     inserted: list[bool] = field(default_factory=list)
     turns: int = 0  # of the model
-    reward: float | None = None  # None while it goes on
+    reward: float | None = None  # None until the sample ends
     cut: bool = False  # True if a limit ended it
     version: int | None = None  # the oldest adapter that wrote a turn
 
@@ -241,7 +241,7 @@ def _in_all_processes(action: Callable[[], list[Any]]) -> list[Any]:
 
 
 def episode_rewards(scorer: Scorer, episodes: Sequence[Episode]) -> np.ndarray:
-    """Returns the environment's rewards and those of the scorer, float64 ``[samples, rewards]``.
+    """Returns the rewards of environment and scorer, float64 ``[samples, rewards]``.
 
     A reward is given the prompt, the last turn as the completion, and all messages.
     """
@@ -256,7 +256,7 @@ def episode_rewards(scorer: Scorer, episodes: Sequence[Episode]) -> np.ndarray:
     return np.column_stack([np.array(of_environment, np.float64), values])
 
 
-# ---------------------------------------------------------------- what a sample shows
+# ---------------------------------------------------------------- parts of a sample
 
 
 def segments(
