@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 VisionShapes = dict[str, tuple[int, ...]]
 # How one feature vector is computed from a tower's sequence.
@@ -102,7 +102,7 @@ class EncoderConfig:
                 f"{name}/embedding": (n, d) for name, n in rows.items() if n
             }
         else:
-            shapes = _dense(
+            shapes = dense_shapes(
                 "patches", (self.channels * self.patch_size**2, d), self.patch_bias
             )
             if self.class_token:
@@ -115,7 +115,7 @@ class EncoderConfig:
             path = path.removeprefix("layers/")
             # Only q, k and v can be without a bias.
             reads_input = path in ("attn/q_proj", "attn/k_proj", "attn/v_proj")
-            layer |= _dense(path, shape, self.qkv_bias or not reads_input)
+            layer |= dense_shapes(path, shape, self.qkv_bias or not reads_input)
         if self.embed_norm:
             shapes |= _norm("embed_norm", d)
         shapes |= {
@@ -126,13 +126,13 @@ class EncoderConfig:
         if self.pooling == "attention":
             shapes |= {"pool/probe": (d,)} | _norm("pool/norm", d)
             for name in "qkvo":
-                shapes |= _dense(f"pool/attn/{name}_proj", (d, d))
-            shapes |= _dense("pool/ffn/in_proj", (d, self.d_ff))
-            shapes |= _dense("pool/ffn/out_proj", (self.d_ff, d))
+                shapes |= dense_shapes(f"pool/attn/{name}_proj", (d, d))
+            shapes |= dense_shapes("pool/ffn/in_proj", (d, self.d_ff))
+            shapes |= dense_shapes("pool/ffn/out_proj", (self.d_ff, d))
         if self.pooler:
-            shapes |= _dense("pooler", (d, d))
+            shapes |= dense_shapes("pooler", (d, d))
         if self.d_out:
-            shapes |= _dense("projection", (d, self.d_out), self.projection_bias)
+            shapes |= dense_shapes("projection", (d, self.d_out), self.projection_bias)
         return shapes
 
     def projection_shapes(self) -> VisionShapes:
@@ -153,7 +153,7 @@ def _norm(name: str, width: int) -> VisionShapes:
     return {f"{name}/scale": (width,), f"{name}/bias": (width,)}
 
 
-def _dense(name: str, shape: tuple[int, ...], bias: bool = True) -> VisionShapes:
+def dense_shapes(name: str, shape: tuple[int, ...], bias: bool = True) -> VisionShapes:
     """Returns the shapes of a dense layer's kernel ``(..., d_in, d_out)`` and bias."""
     shapes = {f"{name}/kernel": shape}
     if bias:
@@ -229,6 +229,8 @@ UNUSED = "unused"
 class VisionSpec:
     """The image tower and projector of a decoder; each image becomes ``tokens`` embeddings."""
 
+    packed: ClassVar[bool] = False  # images have one size; `PatchSpec`: patches of any shape
+
     model_type: str  # of the multimodal model: "llava", "gemma3"
     tower: EncoderConfig  # as stored in the files
     used_layers: (
@@ -270,7 +272,7 @@ class VisionSpec:
                 "projector/projection/kernel": (wide, self.d_model),
             }
         for path, shape in self._mlp().items():
-            shapes |= _dense(path, (1, *shape), self.bias)
+            shapes |= dense_shapes(path, (1, *shape), self.bias)
         for path, shape in self.tower.param_shapes().items():
             if path not in run:
                 shapes[f"{UNUSED}/{path}"] = shape

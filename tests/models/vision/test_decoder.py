@@ -15,7 +15,7 @@ from PIL import Image
 from nalora_jax.data.forms import Parts
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.vision.vision_decoder import decoder_for
+from nalora_jax.models.vision.patch_decoder import decoder_for
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.model_files import LoadedModel
 

@@ -1,0 +1,182 @@
+"""Preprocessing of images of any shape to patches, for towers that read packed patches.
+
+An image keeps its aspect ratio: it is resized to whole squares of patches and divided into them.
+The patches of a square that becomes one token follow each other. Rows of a batch hold the patches of
+all their images one after another, so that few shapes are compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.common.fields import Fields
+from nalora_jax.errors import NaloraError
+
+# Of the longer side to the shorter, as in Qwen's processors.
+_MAX_RATIO = 200
+
+
+class Patches(NamedTuple):
+    """A prepared image."""
+
+    pixels: np.ndarray  # uint8 [patches, patch * patch * 3]
+    grid: tuple[int, int]  # rows and columns of patches
+
+
+@dataclass(frozen=True)
+class PatchProcessor:
+    """Preprocessing that is applied to every image; the functions of a run on images call it like
+    `nalora_jax.data.images.image_files.ImageProcessor`."""
+
+    patch_size: int
+    merge: int  # patches along a side of the square that becomes one token
+    min_pixels: int  # of resized images
+    max_pixels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255  # multiplies grey levels
+    resample: int = 3  # Pillow's number of the filter
+
+    @property
+    def square(self) -> int:
+        """Pixels along a side of the square that becomes one token."""
+        return self.patch_size * self.merge
+
+    def fitted(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the size that an image is resized to: multiples of `square`, with a number of
+        pixels between ``min_pixels`` and ``max_pixels``.
+
+        Raises:
+          NaloraError: the image is too thin.
+        """
+        square = self.square
+        ratio = max(height, width) / min(height, width)
+        if ratio > _MAX_RATIO:
+            expected = f"sides that differ by at most {_MAX_RATIO} times"
+            raise NaloraError("image", expected=expected, found=f"{width} x {height}")
+        rows = round(height / square)
+        columns = round(width / square)
+        pixels = rows * columns * square**2
+        # Rounded down or up by the factor that brings the exact area to the limit.
+        if pixels > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rows = max(1, math.floor(height / shrink / square))
+            columns = max(1, math.floor(width / shrink / square))
+        elif pixels < self.min_pixels:
+            stretch = math.sqrt(self.min_pixels / (height * width))
+            rows = math.ceil(height * stretch / square)
+            columns = math.ceil(width * stretch / square)
+        return rows * square, columns * square
+
+    def tokens_of(self, height: int, width: int) -> int:
+        """Returns the number of tokens of an image with this size."""
+        rows, columns = self.fitted(height, width)
+        return rows * columns // self.square**2
+
+    def with_limit(self, pixels: int) -> PatchProcessor:
+        """Returns the processor with at most ``pixels`` pixels a resized image; 0: its own limit."""
+        if not pixels:
+            return self
+        most = min(self.max_pixels, max(pixels, self.square**2))
+        return replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most))
+
+    def prepare(self, image: Any) -> Patches:
+        """Returns the patches of an RGB ``PIL.Image.Image``."""
+        height, width = self.fitted(image.height, image.width)
+        resized = image.resize((width, height), resample=self.resample)
+        p = self.patch_size
+        rows = height // p
+        columns = width // p
+        m = self.merge
+        # [rows / m, m, p, columns / m, m, p, channels] -> [rows / m, columns / m, m, m, p, p,
+        # channels]
+        squares = np.asarray(resized, np.uint8).reshape(
+            rows // m, m, p, columns // m, m, p, -1
+        )
+        pixels = squares.transpose(0, 3, 1, 4, 2, 5, 6).reshape(rows * columns, -1)
+        return Patches(pixels, (rows, columns))
+
+    def places(self, rows: Sequence[Sequence[Patches]]) -> tuple[int, ...]:
+        """Returns the numbers of images and of patches that the fullest row needs."""
+        images = max((len(row) for row in rows), default=0)
+        patches = 0
+        for row in rows:
+            patches = max(patches, sum(len(image.pixels) for image in row))
+        return max(images, 1), max(patches, self.merge**2)
+
+    def arrays(
+        self, rows: Sequence[Sequence[Patches]], places: tuple[int, ...]
+    ) -> dict[str, np.ndarray]:
+        """Returns the images of rows, padded to numbers of ``places``.
+
+        Returns:
+          ``patches`` uint8 ``[rows, patches, patch * patch * 3]``, image after image; ``grids``
+          int32 ``[rows, images, 2]``, rows and columns of patches, 0 after a row's last image.
+        """
+        images, patches = places
+        width = self.patch_size**2 * len(self.mean)
+        pixels = np.zeros((len(rows), patches, width), np.uint8)
+        grids = np.zeros((len(rows), images, 2), np.int32)
+        for number, row in enumerate(rows):
+            start = 0
+            for place, image in enumerate(row):
+                end = start + len(image.pixels)
+                pixels[number, start:end] = image.pixels
+                grids[number, place] = image.grid
+                start = end
+        return {"patches": pixels, "grids": grids}
+
+    def inputs(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        """Returns the arguments of the model's ``encode_images``: normalised patches and grids."""
+        return self.normalise(batch["patches"]), batch["grids"]
+
+    def normalise(self, pixels: jax.Array) -> jax.Array:
+        """Converts uint8 patches ``[..., patch * patch * channels]`` to normalised float32."""
+        repeats = pixels.shape[-1] // len(self.mean)
+        mean = jnp.tile(jnp.asarray(self.mean, jnp.float32), repeats)
+        std = jnp.tile(jnp.asarray(self.std, jnp.float32), repeats)
+        x = jnp.asarray(pixels).astype(jnp.float32) * self.scale
+        return (x - jnp.broadcast_to(mean, x.shape)) / jnp.broadcast_to(std, x.shape)
+
+
+def _qwen(f: Fields, values: dict[str, Any]) -> PatchProcessor:
+    """Returns the processor of Qwen2-VL and its successors."""
+    if not f.flag("do_resize"):
+        raise f.error("do_resize", "true: images must have whole squares of patches", "false")
+    size = f.mapping("size")
+    least = f.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+    most = f.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+    limits = Fields(
+        {"shortest_edge": least, "longest_edge": most}, {}, f"{f.where}: size"
+    )
+    smallest = limits.integer("shortest_edge", high=2**40)
+    largest = limits.integer("longest_edge", high=2**40)
+    if largest < smallest:
+        raise f.error("size", f"longest_edge of at least {smallest} pixels", largest)
+    return PatchProcessor(
+        patch_size=f.integer("patch_size", high=2**10),
+        merge=f.integer("merge_size", high=2**5),
+        min_pixels=smallest,
+        max_pixels=largest,
+        **values,
+    )
+
+
+_QWEN: dict[str, Any] = {
+    "resample": 3,
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "patch_size": 14,
+    "merge_size": 2,
+}
+# By transformers' class: the reader, which gets the fields that all classes share, and defaults.
+PATCH_PROCESSORS: dict[
+    str,
+    tuple[Callable[[Fields, dict[str, Any]], PatchProcessor], dict[str, Any]],
+] = {"Qwen2VLImageProcessor": (_qwen, _QWEN)}
