@@ -238,7 +238,9 @@ class Decoder(nn.Module):
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
         if coordinates is None and self.config.has_axes:
-            coordinates = self._coordinates(tokens, positions, segment_ids, features, cache)
+            coordinates = self._coordinates(
+                tokens, positions, segment_ids, features, cache
+            )
         given = (positions, segment_ids, token_weights, cache, deterministic, lengths)
         shared = self._shared_inputs(tokens, *given, coordinates)
         sharding = self.shardings.rows

@@ -114,12 +114,12 @@ def _patch_files(files: ModelFiles, vision: PatchSpec) -> ModelFiles:
             remedy="copy the processor's file from the model that the weights are from",
         )
     where = str(folder)
-    token = token_text(files.tokenizer, vision.image_token, "image_token_id", where)
+    token = special_text(files.tokenizer, vision.image_token, "image_token_id", where)
     texts = []  # around an image
     for name in vision.around:
         field = Fields(files.raw, {}, f"{folder}: config.json")
         number = field.integer(name, low=0)
-        texts.append(token_text(files.tokenizer, number, name, where))
+        texts.append(special_text(files.tokenizer, number, name, where))
     before, after = texts
     tokens = SizedImageTokens(
         token,
@@ -135,7 +135,7 @@ def _patch_files(files: ModelFiles, vision: PatchSpec) -> ModelFiles:
     )
 
 
-def token_text(tokenizer: Tokenizer, token_id: int, field: str, where: str) -> str:
+def special_text(tokenizer: Tokenizer, token_id: int, field: str, where: str) -> str:
     """Returns the text of a special token, whose id is in ``field`` of config.json.
 
     Raises:
@@ -143,7 +143,9 @@ def token_text(tokenizer: Tokenizer, token_id: int, field: str, where: str) -> s
     """
     text = tokenizer.backend.id_to_token(token_id)
     if text is None or tokenizer.encode(text, special=False) != [token_id]:
-        expected = f"a special token with the id {token_id}, as config.json's {field} states"
+        expected = (
+            f"a special token with the id {token_id}, as config.json's {field} states"
+        )
         raise NaloraError(
             f"{where}: tokenizer.json", expected=expected, found=repr(text)
         )
@@ -159,14 +161,14 @@ def image_tokens(
       NaloraError: a token that its config.json names is not in its tokenizer.
     """
 
-    token = token_text(tokenizer, vision.image_token, "image_token_index", where)
+    token = special_text(tokenizer, vision.image_token, "image_token_index", where)
     if vision.model_type != "gemma3":
         return ImageTokens(token, vision.image_token, vision.tokens, token)
     # transformers' defaults, which a config.json of Gemma 3 may leave out
     defaults = {"boi_token_index": 255_999, "eoi_token_index": 256_000}
     fields = Fields(raw, defaults, f"{where}: config.json")
     first, last = (
-        token_text(tokenizer, fields.integer(name, low=0), name, where)
+        special_text(tokenizer, fields.integer(name, low=0), name, where)
         for name in defaults
     )
     return ImageTokens(

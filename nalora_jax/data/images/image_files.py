@@ -22,7 +22,11 @@ import numpy as np
 import tokenizers
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.data.images.patches import PATCH_PROCESSORS, PatchProcessor
+from nalora_jax.data.images.patches import (
+    PATCH_PROCESSORS,
+    PatchProcessor,
+    few_sizes,
+)
 from nalora_jax.data.tokenizer import read_backend, read_json, read_settings, token_text
 from nalora_jax.errors import NaloraError
 
@@ -328,7 +332,11 @@ class ImageProcessor:
 
     def places(self, rows: Sequence[Sequence[np.ndarray]]) -> tuple[int, ...]:
         """Returns the number of images that the fullest row of prepared images needs."""
-        return (max(1, *map(len, rows)),)
+        return (max([1, *map(len, rows)]),)
+
+    def rounded(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns ``places`` rounded up to few numbers, so that few programs are compiled."""
+        return tuple(map(few_sizes, places))
 
     def arrays(
         self, rows: Sequence[Sequence[np.ndarray]], places: tuple[int, ...]
@@ -348,7 +356,7 @@ class ImageProcessor:
                 pixels[number, place] = image
         return {"pixels": pixels, "images": counts}
 
-    def inputs(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+    def inputs(self, batch: Mapping[str, Any]) -> tuple[jax.Array, ...]:
         """Returns the arguments of the model's ``encode_images``: normalised images and their
         numbers."""
         return self.normalise(batch["pixels"]), batch["images"]

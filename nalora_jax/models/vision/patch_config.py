@@ -14,7 +14,7 @@ from nalora_jax.models.vision.vision_config import VisionShapes, dense_shapes
 
 # Positions that are added to the patches: none, or a square table resized to the image's grid with
 # its corners aligned (Qwen3-VL).
-Table = Literal["none", "corners"]
+PatchTable = Literal["none", "corners"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PatchTower:
     patch_bias: bool = False
     rms_norm: bool = False  # norms without mean and bias; False: layer norms
     gated: bool = False  # phi(x W_gate) * (x W_up); False: phi(x W_in)
-    table: Table = "none"
+    table: PatchTable = "none"
     side: int = 0  # rows and columns of the table of positions
     rope_theta: float = 0.0  # of rows and columns; 0: no rotary embedding
     # Sides of an attention window in merged patches; 0: every layer attends to whole images.
@@ -127,7 +127,9 @@ class PatchSpec:
         """Returns the shape of every parameter by path: ``image/...``, ``projector/...`` and
         ``deepstack/...``."""
         tower = self.tower
-        shapes = {f"image/{path}": shape for path, shape in tower.param_shapes().items()}
+        shapes = {
+            f"image/{path}": shape for path, shape in tower.param_shapes().items()
+        }
         shapes |= norm_shapes("projector/norm", tower.d_model, tower.rms_norm)
         if self.taps:
             norms = norm_shapes("deepstack/norm", self.merged)

@@ -192,7 +192,8 @@ class PatchEmbedding(nn.Module):
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return y + lax.stop_gradient(bias).astype(y.dtype)
+        bias = lax.stop_gradient(bias).astype(y.dtype)
+        return y + jnp.broadcast_to(bias, y.shape)
 
 
 def _precision(numerics: Numerics) -> str | None:
@@ -336,7 +337,7 @@ def rope_of_grid(places: PatchPlaces, head_dim: int, theta: float) -> jax.Array:
     frequencies.
     """
     quarter = np.arange(0, head_dim // 2, 2) / (head_dim // 2)
-    frequency = jnp.asarray(theta**-quarter, jnp.float32)
+    frequency = jnp.asarray(theta**-quarter, jnp.float32)[None, None, :]
     rows = places.row[..., None].astype(jnp.float32) * frequency
     columns = places.column[..., None].astype(jnp.float32) * frequency
     angle = jnp.concatenate([rows, columns], axis=-1)

@@ -229,7 +229,10 @@ UNUSED = "unused"
 class VisionSpec:
     """The image tower and projector of a decoder; each image becomes ``tokens`` embeddings."""
 
-    packed: ClassVar[bool] = False  # images have one size; `PatchSpec`: patches of any shape
+    packed: ClassVar[bool] = (
+        False  # images have one size; `PatchSpec`: patches of any shape
+    )
+    taps: ClassVar[tuple[int, ...]] = ()
 
     model_type: str  # of the multimodal model: "llava", "gemma3"
     tower: EncoderConfig  # as stored in the files
