@@ -203,7 +203,7 @@ def test_peft_loads_the_adapter_and_transformers_computes_the_same(chatting, cha
     adapted = load(str(folder), dtype="float32")
     tokenizer, processor = adapted.base.tokenizer, adapted.base.processor
     picture = Image.open(chats.parent / "green0.png").convert("RGB")
-    ids = np.array([question_tokens(QUESTION, 1, tokenizer, chat=True)], np.int32)
+    ids = np.array([question_tokens(QUESTION, [(16, 16)], tokenizer, chat=True)], np.int32)
     pixels = processor.normalise(processor(picture)["pixels"][None, None])
 
     @jax.jit

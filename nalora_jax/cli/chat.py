@@ -212,7 +212,7 @@ class _Talk:
         if not path:
             raise NaloraError("/image", expected="an image file", found="none")
         self.pictures.append(
-            processor(image_files.open_image(expand_user(path)))["pixels"]
+            processor.prepare(image_files.open_image(expand_user(path)))
         )
         count = len(self.pictures)
         if count == 1:

@@ -99,11 +99,10 @@ def generate(args: cli.GenerateArgs) -> None:
     pixels = []
     if pictures:
         in_turns = tokenizer.chat_template is not None and args.chat is not False
-        tokens = image_chat.question_tokens(
-            prompt, len(pictures), tokenizer, chat=in_turns
-        )
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        tokens = image_chat.question_tokens(prompt, sizes, tokenizer, chat=in_turns)
         assert processor is not None
-        pixels = [processor(picture)["pixels"] for picture in pictures]
+        pixels = [processor.prepare(picture) for picture in pictures]
     else:
         in_turns = bool(args.chat)
         if args.chat is None and adapter is not None:

@@ -284,15 +284,70 @@ class ImageTokens:
     @property
     def expansion(self) -> str:
         """Returns the text of one image."""
-        return self.before + self.token * self.count + self.after
+        return self.text_of(self.count)
 
-    def expanded(self, text: str) -> str:
-        """Returns ``text`` with every placeholder replaced by the tokens of an image."""
+    def text_of(self, tokens: int) -> str:
+        """Returns the text of an image with a number of tokens."""
+        return self.before + self.token * tokens + self.after
+
+    @property
+    def sized(self) -> bool:
+        """True if the number of tokens depends on the image's size: `SizedImageTokens`."""
+        return not self.count
+
+    def tokens_of(self, height: int, width: int) -> int:
+        """Returns the number of tokens of an image with this size."""
+        return self.count
+
+    def expanded(self, text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Returns a rendered chat with every placeholder replaced by the tokens of an image."""
         return self.expansion.join(text.split(self.placeholder))
 
     def reserved(self, text: str) -> bool:
         """Returns True if a text contains a placeholder or image token; users' text must not."""
         return self.placeholder in text or self.token in text
+
+
+@dataclass(frozen=True)
+class SizedImageTokens(ImageTokens):
+    """`ImageTokens` of a model whose images take a number of tokens that depends on their size.
+
+    ``count`` is 0. Parts of messages state the tokens of their image: ``{"type": "image", "tokens":
+    64}``.
+    """
+
+    # Its method ``tokens_of`` returns the tokens of an image by height and width:
+    # `nalora_jax.data.images.patches.PatchProcessor`.
+    processor: Any = None
+
+    def tokens_of(self, height: int, width: int) -> int:
+        """Returns the number of tokens of an image with this size."""
+        tokens: int = self.processor.tokens_of(height, width)
+        return tokens
+
+    def expanded(self, text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Returns a rendered chat with every placeholder replaced by the tokens of its image.
+
+        Raises:
+          NaloraError: the template wrote another number of placeholders than there are images.
+        """
+        counts = []
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, list):
+                counts += [part["tokens"] for part in content if "tokens" in part]
+        first, *others = text.split(self.placeholder)
+        if len(others) != len(counts):
+            raise NaloraError(
+                "chat template",
+                expected=f"{self.placeholder!r} once for each of {len(counts)} images",
+                found=f"{len(others)} times",
+                remedy="the template must write the images of every turn",
+            )
+        pieces = [first]
+        for tokens, piece in zip(counts, others, strict=True):
+            pieces += [self.text_of(tokens), piece]
+        return "".join(pieces)
 
 
 def split_contents(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

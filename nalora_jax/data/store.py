@@ -171,7 +171,8 @@ def _check_images(
     A template may have dropped or doubled the placeholder of an image.
     """
     count = int(np.sum(example.ids == tokens.token_id))
-    if count == images * tokens.count:
+    # Of images whose tokens depend on their size, `SizedImageTokens.expanded` checks the number.
+    if tokens.sized or count == images * tokens.count:
         return
     raise NaloraError(
         where,

@@ -310,8 +310,11 @@ class Tokenizer:
         begin = ""
         if self.add_bos:
             begin = (self.special_tokens or {}).get("bos_token", "")
-        bodies = [text.removeprefix(begin) for text in texts]
-        return [begin + self.images.expanded(body) for body in bodies]
+        expanded = []
+        for text, (messages, _) in zip(texts, chats, strict=True):
+            body = text.removeprefix(begin)
+            expanded.append(begin + self.images.expanded(body, messages))
+        return expanded
 
     @staticmethod
     def from_folder(path: str | Path, base: Tokenizer | None = None) -> Tokenizer:

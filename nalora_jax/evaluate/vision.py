@@ -62,8 +62,8 @@ class VisionEvaluator(TextEvaluator):
         for item in items:
             pixels = []  # uint8 [height, width, 3] of each image
             for image in item.images:
-                processed = processor(rgb_image(image, "image", MAX_PIXELS))
-                pixels.append(processed["pixels"])
+                upright = rgb_image(image, "image", MAX_PIXELS)
+                pixels.append(processor.prepare(upright))
             self._pixels[id(item)] = pixels
 
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
@@ -76,11 +76,11 @@ class VisionEvaluator(TextEvaluator):
         rows = bucket(min(_BATCH, len(items)), multiple=prompt_shards(self._mesh))
         lengths = [len(item.prompt_ids) + len(item.completion_ids) for item in items]
         seq = bucket(max(lengths) - 1, minimum=16)
-        images = max(1, *map(len, self._pixels.values()))
+        places = self._processor.places(list(self._pixels.values()))
         variables = prepare(variables, self._model.numerics, tables=False)
         scores: list[list[Score]] = []
         for start in range(0, len(items), rows):
-            batch = self._batch(items[start : start + rows], rows, seq, images)
+            batch = self._batch(items[start : start + rows], rows, seq, places)
             placed = place_batch(batch, self._mesh)
             log_probs, greedy = _log_probs(
                 self._model, self._processor, variables, placed
@@ -101,7 +101,7 @@ class VisionEvaluator(TextEvaluator):
         items: Sequence[CompletionItem],
         rows: int,
         seq: int,
-        images: int,
+        places: tuple[int, ...],
     ) -> dict[str, np.ndarray]:
         """Returns one batch for `_log_probs`.
 
@@ -109,19 +109,19 @@ class VisionEvaluator(TextEvaluator):
           items: of the batch.
           rows: number of rows, of which the last ones may be padding.
           seq: length of a row.
-          images: places for images of a row.
+          places: sizes of the processor's arrays.
 
         Returns:
           ``tokens`` (the model's input), ``targets`` (the next tokens) and ``segments`` (1, or 0
           for padding), int32 ``[rows, seq]``; ``scored``, bool ``[rows, seq]``, True for targets
-          of the completion; and ``pixels``, uint8 ``[rows, images, height, width, 3]``.
+          of the completion; and the processor's arrays of images.
         """
         shape = (rows, seq)
         tokens = np.zeros(shape, np.int32)
         targets = np.zeros(shape, np.int32)
         segments = np.zeros(shape, np.int32)
         scored = np.zeros(shape, bool)
-        pixels = np.zeros((rows, images, *self._processor.output, 3), np.uint8)
+        images: list[Sequence[Any]] = [()] * rows
         for row, item in enumerate(items):
             ids = [*item.prompt_ids, *item.completion_ids]
             last = len(ids) - 1
@@ -130,14 +130,13 @@ class VisionEvaluator(TextEvaluator):
             segments[row, :last] = 1
             # The last token of the prompt predicts the first of the completion.
             scored[row, len(item.prompt_ids) - 1 : last] = True
-            for place, image in enumerate(self._pixels[id(item)]):
-                pixels[row, place] = image
+            images[row] = self._pixels[id(item)]
         return {
             "tokens": tokens,
             "targets": targets,
             "segments": segments,
             "scored": scored,
-            "pixels": pixels,
+            **self._processor.arrays(images, places),
         }
 
 
@@ -149,9 +148,7 @@ def _log_probs(
     batch: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the result of `target_log_probs`, ``[rows, seq]``, for prompts with images."""
-    features = model.apply(
-        variables, processor.normalise(batch["pixels"]), method="encode_images"
-    )
+    features = model.apply(variables, *processor.inputs(batch), method="encode_images")
     hidden = model.apply(
         variables, batch["tokens"], segment_ids=batch["segments"], features=features
     )

@@ -30,7 +30,8 @@ from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.vision.vision_decoder import VisionDecoder
+from nalora_jax.models.vision.patch_config import PatchSpec
+from nalora_jax.models.vision.patch_decoder import decoder_for
 from nalora_jax.weights.base import vision_files
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
@@ -89,7 +90,7 @@ def program_parts(config: RunConfig, processor: ImageProcessor) -> dict[str, Any
         }
         return VisionNextToken(**fields, processor=processor)
 
-    return {"module": VisionDecoder, "objective": objective}
+    return {"module": decoder_for, "objective": objective}
 
 
 def adapter_evaluator(
@@ -121,6 +122,13 @@ def limits(config: RunConfig) -> Iterator[Limits]:
 def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
     """Returns the shapes of the images of a row and of their number."""
     assert base.vision is not None
+    if isinstance(base.vision, PatchSpec):
+        raise NaloraError(
+            "--images",
+            expected="a model whose images have one size",
+            found=base.model_type,
+            remedy="the plan of images of any shape is not implemented",
+        )
     tower = base.vision.tower
     pixels = (images, tower.image_size, tower.image_size, tower.channels)
     return {"pixels": (pixels, "uint8"), "images": ((), "int32")}
@@ -142,8 +150,7 @@ class VisionNextToken(NextToken):
         """
         features = self.model.apply(
             variables,
-            self.processor.normalise(batch["pixels"]),
-            batch["images"],
+            *self.processor.inputs(batch),
             deterministic=False,
             # Dropout of the image tower, independent of the decoder's.
             rngs={"dropout": jax.random.fold_in(key, 1)},

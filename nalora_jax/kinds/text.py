@@ -279,6 +279,10 @@ def export_run(
     return spec
 
 
+# Names of arrays of images in a batch, see ``inputs`` of a model's image processor.
+IMAGE_ARRAYS = ("pixels", "images", "patches", "grids")
+
+
 def _difference(
     loaded: LoadedModel,
     assembly: Assembly,
@@ -292,7 +296,7 @@ def _difference(
     ``folder``, on the original base. All processes use the first one's row.
     """
     batch = next(iter(batches))
-    names = ("tokens", "positions", "segment_ids", "pixels")
+    names = ("tokens", "positions", "segment_ids", *IMAGE_ARRAYS)
     # [accumulate, rows, ...] -> [1, ...], the first row of the first micro-batch.
     row = {name: batch[name][0, :1] for name in names if name in batch}
     row = multihost_utils.broadcast_one_to_all(row)
@@ -305,11 +309,10 @@ def _difference(
         def apply(variables: Any) -> jax.Array:
             """Returns the logits; every eighth token suffices and saves memory."""
             images = {}
-            if "pixels" in row:
-                assert loaded.processor is not None
-                pixels = loaded.processor.normalise(row["pixels"])
+            if loaded.processor is not None:
+                inputs = loaded.processor.inputs(row)
                 images["features"] = model.apply(
-                    variables, pixels, method="encode_images"
+                    variables, *inputs, method="encode_images"
                 )
             layout = {"positions": row["positions"], "segment_ids": row["segment_ids"]}
             hidden = model.apply(variables, row["tokens"], **layout, **images)

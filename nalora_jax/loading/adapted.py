@@ -17,7 +17,7 @@ from nalora_jax.mesh.distributed import platform_of
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.vision_decoder import decoder_for
+from nalora_jax.models.vision.patch_decoder import decoder_for
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.shardings import Shardings
 from nalora_jax.weights.base import load_model

@@ -82,6 +82,9 @@ class Cache:
     # int32 [batch]: real tokens so far, the position of the next one
     lengths: jax.Array
     index: jax.Array  # int32 []: slots used so far; index of the next write
+    # int32 [batch]: coordinates of the next token, if images made them differ from `lengths`; of
+    # models with `RopeSpec.axes` only
+    coordinates: jax.Array | None = None
 
 
 def grow(cache: Cache, length: int) -> Cache:
@@ -100,6 +103,8 @@ def repeat(cache: Cache, count: int) -> Cache:
     rows = {name: jnp.repeat(getattr(cache, name), count, axis=0) for name in names}
     # Arrays of states have leading axes [layers, batch].
     states = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), cache.states)
+    if cache.coordinates is not None:
+        rows["coordinates"] = jnp.repeat(cache.coordinates, count, axis=0)
     return replace(cache, states=states, **rows)
 
 
@@ -109,6 +114,7 @@ def extend(
     positions: jax.Array,
     segments: jax.Array,
     numerics: Numerics,
+    coordinates: jax.Array | None = None,
 ) -> Cache:
     """Returns the cache extended by new tokens.
 
@@ -118,7 +124,13 @@ def extend(
       positions: int ``[batch, seq]``.
       segments: int ``[batch, seq]``, 0 for padding.
       numerics: as for `init_cache`.
+      coordinates: int ``[3, batch, seq]`` of the tokens, if the cache has coordinates.
     """
+    following = cache.coordinates
+    if following is not None:
+        assert coordinates is not None
+        real = jnp.where(segments > 0, jnp.max(coordinates, axis=0) + 1, 0)
+        following = jnp.maximum(following, jnp.max(real, axis=1))
     if cache.positions.shape[1] == 0:
         cache = grow(cache, positions.shape[1])
     zero = jnp.zeros((), jnp.int32)
@@ -135,6 +147,7 @@ def extend(
         ),
         lengths=cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32),
         index=cache.index + positions.shape[1],
+        coordinates=following,
     )
 
 

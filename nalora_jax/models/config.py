@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from nalora_jax.models.embedding import LayerEmbeddings
     from nalora_jax.models.parts import PartOptions
+    from nalora_jax.models.vision.patch_config import PatchSpec
     from nalora_jax.models.vision.vision_config import VisionSpec
     from nalora_jax.ops.dispatch import Numerics
 
@@ -90,14 +91,14 @@ class ModelConfig:
     n_experts: int = 0  # 0: a dense FFN
     experts_per_token: int = 0
     router_bias: bool = False
-    vision: VisionSpec | None = (
-        None  # image tower and projector of a vision-language model
-    )
+    # image tower and projector of a vision-language model
+    vision: VisionSpec | PatchSpec | None = None
     mixer: Mixer | None = None  # in place of attention
     ffn: FeedForward | None = None  # in place of a gated block; of layers with experts
     layer_embeddings: LayerEmbeddings | None = (
         None  # vectors of tokens that every layer receives
     )
+    deepstack: bool = False  # image features are added to the outputs of its layers
     tail: Part | None = None  # after the feed-forward block, on the residual stream
     # Bits of a weight of each projection that its files store quantized, scales included, by path
     # of its kernel; for estimates only.
@@ -113,6 +114,11 @@ class ModelConfig:
     def attends(self) -> bool:
         """True for layers of softmax attention."""
         return self.mixer is None or self.mixer.attends
+
+    @property
+    def has_axes(self) -> bool:
+        """True if RoPE reads rows and columns of images (`RopeSpec.axes`)."""
+        return any(spec.axes for spec in self.ropes)
 
     @property
     def hands(self) -> str:

@@ -25,6 +25,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, Part
 from nalora_jax.models.embedding import Embedding, LMHead
 from nalora_jax.models.parts import (
     HandedKeys,
+    ImageFeatures,
     LayerInputs,
     PartOptions,
     ResidualNorm,
@@ -40,7 +41,7 @@ from nalora_jax.models.remat import (
     scan_layers,
     stack_layers,
 )
-from nalora_jax.models.ropes import rope_tables
+from nalora_jax.models.ropes import image_coordinates, rope_tables
 from nalora_jax.models.stacks import Stack, groups, parts, stacks
 from nalora_jax.models.targets import TOKEN_ROWS, TOKEN_TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
@@ -93,6 +94,8 @@ class Block(nn.Module):
             **stream,
         )
         x = self._add(x, self._result("ffn_post_norm", y, shared))
+        if layer.deepstack is not None:
+            x = x + layer.deepstack.astype(x.dtype)
         if c.tail is not None:
             x = self._module(c.tail)(x, layer, shared)
         # Without a reader the update would be stacked over all layers for nothing.
@@ -208,8 +211,9 @@ class Decoder(nn.Module):
         token_weights: jax.Array | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
-        features: jax.Array | None = None,
+        features: jax.Array | ImageFeatures | None = None,
         lengths: jax.Array | None = None,
+        coordinates: jax.Array | None = None,
     ) -> Any:
         """Returns the hidden states after the final norm.
 
@@ -223,10 +227,14 @@ class Decoder(nn.Module):
             tokens that are not padding.
           cache: keys and values of earlier calls (`init_cache`); all segments must then be 1.
           deterministic: no dropout; if False and a rate is set, the rng ``dropout`` is needed.
-          features: ``[batch, places, d_model]`` of images (`VisionDecoder.encode_images`), which
-            replace each row's image tokens in order; a row may have fewer such tokens than places.
+          features: ``[batch, places, d_model]`` of images (``encode_images`` of the model with its
+            tower), which replace each row's image tokens in order; a row may have fewer such tokens
+            than places.
           lengths: int ``[batch]``, tokens of each row's text, for RoPE that depends on it; by
             default the text ends with these tokens.
+          coordinates: int ``[3, batch, seq]`` of the tokens (`image_coordinates`), for RoPE with
+            axes; by default those of whole texts with the images of ``features``, or those that
+            follow the cached tokens.
 
         If ``shardings.rows`` splits the tokens of rows, the arguments have whole rows and the
         result has their parts (`nalora_jax.ops.split_rows.split_parts`).
@@ -234,8 +242,12 @@ class Decoder(nn.Module):
         Returns:
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
+        if coordinates is None and self.config.has_axes:
+            coordinates = self._coordinates(
+                tokens, positions, segment_ids, features, cache
+            )
         given = (positions, segment_ids, token_weights, cache, deterministic, lengths)
-        shared = self._shared_inputs(tokens, *given)
+        shared = self._shared_inputs(tokens, *given, coordinates)
         sharding = self.shardings.rows
         whole = tokens
         tokens = split_parts(whole, sharding)  # of this device, if the mesh splits rows
@@ -247,10 +259,18 @@ class Decoder(nn.Module):
         embedded = None  # [layers, batch, seq, width]
         if self.config.layer_embeddings is not None:
             embedded = self.layer_embeddings(tokens, x, self.numerics)
+        deepstack = None  # [layers, batch, seq, d_model]
+        if isinstance(features, ImageFeatures):
+            if features.deepstack is not None:
+                images = features.deepstack
+                nothing = jnp.zeros_like(x)
+                rows = [self._with_images(nothing, shared, y, whole)[0] for y in images]
+                deepstack = jnp.stack(rows).astype(self.numerics.result)
+            features = features.embeddings
         if features is not None:
             x, shared = self._with_images(x, shared, features, whole)
         x, updates = self._through_layers(
-            constrain(x, sharding), cache, shared, embedded
+            constrain(x, sharding), cache, shared, embedded, deepstack
         )
         hidden = self.final_norm(x)
         if self.is_initializing():  # creates the head's parameters
@@ -260,7 +280,35 @@ class Decoder(nn.Module):
         # Positions and segments may have a leading axis of 1; the cache has them by row.
         positions = jnp.broadcast_to(shared.positions, tokens.shape)
         segments = jnp.broadcast_to(shared.segments, tokens.shape)
-        return hidden, extend(cache, updates, positions, segments, self.numerics)
+        return hidden, extend(
+            cache, updates, positions, segments, self.numerics, coordinates
+        )
+
+    def _coordinates(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        features: jax.Array | ImageFeatures | None,
+        cache: Cache | None,
+    ) -> jax.Array | None:
+        """Returns the coordinates ``[3, batch, seq]`` of the tokens of a call; None for a text
+        alone, whose coordinates are its positions."""
+        segments = segment_ids
+        if segments is None:
+            segments = jnp.ones(tokens.shape, jnp.int32)
+        if isinstance(features, ImageFeatures):
+            vision = self.config.vision
+            assert vision is not None
+            if positions is None:
+                positions = default_positions(segments)
+            places = tokens == vision.image_token
+            return image_coordinates(places, positions, segments, features.grids)
+        if cache is None:
+            return None
+        assert cache.coordinates is not None
+        following = default_positions(segments) + cache.coordinates[:, None]
+        return jnp.broadcast_to(following, (3, *tokens.shape))
 
     def _shared_inputs(
         self,
@@ -271,6 +319,7 @@ class Decoder(nn.Module):
         cache: Cache | None,
         deterministic: bool,
         lengths: jax.Array | None,
+        coordinates: jax.Array | None,
     ) -> SharedInputs:
         """Returns the inputs that all layers share, of the parts of rows if the mesh splits them.
 
@@ -319,6 +368,7 @@ class Decoder(nn.Module):
                     segments,
                     lengths,
                     parts,
+                    coordinates,
                 )
                 for stack in stacks(self.config)
             },
@@ -368,6 +418,7 @@ class Decoder(nn.Module):
         cache: Cache | None,
         shared: SharedInputs,
         embedded: jax.Array | None,
+        deepstack: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
         inputs = {
@@ -377,6 +428,7 @@ class Decoder(nn.Module):
                 scales=layer_scales(self.adapters, stack.prefix),
                 embedded=None if embedded is None else embedded[np.array(stack.layers)],
                 cached=None if cache is None else cache.states.get(stack.prefix),
+                deepstack=_of_stack(deepstack, stack),
             )
             for stack in stacks(self.config)
         }
@@ -490,6 +542,13 @@ def _drops(config: ModelConfig, adapters: AdapterSpec) -> bool:
     return bool(config.attn_dropout or config.residual_dropout or adapters.dropout)
 
 
+def _of_stack(deepstack: jax.Array | None, stack: Stack) -> jax.Array | None:
+    """Returns the image features ``[layers, batch, seq, d_model]`` that a stack's layers add."""
+    if deepstack is None or not stack.config.deepstack:
+        return None
+    return deepstack[np.array(stack.layers)]
+
+
 def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     """Returns the values of a stack's layers; None if all of them are the default."""
     if set(by_layer) == {default}:
@@ -561,6 +620,7 @@ def init_cache(
         segments=slots,
         lengths=jnp.zeros((batch,), jnp.int32),
         index=jnp.zeros((), jnp.int32),
+        coordinates=jnp.zeros((batch,), jnp.int32) if config.has_axes else None,
     )
 
 

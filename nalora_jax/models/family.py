@@ -18,11 +18,12 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.common.registry import Registry
 from nalora_jax.config.rope_scaling import ORIGINAL
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.readers import base_values
+from nalora_jax.models.readers import base_values, fields_of_layers
 from nalora_jax.models.ropes import RopeRules
 from nalora_jax.models.tensor_rows import Rows
 
 if TYPE_CHECKING:
+    from nalora_jax.models.vision.patch_config import PatchSpec
     from nalora_jax.models.vision.vision_config import VisionSpec
 
 
@@ -35,7 +36,7 @@ class Architecture(Protocol):
 Features = dict[str, Any]  # fields of `ModelConfig`
 Reader = Callable[[Fields, str], Architecture]
 # from the file's fields, and the width of the text model
-VisionReader = Callable[[Fields, int], "VisionSpec"]
+VisionReader = Callable[[Fields, int], "VisionSpec | PatchSpec"]
 
 
 class Metadata:
@@ -270,7 +271,8 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
         text = read(text_part(raw, where), f"{where}: text_config")
         if not images:
             return text
-        return text | {"vision": _read_vision(raw, text, where)}
+        vision = _read_vision(raw, text, where)
+        return text | {"vision": vision} | _with_deepstack(text, len(vision.taps))
     if images:
         expected = f"a vision-language model: one of {', '.join(MULTIMODAL)}"
         remedy = "use such a model, or leave --vision.task (or --image) out"
@@ -299,6 +301,20 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
     return values
 
 
+def _with_deepstack(text: Features, layers: int) -> Features:
+    """Returns the fields of a text model to whose first ``layers`` layers image features are
+    added."""
+    if not layers:
+        return {}
+    numbers = text.get("layer_kinds") or (0,) * text["n_layers"]
+    kinds = text.get("kinds") or ((),)
+    by_layer = []
+    for layer, number in enumerate(numbers):
+        more = (("deepstack", True),) if layer < layers else ()
+        by_layer.append((*kinds[number], *more))
+    return fields_of_layers(by_layer)
+
+
 def _check(values: Features, f: Fields) -> None:
     """Refuses head counts, dropout rates and expert counts that no model can have."""
     heads = values["n_heads"]
@@ -320,7 +336,9 @@ def _check(values: Features, f: Fields) -> None:
         raise f.error("num_experts_per_tok", f"at most {experts} experts", chosen)
 
 
-def _read_vision(raw: Mapping[str, Any], text: Features, where: str) -> VisionSpec:
+def _read_vision(
+    raw: Mapping[str, Any], text: Features, where: str
+) -> VisionSpec | PatchSpec:
     """Returns the image tower and projector that a multimodal ``config.json`` describes."""
     reader, defaults, _ = MULTIMODAL[raw["model_type"]]
     f = Fields(raw, defaults, where)

@@ -33,6 +33,21 @@ class LayerInputs:
     # [batch, seq, width], `ModelConfig.layer_embeddings` of the layer
     embedded: jax.Array | None
     cached: Any  # the layer's state of earlier calls
+    # [batch, seq, d_model], added to the layer's output at image tokens, 0 elsewhere
+    deepstack: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of images of different shapes; `nalora_jax.models.vision.patch_decoder` makes them.
+
+    The places are the tokens of all images of a row, in order.
+    """
+
+    embeddings: jax.Array  # [batch, places, d_model]
+    grids: jax.Array  # int [batch, images, 2], rows and columns of tokens of each image
+    deepstack: jax.Array | None = None  # [layers, batch, places, d_model]
 
 
 @jax.tree_util.register_dataclass

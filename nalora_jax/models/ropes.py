@@ -55,6 +55,9 @@ class RopeSpec:
     ] = ()  # longrope: one divisor per frequency, up to max_positions
     long_factor: tuple[float, ...] = ()  # longrope: the same, for longer sequences
     pairs: int = 0  # proportional: the first pairs rotate, the others pass through
+    # Of every rotated pair, the coordinate of a token that rotates it: 0 its time, 1 the row of an
+    # image, 2 the column; (): its position. The coordinates of a text are its positions.
+    axes: tuple[int, ...] = ()
 
     @property
     def depends_on_length(self) -> bool:
@@ -132,7 +135,10 @@ def sequence_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
 
 def rope_table(
-    spec: RopeSpec, positions: jax.Array, lengths: jax.Array | None = None
+    spec: RopeSpec,
+    positions: jax.Array,
+    lengths: jax.Array | None = None,
+    coordinates: jax.Array | None = None,
 ) -> jax.Array:
     """Returns cosines and sines of one rotary embedding.
 
@@ -140,6 +146,8 @@ def rope_table(
       spec: the embedding.
       positions: int ``[batch, seq]``.
       lengths: int ``[batch, seq]`` from `sequence_lengths`; needed if ``spec.depends_on_length``.
+
+      coordinates: int ``[3, batch, seq]`` for ``spec.axes``; by default the positions.
 
     Returns:
       float32 ``[2, batch, seq, dim / 2]``: cosines, sines.
@@ -149,7 +157,11 @@ def rope_table(
     if spec.depends_on_length:
         assert lengths is not None
         frequency = _frequencies_at_length(spec, frequency, lengths[..., None])
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    places = positions[..., None]
+    if spec.axes and coordinates is not None:
+        # [3, batch, seq] -> [dim / 2, batch, seq] -> [batch, seq, dim / 2]
+        places = jnp.moveaxis(coordinates[np.array(spec.axes)], 0, -1)
+    angle = places.astype(jnp.float32) * frequency
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * spec.attention_factor
 
 
@@ -178,6 +190,7 @@ def rope_tables(
     segments: jax.Array,
     lengths: jax.Array | None = None,
     parts: Callable[[jax.Array], jax.Array] = lambda rows: rows,
+    coordinates: jax.Array | None = None,
 ) -> jax.Array:
     """Returns ``[tables, 2, batch or 1, seq, dim / 2]``: one table per rotary embedding.
 
@@ -189,6 +202,7 @@ def rope_tables(
       positions, segments: int ``[batch, seq]``, of whole rows.
       lengths: int ``[batch]``, lengths of the rows' sequences; by default those of the segments.
       parts: selects from an array of whole rows the part that this device computes.
+      coordinates: int ``[3, batch, seq]``, of rows with images (`image_coordinates`).
     """
     of_tokens = None  # int [batch, seq or 1], length of each token's sequence
     if any(spec.depends_on_length for spec in ropes):
@@ -197,11 +211,62 @@ def rope_tables(
         else:
             of_tokens = lengths[:, None]
     positions = parts(positions)
-    tables = [rope_table(spec, positions, of_tokens) for spec in ropes]
+    if coordinates is not None:
+        coordinates = jnp.stack([parts(axis) for axis in coordinates])
+    tables = [rope_table(spec, positions, of_tokens, coordinates) for spec in ropes]
     if len(ropes) in layer_ropes:
         ones = jnp.ones(tables[0].shape[1:], jnp.float32)  # the identity
         tables.append(jnp.stack([ones, jnp.zeros_like(ones)]))
     return jnp.stack(tables)
+
+
+def image_coordinates(
+    places: jax.Array, positions: jax.Array, segments: jax.Array, grids: jax.Array
+) -> jax.Array:
+    """Returns the coordinates of tokens of texts with images: int ``[3, batch, seq]``.
+
+    All tokens of an image have the time of its first token, and their row and column are counted
+    from it. The next text starts after the largest of these coordinates (Qwen2-VL, arXiv
+    2409.12191).
+
+    Example, an image of 1 by 2 tokens after one token of text, and a token of text::
+
+        time 0 1 1 3,  row 0 1 1 3,  column 0 1 2 3
+
+    Args:
+      places: bool ``[batch, seq]``, True for image tokens.
+      positions: int ``[batch, seq]``, restarting with every segment.
+      segments: int ``[batch, seq]``.
+      grids: int ``[batch, images, 2]``, rows and columns of the tokens of each image, in order.
+    """
+    counts = grids[..., 0] * grids[..., 1]
+    ends = jnp.cumsum(counts, axis=1)  # [batch, images]
+    number = jnp.cumsum(places, axis=1) - 1  # of each image token in its row
+    # [batch, seq]: the image that a token belongs to, and the token's number in it
+    image = jnp.sum(number[:, :, None] >= ends[:, None, :], axis=-1)
+    image = jnp.minimum(image, grids.shape[1] - 1)
+
+    def of_image(values: jax.Array) -> jax.Array:
+        """Returns the value ``[batch, images]`` of each token's image, ``[batch, seq]``."""
+        return jnp.take_along_axis(values, image, axis=1)
+
+    within = number - of_image(ends - counts)
+    columns = jnp.maximum(of_image(grids[..., 1]), 1)
+    row = within // columns
+    column = within % columns
+    # Positions that each image saves: its number of tokens less the longer side of its grid.
+    saving = of_image(counts - jnp.max(grids, axis=-1))
+    is_last = places & (within == of_image(counts) - 1)
+    saved = jnp.cumsum(jnp.where(is_last, saving, 0), axis=1)
+    before = jnp.where(is_last, saved - saving, saved)
+    # of a segment alone: less what was saved before its first token
+    lead = jnp.arange(places.shape[1])[None, :] - positions
+    at_start = jnp.take_along_axis(jnp.pad(saved, ((0, 0), (1, 0))), lead, axis=1)
+    time = positions - (before - at_start)
+    time = jnp.where(places, time - within, time)
+    zero = jnp.zeros_like(row)
+    steps = jnp.stack([zero, row, column])
+    return time[None] + jnp.where(places[None], steps, 0)
 
 
 def halves_from_adjacent(x: jax.Array, table: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ TensorChange = Literal[
     "pairs_transpose",
     "columns",
     "patches",
+    "frames",
     "lead",
 ]
 TensorNames = Literal["hf", "gguf"]  # names of transformers or of llama.cpp
@@ -31,7 +32,8 @@ class TensorRow:
     paths: tuple[str, ...]  # several if the file fuses them along its first axis
     # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of
     # rotated rows; "columns": the last axis of the paths' arrays alternates: first, second, first,
-    # ...; of encoders also "patches": kernel of a convolution, and "lead": axes of length 1.
+    # ...; of encoders also "patches": kernel of a convolution, "frames": of one over frames, and
+    # "lead": axes of length 1.
     change: TensorChange = ""
     experts: bool | None = (
         None  # True: only in layers with a mixture of experts; False: only in the others

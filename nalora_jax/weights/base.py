@@ -9,11 +9,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.data.chat_templates import ImageTokens
+from nalora_jax.data.chat_templates import ImageTokens, SizedImageTokens
 from nalora_jax.data.images.image_files import read_processor
+from nalora_jax.data.images.patches import PatchProcessor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
+from nalora_jax.models.vision.patch_config import PatchSpec
 from nalora_jax.models.vision.vision_config import VisionSpec
 from nalora_jax.ops.quantize import QuantizedFormat
 from nalora_jax.weights import gguf, hub  # noqa: F401  (the first enters GGUF files)
@@ -71,9 +73,17 @@ def vision_files(files: ModelFiles) -> ModelFiles:
     vision = files.config.vision
     folder = files.resolved.path
     assert vision is not None, "the files were opened with images"
+    if isinstance(vision, PatchSpec):
+        return _patch_files(files, vision)
     tokens = image_tokens(vision, files.raw, files.tokenizer, str(folder))
     processor = read_processor(folder)
     side = vision.tower.image_size
+    if isinstance(processor, PatchProcessor):
+        raise NaloraError(
+            f"{folder}: image processor",
+            expected="a processor of images of one size",
+            found="one of patches",
+        )
     if processor.output != (side, side):
         raise NaloraError(
             f"{folder}: image processor",
@@ -86,6 +96,62 @@ def vision_files(files: ModelFiles) -> ModelFiles:
     )
 
 
+def _patch_files(files: ModelFiles, vision: PatchSpec) -> ModelFiles:
+    """Adds image tokens and image processor to the files of a model with a tower of patches."""
+    folder = files.resolved.path
+    processor = read_processor(folder)
+    where = f"{folder}: image processor"
+    tower = vision.tower
+    if not isinstance(processor, PatchProcessor):
+        raise NaloraError(where, expected="a processor of patches", found="another")
+    sizes = {"patch_size": tower.patch_size, "merge_size": vision.merge}
+    found = {"patch_size": processor.patch_size, "merge_size": processor.merge}
+    if found != sizes:
+        raise NaloraError(
+            where,
+            expected=f"{sizes}, as in config.json",
+            found=found,
+            remedy="copy the processor's file from the model that the weights are from",
+        )
+    where = str(folder)
+    token = special_text(files.tokenizer, vision.image_token, "image_token_id", where)
+    texts = []  # around an image
+    for name in vision.around:
+        field = Fields(files.raw, {}, f"{folder}: config.json")
+        number = field.integer(name, low=0)
+        texts.append(special_text(files.tokenizer, number, name, where))
+    before, after = texts
+    tokens = SizedImageTokens(
+        token,
+        vision.image_token,
+        0,
+        before + token + after,
+        before,
+        after,
+        processor=processor,
+    )
+    return replace(
+        files, tokenizer=replace(files.tokenizer, images=tokens), processor=processor
+    )
+
+
+def special_text(tokenizer: Tokenizer, token_id: int, field: str, where: str) -> str:
+    """Returns the text of a special token, whose id is in ``field`` of config.json.
+
+    Raises:
+      NaloraError: the tokenizer has no such token.
+    """
+    text = tokenizer.backend.id_to_token(token_id)
+    if text is None or tokenizer.encode(text, special=False) != [token_id]:
+        expected = (
+            f"a special token with the id {token_id}, as config.json's {field} states"
+        )
+        raise NaloraError(
+            f"{where}: tokenizer.json", expected=expected, found=repr(text)
+        )
+    return text
+
+
 def image_tokens(
     vision: VisionSpec, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str
 ) -> ImageTokens:
@@ -95,25 +161,16 @@ def image_tokens(
       NaloraError: a token that its config.json names is not in its tokenizer.
     """
 
-    def text_of(token_id: int, field: str) -> str:
-        """Returns the text of a special token, whose id is in ``field`` of config.json."""
-        text = tokenizer.backend.id_to_token(token_id)
-        if text is None or tokenizer.encode(text, special=False) != [token_id]:
-            expected = f"a special token with the id {token_id}, as config.json's {field} states"
-            raise NaloraError(
-                f"{where}: tokenizer.json",
-                expected=expected,
-                found=repr(text),
-            )
-        return text
-
-    token = text_of(vision.image_token, "image_token_index")
+    token = special_text(tokenizer, vision.image_token, "image_token_index", where)
     if vision.model_type != "gemma3":
         return ImageTokens(token, vision.image_token, vision.tokens, token)
     # transformers' defaults, which a config.json of Gemma 3 may leave out
     defaults = {"boi_token_index": 255_999, "eoi_token_index": 256_000}
     fields = Fields(raw, defaults, f"{where}: config.json")
-    first, last = (text_of(fields.integer(name, low=0), name) for name in defaults)
+    first, last = (
+        special_text(tokenizer, fields.integer(name, low=0), name, where)
+        for name in defaults
+    )
     return ImageTokens(
         token, vision.image_token, vision.tokens, first, f"\n\n{first}", f"{last}\n\n"
     )

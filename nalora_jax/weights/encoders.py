@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.tensor_rows import Rows, TensorChange, TensorRow
+from nalora_jax.models.vision.patch_config import PatchSpec, PatchTower
 from nalora_jax.models.vision.vision_config import (
     UNUSED,
     DualConfig,
@@ -208,6 +209,57 @@ _PROJECTORS: dict[str, Rows] = {
     ),
 }
 
+_VISUAL_ATTENTION = _rows(
+    {"attn.proj": "attn/o_proj"}, "visual.blocks.{layer}.", "image/layers/"
+)
+_VISUAL_QKV = tuple(f"image/layers/attn/{n}_proj" for n in "qkv")
+_VISUAL = (
+    TensorRow("visual.patch_embed.proj.weight", ("image/patches/kernel",), "frames"),
+    TensorRow("visual.patch_embed.proj.bias", ("image/patches/bias",)),
+    *_rows(
+        {"norm1": "attn_norm", "norm2": "ffn_norm"},
+        "visual.blocks.{layer}.",
+        "image/layers/",
+    ),
+    *_VISUAL_ATTENTION,
+    TensorRow(
+        "visual.blocks.{layer}.attn.qkv.weight",
+        tuple(f"{path}/kernel" for path in _VISUAL_QKV),
+        "transpose",
+    ),
+    TensorRow(
+        "visual.blocks.{layer}.attn.qkv.bias",
+        tuple(f"{path}/bias" for path in _VISUAL_QKV),
+    ),
+)
+_GATED_MLP = {f"mlp.{n}_proj": f"ffn/{n}_proj" for n in ("gate", "up", "down")}
+_FC = {"linear_fc1": "ffn/in_proj", "linear_fc2": "ffn/out_proj"}
+_MERGER = "visual.deepstack_merger_list.{layer}."
+# Tower and projectors of models whose tower reads packed patches, by the model's ``model_type``.
+_PATCH_ROWS: dict[str, Rows] = {
+    "qwen2_5_vl": (
+        *_VISUAL,
+        *_rows(_GATED_MLP, "visual.blocks.{layer}.", "image/layers/"),
+        *_rows({"ln_q": "norm"}, "visual.merger.", "projector/"),
+        *_rows(
+            {"mlp.0": "ffn/in_proj", "mlp.2": "ffn/out_proj"},
+            "visual.merger.",
+            "projector/",
+        ),
+    ),
+    "qwen3_vl": (
+        *_VISUAL,
+        TensorRow("visual.pos_embed.weight", ("image/positions/embedding",)),
+        *_rows(
+            {f"mlp.{theirs}": ours for theirs, ours in _FC.items()},
+            "visual.blocks.{layer}.",
+            "image/layers/",
+        ),
+        *_rows({"norm": "norm"} | _FC, "visual.merger.", "projector/"),
+        *_rows({"norm": "norm"} | _FC, _MERGER, "deepstack/"),
+    ),
+}
+
 # Further tensors that a file may contain: buffers, heads of other tasks, and the dense layer of an
 # unused pooler.
 _IGNORED = (r"position_ids$", r"^classifier\.", r"^cls\.", r"mask_token$")
@@ -220,6 +272,7 @@ _WRAPPERS = (
 _RENAMES = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", TOWER),
     (r"^(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+    (r"^(model\.)?visual\.", "visual."),
 )
 
 
@@ -250,7 +303,7 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
     return KeyMap(tensors, ignored, renames=_WRAPPERS)
 
 
-def _names(config: DualConfig | EncoderConfig | VisionSpec) -> Rows:
+def _names(config: DualConfig | EncoderConfig | VisionSpec | PatchSpec) -> Rows:
     """Returns a model's rows, each of which has a tensor's name in files and the leaves that it
     fills.
 
@@ -260,6 +313,8 @@ def _names(config: DualConfig | EncoderConfig | VisionSpec) -> Rows:
     """
     if isinstance(config, EncoderConfig):
         return _ENCODER_ROWS[config.model_type]
+    if isinstance(config, PatchSpec):
+        return _PATCH_ROWS[config.model_type]
     if isinstance(config, VisionSpec):
         tower = _add_prefix(config.tower, "image/", TOWER)
         return tower + _PROJECTORS[config.projector]
@@ -288,7 +343,7 @@ def _add_prefix(tower: EncoderConfig, path: str, prefix: str) -> Rows:
 def _tensors(
     rows: Iterable[TensorRow],
     shapes: Mapping[str, tuple[int, ...]],
-    tower: EncoderConfig,
+    tower: EncoderConfig | PatchTower,
 ) -> Iterator[SourceTensor]:
     """Yields the tensors of the rows whose leaves a model has.
 
@@ -309,8 +364,11 @@ def _tensors(
         yield from row_tensors(row, row.paths, shapes, tower, layers)
 
 
-def _vision_tensors(vision: VisionSpec) -> Iterator[SourceTensor]:
+def _vision_tensors(vision: VisionSpec | PatchSpec) -> Iterator[SourceTensor]:
     """Yields tensors of tower and projector; weights of unused layers go to the branch `UNUSED`."""
+    if isinstance(vision, PatchSpec):
+        yield from _tensors(_names(vision), vision.param_shapes(), vision.tower)
+        return
     run = vision.running.param_shapes()
     stored = {}  # shapes of the leaves that the files have
     for path, shape in vision.tower.param_shapes().items():
@@ -341,7 +399,8 @@ def _modules(config: ModelConfig | DualConfig) -> dict[tuple[str, ...], str]:
 
     Module names contain ``{layer}``.
     """
-    host: DualConfig | VisionSpec
+    host: DualConfig | VisionSpec | PatchSpec
+    towers: Mapping[str, EncoderConfig | PatchTower]
     if isinstance(config, DualConfig):
         host = config
         towers = config.towers
@@ -363,7 +422,7 @@ def _modules(config: ModelConfig | DualConfig) -> dict[tuple[str, ...], str]:
     return modules
 
 
-def _module_name(tower: EncoderConfig | None, name: str) -> str:
+def _module_name(tower: EncoderConfig | PatchTower | None, name: str) -> str:
     """Returns the module name in transformers 5 if it differs from the files' (ViT, DINOv2)."""
     if tower is None or tower.model_type not in ("vit", "dinov2"):
         return name

@@ -31,6 +31,7 @@ from nalora_jax.models.stacks import param_shapes, stacks
 from nalora_jax.models.tensor_rows import TensorNames, TensorRow
 
 if TYPE_CHECKING:
+    from nalora_jax.models.vision.patch_config import PatchTower
     from nalora_jax.models.vision.vision_config import DualConfig, EncoderConfig
 
 _Array = Any  # NumPy or JAX arrays: conversions use only methods that both have
@@ -189,6 +190,7 @@ _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 VISION_TENSORS = (
     r"^(model\.)?vision_tower\.",
     r"^(model\.)?(multi_modal_projector|mm_projector)\.",
+    r"^(model\.)?visual\.",
 )
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -319,7 +321,7 @@ def row_tensors(
     row: TensorRow,
     paths: tuple[str, ...],
     shapes: Mapping[str, tuple[int, ...]],
-    config: ModelConfig | EncoderConfig,
+    config: ModelConfig | EncoderConfig | PatchTower,
     layers: Layers,
 ) -> Iterator[SourceTensor]:
     """Yields the tensors of a row in a stack: one per layer, or one per layer and expert.
@@ -360,7 +362,9 @@ def row_tensors(
 
 
 def _transform(
-    row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | EncoderConfig
+    row: TensorRow,
+    leaf: tuple[int, ...],
+    config: ModelConfig | EncoderConfig | PatchTower,
 ) -> Transform:
     """Returns the conversion of a row's tensors, whose leaf has the shape ``leaf`` in one layer."""
     if row.change == "transpose":
@@ -397,6 +401,18 @@ def _transform(
             lambda x: x.reshape(p, p, -1, width).transpose(3, 2, 0, 1),
             mixes_rows=True,
             shape=(width, config.channels, p, p),
+        )
+    if row.change == "frames":
+        # [width, channels, frames, p, p] -> [frames, p, p, channels, width] -> [..., width]
+        assert not isinstance(config, ModelConfig)
+        frames: int = config.frames  # type: ignore[union-attr]
+        p = config.patch_size
+        axes = (frames, p, p, config.channels, config.d_model)
+        return Transform(
+            lambda x: x.transpose(2, 3, 4, 1, 0).reshape(leaf),
+            lambda x: x.reshape(axes).transpose(4, 3, 0, 1, 2),
+            mixes_rows=True,
+            shape=(config.d_model, config.channels, frames, p, p),
         )
     if leaf and row.change != "lead":
         return Transform(_same, _same)
@@ -455,6 +471,9 @@ def file_name(config: ModelConfig | DualConfig, name: str) -> str:
     """
     if not isinstance(config, ModelConfig) or config.vision is None:
         return name
+    if config.vision.packed:
+        name = re.sub(r"^model\.", "model.language_model.", name)
+        return re.sub(r"^visual\.", "model.visual.", name)
     name = re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
     if name.startswith(TOWER):
         return name.replace(TOWER, f"{TOWER}vision_model.", 1)

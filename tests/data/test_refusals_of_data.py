@@ -97,7 +97,7 @@ def prepare_with_tensorflow(*_: Any) -> None:
 
 
 def ask_about_an_image(prompt: str, images: ImageTokens | None, tokenizer: Tokenizer) -> None:
-    question_tokens(prompt, 1, replace(tokenizer, images=images), chat=False)
+    question_tokens(prompt, [(16, 16)], replace(tokenizer, images=images), chat=False)
 
 
 def cut_captions(*_: Any) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,14 @@ from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.chat_text import make_turns, text_field
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
-from nalora_jax.data.images.image_files import ImageProcessor, file_below, open_image
+from nalora_jax.data.images.image_files import (
+    ImageProcessor,
+    file_below,
+    image_size,
+    open_image,
+)
 from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
+from nalora_jax.data.images.patches import PatchProcessor
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Record, Source, SourceView, components
 from nalora_jax.data.sources import open_source
@@ -45,9 +52,12 @@ if TYPE_CHECKING:
     from nalora_jax.data.pipeline import TrainData
     from nalora_jax.data.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 _PLACEHOLDER = "<image>"  # in LLaVA's texts, for every model
 
 Image = bytes | Path
+AnyProcessor = ImageProcessor | PatchProcessor
 
 
 class ChatImages(SourceView):
@@ -135,13 +145,14 @@ class ChatImages(SourceView):
                 expected=expected,
                 found=repr(prompt)[:80],
             )
-        texts = [
-            self._text(text, where) for text in (*prompt.split(_PLACEHOLDER), answer)
-        ]
-        answer = texts.pop()
+        first, *texts = [self._text(text, where) for text in prompt.split(_PLACEHOLDER)]
+        answer = self._text(answer, where)
         if not answer[:1].isspace():
             answer = f" {answer}"
-        prompt = self._tokens.expansion.join(texts)
+        pieces = [first]
+        for image, text in zip(images, texts, strict=True):
+            pieces += [self._tokens.text_of(self._count(image, where)), text]
+        prompt = "".join(pieces)
         return {
             data.prompt_field: prompt,
             data.completion_field: answer,
@@ -191,7 +202,7 @@ class ChatImages(SourceView):
                 if block is None:
                     block = left.pop(0)
                 images.append(block)
-                parts.append({"type": "image"})
+                parts.append(image_part(self._tokens, self._count(block, here)))
             content: str | Parts = Parts(parts)
             if answers:
                 content = "".join(part["text"] for part in parts)
@@ -204,6 +215,14 @@ class ChatImages(SourceView):
                 found=actual,
             )
         return turns, tuple(images)
+
+    def _count(self, image: Image, where: str) -> int:
+        """Returns the number of tokens of an image."""
+        if not self._tokens.sized:
+            return self._tokens.count
+        if not isinstance(image, bytes):
+            where = f"{where}: {image}"
+        return self._tokens.tokens_of(*image_size(image, where))
 
     def _parts(
         self, message: Mapping[str, Any], here: str
@@ -302,9 +321,15 @@ def rgb_image(image: Image, where: str, max_pixels: int) -> Any:
 
 
 def question_tokens(
-    prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool
+    prompt: str, sizes: Sequence[tuple[int, int]], tokenizer: Tokenizer, *, chat: bool
 ) -> list[int]:
-    """Returns the token ids of a prompt with ``images`` images before it.
+    """Returns the token ids of a prompt with images before it.
+
+    Args:
+      prompt: the text.
+      sizes: height and width of each image.
+      tokenizer: of the model.
+      chat: True if the model's chat template writes the prompt.
 
     Raises:
       NaloraError: the model has no image input, or the prompt contains image tokens.
@@ -317,14 +342,24 @@ def question_tokens(
     if tokens.reserved(prompt):
         expected = f"no {tokens.token} in it: images come first"
         raise NaloraError("--prompt", expected=expected, found=repr(prompt)[:80])
+    counts = [tokens.tokens_of(*size) for size in sizes]
     if not chat:
-        return tokenizer.encode(f"{tokens.expansion}\n" * images + prompt)
-    parts = Parts([*[{"type": "image"}] * images, {"type": "text", "text": prompt}])
+        images = "".join(f"{tokens.text_of(count)}\n" for count in counts)
+        return tokenizer.encode(images + prompt)
+    images_first = [image_part(tokens, count) for count in counts]
+    parts = Parts([*images_first, {"type": "text", "text": prompt}])
     text = tokenizer.render_chat(
         [{"role": "user", "content": parts}], add_generation_prompt=True
     )
     # the template writes the begin-of-sequence token
     return tokenizer.encode(text, special=False)
+
+
+def image_part(tokens: ImageTokens, count: int) -> dict[str, Any]:
+    """Returns the part of a message that stands for an image of ``count`` tokens."""
+    if tokens.sized:
+        return {"type": "image", "tokens": count}
+    return {"type": "image"}
 
 
 def _split(text: str) -> Iterator[str | None]:
@@ -368,52 +403,65 @@ class RowImages:
 
     source: Source  # with images in its records (`nalora_jax.data.images.image_chat`)
     records: np.ndarray  # int64 [examples], indices into the source
-    processor: ImageProcessor
+    processor: AnyProcessor
     max_pixels: int
-    places: int
+    places: tuple[int, ...]  # of the processor's arrays
 
     def batch(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the images of rows, each of which is an array of examples."""
-        shape = self.processor.output
-        assert shape is not None
-        pixels = np.zeros((len(rows), self.places, *shape, 3), np.uint8)
-        counts = np.zeros(len(rows), np.int32)
-        for row, examples in enumerate(rows):
+        prepared = []  # of each row
+        for examples in rows:
+            images = []
             for example in examples.tolist():
                 record = int(self.records[example])
                 for encoded in self.source.read([record])[0][IMAGES]:
                     image = rgb_image(
                         encoded, self.source.where(record), self.max_pixels
                     )
-                    pixels[row, counts[row]] = self.processor(image)["pixels"]
-                    counts[row] += 1
-        return {"pixels": pixels, "images": counts}
+                    images.append(self.processor.prepare(image))
+            prepared.append(images)
+        return self.processor.arrays(prepared, self.places)
 
 
 def row_images(
     source: Source,
     data: TrainData,
     tokens: ImageTokens,
-    processor: ImageProcessor,
+    processor: AnyProcessor,
     max_pixels: int,
 ) -> RowImages:
     """Returns the images of the rows of ``data``, whose tokens are those of ``source``."""
     store = data.store
+    lengths = store.lengths()
     of_image = (store.tokens == tokens.token_id).astype(np.int64)
     # of each example
-    images = np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count
-    places = image_places(data.pattern, store.lengths(), images)
+    image_tokens = np.add.reduceat(of_image, store.offsets[:-1])
+    if isinstance(processor, ImageProcessor):
+        images = image_tokens // tokens.count
+        places = (most_of_rows(data.pattern, lengths, images)[0],)
+        return RowImages(source, store.records, processor, max_pixels, places)
+    # Every image is a run of tokens, since texts stand around it.
+    begins = of_image.copy()
+    begins[1:] &= 1 - of_image[:-1]
+    runs = np.add.reduceat(begins, store.offsets[:-1])
+    images, _ = most_of_rows(data.pattern, lengths, runs)
+    most, fill = most_of_rows(data.pattern, lengths, image_tokens)
+    log.info("places for %d image tokens a row, %.0f%% filled", most, 100 * fill)
+    places = (images, most * processor.merge**2)
     return RowImages(source, store.records, processor, max_pixels, places)
 
 
-def image_places(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> int:
-    """Returns the maximum number of images of a row over all epochs, at least 1.
+def most_of_rows(
+    pattern: Pattern, lengths: np.ndarray, numbers: np.ndarray
+) -> tuple[int, float]:
+    """Returns the maximum sum of examples' ``numbers`` in a row over all epochs, at least 1, and
+    the mean's share of it.
 
     The slots of a row have fixed lengths; every epoch draws another example of that length for each
     slot.
     """
     most = np.zeros(int(lengths.max()) + 1, np.int64)
-    np.maximum.at(most, lengths, images)
-    return max(
-        1, int(np.add.reduceat(most[pattern.lengths], pattern.starts[:-1]).max())
-    )
+    np.maximum.at(most, lengths, numbers)
+    of_rows = np.add.reduceat(most[pattern.lengths], pattern.starts[:-1])
+    maximum = max(1, int(of_rows.max()))
+    return maximum, float(numbers.sum() / (pattern.rows * maximum))

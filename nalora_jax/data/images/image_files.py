@@ -22,6 +22,11 @@ import numpy as np
 import tokenizers
 
 from nalora_jax.common.fields import Fields
+from nalora_jax.data.images.patches import (
+    PATCH_PROCESSORS,
+    PatchProcessor,
+    few_sizes,
+)
 from nalora_jax.data.tokenizer import read_backend, read_json, read_settings, token_text
 from nalora_jax.errors import NaloraError
 
@@ -45,6 +50,8 @@ IMAGE_EXTENSIONS = (
 # Pixels of an image. A small file can claim billions (a decompression bomb); it is refused before
 # decoding.
 MAX_PIXELS = 50_000_000
+_ORIENTATION = 0x0112  # EXIF's number of the field
+_QUARTER_TURNS = (5, 6, 7, 8)  # its values for images that are stored on their side
 # Of the longer side to the shorter: the processor would reduce thinner images to a few pixels.
 _MAX_RATIO = 100
 
@@ -112,6 +119,33 @@ def open_image(
         raise NaloraError(
             name, expected=expected, found=found, remedy=remedy
         ) from error
+
+
+def image_size(source: Path | bytes, where: str) -> tuple[int, int]:
+    """Returns height and width of the upright image, from its header.
+
+    Args:
+      source: a file's path, or its content.
+      where: names the image in messages.
+
+    Raises:
+      NaloraError: the file is missing, or has no header of a known format.
+    """
+    images = pillow()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opened = io.BytesIO(source) if isinstance(source, bytes) else source
+            with images.open(opened, formats=FORMATS) as image:
+                width, height = image.size
+                turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+    except Exception as error:  # decoders raise many exception types
+        expected = f"an image ({', '.join(FORMATS)})"
+        found = f"{type(error).__name__}: {error}"[:200]
+        raise NaloraError(where, expected=expected, found=found) from error
+    if turned:
+        return width, height
+    return height, width
 
 
 def file_below(folder: Path, name: str, where: str) -> Path:
@@ -216,6 +250,8 @@ _OF_CLIP = ("BitImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
 DEFAULTS |= dict.fromkeys(_OF_CLIP, DEFAULTS["CLIPImageProcessor"])
 DEFAULTS["ViTFeatureExtractor"] = DEFAULTS["ViTImageProcessor"]
 DEFAULTS["Gemma3ImageProcessor"] = DEFAULTS["SiglipImageProcessor"] | {"resample": 2}
+for _kind, (_, _defaults) in PATCH_PROCESSORS.items():
+    DEFAULTS[_kind] = {**_ALWAYS, **_CLIP, **_defaults}
 
 
 @dataclass(frozen=True)
@@ -290,6 +326,41 @@ class ImageProcessor:
         """Returns several images, stacked."""
         return stack_images([self(image) for image in images])
 
+    def prepare(self, image: Any) -> np.ndarray:
+        """Returns an image of a conversation, uint8 ``[height, width, 3]``."""
+        return self(image)["pixels"]
+
+    def places(self, rows: Sequence[Sequence[np.ndarray]]) -> tuple[int, ...]:
+        """Returns the number of images that the fullest row of prepared images needs."""
+        return (max([1, *map(len, rows)]),)
+
+    def rounded(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns ``places`` rounded up to few numbers, so that few programs are compiled."""
+        return tuple(map(few_sizes, places))
+
+    def arrays(
+        self, rows: Sequence[Sequence[np.ndarray]], places: tuple[int, ...]
+    ) -> dict[str, np.ndarray]:
+        """Returns prepared images of rows, padded to a number of ``places``.
+
+        Returns:
+          ``pixels`` uint8 ``[rows, images, height, width, 3]``, black after a row's last image;
+          ``images`` int32 ``[rows]``, the number of images in each row.
+        """
+        assert self.output is not None
+        pixels = np.zeros((len(rows), *places, *self.output, 3), np.uint8)
+        counts = np.zeros(len(rows), np.int32)
+        for number, row in enumerate(rows):
+            counts[number] = len(row)
+            for place, image in enumerate(row):
+                pixels[number, place] = image
+        return {"pixels": pixels, "images": counts}
+
+    def inputs(self, batch: Mapping[str, Any]) -> tuple[jax.Array, ...]:
+        """Returns the arguments of the model's ``encode_images``: normalised images and their
+        numbers."""
+        return self.normalise(batch["pixels"]), batch["images"]
+
     def normalise(self, pixels: jax.Array) -> jax.Array:
         """Converts uint8 pixels or patches ``[..., channels or patch * patch * channels]`` to
         normalised float32."""
@@ -322,7 +393,7 @@ class ImageProcessor:
         }
 
 
-def read_processor(folder: Path) -> ImageProcessor:
+def read_processor(folder: Path) -> ImageProcessor | PatchProcessor:
     """Returns the processor of a Hugging Face folder.
 
     Raises:
@@ -358,6 +429,9 @@ def read_processor(folder: Path) -> ImageProcessor:
     }
     if f.flag("do_normalize"):
         values |= {"mean": _channels(f, "image_mean"), "std": _channels(f, "image_std")}
+    if base_kind in PATCH_PROCESSORS:
+        reader, _ = PATCH_PROCESSORS[base_kind]
+        return reader(f, {"mean": (0.0,) * 3, "std": (1.0,) * 3} | values)
     if base_kind == "Siglip2ImageProcessor":
         values["patch_size"] = f.integer("patch_size", high=2**10)
         values["max_patches"] = f.integer("max_num_patches")

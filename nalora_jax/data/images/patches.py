@@ -30,6 +30,14 @@ class Patches(NamedTuple):
     grid: tuple[int, int]  # rows and columns of patches
 
 
+def few_sizes(size: int) -> int:
+    """Returns the smallest number of the form ``2^n`` or ``3 * 2^n`` that is at least ``size``."""
+    power = 1 << max(size - 1, 0).bit_length()
+    if power >= 4 and 3 * power // 4 >= size:
+        return 3 * power // 4
+    return power
+
+
 @dataclass(frozen=True)
 class PatchProcessor:
     """Preprocessing that is applied to every image; the functions of a run on images call it like
@@ -81,7 +89,7 @@ class PatchProcessor:
         return rows * columns // self.square**2
 
     def with_limit(self, pixels: int) -> PatchProcessor:
-        """Returns the processor with at most ``pixels`` a resized image; 0: its own limit."""
+        """Returns the processor with at most ``pixels`` pixels an image; 0: its own limit."""
         if not pixels:
             return self
         most = min(self.max_pixels, max(pixels, self.square**2))
@@ -111,6 +119,15 @@ class PatchProcessor:
             patches = max(patches, sum(len(image.pixels) for image in row))
         return max(images, 1), max(patches, self.merge**2)
 
+    def rounded(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns ``places`` rounded up to few numbers, so that few programs are compiled."""
+        images, patches = places
+        return few_sizes(images), few_sizes(patches // self.merge**2) * self.merge**2
+
+    def tokens_of_prepared(self, image: Patches) -> int:
+        """Returns the number of tokens of a prepared image."""
+        return len(image.pixels) // self.merge**2
+
     def arrays(
         self, rows: Sequence[Sequence[Patches]], places: tuple[int, ...]
     ) -> dict[str, np.ndarray]:
@@ -133,7 +150,7 @@ class PatchProcessor:
                 start = end
         return {"patches": pixels, "grids": grids}
 
-    def inputs(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+    def inputs(self, batch: Mapping[str, Any]) -> tuple[jax.Array, ...]:
         """Returns the arguments of the model's ``encode_images``: normalised patches and grids."""
         return self.normalise(batch["patches"]), batch["grids"]
 

@@ -69,7 +69,13 @@ class Conversation:
             )
         question: Message = {"role": "user", "content": text}
         if images:
-            parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
+            parts: list[dict[str, Any]] = []
+            for image in images:
+                part: dict[str, Any] = {"type": "image"}
+                if tokens is not None and tokens.sized:
+                    assert generator.processor is not None
+                    part["tokens"] = generator.processor.tokens_of_prepared(image)
+                parts.append(part)
             parts.append({"type": "text", "text": text})
             question["content"] = Parts(parts)
         pictures = [*self.images, *images]

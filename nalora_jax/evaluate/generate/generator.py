@@ -450,7 +450,12 @@ class Generator:
             )
             return
         places = ids.count(tokens.token_id)
-        if places != count * tokens.count:
+        if tokens.sized:
+            needed = sum(self.processor.tokens_of_prepared(image) for image in images)
+            if places != needed:
+                expected = f"{needed} tokens {tokens.token!r} for {count} images"
+                raise NaloraError(where, expected=expected, found=places)
+        elif places != count * tokens.count:
             raise NaloraError(
                 where,
                 expected=f"{tokens.count} tokens {tokens.token!r} for each of {count} images",
@@ -558,14 +563,11 @@ class _Batch:
         """Returns the features of every row's images, ``[batch, places, d_model]`` from `see`."""
         generator = self._generator
         assert generator.processor is not None
-        assert generator.processor.output is not None
-        rows = self._prompts.tokens.shape[0]
-        most = bucket(max(map(len, images)))  # images of a row
-        pixels = np.zeros((rows, most, *generator.processor.output, 3), np.uint8)
-        for row, images_of_row in enumerate(images):
-            for number, image in enumerate(images_of_row):
-                pixels[row, number] = image
-        on_mesh = place_batch(pixels, generator.mesh)
+        spare = self._prompts.tokens.shape[0] - len(images)
+        rows = [*images, *[()] * spare]
+        processor = generator.processor
+        places = processor.rounded(processor.places(rows))
+        on_mesh = place_batch(processor.arrays(rows, places), generator.mesh)
         return encode_images(
             generator.model, generator.processor, generator._weights, on_mesh
         )

@@ -26,8 +26,10 @@ from nalora_jax.evaluate.generate.sampling import (
     mark_token,
     next_tokens,
 )
-from nalora_jax.models.cache import Cache, grow, repeat
+from nalora_jax.models.cache import Cache, default_positions, grow, repeat
 from nalora_jax.models.decoder import Decoder, init_cache
+from nalora_jax.models.parts import ImageFeatures
+from nalora_jax.models.ropes import image_coordinates
 from nalora_jax.ops.storage import prepare
 
 if TYPE_CHECKING:
@@ -58,9 +60,8 @@ class Prompts:
     live: _Array  # bool [batch]; false for padding rows
     stop_ids: _Array  # int32 [stops]
     sampling: Sampling
-    features: _Array | None = (
-        None  # [batch, places, d_model] of images, from `encode_images`
-    )
+    # of images, from `encode_images`: [batch, places, d_model], or `ImageFeatures`
+    features: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -98,16 +99,15 @@ def encode_images(
     model: Decoder,
     processor: ImageProcessor,
     weights: Weights,
-    pixels: _Array,
-) -> jax.Array:
+    images: Mapping[str, _Array],
+) -> Any:
     """Returns the features of image tokens, ``[batch, places, d_model]``.
 
-    ``pixels`` are uint8 ``[batch, images, height, width, 3]``; the places are those of all images
-    of a prompt in order.
+    ``images`` are the processor's arrays of prompts; the places are those of all images of a prompt
+    in order.
     """
-    normalised = processor.normalise(jnp.asarray(pixels))
-    features: jax.Array = model.apply(weights.body, normalised, method="encode_images")
-    return features
+    inputs = processor.inputs(images)
+    return model.apply(weights.body, *inputs, method="encode_images")
 
 
 @partial(jax.jit, static_argnames=("model", "slots", "chunk"))
@@ -200,6 +200,13 @@ def _in_chunks(
     lengths = jnp.asarray(prompts.lengths)
     segments = _segments(prompts)
     of_chunk = partial(lax.dynamic_slice_in_dim, slice_size=chunk, axis=1)
+    coordinates = None  # [3, batch, seq]
+    if isinstance(prompts.features, ImageFeatures) and model.config.has_axes:
+        assert model.config.vision is not None
+        places = tokens == model.config.vision.image_token
+        positions = default_positions(segments)
+        grids = prompts.features.grids
+        coordinates = image_coordinates(places, positions, segments, grids)
 
     def step(i: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
         """Processes chunk ``i``: extends the cache, and ``last`` for prompts that end in it."""
@@ -212,6 +219,9 @@ def _in_chunks(
             cache=cache,
             features=_features_from(model, prompts, start, chunk),
             lengths=jnp.sum(segments, axis=1),
+            coordinates=None
+            if coordinates is None
+            else lax.dynamic_slice_in_dim(coordinates, start, chunk, axis=2),
         )
         end = (
             lengths - 1 - start
@@ -240,7 +250,7 @@ def _features_from(
     prompts: Prompts,
     start: jax.Array,
     chunk: int,
-) -> jax.Array | None:
+) -> Any:
     """Returns the features of the image tokens of a chunk: of each row, those from ``start`` on.
 
     Args:
@@ -255,7 +265,11 @@ def _features_from(
     if prompts.features is None:
         return None
     vision = model.config.vision
-    features = jnp.asarray(prompts.features)
+    of_images = prompts.features
+    if isinstance(of_images, ImageFeatures):
+        features = of_images.embeddings
+    else:
+        features = jnp.asarray(of_images)
     assert vision is not None
     tokens = jnp.asarray(prompts.tokens)
     is_earlier = jnp.arange(tokens.shape[1])[None] < start
@@ -263,7 +277,17 @@ def _features_from(
     first = jnp.sum(earlier, axis=1)  # index of each row's first feature, [batch]
     places = jnp.arange(min(chunk, features.shape[1]))
     index = first[:, None] + places[None]  # [batch, places]
-    return jnp.take_along_axis(features, index[..., None], axis=1, mode="fill")
+
+    def of_chunk(rows: jax.Array) -> jax.Array:
+        """Returns the chunk's part of features ``[batch, places, d_model]``."""
+        return jnp.take_along_axis(rows, index[..., None], axis=1, mode="fill")
+
+    if not isinstance(of_images, ImageFeatures):
+        return of_chunk(features)
+    deepstack = of_images.deepstack
+    if deepstack is not None:
+        deepstack = jnp.stack([of_chunk(rows) for rows in deepstack])
+    return ImageFeatures(of_chunk(features), of_images.grids, deepstack)
 
 
 @partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("state",))

@@ -17,6 +17,7 @@ from nalora_jax.models.family import supported as supported
 from nalora_jax.models.readers import base_values
 from nalora_jax.models.tensor_rows import TensorRow as TensorRow
 from nalora_jax.models.vision.families import VISION_FAMILIES
+from nalora_jax.models.vision.patch_families import PATCH_FAMILIES
 
 GROUPS = (dense, mixtures, hybrids, gemma, latent_families)
 for _group in GROUPS:
@@ -28,6 +29,7 @@ for _group in GROUPS:
         }
     )
 MULTIMODAL.update(VISION_FAMILIES)
+MULTIMODAL.update(PATCH_FAMILIES)
 
 
 def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:

@@ -232,6 +232,7 @@ class VisionSpec:
     packed: ClassVar[bool] = (
         False  # images have one size; `PatchSpec`: patches of any shape
     )
+    taps: ClassVar[tuple[int, ...]] = ()
 
     model_type: str  # of the multimodal model: "llava", "gemma3"
     tower: EncoderConfig  # as stored in the files

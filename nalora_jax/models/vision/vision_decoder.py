@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from nalora_jax.method.ffn import SelfGatedFFN
 from nalora_jax.method.measurement import GateStatsConfig
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.parts import RMSNorm, layer_scales, part_adapters
 from nalora_jax.models.remat import stack_layers
@@ -171,13 +170,3 @@ def pooled_patches(x: jax.Array, tokens: int) -> jax.Array:
         .mean(axis=(2, 4))
         .reshape(images, tokens, d)
     )
-
-
-def decoder_for(config: ModelConfig, *arguments: Any, **options: Any) -> Decoder:
-    """Returns the module of a model: `VisionDecoder` if it has an image tower, else `Decoder`.
-
-    The other arguments are passed to the module.
-    """
-    if config.vision is None:
-        return Decoder(config, *arguments, **options)
-    return VisionDecoder(config, *arguments, **options)

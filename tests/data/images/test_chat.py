@@ -11,7 +11,7 @@ from PIL import Image
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens, split_contents
 from nalora_jax.data.forms import IMAGES
-from nalora_jax.data.images.image_chat import image_places, open_chats
+from nalora_jax.data.images.image_chat import most_of_rows, open_chats
 from nalora_jax.data.packing import pack, plan_rows
 from nalora_jax.errors import NaloraError
 
@@ -80,7 +80,7 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path):
     source = opened(tmp_path, {"image": "a.png", "caption": "a cat"}, chat=False, prompt="Say:")
     record = source[0]
     assert (record["prompt"], record["completion"]) == ("[<img><img>]\nSay:", " a cat")
-    assert TOKENS.expanded("x<boi>y") == "x[<img><img>]y"
+    assert TOKENS.expanded("x<boi>y", []) == "x[<img><img>]y"
     assert split_contents([{"role": "user", "content": "Hi"}])[0]["content"] == [
         {"type": "text", "text": "Hi"}
     ]
@@ -123,8 +123,8 @@ def test_no_epoch_has_a_row_with_more_images_than_places():
     rng = np.random.default_rng(0)
     lengths, images = rng.integers(3, 20, 200), rng.integers(0, 3, 200)
     pattern = pack(lengths, 40)
-    places = image_places(pattern, lengths, images)
+    places, _ = most_of_rows(pattern, lengths, images)
     plans = [plan_rows(pattern, lengths, 0, epoch) for epoch in range(20)]
     most = max(images[plan.row(row)].sum() for plan in plans for row in range(pattern.rows))
     assert most <= places <= 2 * np.diff(pattern.starts).max()
-    assert image_places(pack(lengths, 40, several=False), lengths, images) == 2
+    assert most_of_rows(pack(lengths, 40, several=False), lengths, images)[0] == 2

@@ -17,7 +17,7 @@ from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.models.vision.vision_decoder import decoder_for
+from nalora_jax.models.vision.patch_decoder import decoder_for
 from nalora_jax.ops import attention
 from nalora_jax.weights.base import load_model
 from tests.models.family_fields import ORIGINAL

@@ -15,7 +15,7 @@ from PIL import Image
 from nalora_jax.data.forms import Parts
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.vision.vision_decoder import decoder_for
+from nalora_jax.models.vision.patch_decoder import decoder_for
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.model_files import LoadedModel
 
@@ -136,7 +136,7 @@ def test_the_text_model_of_a_multimodal_folder_loads_alone(vision_folder) -> Non
         ({"text_config": {"model_type": []}}, "text_config"),
         (
             {"model_type": "mistral3"},
-            "vision-language model: one of llava, gemma3, found 'mistral3'",
+            "vision-language model: one of llava, gemma3, qwen2_5_vl, qwen3_vl, found 'mistral3'",
         ),
     ],
 )

@@ -1,0 +1,135 @@
+"""Readers of the ``config.json`` of multimodal models whose tower reads packed patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nalora_jax.common.fields import Fields
+from nalora_jax.models.family import VisionReader, hf_defaults
+from nalora_jax.models.readers import activation_name
+from nalora_jax.models.vision.patch_config import PatchSpec, PatchTower
+
+_TOWER: dict[str, Any] = {
+    "in_channels": 3,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+_QWEN2_5: dict[str, Any] = _TOWER | {
+    "depth": 32,
+    "hidden_size": 3584,
+    "hidden_act": "silu",
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+_QWEN3: dict[str, Any] = _TOWER | {
+    "depth": 27,
+    "hidden_size": 1152,
+    "hidden_act": "gelu_pytorch_tanh",
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "patch_size": 16,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+_EPS = 1e-6  # of the towers' norms, which no file states
+_THETA = 10_000.0  # of their rotary embeddings
+
+
+def _sizes(f: Fields, d_model: int) -> dict[str, Any]:
+    """Returns the fields of `PatchTower` that Qwen's towers share.
+
+    ``d_model`` is the decoder's width.
+    """
+    width = f.integer("hidden_size")
+    heads = f.integer("num_heads", high=2**16)
+    if width % (4 * heads):
+        raise f.error("hidden_size", f"a multiple of 4 num_heads ({4 * heads})", width)
+    if f.integer("out_hidden_size", default=d_model) != d_model:
+        found = f.get("out_hidden_size")
+        raise f.error("out_hidden_size", f"the decoder's width ({d_model})", found)
+    return {
+        "d_model": width,
+        "n_layers": f.integer("depth", high=2**10),
+        "n_heads": heads,
+        "d_ff": f.integer("intermediate_size"),
+        "activation": activation_name(f, "hidden_act"),
+        "norm_eps": _EPS,
+        "patch_size": f.integer("patch_size", high=2**10),
+        "channels": f.integer("in_channels", high=64),
+        "frames": f.integer("temporal_patch_size", high=64),
+        "rope_theta": _THETA,
+    }
+
+
+def _layers_of(f: Fields, name: str, depth: int) -> tuple[int, ...]:
+    """Returns a list of the tower's layers, ascending."""
+    value = f.get(name)
+    if not isinstance(value, list):
+        raise f.error(name, "a list of layers", repr(value)[:60])
+    for layer in value:
+        if type(layer) is not int or not 0 <= layer < depth:
+            raise f.error(name, f"layers below {depth}", repr(layer)[:60])
+    return tuple(sorted(value))
+
+
+def _qwen2_5_vl(f: Fields, d_model: int) -> PatchSpec:
+    """Returns the image input of Qwen2.5-VL: a SwiGLU tower with attention windows."""
+    v = Fields(f.mapping("vision_config"), _QWEN2_5, f"{f.where}: vision_config")
+    sizes = _sizes(v, d_model)
+    merge = v.integer("spatial_merge_size", high=2**5)
+    square = sizes["patch_size"] * merge
+    tower = PatchTower(
+        "qwen2_5_vl_vision",
+        **sizes,
+        rms_norm=True,
+        gated=True,
+        window=max(v.integer("window_size") // square, 1),
+        whole_layers=_layers_of(v, "fullatt_block_indexes", sizes["n_layers"]),
+    )
+    token = f.integer("image_token_id", low=0)
+    return PatchSpec("qwen2_5_vl", tower, d_model, token, merge)
+
+
+def _qwen3_vl(f: Fields, d_model: int) -> PatchSpec:
+    """Returns the image input of Qwen3-VL, some of whose layers have projectors of their own
+    (DeepStack)."""
+    v = Fields(f.mapping("vision_config"), _QWEN3, f"{f.where}: vision_config")
+    sizes = _sizes(v, d_model)
+    positions = v.integer("num_position_embeddings")
+    side = round(positions**0.5)
+    if side * side != positions:
+        raise v.error("num_position_embeddings", "a square number", positions)
+    tower = PatchTower(
+        "qwen3_vl_vision",
+        **sizes,
+        patch_bias=True,
+        table="corners",
+        side=side,
+    )
+    taps = _layers_of(v, "deepstack_visual_indexes", sizes["n_layers"])
+    token = f.integer("image_token_id", low=0)
+    merge = v.integer("spatial_merge_size", high=2**5)
+    return PatchSpec("qwen3_vl", tower, d_model, token, merge, taps=taps)
+
+
+_TOKENS = {
+    "image_token_id": 151_655,
+    "vision_start_token_id": 151_652,
+    "vision_end_token_id": 151_653,
+}
+# By ``model_type``: the reader, transformers' defaults of missing fields, and the text model's.
+PATCH_FAMILIES: dict[str, tuple[VisionReader, dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": (
+        _qwen2_5_vl,
+        _TOKENS,
+        hf_defaults(model_type="qwen2_5_vl_text", tie_embeddings=False),
+    ),
+    "qwen3_vl": (
+        _qwen3_vl,
+        _TOKENS,
+        hf_defaults(model_type="qwen3_vl_text", tie_embeddings=False),
+    ),
+}
