@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nalora_jax.data.images.image_chat import rgb_image
-from nalora_jax.data.images.image_files import MAX_PIXELS, ImageProcessor
+from nalora_jax.data.images.image_chat import AnyProcessor, rgb_image
+from nalora_jax.data.images.image_files import MAX_PIXELS
 from nalora_jax.data.items import CompletionItem, VisionItem
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.generate.generator import make_completer
@@ -45,7 +45,7 @@ class VisionEvaluator(TextEvaluator):
         model: Decoder,
         tokenizer: Tokenizer,
         items: Sequence[VisionItem],
-        processor: ImageProcessor,
+        processor: AnyProcessor,
         *,
         mesh: Mesh | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class VisionEvaluator(TextEvaluator):
         self._processor: Any = processor
         self._image = tokenizer.images.expansion
         for item in items:
-            pixels = []  # uint8 [height, width, 3] of each image
+            pixels: list[Any] = []  # each image, as the processor prepares it
             for image in item.images:
                 upright = rgb_image(image, "image", MAX_PIXELS)
                 pixels.append(processor.prepare(upright))
@@ -143,7 +143,7 @@ class VisionEvaluator(TextEvaluator):
 @partial(jax.jit, static_argnames=("model", "processor"))
 def _log_probs(
     model: Decoder,
-    processor: ImageProcessor,
+    processor: AnyProcessor,
     variables: Any,
     batch: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.chat_templates import ImageTokens, SizedImageTokens
-from nalora_jax.data.images.image_files import read_processor
+from nalora_jax.data.images.image_files import read_processor, read_sized_processor
 from nalora_jax.data.images.patches import PatchProcessor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -76,14 +76,8 @@ def vision_files(files: ModelFiles) -> ModelFiles:
     if isinstance(vision, PatchSpec):
         return _patch_files(files, vision)
     tokens = image_tokens(vision, files.raw, files.tokenizer, str(folder))
-    processor = read_processor(folder)
+    processor = read_sized_processor(folder)
     side = vision.tower.image_size
-    if isinstance(processor, PatchProcessor):
-        raise NaloraError(
-            f"{folder}: image processor",
-            expected="a processor of images of one size",
-            found="one of patches",
-        )
     if processor.output != (side, side):
         raise NaloraError(
             f"{folder}: image processor",

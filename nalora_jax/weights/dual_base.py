@@ -15,7 +15,7 @@ from nalora_jax.common.digests import digest_of
 from nalora_jax.data.images.image_files import (
     ImageProcessor,
     TextTokenizer,
-    read_processor,
+    read_sized_processor,
     read_text_tokenizer,
 )
 from nalora_jax.data.tokenizer import read_json
@@ -111,7 +111,7 @@ def load_dual(
     tensors, params = _weights(config, resolved, dtype, mesh)
     base = origin(config, resolved, tensors, together=mesh is not None)
     tokenizer = _tokenizer(resolved.path, config.text)
-    processor = _set_side(read_processor(resolved.path), config.image, image_size)
+    processor = _set_side(read_sized_processor(resolved.path), config.image, image_size)
     return LoadedDual(
         config, params, tokenizer, processor, base.name, base.fingerprint, base
     )
@@ -192,7 +192,7 @@ def load_encoder(
     if config.kind == "text":
         tokenizer = _tokenizer(resolved.path, config)
     elif config.kind == "image":
-        processor = read_processor(resolved.path)
+        processor = read_sized_processor(resolved.path)
     tensors, params = _weights(config, resolved, dtype, mesh, prefix)
     return LoadedEncoder(
         config,

@@ -36,6 +36,7 @@ from nalora_jax.weights.tensors import Index, TensorSource, load_params, param_s
 
 if TYPE_CHECKING:
     from nalora_jax.data.images.image_files import ImageProcessor
+    from nalora_jax.data.images.patches import PatchProcessor
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class LoadedModel:
     # the config.json, or its equivalent for a GGUF file
     hf_config: dict[str, Any]
     origin: Origin | None = None  # source of the weights, if they were read from files
-    processor: ImageProcessor | None = None  # for a model that was loaded with images
+    # for a model that was loaded with images
+    processor: ImageProcessor | PatchProcessor | None = None
     # tokens that its tokenizer has and the base's files lack
     added: tuple[str, ...] = ()
     # of the tokenizer's files; None if it is in a GGUF file
@@ -80,7 +82,8 @@ class ModelFiles:
     tokenizer: Tokenizer
     file: TensorSource | None = None  # the tensors of a model in a single file
     quantization: Quantization | None = None  # of a folder with quantized weights
-    processor: ImageProcessor | None = None  # for a model that is loaded with images
+    # for a model that is loaded with images
+    processor: ImageProcessor | PatchProcessor | None = None
 
     def described(self, added: AddedTokens = NO_TOKENS) -> ModelConfig:
         """Returns the architecture, with embedding rows for the added tokens."""

@@ -409,9 +409,9 @@ class RowImages:
 
     def batch(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the images of rows, each of which is an array of examples."""
-        prepared = []  # of each row
+        prepared: list[list[Any]] = []  # of each row
         for examples in rows:
-            images = []
+            images: list[Any] = []
             for example in examples.tolist():
                 record = int(self.records[example])
                 for encoded in self.source.read([record])[0][IMAGES]:
@@ -420,7 +420,9 @@ class RowImages:
                     )
                     images.append(self.processor.prepare(image))
             prepared.append(images)
-        return self.processor.arrays(prepared, self.places)
+        processor: Any = self.processor
+        arrays: dict[str, np.ndarray] = processor.arrays(prepared, self.places)
+        return arrays
 
 
 def row_images(
@@ -437,9 +439,8 @@ def row_images(
     # of each example
     image_tokens = np.add.reduceat(of_image, store.offsets[:-1])
     if isinstance(processor, ImageProcessor):
-        images = image_tokens // tokens.count
-        places = (most_of_rows(data.pattern, lengths, images)[0],)
-        return RowImages(source, store.records, processor, max_pixels, places)
+        images, _ = most_of_rows(data.pattern, lengths, image_tokens // tokens.count)
+        return RowImages(source, store.records, processor, max_pixels, (images,))
     # Every image is a run of tokens, since texts stand around it.
     begins = of_image.copy()
     begins[1:] &= 1 - of_image[:-1]

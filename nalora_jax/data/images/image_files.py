@@ -443,6 +443,23 @@ def read_processor(folder: Path) -> ImageProcessor | PatchProcessor:
     return ImageProcessor(**values)
 
 
+def read_sized_processor(folder: Path) -> ImageProcessor:
+    """Returns the processor of a folder whose model reads images of one size.
+
+    Raises:
+      NaloraError: as `read_processor`, or the processor is one of patches.
+    """
+    processor = read_processor(folder)
+    if isinstance(processor, PatchProcessor):
+        raise NaloraError(
+            f"{folder}: image processor",
+            expected="a processor of images of one size",
+            found="one of patches",
+            remedy="copy the processor's file from the model that the weights are from",
+        )
+    return processor
+
+
 def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
     """Returns height and width, or None and the length of the shorter side."""
     value = f.get(name)

@@ -36,7 +36,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.image_files import ImageProcessor
+    from nalora_jax.data.images.image_chat import AnyProcessor
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
 # ---------------------------------------------------------------- generation
 
 TextOrTokens = str | Sequence[int]  # a text, or its token ids
-PromptImages = Sequence[np.ndarray]  # of one prompt, uint8 [height, width, 3] each
+PromptImages = Sequence[Any]  # of one prompt, as the processor prepares them
 
 # Tokens per call. Calls are cheap, so these are small, for smooth streams and early stops.
 _STREAM_TOKENS = 4
@@ -259,7 +259,7 @@ def make_completer(
     model: Decoder,
     tokenizer: Tokenizer,
     mesh: Mesh | None = None,
-    processor: ImageProcessor | None = None,
+    processor: AnyProcessor | None = None,
 ) -> Answers:
     """Returns a function that completes prompts for the samples of an evaluator.
 
@@ -312,7 +312,7 @@ class Generator:
         *,
         max_length: int | None = None,
         mesh: Mesh | None = None,
-        processor: ImageProcessor | None = None,
+        processor: AnyProcessor | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         """Converts the weights for the programs.
@@ -451,7 +451,8 @@ class Generator:
             return
         places = ids.count(tokens.token_id)
         if tokens.sized:
-            needed = sum(self.processor.tokens_of_prepared(image) for image in images)
+            processor: Any = self.processor
+            needed = sum(processor.tokens_of_prepared(image) for image in images)
             if places != needed:
                 expected = f"{needed} tokens {tokens.token!r} for {count} images"
                 raise NaloraError(where, expected=expected, found=places)
@@ -565,12 +566,10 @@ class _Batch:
         assert generator.processor is not None
         spare = self._prompts.tokens.shape[0] - len(images)
         rows = [*images, *[()] * spare]
-        processor = generator.processor
+        processor: Any = generator.processor
         places = processor.rounded(processor.places(rows))
         on_mesh = place_batch(processor.arrays(rows, places), generator.mesh)
-        return encode_images(
-            generator.model, generator.processor, generator._weights, on_mesh
-        )
+        return encode_images(generator.model, processor, generator._weights, on_mesh)
 
     def run(self) -> list[Completion]:
         """Returns the completion of each prompt."""

@@ -33,7 +33,7 @@ from nalora_jax.models.ropes import image_coordinates
 from nalora_jax.ops.storage import prepare
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.image_files import ImageProcessor
+    from nalora_jax.data.images.image_chat import AnyProcessor
 
 # Parameters of the logits, tied or not.
 _HEAD = ("embed", "lm_head")
@@ -97,7 +97,7 @@ def _of_head(tree: Mapping[str, Any]) -> dict[str, Any]:
 @partial(jax.jit, static_argnames=("model", "processor"))
 def encode_images(
     model: Decoder,
-    processor: ImageProcessor,
+    processor: AnyProcessor,
     weights: Weights,
     images: Mapping[str, _Array],
 ) -> Any:
