@@ -411,7 +411,7 @@ class RowImages:
 
     def batch(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the images of rows, each of which is an array of examples."""
-        prepared = []  # of each row
+        prepared: list[Any] = []  # of each row
         for examples in rows:
             images = []
             for example in examples.tolist():
@@ -437,9 +437,9 @@ def row_images(
     # of each example
     image_tokens = np.add.reduceat(of_image, store.offsets[:-1])
     if isinstance(processor, ImageProcessor):
-        images = image_tokens // tokens.count
-        places = (most_of_rows(data.pattern, lengths, images)[0],)
-        return RowImages(source, store.records, processor, max_pixels, places)
+        of_one_size = image_tokens // tokens.count
+        most, _ = most_of_rows(data.pattern, lengths, of_one_size)
+        return RowImages(source, store.records, processor, max_pixels, (most,))
     # Every image is a run of tokens, since texts stand around it.
     begins = of_image.copy()
     begins[1:] &= 1 - of_image[:-1]

@@ -136,8 +136,8 @@ class PatchEncoder(nn.Module):
         places = patch_places(grids, patches.shape[1], self.merge)
         x = self._embedded(patches)
         if c.table != "none":
-            table = Embedding(c.side**2, c.d_model, name="positions").table()
-            x = x + corner_positions(expand(table), c.side, places)
+            learned = Embedding(c.side**2, c.d_model, name="positions").table()
+            x = x + corner_positions(expand(learned), c.side, places)
         x = constrain(x.astype(n.result), self.shardings.rows)
         windows = None
         if c.window:
@@ -271,7 +271,7 @@ class PatchBlock(nn.Module):
         scales, whole = layer
         x = checkpoint_name(x, LAYER_INPUT)
         segments = shared.images
-        if shared.windows is not None:
+        if shared.windows is not None and whole is not None:
             segments = jnp.where(whole, shared.images, shared.windows)
         y = PatchAttention(c, self.adapters, n, name="attn")(
             self._norm("attn_norm", x), scales.get("attn", {}), segments, shared
