@@ -78,16 +78,16 @@ def _layers_of(f: Fields, name: str, depth: int) -> tuple[int, ...]:
 def _qwen2_5_vl(f: Fields, d_model: int) -> PatchSpec:
     """Returns the image input of Qwen2.5-VL: a SwiGLU tower with attention windows."""
     v = Fields(f.mapping("vision_config"), _QWEN2_5, f"{f.where}: vision_config")
-    sizes = _sizes(v, d_model)
+    traits = _sizes(v, d_model)
     merge = v.integer("spatial_merge_size", high=2**5)
-    square = sizes["patch_size"] * merge
+    square = traits["patch_size"] * merge
     tower = PatchTower(
         "qwen2_5_vl_vision",
-        **sizes,
+        **traits,
         rms_norm=True,
         gated=True,
         window=max(v.integer("window_size") // square, 1),
-        whole_layers=_layers_of(v, "fullatt_block_indexes", sizes["n_layers"]),
+        whole_layers=_layers_of(v, "fullatt_block_indexes", traits["n_layers"]),
     )
     token = f.integer("image_token_id", low=0)
     return PatchSpec("qwen2_5_vl", tower, d_model, token, merge)
@@ -97,19 +97,19 @@ def _qwen3_vl(f: Fields, d_model: int) -> PatchSpec:
     """Returns the image input of Qwen3-VL, some of whose layers have projectors of their own
     (DeepStack)."""
     v = Fields(f.mapping("vision_config"), _QWEN3, f"{f.where}: vision_config")
-    sizes = _sizes(v, d_model)
+    traits = _sizes(v, d_model)
     positions = v.integer("num_position_embeddings")
     side = round(positions**0.5)
     if side * side != positions:
         raise v.error("num_position_embeddings", "a square number", positions)
     tower = PatchTower(
         "qwen3_vl_vision",
-        **sizes,
+        **traits,
         patch_bias=True,
         table="corners",
         side=side,
     )
-    taps = _layers_of(v, "deepstack_visual_indexes", sizes["n_layers"])
+    taps = _layers_of(v, "deepstack_visual_indexes", traits["n_layers"])
     token = f.integer("image_token_id", low=0)
     merge = v.integer("spatial_merge_size", high=2**5)
     return PatchSpec("qwen3_vl", tower, d_model, token, merge, taps=taps)
