@@ -113,8 +113,8 @@ class MergeArgs:
     output: Path
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
-    # Dtype of the written weights.
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    # Dtype of the written weights; "stored": the base's own fp8 or int8 format, rounded once.
+    dtype: Literal["bfloat16", "float16", "float32", "stored"] = "bfloat16"
     # Maximum size of a weight file, such as 5GB or 500MB; larger models are written as several
     # files with an index.
     shard_size: str = "5GB"

@@ -47,6 +47,7 @@ with epy.lazy_imports():  # on first use: `nalora report` does not wait for JAX
         tokenizer_files,
     )
     from nalora_jax.weights import merge as merging
+    from nalora_jax.weights import merge_stored as merging_stored
 
 
 def train(args: cli.TrainArgs) -> None:
@@ -195,6 +196,9 @@ def merge(args: cli.MergeArgs) -> None:
     """Writes base and adapter as one Hugging Face folder."""
     shard_bytes = shards.parse_size(args.shard_size)
     outputs.refuse_existing(args.output)
+    if args.dtype == "stored":
+        _merge_stored(args, shard_bytes)
+        return
     model: Any
     hf_config: Mapping[str, Any] = {}
     tokenizer: Any = None
@@ -238,6 +242,50 @@ def merge(args: cli.MergeArgs) -> None:
     }
     merging.write_merged(args.output, config, params, model.lora, spec, **options)
     print(f"{outputs.name_output(args.output)}: merged model in {args.dtype}")
+
+
+def _merge_stored(args: cli.MergeArgs, shard_bytes: int) -> None:
+    """Writes base and adapter in the number format of a quantized base, and prints the error.
+
+    Raises:
+      NaloraError: the base is not a folder in fp8 or int8.
+    """
+    base = args.model
+    resolved = None
+    if not outputs.is_dual(args.model, args.adapter):
+        place = located.locate(args.model, args.adapter)
+        _require_adapter(place)
+        base = place.base
+        resolved = hub.resolve_source(base)
+    source = None
+    if resolved is not None:
+        source = model_files.quantized_tensors(resolved)
+    if resolved is None or source is None:
+        raise NaloraError(
+            "--dtype stored",
+            expected="a base that is published in fp8 or int8, as a Hugging Face folder",
+            found=base,
+            remedy="merge with --dtype bfloat16",
+        )
+    merging_stored.check_stored_format(source)  # before weights are read
+    model = adapted.load(
+        args.model, adapter=args.adapter, dtype="float32", resolved=resolved
+    )
+    assert model.lora is not None
+    error = merging_stored.write_stored(
+        args.output,
+        source,
+        model.base.config,
+        model.base.params,
+        model.lora,
+        model.spec,
+        hf_config=model.base.hf_config,
+        tokenizer=new_tokens.tokenizer_writer(model.base, files=resolved.path),
+        card=card(model, "merged"),
+        shard_bytes=shard_bytes,
+    )
+    stated = error.describe(source.quantization.describe())
+    print(f"{outputs.shown_output(args.output)}: merged model; {stated}")
 
 
 def inspect(args: cli.InspectArgs) -> None:

@@ -146,6 +146,18 @@ def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
     return ModelFiles(resolved, raw, config, tokenizer, file, quantization)
 
 
+def quantized_tensors(resolved: ResolvedSource) -> QuantizedTensors | None:
+    """Returns the tensors of a folder with quantized weights; None for other models."""
+    if resolved.kind in SINGLE_FILES:
+        return None
+    where = resolved.path / "config.json"
+    raw = with_modelopt(read_json(where), resolved.path)
+    quantization = quantization_of(raw, str(where))
+    if quantization is None:
+        return None
+    return QuantizedTensors(open_tensors(resolved), quantization)
+
+
 def load_weights(
     files: ModelFiles,
     *,

@@ -148,7 +148,7 @@ class QuantizedTensors(TensorSource):
     def __init__(self, source: TensorSource, quantization: Quantization) -> None:
         self.where = source.where
         self.quantization = quantization
-        self._source = source
+        self.file = source  # the tensors as they are stored
         self._weights: dict[str, _Weight] = {}
         self._scheme = cache(quantization.scheme)
         shapes = dict(source.shapes())
@@ -179,19 +179,33 @@ class QuantizedTensors(TensorSource):
     def check_readable(self, name: str) -> None:
         """Raises a NaloraError unless `read` supports the tensor's number format."""
         if name not in self._weights:
-            self._source.check_readable(name)
+            self.file.check_readable(name)
+
+    def scaling(self, name: str) -> Scaling | None:
+        """Returns the number format of a weight; None for floats."""
+        weight = self._weights.get(name)
+        if weight is None:
+            return None
+        return weight.scaling
+
+    def parts(self, name: str) -> Mapping[str, str]:
+        """Returns the tensors of a quantized weight by role ("codes", "scales", ...)."""
+        weight = self._weights.get(name)
+        if weight is None:
+            return {}
+        return weight.names
 
     def stored(self, name: str) -> FileTensor:
         """Returns the location of a tensor's bytes; of a quantized one, of its codes."""
         if name in self._weights:
             name = self._weights[name].names["codes"]
-        return self._source.stored(name)
+        return self.file.stored(name)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a slice of a tensor; of a quantized one in the dtype to which its format
         rounds."""
         if name not in self._weights:
-            return self._source.read(name, index)
+            return self.file.read(name, index)
         weight = self._weights[name]
         scaling = weight.scaling
         outputs, inputs = index
@@ -438,7 +452,7 @@ class QuantizedTensors(TensorSource):
         """Returns a slice of an array with one number per block."""
         if weight.scheme.packing in ("gptq", "awq"):
             return self._words(name, (rows, columns))
-        shape = self._source.shapes()[name]
+        shape = self.file.shapes()[name]
         if len(shape) == 2:
             return self._words(name, (columns, rows)).T
         n_in, n_out = weight.scaling.blocks(weight.shape)
@@ -447,13 +461,13 @@ class QuantizedTensors(TensorSource):
     def _outer(self, weight: _Weight) -> np.ndarray:
         """Returns the scale of the scales, float32 []."""
         name = weight.names["outer"]
-        return self._words(name, whole(self._source.shapes()[name])).reshape(())
+        return self._words(name, whole(self.file.shapes()[name])).reshape(())
 
     def _order(self, weight: _Weight) -> np.ndarray:
         """Returns the block of each input, int32 ``[inputs, 1]``."""
         if "order" in weight.names:
             name = weight.names["order"]
-            order = self._words(name, whole(self._source.shapes()[name]))
+            order = self._words(name, whole(self.file.shapes()[name]))
             return order.astype(np.int32)[:, None]
         d_in = weight.shape[0]
         blocks = np.arange(d_in, dtype=np.int32) // (weight.scaling.block[0] or d_in)
@@ -483,17 +497,17 @@ class QuantizedTensors(TensorSource):
 
     def _words(self, name: str, index: Index) -> np.ndarray:
         """Returns a slice of a tensor of the file; fp8 as its bits."""
-        read = self._source.read(name, index)
+        read = self.file.read(name, index)
         return read.view(_READ.get(self._format(name), read.dtype))
 
     def _format(self, name: str) -> str:
-        return self._source.stored(name).format
+        return self.file.stored(name).format
 
     # ------------------------------------------------------------ checks
 
     def _weight(self, module: str, scheme: Scheme) -> _Weight:
         """Returns the weight of a module, whose tensors are checked."""
-        shapes = self._source.shapes()
+        shapes = self.file.shapes()
         names = {"codes": f"{module}.{scheme.codes}"}
         roles = {
             "scales": scheme.scales,
@@ -544,7 +558,7 @@ class QuantizedTensors(TensorSource):
     def _float_shape(self, weight: _Weight) -> ScaleBlock:
         """Returns inputs and outputs of a weight."""
         name = weight.names["codes"]
-        shape = self._source.shapes()[name]
+        shape = self.file.shapes()[name]
         if len(shape) != 2:
             raise NaloraError(f"{self.where}: {name}", expected="a matrix", found=shape)
         per_word = 8 * _READ[self._format(name)].itemsize // weight.bits
@@ -560,7 +574,7 @@ class QuantizedTensors(TensorSource):
             return (columns * per_word, rows)
         name = weight.names["shape"]
         self._check_format(name, ("I64", "I32"))
-        found = tuple(self._words(name, whole(self._source.shapes()[name])).tolist())
+        found = tuple(self._words(name, whole(self.file.shapes()[name])).tolist())
         if len(found) != 2 or (rows, columns) != (found[0], -(-found[1] // per_word)):
             raise NaloraError(
                 f"{self.where}: {name}",
@@ -581,7 +595,7 @@ class QuantizedTensors(TensorSource):
             name = weight.names.get(role)
             if name is None:
                 continue
-            found = self._source.shapes()[name]
+            found = self.file.shapes()[name]
             if found != shape and found not in _spellings(shape):
                 raise NaloraError(
                     f"{self.where}: {name}", expected=f"the shape {shape}", found=found

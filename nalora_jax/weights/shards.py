@@ -47,7 +47,14 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+# What files are written with: floats, and the codes of quantized weights.
+WRITTEN_DTYPES = SAFETENSORS_DTYPES | {
+    "I8": np.dtype("int8"),
+    "U8": np.dtype("uint8"),
+    "I32": np.dtype("int32"),
+    "I64": np.dtype("int64"),
+}
+_NAMES = {dtype: name for name, dtype in WRITTEN_DTYPES.items()}
 _TORCH = {"format": "pt"}
 _DIGEST = "nalora.content_sha256"
 _DIGEST_KIND = "nalora.digest"
