@@ -285,7 +285,7 @@ def _merge_stored(args: cli.MergeArgs, shard_bytes: int) -> None:
         shard_bytes=shard_bytes,
     )
     stated = error.describe(source.quantization.describe())
-    print(f"{outputs.shown_output(args.output)}: merged model; {stated}")
+    print(f"{outputs.name_output(args.output)}: merged model; {stated}")
 
 
 def inspect(args: cli.InspectArgs) -> None:
