@@ -393,7 +393,7 @@ class ImageProcessor:
         }
 
 
-def read_processor(folder: Path) -> ImageProcessor | PatchProcessor:
+def read_processor(folder: Path) -> Any:  # ImageProcessor, or PatchProcessor
     """Returns the processor of a Hugging Face folder.
 
     Raises:

@@ -74,7 +74,8 @@ class Conversation:
                 part: dict[str, Any] = {"type": "image"}
                 if tokens is not None and tokens.sized:
                     assert generator.processor is not None
-                    part["tokens"] = generator.processor.tokens_of_prepared(image)
+                    processor: Any = generator.processor
+                    part["tokens"] = processor.tokens_of_prepared(image)
                 parts.append(part)
             parts.append({"type": "text", "text": text})
             question["content"] = Parts(parts)

@@ -451,7 +451,8 @@ class Generator:
             return
         places = ids.count(tokens.token_id)
         if tokens.sized:
-            needed = sum(self.processor.tokens_of_prepared(image) for image in images)
+            processor: Any = self.processor
+            needed = sum(processor.tokens_of_prepared(image) for image in images)
             if places != needed:
                 expected = f"{needed} tokens {tokens.token!r} for {count} images"
                 raise NaloraError(where, expected=expected, found=places)

@@ -169,7 +169,7 @@ def _sizes(vision: PatchSpec, adapters: AdapterSpec, name: str) -> tuple[Any, ..
 class _LayerNorms(LayerNorm):
     """Layer norms of several inputs as a stack."""
 
-    def __call__(  # type: ignore[override]  # the signature that `nn.scan` calls
+    def __call__(  # the signature that `nn.scan` calls
         self, carry: None, x: jax.Array, shared: None
     ) -> tuple[None, jax.Array]:
         """Returns the carry, unchanged, and the norm of ``x``."""
@@ -181,7 +181,7 @@ class _MergedFFN(SelfGatedFFN):
 
     deterministic: bool = True
 
-    def __call__(  # type: ignore[override]  # the signature that `nn.scan` calls
+    def __call__(  # the signature that `nn.scan` calls
         self, carry: None, layer: Any, weights: jax.Array
     ) -> tuple[None, jax.Array]:
         """Returns the carry, unchanged, and the block's output; ``layer`` has the adapters' scales

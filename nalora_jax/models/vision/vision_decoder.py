@@ -37,7 +37,7 @@ class VisionDecoder(Decoder):
         """Creates the decoder, the image tower and the projector."""
         super().setup()
         vision = self.config.vision
-        assert vision is not None
+        assert isinstance(vision, VisionSpec)
         shared = (
             self.numerics,
             self.remat,
@@ -70,7 +70,7 @@ class VisionDecoder(Decoder):
           ``[batch, images * tokens, d_model]``.
         """
         vision = self.config.vision
-        assert vision is not None
+        assert isinstance(vision, VisionSpec)
         batch, images = pixels.shape[:2]
         real = None  # bool [batch * images]: images that are not padding
         if counts is not None:
@@ -98,7 +98,8 @@ class VisionDecoder(Decoder):
     def __call__(self, tokens: jax.Array, **options: Any) -> Any:
         """Calls `Decoder` with the same arguments."""
         if self.is_initializing():
-            tower = self.config.vision.tower  # type: ignore[union-attr]
+            vision: Any = self.config.vision
+            tower = vision.tower
             self.encode_images(
                 jnp.zeros((1, 1, tower.image_size, tower.image_size, tower.channels))
             )
