@@ -124,8 +124,9 @@ def _patch_files(files: ModelFiles, vision: PatchSpec) -> ModelFiles:
         after,
         processor=processor,
     )
+    either: Any = processor  # the fields' type is the processor of images of one size
     return replace(
-        files, tokenizer=replace(files.tokenizer, images=tokens), processor=processor
+        files, tokenizer=replace(files.tokenizer, images=tokens), processor=either
     )
 
 

@@ -24,7 +24,6 @@ import tokenizers
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.images.patches import (
     PATCH_PROCESSORS,
-    PatchProcessor,
     few_sizes,
 )
 from nalora_jax.data.tokenizer import read_backend, read_json, read_settings, token_text
@@ -393,7 +392,7 @@ class ImageProcessor:
         }
 
 
-def read_processor(folder: Path) -> ImageProcessor | PatchProcessor:
+def read_processor(folder: Path) -> Any:  # ImageProcessor, or PatchProcessor
     """Returns the processor of a Hugging Face folder.
 
     Raises:
