@@ -264,7 +264,7 @@ class LabelEvaluator(PooledEvaluator):
         return values | accuracy_of(records) | {"f1": float(f1)}
 
 
-class RewardEvaluator(PooledEvaluator):
+class RewardPairEvaluator(PooledEvaluator):
     """Evaluates a reward head on pairs; the metric is the share of pairs whose chosen answer has
     the larger reward."""
 

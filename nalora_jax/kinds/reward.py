@@ -31,7 +31,7 @@ from nalora_jax.data.source import Record, Source
 from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.pooled_evaluation import RewardEvaluator
+from nalora_jax.evaluate.pooled_evaluation import RewardPairEvaluator
 from nalora_jax.kinds import text
 from nalora_jax.kinds.pooled import PooledObjective, open_texts, pooled_limits
 from nalora_jax.kinds.record import (
@@ -118,7 +118,7 @@ def form_of_run(config: RunConfig) -> PairTexts:
     return PairTexts(config.preference, kind_settings(config).margin)
 
 
-def open_form(config: RunConfig, train: Source) -> tuple[RunConfig, PairTexts]:
+def open_pairs(config: RunConfig, train: Source) -> tuple[RunConfig, PairTexts]:
     """Returns the settings and the form of their records."""
     return config, form_of_run(config)
 
@@ -150,15 +150,15 @@ def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
 
 def evaluator(
     inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
-) -> RewardEvaluator:
+) -> RewardPairEvaluator:
     """Returns the evaluator of some held-out pairs."""
     mesh = distributed.unless_single(assembly.mesh)
-    return RewardEvaluator(assembly.eval_model, items, "last", mesh=mesh)
+    return RewardPairEvaluator(assembly.eval_model, items, "last", mesh=mesh)
 
 
 def adapter_evaluator(
     model: AdaptedModel, config: RunConfig, mesh: Mesh | None, named: bool
-) -> RewardEvaluator:
+) -> RewardPairEvaluator:
     """Returns the evaluator of a trained reward model on held-out pairs.
 
     See `text.adapter_evaluator`.
@@ -175,7 +175,7 @@ def adapter_evaluator(
     tokenizer = model.base.tokenizer
     form = form_of_run(config)
     items, _ = held_out_texts(records, data, tokenizer, form, context)
-    return RewardEvaluator(model.module, items, "last", mesh=mesh)
+    return RewardPairEvaluator(model.module, items, "last", mesh=mesh)
 
 
 def export_run(
@@ -206,7 +206,7 @@ KIND = register_kind(
     replace(
         text.KIND,
         name="reward",
-        open_inputs=partial(open_texts, open_form=open_form),
+        open_inputs=partial(open_texts, open_form=open_pairs),
         evaluator=evaluator,
         export_run=export_run,
         evaluate=adapter_evaluator,

@@ -17,7 +17,7 @@ from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig, TrainConf
 from nalora_jax.data.pooled_texts import pooled_data
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.pooled_evaluation import RewardEvaluator
+from nalora_jax.evaluate.pooled_evaluation import RewardPairEvaluator
 from nalora_jax.kinds import reward
 from nalora_jax.kinds.record import check_run_config
 from nalora_jax.loading.adapted import load
@@ -104,7 +104,7 @@ def test_rewards_and_losses_are_those_of_peft_s_model_by_trl_s_formula(finished)
     items = reward.held_out_texts(
         RecordsSource("pairs", records * 2), DataConfig(), tokenizer, FORM, 64
     )[0]
-    evaluated = RewardEvaluator(ours.module, items, "last")
+    evaluated = RewardPairEvaluator(ours.module, items, "last")
     for item, record in zip(items, evaluated.records(ours.base.params, ours.lora), strict=True):
         assert all(ids[-1] == tokenizer.eos_id for ids in item.ids)
         with torch.no_grad():
