@@ -54,6 +54,11 @@ class RecordForm(ABC):
     def options(self) -> dict[str, Any]:
         """Returns the settings that change the texts, for the cache of tokens."""
 
+    @property
+    def ends(self) -> bool:
+        """Returns True if texts end with the end-of-sequence id."""
+        return False
+
     @abstractmethod
     def render(
         self, record: Record, config: DataConfig, tokenizer: Tokenizer, where: str
@@ -93,7 +98,7 @@ class RecordForm(ABC):
             return texts, None
 
         for _, texts, examples, _ in tokenize_texts(
-            source, indices, render, tokenizer, end=False
+            source, indices, render, tokenizer, end=self.ends
         ):
             words = tuple(text.text for text in texts)
             yield words, tuple(example.ids for example in examples)

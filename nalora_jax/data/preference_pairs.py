@@ -189,6 +189,27 @@ def _messages(
     return messages_of(record, DataConfig(messages_field=name), where)
 
 
+def render_pair(
+    record: dict[str, Any],
+    config: DataConfig,
+    preference: PreferenceConfig,
+    tokenizer: Tokenizer,
+    where: str,
+) -> list[Rendered]:
+    """Returns the prompt with each completion of a record, the chosen one first.
+
+    A question with choices has its right choice and the next other one as completions.
+
+    Raises:
+      NaloraError: a field is missing or of the wrong type, or a completion is empty.
+    """
+    fields = preference.chosen_field, preference.rejected_field
+    is_question = record.get("choices") and not record.get("choice_prompts")
+    if is_question and not set(fields) & set(record):
+        record = record | dict(zip(fields, _of_choices(record, where), strict=True))
+    return [_answer(record, config, name, tokenizer, where) for name in fields]
+
+
 def tokenize_pairs(
     source: Source,
     indices: Sequence[int],
@@ -219,10 +240,7 @@ def tokenize_pairs(
 
     def render(record: dict[str, Any], where: str) -> tuple[list[Rendered], bool]:
         """Returns the texts of a record, the chosen one first, and its label."""
-        is_question = record.get("choices") and not record.get("choice_prompts")
-        if is_question and not set(fields) & set(record):
-            record = record | dict(zip(fields, _of_choices(record, where), strict=True))
-        texts = [_answer(record, config, name, tokenizer, where) for name in fields]
+        texts = render_pair(record, config, preference, tokenizer, where)
         return texts, has_pairs or bool(record[preference.label_field])
 
     for index, texts, examples, desirable in tokenize_texts(

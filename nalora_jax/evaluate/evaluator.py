@@ -17,7 +17,7 @@ SAMPLES = 4  # examples that are shown with generated completions
 SAMPLE_TOKENS = 96  # length limit of a sample completion
 
 # Metrics of heads that a line of the log states after the headline metric.
-FURTHER_METRICS = ("f1", "pearson", "spearman")
+FURTHER_METRICS = ("f1", "pearson", "spearman", "margin")
 
 ItemRecord = Mapping[str, Any]
 

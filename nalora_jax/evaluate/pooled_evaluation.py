@@ -22,7 +22,12 @@ from nalora_jax.evaluate.intervals import accuracy_of, bootstrap
 from nalora_jax.mesh.distributed import place_batch, prompt_shards
 from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.ops.pooled_losses import apply_score, label_losses, pool_segments
+from nalora_jax.ops.pooled_losses import (
+    apply_score,
+    label_losses,
+    pool_segments,
+    reward_losses,
+)
 from nalora_jax.ops.storage import prepare
 
 _BATCH_TOKENS = 4096  # of a batch, padding included
@@ -257,6 +262,47 @@ class LabelEvaluator(PooledEvaluator):
             targets = targets.argmax(axis=1)
         f1 = metrics.f1_score(targets, chosen, average=average, zero_division=0.0)
         return values | accuracy_of(records) | {"f1": float(f1)}
+
+
+class RewardPairEvaluator(PooledEvaluator):
+    """Evaluates a reward head on pairs; the metric is the share of pairs whose chosen answer has
+    the larger reward."""
+
+    def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
+        """Returns ``prompt``, both texts as ``expected`` and, if it has the larger reward,
+        ``answer``, ``loss``, ``correct``, ``reward_of_chosen`` and ``reward_of_rejected``."""
+        rewards = self.outputs(params, lora)[..., 0]  # [items, 2]
+        margins = np.array([item.labels[0] for item in self.items])
+        losses = np.asarray(
+            reward_losses(jnp.asarray(rewards), jnp.asarray(margins), 0.0)
+        )
+        records = []
+        for row, item in enumerate(self.items):
+            chosen, rejected = rewards[row].tolist()
+            answer = item.texts[0] if chosen > rejected else item.texts[1]
+            records.append(
+                {
+                    "prompt": " | ".join(item.texts),
+                    "answer": answer,
+                    "expected": item.texts[0],
+                    "loss": losses[row].item(),
+                    "correct": chosen > rejected,
+                    "reward_of_chosen": chosen,
+                    "reward_of_rejected": rejected,
+                }
+            )
+        return records
+
+    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
+        """Returns ``accuracy``, ``low``, ``high``, ``loss``, ``n`` and the mean ``margin``."""
+        losses = np.array([record["loss"] for record in records])
+        chosen = np.array([record["reward_of_chosen"] for record in records])
+        rejected = np.array([record["reward_of_rejected"] for record in records])
+        return accuracy_of(records) | {
+            "loss": float(losses.mean()),
+            "n": len(records),
+            "margin": float((chosen - rejected).mean()),
+        }
 
 
 def _numbers(values: np.ndarray) -> str:

@@ -86,7 +86,7 @@ class LabeledTexts(RecordForm):
         return self.labels.encode(value, f"{where}: {self.field}")
 
 
-def open_form(config: RunConfig, train: Source) -> tuple[RunConfig, LabeledTexts]:
+def open_labels(config: RunConfig, train: Source) -> tuple[RunConfig, LabeledTexts]:
     """Returns the labels of the training records, and settings that state them.
 
     Raises:
@@ -208,7 +208,7 @@ KIND = register_kind(
     replace(
         text.KIND,
         name="classify",
-        open_inputs=partial(open_texts, open_form=open_form),
+        open_inputs=partial(open_texts, open_form=open_labels),
         evaluator=evaluator,
         export_run=export_run,
         evaluate=adapter_evaluator,

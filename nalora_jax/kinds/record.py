@@ -183,6 +183,7 @@ KINDS: Registry[Kind] = Registry(
         "dual": "nalora_jax.kinds.dual",
         "rl": "nalora_jax.kinds.rl.kind",
         "classify": "nalora_jax.kinds.classify",
+        "reward": "nalora_jax.kinds.reward",
     },
 )
 

@@ -21,7 +21,7 @@ from nalora_jax.data.labels import LabelSet
 from nalora_jax.data.pooled_texts import PooledItem, pooled_data
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.pooled_evaluation import LabelEvaluator, correlations
+from nalora_jax.evaluate.pooled_evaluation import LabelEvaluator, correlations, text_vectors
 from nalora_jax.kinds import classify
 from nalora_jax.kinds.record import check_run_config
 from nalora_jax.loading.adapted import load
@@ -196,51 +196,48 @@ def test_a_stopped_run_resumes_to_the_bit(runs, tmp_path):
 ONE = MeshConfig(1, 1, 1)
 
 
-def first_step(config, mesh=ONE, **options):
-    """Loss and gradient norm of the first step on the first batch, and the adapters after it."""
+def first_step(config, mesh=ONE, length=24):
+    """The metrics of the first step on packed rows, the adapters after it, the assembly before it,
+    and the rows."""
     kind = check_run_config(replace(config, kind="classify:labels=2,form=one"))
-    labels = LabelSet("one", ("high", "low"))
-    records = [{"text": text, "label": label_of(text, "one")} for text in TEXTS]
-    form = classify.LabeledTexts("label", labels)
-    data_config = DataConfig(max_length=16) if not options else DataConfig(**options)
-    batch_size = 8
-    if not data_config.pack:
-        batch_size = 24
-    data = pooled_data(
-        RecordsSource("texts", records[:24]), data_config, tiny.word_tokenizer(), form,
-        batch_size=batch_size,
-    )  # fmt: skip
+    records = [{"text": text, "label": label_of(text, "one")} for text in TEXTS[:60]]
+    form = classify.LabeledTexts("label", LabelSet("one", ("high", "low")))
+    source = RecordsSource("texts", records)
+    data_config = DataConfig(max_length=length)
+    data = pooled_data(source, data_config, tiny.word_tokenizer(), form, batch_size=8)
     parts = classify.program_parts(kind, None)
     spec = classify.KIND.adapters(kind, BASE)
     made, _ = tiny.assembled(kind, BASE, mesh, spec=spec, **parts)
+    lora = jax.device_get(made.state.lora)
     batch = next(iter(distributed.global_batches(iter([data.batch_at(0)]), made.mesh)))
     state, values = made.step({"params": made.params}, made.state, batch)
-    return values, jax.device_get(state.lora), data
+    return values, jax.device_get(state.lora), (made, lora), data
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(2, 2, 2)])
+@pytest.mark.parametrize("mesh", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2)])
 def test_a_step_is_the_same_on_eight_devices(tmp_path, mesh):
     config = config_of(tmp_path)
-    one, lora, _ = first_step(config)
-    many, lora_of_many, _ = first_step(
-        config, replace(mesh, fsdp=mesh.fsdp or 1, tensor=mesh.tensor or 1)
-    )
+    one, lora, *_ = first_step(config)
+    many, lora_of_many, *_ = first_step(config, mesh)
     assert float(many["loss"]) == pytest.approx(float(one["loss"]), rel=1e-6)
     assert float(many["grad_norm"]) == pytest.approx(float(one["grad_norm"]), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), lora, lora_of_many)
 
 
-def test_packed_and_padded_rows_have_the_same_mean_loss(tmp_path):
-    config = config_of(tmp_path)
-    padded, *_, data = first_step(config, pack=False, max_length=16)
-    assert data.records_per_row == 1
-    assert data.rows_per_epoch == 24
-    packed, *_, data = first_step(config, max_length=24)
+def test_the_loss_is_that_of_each_text_alone(tmp_path):
+    """The mean over the texts of a packed batch, each of which is read alone and padded."""
+    values, _, (made, lora), data = first_step(config_of(tmp_path))
     assert data.records_per_row > 1
-    # Only if one batch of packed rows holds all texts.
-    assert data.rows_per_epoch <= 8
-    assert float(packed["target_tokens"]) >= 24
-    assert float(padded["target_tokens"]) == 24
+    numbers = np.concatenate([data.records_of(row) for row in range(8)])
+    tokenizer = tiny.word_tokenizer()
+    texts = [np.array(tokenizer.encode(TEXTS[i]), np.int32) for i in numbers]
+    variables = {"params": made.params, "lora": lora}
+    logits = text_vectors(made.eval_model, variables, texts, "last")
+    names = [label_of(TEXTS[i], "one") for i in numbers]
+    classes = torch.tensor([["high", "low"].index(name) for name in names])
+    expected = torch.nn.functional.cross_entropy(torch.tensor(logits), classes)
+    assert float(values["loss"]) == pytest.approx(expected.item(), rel=1e-5)
+    assert float(values["target_tokens"]) == len(numbers)
 
 
 def test_metrics_are_scikit_learn_s_and_scipy_s():

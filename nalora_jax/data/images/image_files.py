@@ -24,6 +24,7 @@ import tokenizers
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.images.patches import (
     PATCH_PROCESSORS,
+    PatchProcessor,
     few_sizes,
 )
 from nalora_jax.data.tokenizer import read_backend, read_json, read_settings, token_text
@@ -392,7 +393,7 @@ class ImageProcessor:
         }
 
 
-def read_processor(folder: Path) -> Any:  # ImageProcessor, or PatchProcessor
+def read_processor(folder: Path) -> ImageProcessor | PatchProcessor:
     """Returns the processor of a Hugging Face folder.
 
     Raises:
