@@ -58,7 +58,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--train.batch-size: expected a multiple of --rl.samples (3), found 8",
     ),
     # Kinds that are named without the settings that they need.
-    ({"kind": "rl"}, "--rl.rewards: expected at least one, found none"),
+    ({"kind": "rl"}, "--rl.rewards: expected at least one, or --rl.environment, found none"),
     ({"kind": "images"}, "--vision.task: expected \"chat\", found ''"),
     ({"kind": "dual"}, '--vision.task: expected "classify" or "contrast", found \'\''),
     # Weights that are trained themselves.
