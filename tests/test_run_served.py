@@ -123,7 +123,7 @@ def test_a_killed_run_uses_its_samples_again(place, tmp_path, staleness):
         assert len({row[:2] for row in server.samples}) == asked
         # Requests for the next step, in flight at the kill, are made again; no other ones are.
         repeated = len(server.samples) - asked
-        assert repeated <= 2 * staleness * TRAIN.batch_size
+        assert repeated <= staleness * TRAIN.batch_size
     same_run(whole, config)
     steps = [line for line in tiny.lines(config.output) if "staleness" in line]
     assert [line["staleness"] for line in steps][-1] == staleness
