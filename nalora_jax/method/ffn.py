@@ -37,7 +37,7 @@ from nalora_jax.method.measurement import (
     Measurement,
     SampledWeights,
     block_statistics,
-    tap,
+    tapped,
 )
 from nalora_jax.ops import storage
 from nalora_jax.ops.dispatch import Numerics, operation
@@ -80,7 +80,7 @@ def gated_mlp(
         u = up
         if u is not None:
             u = u.astype(z.dtype)
-    z = tap(z, measurement)
+    z = tapped(z, measurement)
     h, _ = gated_product(z, u, activation, numerics)
     measured = None
     if measurement is not None:

@@ -182,7 +182,7 @@ def _taken(weights: Array, stride: int) -> Array:
     return sample_positions(weights[..., None], weights, stride)[..., 0]
 
 
-def tap(z: Array, measurement: Measurement | None) -> Array:
+def tapped(z: Array, measurement: Measurement | None) -> Array:
     """Returns ``z`` unchanged. The gradients of the measurement's cotangent taps are the statistics
     of the cotangent of z."""
     if measurement is None:

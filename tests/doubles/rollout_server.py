@@ -77,8 +77,9 @@ class RolloutServer(ThreadingHTTPServer):
 
     def log_probs(self, name: str, prompt: list[int], temperature: float, row: int) -> np.ndarray:
         """Returns log-probabilities ``[vocab]`` after a prompt, of what the fault serves."""
-        adapter = self.adapters.get(name)
-        if name in self.adapters:
+        adapter = None
+        if name != "base":
+            adapter = self.adapters[name]  # a KeyError if the server forgot it within a sample
             stale = self.fault == "previous" or (self.fault == "mixes" and row % 2)
             stale = stale or (self.fault == "delays" and self.probed.get(name, 0) < 2)
             if stale:
@@ -172,7 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with contextlib.suppress(OSError):  # the client has given up
+        # The client has given up, or a restart ends the answer.
+        with contextlib.suppress(OSError, KeyError):
             {
                 "/v1/load_lora_adapter": self.load,
                 "/v1/unload_lora_adapter": self.unload,

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from tests.models.compared import COMPARED
+from tests.models.compared import COMPARED, SECTIONS, TEXT_HALVES
 from tests.models.family_fields import LATENT, TINY
 
 LLAMA = TINY | {"model_type": "llama", "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4}
@@ -247,6 +247,8 @@ def with_null(family: str, name: str) -> dict[str, Any]:
     sizes = {"num_experts_per_tok": 2, "num_local_experts": 4, experts: 4}
     if family.startswith(("glm4_moe_lite", "deepseek", "mistral4", "youtu")):
         sizes |= LATENT | {"n_group": 1, "topk_group": 1}
+    if family in TEXT_HALVES:
+        sizes |= {"rope_parameters": SECTIONS, "head_dim": 8}
     return LLAMA | sizes | {"pad_token_id": 0, "model_type": family, name: None}
 
 
@@ -257,6 +259,8 @@ def filled_by_transformers(raw: dict[str, Any]) -> dict[str, Any] | None:
     except (StrictDataclassFieldValidationError, ZeroDivisionError):  # the latter in EXAONE 4
         return None
     if SLIDING in (filled.get("layer_types") or ()) and not filled["sliding_window"]:
+        return None
+    if filled.get("max_window_layers", 0) is None:  # Qwen2.5-VL's class keeps it
         return None
     return filled
 

@@ -11,6 +11,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import BUILT_IN, supported
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights.keymaps import ParamSlot, keymap_for
+from tests.models.compared import SECTIONS, TEXT_HALVES
 from tests.models.family_fields import LATENT
 from tests.param_trees import params_from_tensors, split, tensors_from_params
 from tests.weights.conftest import COMMON
@@ -29,6 +30,8 @@ def config_of(family: str, **changes) -> ModelConfig:
         raw |= LATENT | {"n_routed_experts": 3, "n_group": 1, "topk_group": 1}
     if family == "gemma4_text":
         raw |= {"vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 4}
+    if family in TEXT_HALVES:
+        raw["rope_parameters"] = SECTIONS
     return ModelConfig.from_hf(raw)
 
 

@@ -257,7 +257,10 @@ BAD_CONFIGS = [
         {"modules_to_save": ["lm_head"]},
         "expected the trained lm_head of modules_to_save, found nothing",
     ),
-    ({"modules_to_save": ["pooler"]}, "modules_to_save"),
+    (
+        {"modules_to_save": ["pooler"]},
+        "modules_to_save: expected some of embed_tokens, lm_head",
+    ),
     (
         {INDICES: [1, 2]},
         "token_adapter.trainable_tokens_delta: expected the trained rows of embed_to",
