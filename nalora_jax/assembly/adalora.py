@@ -211,17 +211,17 @@ def _smoothed(
     """
     sensitivity = trees.flatten(state.sensitivity)
     uncertainty = trees.flatten(state.uncertainty)
-    measures = step < config.steps(total_steps)[1]
+    _, last_allocation = config.steps(total_steps)
+    is_measured = step < last_allocation
+    beta1 = config.sensitivity_decay
+    beta2 = config.uncertainty_decay
     for path, leaf in params.items():
-        now = jnp.abs(leaf * grads[path])
-        old = sensitivity[path]
-        spread = uncertainty[path]
-        mean = config.sensitivity_decay * old + (1 - config.sensitivity_decay) * now
-        away = config.uncertainty_decay * spread + (
-            1 - config.uncertainty_decay
-        ) * jnp.abs(now - mean)
-        sensitivity[path] = jnp.where(measures, mean, old)
-        uncertainty[path] = jnp.where(measures, away, spread)
+        of_step = jnp.abs(leaf * grads[path])
+        new_sensitivity = beta1 * sensitivity[path] + (1 - beta1) * of_step
+        deviation = jnp.abs(of_step - new_sensitivity)
+        new_uncertainty = beta2 * uncertainty[path] + (1 - beta2) * deviation
+        sensitivity[path] = jnp.where(is_measured, new_sensitivity, sensitivity[path])
+        uncertainty[path] = jnp.where(is_measured, new_uncertainty, uncertainty[path])
     return sensitivity, uncertainty
 
 

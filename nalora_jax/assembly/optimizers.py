@@ -36,18 +36,18 @@ def make_optimizer(
       config: the optimizer and its schedule.
       total_steps: optimizer steps of the run, which the schedule spans.
       plus_ratio: LoRA+ (arXiv 2402.12354): factor on the learning rate of every leaf named "b".
-      numbers: traced values of `NUMBERS` that replace those of ``config`` and ``plus_ratio``. The
-        stages of the optimizer depend on ``config`` alone.
+      numbers: traced values of `NUMBERS`, as a sweep has one for each of its runs. They replace
+        the values of ``config`` and ``plus_ratio``; which stages the optimizer has is decided by
+        ``config`` and ``plus_ratio``, whose values are known when the program is compiled.
 
     Raises:
       NaloraError: an unknown optimizer, or weight decay with one that has none.
     """
-    values = replace(
-        config, **{name: value for name, value in numbers.items() if name in _OF_CONFIG}
-    )
-    # Also with a table of rates: the call checks the settings.
-    schedule = make_schedule(config, total_steps)
+    traced = {name: value for name, value in numbers.items() if name in _OF_CONFIG}
+    values = replace(config, **traced)
+    schedule = make_schedule(config, total_steps)  # checks the settings of the schedule
     if "rate_of_step" in numbers:
+        # The schedules of a sweep's runs were computed before, as tables of rates.
         schedule = partial(_rate_of_step, numbers["rate_of_step"])
     stages = []
     if config.clip_norm > 0:
@@ -56,9 +56,14 @@ def make_optimizer(
     if plus_ratio != 1:
         ratio = numbers.get("plus_ratio", plus_ratio)
         # After learning rate and weight decay: equivalent to a larger learning rate of B.
-        stages.append(
-            _scale_leaves(lambda path: ratio if path.split("/")[-1] == "b" else 1.0)
-        )
+
+        def factor(path: str) -> Any:
+            """Returns the factor on the rate of one leaf."""
+            if path.split("/")[-1] == "b":
+                return ratio
+            return 1.0
+
+        stages.append(_scale_leaves(factor))
     if config.rates:
         stages.append(scale_by_projection(config.rates))
     return optax.with_extra_args_support(optax.chain(*stages))

@@ -74,22 +74,23 @@ def blocks(
     head: Head,
     numerics: Numerics,
 ) -> tuple[Array, Array]:
-    """Computes the losses of rows block by block; whole rows take twice as long for 49,152 entries.
+    """Computes the losses of rows by an online softmax over blocks of the vocabulary.
 
-    bf16 is read as its bits, because XLA would copy the table. A mesh may split floats by the
-    vocabulary.
+    Logits of the whole vocabulary at once take twice as long for 49,152 entries. bf16 is read as
+    its bits, because XLA would copy the table.
     """
     vocab = kernel.shape[head.axis]
-    whole = isinstance(kernel, Array) and numerics.platform.devices == 1
-    if vocab <= _BLOCK or not (whole or isinstance(kernel, Bits)):
+    # A mesh may split floats by the vocabulary, bits never.
+    is_whole = isinstance(kernel, Bits) or numerics.platform.devices == 1
+    if vocab <= _BLOCK or not isinstance(kernel, (Array, Bits)) or not is_whole:
         return NotImplemented
     hidden = round_to(hidden, numerics.operand, numerics)
     table = bits_of(kernel)
 
     def add(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Adds block ``i`` of the vocabulary to the running maximum, sum of exponentials and
-        gradient."""
-        top, total, attended = carry
+        """Adds block ``i`` of the vocabulary to the running maximum of the logits, the sum of
+        their exponentials, and the gradient of that sum by ``hidden``."""
+        top, total, gradient = carry
         # The last block ends at the end of the vocabulary; it overlaps the block before, whose
         # entries are masked.
         start = jnp.minimum(i * _BLOCK, vocab - _BLOCK)
@@ -105,16 +106,17 @@ def blocks(
         fade = jnp.exp(top - higher)
         exps = jnp.exp(logits - higher[:, None])
         if grad:
+            # slope: derivative of the logits by the products, below 1 where they are capped
             of_block = dot(exps * slope, rows, numerics, dims=(1, head.axis))
-            attended = fade[:, None] * attended + of_block
-        return higher, fade * total + jnp.sum(exps, axis=-1), attended
+            gradient = fade[:, None] * gradient + of_block
+        return higher, fade * total + jnp.sum(exps, axis=-1), gradient
 
     n = len(hidden)
     lowest = jnp.full((n,), jnp.finfo(jnp.float32).min)
     zeros = jnp.zeros((n,), jnp.float32)
-    attended = jnp.zeros((n, _gradient_width(hidden, grad)), jnp.float32)
+    gradient = jnp.zeros((n, _gradient_width(hidden, grad)), jnp.float32)
     count = -(-vocab // _BLOCK)
-    sums = lax.fori_loop(0, count, add, (lowest, zeros, attended))
+    sums = lax.fori_loop(0, count, add, (lowest, zeros, gradient))
     target_rows = _target_rows(kernel, targets, head.transposed)
     return _losses(sums, hidden, target_rows, weights, head, grad)
 

@@ -238,19 +238,23 @@ class CallForm:
         return content.strip(), calls
 
     def _functions(self, text: str) -> list[dict[str, Any]]:
-        """Returns name and arguments of the calls with whose JSON a text begins."""
+        """Returns name and arguments of each call in the JSON at the start of a text.
+
+        The JSON is one call or a list of calls, with the keys `name` and `arguments` of this form;
+        what is no call is skipped.
+        """
         try:
             value, _ = _DECODER.raw_decode(text.lstrip())
         except (ValueError, RecursionError):
             return []
-        values = value if isinstance(value, list) else [value]
+        calls = value if isinstance(value, list) else [value]
         functions = []
-        for value in values:
-            if not isinstance(value, dict) or not isinstance(value.get(self.name), str):
+        for call in calls:
+            if not isinstance(call, dict) or not isinstance(call.get(self.name), str):
                 continue
-            arguments = value.get(self.arguments, {})
+            arguments = call.get(self.arguments, {})
             if isinstance(arguments, dict):
-                functions.append({"name": value[self.name], "arguments": arguments})
+                functions.append({"name": call[self.name], "arguments": arguments})
         return functions
 
 

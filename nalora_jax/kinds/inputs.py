@@ -174,6 +174,7 @@ def check_layout(placed: RunConfig, inputs: Inputs, mesh: Mesh) -> None:
     assert inputs.files is not None
     assert inputs.adapters is not None
     check_decoder(placed, inputs.base, mesh)
+    # Raises the error of a mesh that does not divide the rows.
     distributed.process_rows(mesh, placed.train.batch_size // placed.train.accumulate)
     _check_rows(placed, inputs.files, inputs.base, inputs.adapters)
 

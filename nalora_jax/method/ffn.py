@@ -303,10 +303,11 @@ def frozen_kernel(
     if module.has_variable("params", name):
         stored: storage.Kernel = module.get_variable("params", name)
         if module.has_variable(storage.STACKS, name):
+            # The bits of all layers stay in one array; the parameter holds the layer's number.
             stack: storage.Bits = module.get_variable(storage.STACKS, name)
             assert isinstance(stored, jax.Array)
             return storage.Bits(stack.bits, stored)
-        # `param` would compare the shapes of its leaves
+        # Stored in another form, whose leaves have other shapes than `param` would ask for.
         if isinstance(stored, storage.Stored):
             return stored
     kernel: jax.Array = module.param(

@@ -252,8 +252,11 @@ class Convolution(nn.Module):
     def __call__(
         self, x: jax.Array, shared: SharedInputs, before: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns float32 ``[batch, seq, channels]``, and the last inputs if there are earlier
-        ones."""
+        """Returns the causal convolution along the sequence, float32 ``[batch, seq, channels]``.
+
+        With ``before``, the inputs before ``x`` (``[batch, width - 1, channels]``, in generation),
+        it also returns the last inputs in the same form; otherwise None. The weight is frozen.
+        """
         weight = self.param(
             "weight", nn.initializers.lecun_normal(), (self.channels, 1, self.width)
         )
@@ -269,7 +272,16 @@ def _convolved(
     before: jax.Array | None,
     sharding: RowSharding,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns `Convolution` of ``x`` by ``weight [channels, 1, width]``."""
+    """Returns the causal convolution of ``x [batch, seq, channels]``, and the inputs to remember.
+
+    Args:
+      x: the inputs.
+      weight: ``[channels, 1, width]``, as in files.
+      shared: segments of the rows.
+      before: the last ``width - 1`` inputs before ``x`` in generation; None in training, which
+        remembers none.
+      sharding: of rows that a mesh splits among devices, which happens in training alone.
+    """
     # [channels, 1, width] -> [width, channels]
     kernel = weight[:, 0].T.astype(jnp.float32)
     if sharding is not None and shared.row is not None:

@@ -80,9 +80,13 @@ def whole_row_sharding(sharding: RowSharding) -> RowSharding:
 def block_length(seq: int, shards: int) -> int:
     """Returns the tokens of a block; rows are padded at their end to whole blocks.
 
+    Every shard has two blocks. Blocks of `_ALIGNED` tokens or more are rounded up to its
+    multiples; shorter ones, which no kernel takes, are not.
+
     Raises a NaloraError if a row has fewer tokens than blocks.
     """
-    if seq < 2 * shards:
+    blocks = 2 * shards
+    if seq < blocks:
         most = max(seq // 2, 1)
         raise NaloraError(
             "--mesh.context",
@@ -90,7 +94,7 @@ def block_length(seq: int, shards: int) -> int:
             found=shards,
             remedy="use longer rows (--data.max-length), or --mesh.fsdp for these devices",
         )
-    block = -(-seq // (2 * shards))
+    block = -(-seq // blocks)
     if block < _ALIGNED:
         return block
     return -(-block // _ALIGNED) * _ALIGNED

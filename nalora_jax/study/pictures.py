@@ -196,12 +196,15 @@ def _mean_curve(curves: Sequence[Mapping[int, float | None]]) -> Line:
 
 
 def _by_step(result: analysis.MethodResult) -> Line:
-    """Returns the mean validation cost along the test runs."""
+    """Returns the mean validation cost along the test runs, after the first step and later.
+
+    Step 0 is the base, whose cost would hide the differences of the runs.
+    """
     curves = []
     for record in result.finite().values():
         curve = {}
         for point in record["curve"]:
-            if point["step"]:
+            if point["step"] > 0:
                 curve[int(point["step"])] = cost(result.metric, point)
         curves.append(curve)
     return _mean_curve(curves)

@@ -162,10 +162,12 @@ class Resources(language.Subject):
         )
 
     def _draw(self, config: RunConfig, data: DataConfig, kind: str = "items") -> Any:
-        """Returns items of the model's subject, drawn once.
+        """Returns held-out items, drawn once for all runs that would draw the same.
 
-        ``kind`` is the method that draws them: "items" of the task, or "probe" of other data.
+        ``kind`` is the method of the subject that draws them: "items" of a task, or "probe" for
+        examples of data that the study does not train on.
         """
         draw = getattr(self.subject(config), kind)
+        # The model's tokenizer and the settings of images decide what an item is.
         key = kind, config.model, config.compute, data, config.vision
         return self.once(key, lambda: draw(config, data))

@@ -494,13 +494,17 @@ def _tuned(grid: planned_runs.Tuning, rate: float) -> str:
 
 
 def _difference(common: tuple[float, float | None] | None) -> str:
-    """Returns a difference at a common rate, and the ratio of the movements."""
+    """Formats a difference of losses at a common rate, with the ratio of the gates' movements.
+
+    ``common`` is the pair of both; the ratio is None if the movements were not measured, and the
+    pair if the methods have no rate in common.
+    """
     if common is None:
         return ""
-    difference, movement = common
-    if movement is None:
+    difference, ratio = common
+    if ratio is None:
         return format_signed(difference)
-    return f"{format_signed(difference)} ({movement:.2f} x)"
+    return f"{format_signed(difference)} ({ratio:.2f} x)"
 
 
 def _test_row(result: analysis.MethodResult, names: Sequence[str]) -> list[str]:

@@ -123,15 +123,15 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
 
     def on_start(self, started: Started) -> None:
         """Writes the first line, or the line of a resumed run."""
-        settings = {}
+        extra = dict(started.more)
         if started.step:
-            settings["settings"] = started.config
+            # The line of a resumed run has no settings unless they are named.
+            extra["settings"] = started.config
         self.start(
             started.config,
             versions=started.versions,
             device=started.device,
-            **settings,
-            **started.more,
+            **extra,
         )
 
     def on_log(self, step: int, record: Mapping[str, Any]) -> None:

@@ -311,10 +311,27 @@ def _known_before(
 # ---------------------------------------------------------------- evaluate, train, export, report
 
 
+def _weights_of_base(job: Job) -> tuple[Any, Any]:
+    """Returns the frozen weights and the adapters with which the base is evaluated.
+
+    Adapters that start at zero do not change the base, and are included: base and result are then
+    measured by the same compiled programs. There are two exceptions: a start that changes the
+    frozen weights (such as PiSSA), and rewards relative to the base, which are exactly 0 only by
+    the program of the reference, without adapters.
+    """
+    is_reference = job.kind.compares_with_base and not job.config.adapter
+    if is_reference or job.config.lora.init not in UNCHANGED:
+        return job.loaded.params, None
+    return job.assembly.params, job.assembly.state.lora
+
+
 def evaluate_base(
     run: Running, measured: BaseMetrics | None = None
 ) -> BaseMetrics | None:
     """Evaluates the base, unless an interrupted run did; returns the metrics for other runs.
+
+    The metrics are stored in the run's folder, given to callbacks and to the selection of the best
+    step, and shown.
 
     Args:
       run: the run, which gets the metrics.
@@ -324,13 +341,7 @@ def evaluate_base(
     if run.before:
         return measured
     if measured is None:
-        # Adapters that start at zero are included, so that base and result are measured with the
-        # same programs. Rewards of the base are exactly 0 only without adapters, by the reference's
-        # program.
-        base: tuple[Any, Any] = (job.loaded.params, None)
-        is_reference = job.kind.compares_with_base and not job.config.adapter
-        if job.config.lora.init in UNCHANGED and not is_reference:
-            base = (job.assembly.params, job.assembly.state.lora)
+        base = _weights_of_base(job)
         measured = BaseMetrics(
             job.evaluator.measure(*base, samples=True), job.selector.measure(*base)
         )

@@ -348,7 +348,7 @@ def _tensors(
     """Yields the tensors of the rows whose leaves a model has.
 
     Args:
-      rows: of several models, by the names in files.
+      rows: rows of the tables of several models; rows without a leaf in ``shapes`` are skipped.
       shapes: shape of every leaf of the model.
       tower: its tower, of which images or texts are the input.
     """
@@ -358,8 +358,10 @@ def _tensors(
         first = row.paths[0]
         layers: Layers = ONCE
         if "{layer}" in row.name:
-            layers = [(layer, layer) for layer in range(shapes[first][0])]
-        elif first.startswith("projector/ffn/"):  # a stack of one layer
+            depth = shapes[first][0]
+            layers = [(layer, layer) for layer in range(depth)]
+        elif first.startswith("projector/ffn/"):
+            # A stack of one layer here; the name in the file has no number.
             layers = [(0, None)]
         yield from row_tensors(row, row.paths, shapes, tower, layers)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ def write_adapter_gguf(
         )
     refuse_saved(spec, "GGUF adapter", "write the merged model instead")
     adapters = list(_adapters(config, lora, spec))
-    alpha = adapters[0][1].scale * adapters[0][1].rank
+    # llama.cpp's scale of a tensor is alpha / rank: the file's alpha is the first adapter's.
+    _, first = adapters[0]
+    alpha = first.scale * first.rank
     tensors: dict[str, np.ndarray] = {}
     for tensor, adapter in adapters:
         b = adapter.b * np.float32(adapter.scale * adapter.rank / alpha)
@@ -75,18 +77,26 @@ def write_adapter_gguf(
                 name, array.shape, np.dtype(np.float32), array.nbytes
             )
         with closing(writer):
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            (file,) = writer.fout
-            for array in tensors.values():
-                # Not by NumPy's ``tofile``, which ignores a full disk at its last flush.
-                writer.write_padding(file, file.tell())
-                file.write(np.ascontiguousarray(array, np.float32).view(np.uint8))
-            writer.write_padding(file, file.tell())
-            file.flush()
-            os.fsync(file.fileno())
+            _write_file(writer, list(tensors.values()))
     return Path(path)
+
+
+def _write_file(writer: GGUFWriter, arrays: Sequence[np.ndarray]) -> None:
+    """Writes header, keys, the table of tensors, and the arrays as float32.
+
+    The arrays are not written by the writer, which uses NumPy's ``tofile``: that ignores a full
+    disk at its last flush.
+    """
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    (file,) = writer.fout  # the open files: one, as the writer was not told to split
+    for array in arrays:
+        writer.write_padding(file, file.tell())
+        file.write(np.ascontiguousarray(array, np.float32).view(np.uint8))
+    writer.write_padding(file, file.tell())
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def verify_adapter_gguf(

@@ -150,18 +150,21 @@ def layout_for(
 
 
 def _split_stacks(layout: ModuleLayout) -> ModuleLayout:
-    """Returns ``layout`` with a name for each expert's modules, if its stacks do not alternate.
+    """Returns ``layout`` with a name for each expert's modules beside the stacks of all experts.
 
     Example: the stack ``experts.down_proj`` (Gemma 4) gives ``experts.{expert}.down_proj``.
+    A layout with names of experts is returned unchanged, and one whose stacks hold the columns of
+    gate and up in turn (gpt-oss), which are no modules.
     """
     stacks = modules_of_form(layout, "stack")
     if modules_of_form(layout, "expert") or any(stack.alternates for stack in stacks):
         return layout
     experts = []
     for stack in stacks:
-        module = stack.name.rpartition(".")[0]
+        module, _, _ = stack.name.rpartition(".")
         for path in stack.parts:
-            name = f"{module}.{{expert}}.{path.rpartition('/')[2]}"
+            _, _, projection = path.rpartition("/")
+            name = f"{module}.{{expert}}.{projection}"
             experts.append(HostModule(name, (path,), "expert"))
     return (*modules_of_form(layout, "linear"), *experts, *stacks)
 

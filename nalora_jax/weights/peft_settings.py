@@ -75,9 +75,10 @@ def _convert_init(value: Any) -> Any:
 
 
 def _convert_saved(value: Any) -> Any:
-    """Returns the tables to train, in the order of `TOKEN_TABLES`; None if there are none.
+    """Returns the tables of tokens that PEFT's ``modules_to_save`` (``value``) names.
 
-    Other modules give `Refused`.
+    They are in the order of `TOKEN_TABLES`; None if there are none. Names of other modules give
+    `Refused`.
     """
     names = [str(name).rpartition(".")[2] for name in value or []]
     if set(names) <= set(TOKEN_TABLES):

@@ -176,7 +176,9 @@ class TextStream:
     def _take(self, *, final: bool) -> str:
         """Returns new characters of the decoded text, without an incomplete one at its end.
 
-        If the text ends in a complete character, decoding will start at a later token.
+        Each call decodes the tokens from `_start`, so that a long text is not decoded anew for
+        every token. If the text ends in a complete character, `_start` moves to the previous such
+        place, not to this one: some tokenizers decode a token differently without the one before.
         """
         text = self._tokenizer.decode(self.ids[self._start :])
         stable = text
@@ -573,7 +575,9 @@ class _Batch:
 
     def run(self) -> list[Completion]:
         """Returns the completion of each prompt."""
-        texts = map("".join, zip(*self.pieces(_BATCH_TOKENS), strict=True))
+        texts = [""] * len(self._streams)
+        for new in self.pieces(_BATCH_TOKENS):  # generates, and fills the streams
+            texts = [text + piece for text, piece in zip(texts, new, strict=True)]
         decode = self._generator.tokenizer.decode
         completions = []
         for text, stream, ended in zip(texts, self._streams, self._ended, strict=True):

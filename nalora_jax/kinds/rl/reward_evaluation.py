@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -31,25 +30,25 @@ _PASS_SEED = 20260102  # of the samples of pass@k, the same in all runs
 
 
 def metric_names(rl: RLConfig) -> list[str]:
-    """Returns the name of each reward in log and records: ``reward_`` with its name or its
-    function's.
+    """Returns the name of each reward's mean in log and records, such as ``reward_length``.
 
-    Names differ, also from those of their standard deviations: the second of two has ``_2``.
+    The standard deviation of a reward has the name with ``_std``. No name of either is used twice:
+    the second reward of a name gets ``_2``.
     """
     names: list[str] = []
     used = {"reward", "reward_std"}
     for reward in rl.reward_names:
-        name, _, rest = reward.partition(":")
-        # A function is named after itself (MODULE:FUNCTION), a built-in reward by its name even if
-        # it has settings (NAME:setting=value).
-        short = f"reward_{rest if rest and '=' not in rest else name}"
-        several = itertools.chain(
-            [short], (f"{short}_{number}" for number in itertools.count(2))
-        )
-        names.append(
-            next(name for name in several if used.isdisjoint((name, f"{name}_std")))
-        )
-        used |= {names[-1], f"{names[-1]}_std"}
+        short, _, rest = reward.partition(":")
+        # MODULE:FUNCTION is named after the function, NAME:setting=value after the built-in reward.
+        if rest and "=" not in rest:
+            short = rest
+        name = f"reward_{short}"
+        number = 2
+        while name in used or f"{name}_std" in used:
+            name = f"reward_{short}_{number}"
+            number += 1
+        names.append(name)
+        used |= {name, f"{name}_std"}
     return names
 
 

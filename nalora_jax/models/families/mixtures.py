@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.method.activations import clamped_swish
@@ -146,13 +147,14 @@ OLMOE = Family(
 
 def _qwen3_moe(f: Fields) -> Features:
     """Returns the fields of Qwen3-MoE; some layers may have a dense FFN."""
-    experts, layers = qwen_experts(f, plain_mixture(f.flag("norm_topk_prob")))
-    return {
-        "qk_norm": "head",
-        **readers.optional_windows(f, lambda _: True),
-        **(experts | readers.fields_of_layers(layers)),
-        **attention_bias(f),
-    }
+    features: dict[str, Any] = {"qk_norm": "head"}
+    # With use_sliding_window, every layer slides unless layer_types says otherwise.
+    features |= readers.optional_windows(f, lambda layer: True)
+    experts, fields_by_layer = qwen_experts(f, plain_mixture(f.flag("norm_topk_prob")))
+    features |= experts
+    features |= readers.fields_of_layers(fields_by_layer)
+    features |= attention_bias(f)
+    return features
 
 
 QWEN3_MOE = Family(

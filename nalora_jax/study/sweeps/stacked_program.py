@@ -378,24 +378,34 @@ def fit_all(
     step = 0
     while any(run.active for run in runs):
         rows = [run.batch() for run in runs]
+        # The program may have more places than there are runs; they repeat the last run's batch.
         empty = len(program.runs) - len(rows)
-        batch = batch_of([*rows, *rows[-1:] * empty], program.mesh)
-        if not step:
+        rows += [rows[-1]] * empty
+        batch = batch_of(rows, program.mesh)
+        if step == 0:
+            # The result is not used: the call below finds it in the cache of compiled programs.
             with count_progress("compiling the step"):
                 program.lower(states, batch).compile()
         states, metrics = program.step(states, batch, [run.active for run in runs])
         step += 1
         if stop is not None:
             stop.ask(step)
+        # Computed for all runs when the first run asks.
         fetched = cache(partial(jax.tree.map, processes.fetch, metrics))
         measured = cache(partial(program.measure, states))
         for index, run in enumerate(runs):
-            state = partial(program.state_of, states, index)
             run.after(
                 _OfRun(fetched, index),
-                state,
-                partial(lambda of, i: of()[i], measured, index),
+                state=partial(program.state_of, states, index),
+                measured=partial(_select, measured, index),
             )
+
+
+def _select(
+    values: Callable[[], Sequence[dict[str, Any]]], index: int
+) -> dict[str, Any]:
+    """Computes ``values`` of all runs and returns those of one."""
+    return values()[index]
 
 
 class _OfRun(Mapping[str, Any]):

@@ -233,12 +233,17 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
 
 
 def numeric_settings(mechanism: Mechanism) -> list[str]:
-    """Returns the names of the settings that are numbers or tuples of numbers, except `permute`."""
+    """Returns the names of the settings that may be traced: numbers and tuples of numbers.
+
+    A tuple may be empty, and None counts as an empty one. `permute` is no quantity but the seed of
+    an order that is drawn before the program is compiled.
+    """
     names = []
     for field in fields(mechanism):
-        values = jax.tree.leaves(getattr(mechanism, field.name))
-        types = set(map(type, values))
-        if field.name != "permute" and types <= {int, float}:
+        numbers = jax.tree.leaves(getattr(mechanism, field.name))
+        if field.name == "permute":
+            continue
+        if all(type(number) in (int, float) for number in numbers):
             names.append(field.name)
     return names
 

@@ -103,17 +103,26 @@ def _check_temperature(
     prompt: Sequence[int],
     temperature: float,
 ) -> None:
-    """Checks that a server has log-probabilities, at the temperature of its samples.
+    """Checks that a server returns log-probabilities at the temperature that it samples at.
 
-    At half the temperature the differences of log-probabilities double. With a temperature of 1
-    both forms are equal.
+    A prompt is answered at the temperatures 1 and `_COLD`: differences of log-probabilities must
+    then grow by ``1 / _COLD``. A run at temperature 1 needs no check, as both forms are equal.
 
     Raises:
-      NaloraError: they are those of temperature 1.
+      Unsound: the server returned no log-probabilities.
+      NaloraError: its log-probabilities are at temperature 1 whatever was asked.
     """
     spreads = []
     for asked in (1.0, _COLD):
-        question = Question(version.name, [prompt], 1, asked, 0, (), TOP)
+        question = Question(
+            model=version.name,
+            prompts=[prompt],
+            limit=1,
+            temperature=asked,
+            seed=0,
+            stops=(),
+            top=TOP,
+        )
         (answer,) = client.ask(listed.dialect, question)
         if not answer.tops or len(answer.tops[0]) < 2:
             raise Unsound("no log-probabilities of likely tokens")
