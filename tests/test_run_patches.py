@@ -4,6 +4,8 @@ after a kill, PEFT, merging, generation and conversations, against transformers.
 from __future__ import annotations
 
 import io
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +43,7 @@ from nalora_jax.__main__ import main
 with tiny.on_named_devices(pathlib.Path(sys.argv[1])):
     main(sys.argv[2:])
 """
+PICTURES = int(os.environ.get("NALORA_TEST_PICTURES", "48"))  # docs/images.md: 200
 GREEDY = ["--max-new-tokens", "6", "--temperature", "0", "--dtype", "float32"]
 
 
@@ -220,3 +223,26 @@ def test_a_conversation_shows_pictures_of_any_shape(trained, chats, monkeypatch,
     first = answer(whole, model, turns[:1])
     second = answer(whole, model, turns, [first])
     assert printed == f"{first}\n{second}\n"
+
+
+def test_few_programs_are_compiled_for_pictures_of_many_shapes(tmp_path, caplog, capsys) -> None:
+    """Of an epoch with evaluations and samples: programs that read patches. The log states how full
+    the places of patches are."""
+    chats = vision.make_chats_of_shapes(tmp_path, count=PICTURES * 3 // 4)
+    shapes = {Image.open(path).size for path in tmp_path.glob("*.png")}
+    assert len(shapes) >= 0.9 * PICTURES
+    vision.make_patch_model(tmp_path / "model", "qwen3_vl")
+    flags = command(tmp_path / "model", chats, tmp_path / "run")
+    place = flags.index("--steps")
+    flags[place : place + 2] = ["--epochs", "1"]
+    with tiny.on_named_devices(tmp_path / "cache"), jax.log_compiles():
+        assert main([*flags, "--train.eval-every", "4"]) == 0
+    # "Compiling jit(step) with global shapes and types [..., uint8[rows,patches,48], ...]"
+    compiled = set()
+    for record in caplog.records:
+        text = record.getMessage()
+        if text.startswith("Compiling") and re.search(r"uint8\[\d+,\d+,48\]", text):
+            compiled.add(text)
+    assert 2 <= len(compiled) <= 4, [text[:40] for text in compiled]
+    printed = capsys.readouterr().err
+    assert re.search(r"places for \d+ image tokens a row, \d+% filled", printed)
