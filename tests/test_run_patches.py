@@ -43,7 +43,9 @@ from nalora_jax.__main__ import main
 with tiny.on_named_devices(pathlib.Path(sys.argv[1])):
     main(sys.argv[2:])
 """
+MOST = 512  # pixels of a picture, half of the processor's limit
 PICTURES = int(os.environ.get("NALORA_TEST_PICTURES", "48"))  # docs/images.md: 200
+LIMIT = ("--vision.max-pixels", str(MOST))
 GREEDY = ["--max-new-tokens", "6", "--temperature", "0", "--dtype", "float32"]
 
 
@@ -61,7 +63,17 @@ def command(model: Path, chats: Path, output: Path, *flags: str) -> list[str]:
         *("train", "--model", str(model), "--output", str(output)),
         *("--data.dataset", str(chats), "--data.max-length", "96", "--data.chat"),
         *("--data.train-split", "train[:75%]", "--data.eval-split", "train[75%:]"),
-        *("--data.workers", "1", "--vision.task", "chat", "--steps", "8", "--mesh.data", "1"),
+        *(
+            "--data.workers",
+            "1",
+            "--vision.task",
+            "chat",
+            *LIMIT,
+            "--steps",
+            "8",
+            "--mesh.data",
+            "1",
+        ),
         *("--train.batch-size", "4", "--train.log-every", "2", "--train.eval-every", "0"),
         *("--train.save-every", "2", "--optimizer.learning-rate", "2e-2"),
         *("--mechanisms", "soft:power=2,warmup=2", "--lora.rules", "ffn:4", "attn:2"),
@@ -93,7 +105,8 @@ def asked(model: Path, turns: Sequence[tuple[Sequence[Path], str]], answers: Seq
         if number < len(answers):
             messages.append({"role": "assistant", "content": answers[number]})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    pixels = processor(images, return_tensors="pt")
+    size = {"shortest_edge": 64, "longest_edge": MOST}
+    pixels = processor(images, return_tensors="pt", size=size)
     first, *others = text.split("<|image_pad|>")
     for grid, piece in zip(pixels["image_grid_thw"], others, strict=True):
         first += "<|image_pad|>" * int(grid.prod() // 4) + piece
@@ -123,6 +136,7 @@ def test_a_run_lowers_the_loss_and_trains_every_part(trained) -> None:
     model, folder = trained
     lines = tiny.lines(folder)
     initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))
+    assert load(str(folder)).base.processor.max_pixels == MOST
     assert final["eval"]["loss"] < 0.7 * initial["eval"]["loss"]
     layers = [line["layers"] for line in lines if "layers" in line][-1]
     assert min(layers["mask_mean"]) != 1  # the mechanism acts

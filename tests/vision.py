@@ -274,6 +274,14 @@ def make_patch_model(folder: Path, family: str, **top: Any) -> Path:
     return _save(lambda: transformers.AutoModelForImageTextToText.from_config(config), folder)
 
 
+def draw_noise(height: int, width: int) -> Any:
+    """A picture of noise."""
+    from PIL import Image
+
+    pixels = np.random.default_rng(height * 7919 + width).integers(0, 256, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
 def make_chats_of_shapes(folder: Path, count: int = 24, most: int = 60) -> Path:
     """Conversations about pictures of random shapes and three colours, some with two pictures."""
     from PIL import Image

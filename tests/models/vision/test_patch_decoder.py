@@ -15,7 +15,6 @@ from PIL import Image
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.data.images.patches import PatchProcessor
-from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.vision.patch_decoder import decoder_for
@@ -184,26 +183,3 @@ def test_gradients_of_adapters_are_those_of_peft(model, pictures, tmp_path) -> N
         limit = 1e-4 * float(np.abs(leaf).max())
         np.testing.assert_allclose(actual[path], leaf, atol=limit, rtol=0, err_msg=path)
         assert limit > 0, path
-
-
-def test_pixels_are_those_of_transformers_processor() -> None:
-    """Pillow's backend, on 60 shapes: the same sizes, and floats to 1e-6."""
-    kind = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil
-    settings = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 1024}
-    theirs = kind(**settings, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
-    rng = np.random.default_rng(1)
-    for _ in range(60):
-        height, width = (int(side) for side in rng.integers(1, 90, 2))
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
-        expected = theirs(picture, return_tensors="np")
-        image = PROCESSOR.prepare(picture)
-        assert (1, *image.grid) == tuple(expected["image_grid_thw"][0])
-        ours = np.asarray(PROCESSOR.normalise(image.pixels)).reshape(-1, 4, 4, 3)
-        pixels = expected["pixel_values"].reshape(-1, 3, 2, 4, 4)
-        np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), pixels[:, :, 0], atol=2e-6)
-        assert PROCESSOR.tokens_of(height, width) == PROCESSOR.tokens_of_prepared(image)
-
-
-def test_a_picture_that_is_too_thin_is_refused() -> None:
-    with pytest.raises(NaloraError, match="at most 200 times"):
-        PROCESSOR.fitted(1, 201)
