@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
@@ -57,6 +58,38 @@ CHAT_WORDS = [
 CHAT_WORDS += [*WORDS[4:13], "What", "colour", "is", "this", "Describe", "image"]
 # The chat templates of llava-hf/llava-1.5-7b-hf and, without its system turn, google/gemma-3-4b-it.
 TEMPLATES = Path(__file__).parent / "data" / "images" / "templates"
+# Models whose tower reads packed patches: special tokens, sizes of all and settings of each.
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+QWEN_SPECIAL += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN_WORDS = [*QWEN_SPECIAL, *CHAT_WORDS[len(SPECIAL) :], "system", "assistant", "You", "are"]
+QWEN_WORDS += ["helpful", "large", "small"]
+PATCH_TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+}
+PATCH_TOWER = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
+PATCH_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"window_size": 16, "fullatt_block_indexes": [1]},
+    "qwen3_vl": {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2]},
+}
+PATCH_PIXELS = {"min_pixels": 64, "max_pixels": 1024}  # 1 to 16 tokens
 PROCESSORS = {
     "clip": ("CLIPImageProcessor", {"size": {"shortest_edge": 16}, "crop_size": SQUARE}),
     "siglip": ("SiglipImageProcessor", {"size": SQUARE}),
@@ -205,6 +238,72 @@ def make_vision_model(
         )
     processor.save_pretrained(folder)
     return _save(lambda: transformers.AutoModelForImageTextToText.from_config(config), folder)
+
+
+def make_patch_model(folder: Path, family: str, **top: Any) -> Path:
+    """A vision-language model whose tower reads packed patches: model, tokenizer, chat template,
+    image processor."""
+    import transformers
+
+    number = QWEN_SPECIAL.index
+    tokens = {
+        "image_token_id": number("<|image_pad|>"),
+        "video_token_id": number("<|video_pad|>"),
+        "vision_start_token_id": number("<|vision_start|>"),
+        "vision_end_token_id": number("<|vision_end|>"),
+    }
+    config = transformers.CONFIG_MAPPING[family](
+        text_config=PATCH_TEXT,
+        vision_config=PATCH_TOWER | PATCH_FAMILIES[family],
+        **tokens | top,
+    )
+    config._attn_implementation = "eager"
+    names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
+    tokenizer = _tokenizer(
+        QWEN_WORDS,
+        "$A",
+        r"\w+|\n+|[^\w\n]",
+        model_max_length=256,
+        additional_special_tokens=[name for name in QWEN_SPECIAL if name != "<unk>"],
+        **names,
+    )
+    tokenizer.chat_template = (TEMPLATES / "qwen_vl.jinja").read_text()
+    tokenizer.save_pretrained(folder)
+    kind = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil
+    kind(patch_size=4, merge_size=2, **PATCH_PIXELS).save_pretrained(folder)
+    return _save(lambda: transformers.AutoModelForImageTextToText.from_config(config), folder)
+
+
+def draw_noise(height: int, width: int) -> Any:
+    """A picture of noise."""
+    from PIL import Image
+
+    pixels = np.random.default_rng(height * 7919 + width).integers(0, 256, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def make_chats_of_shapes(folder: Path, count: int = 24, most: int = 60) -> Path:
+    """Conversations about pictures of random shapes and three colours, some with two pictures."""
+    from PIL import Image
+
+    rng = np.random.default_rng(3)
+    names = list(COLOURS)
+    lines = []
+    for i in range(count):
+        parts: list[dict[str, Any]] = []
+        for j in range(1 + (i % 3 == 0)):
+            height, width = (int(side) for side in rng.integers(8, most, 2))
+            noise = rng.normal(0, 25, (height, width, 3))
+            pixels = np.clip(np.asarray(COLOURS[names[i % 3]]) + noise, 0, 255)
+            name = f"{i}_{j}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+            parts.append({"type": "image_url", "image_url": {"url": name}})
+        parts.append({"type": "text", "text": QUESTION})
+        answer = {"role": "assistant", "content": f"{names[i % 3]} square."}
+        lines.append({"messages": [{"role": "user", "content": parts}, answer]})
+    path = folder / "shapes.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
 
 
 def make_chats(folder: Path, damaged: str = "") -> Path:

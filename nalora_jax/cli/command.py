@@ -122,9 +122,10 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
       SystemExit: help was requested, and printed.
     """
     words = _spell_out(words)
-    swept, others = parser.take_flag(words, "--sweep")
-    if swept:  # values of the repeated flag after one
-        words = [*others, "--sweep", *swept]
+    for flag in _REPEATED:
+        values, others = parser.take_flag(words, flag)
+        if values:  # after one flag, as tyro takes the values of the last one only
+            words = [*others, flag, *values]
     has_imports = _IMPORT in words
     files, words = parser.take_flag(words, _IMPORT, ".py")
     if has_imports and not files:
@@ -231,6 +232,7 @@ _SHORT = {
 }
 _ASSIGNED = ("--resume=", *(f"{flag}=" for flag, _ in _SHORT))
 _IMPORT = "--import"
+_REPEATED = ("--sweep", "--image")  # flags that may be given several times
 
 
 def _spell_out(words: list[str]) -> list[str]:

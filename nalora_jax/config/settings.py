@@ -412,8 +412,12 @@ class VisionConfig:
     crop_area: Annotated[float, POSITIVE_SHARE] = 0.5
     # Images that are broken, animated or too large: "skip" (named in the log) or "error".
     broken: Literal["skip", "error"] = "skip"
-    # Largest number of pixels of an image; larger images are rejected before they are decoded.
+    # Largest number of pixels of an image. Larger images are rejected before they are decoded; of
+    # models with images of any shape, they are resized to it if their processor's limit is higher.
     max_pixels: Annotated[int, SIZE] = 50_000_000
+    # Models with images of any shape: smaller images are enlarged to this number of pixels; 0: the
+    # processor's.
+    min_pixels: Annotated[int, COUNT] = 0
     # classify, contrast: side in pixels of the squares that images are resized to, a multiple of
     # the patch size; positions are interpolated (smaller is faster); 0: the model's size.
     image_size: Annotated[int, Range("a whole number", "[0, 65536]")] = 0

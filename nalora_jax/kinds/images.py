@@ -16,7 +16,12 @@ from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.config.checks import Limits, require, trained_tables
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.images.image_chat import ChatImages, open_chats, row_images
+from nalora_jax.data.images.image_chat import (
+    ChatImages,
+    decoding_limit,
+    open_chats,
+    row_images,
+)
 from nalora_jax.data.images.image_files import ImageProcessor
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO_SPLIT
@@ -32,7 +37,7 @@ from nalora_jax.method.step import Batch
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.patch_config import PatchSpec
 from nalora_jax.models.vision.patch_decoder import decoder_for
-from nalora_jax.weights.base import vision_files
+from nalora_jax.weights.base import limit_pixels, vision_files
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 
@@ -47,7 +52,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
         images=True,
     )
     if files.config.vision is not None:
-        files = vision_files(files)
+        files = limit_pixels(vision_files(files), config.vision)
     tokens = files.tokenizer.images
     train, held = open_records(
         config.data, vision_sources(config.data, config.vision, tokens, source)
@@ -56,8 +61,8 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     assert tokens is not None
     assert files.processor is not None
     data = inputs.data
-    max_pixels = config.vision.max_pixels
-    images = row_images(train, data, tokens, files.processor, max_pixels)
+    limit = decoding_limit(tokens, config.vision)
+    images = row_images(train, data, tokens, files.processor, limit)
     return replace(inputs, data=replace(data, images=images), in_turns=True)
 
 

@@ -20,7 +20,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.patch_decoder import decoder_for
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.shardings import Shardings
-from nalora_jax.weights.base import load_model
+from nalora_jax.weights.base import limit_pixels, load_model
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel
@@ -93,6 +93,8 @@ def load(
             files, rope_scaling=recorded_fact(located.adapter, "rope_scaling")
         )
     base = load_model(files, dtype=dtype, mesh=mesh, quantized=quantized, images=images)
+    if base.processor is not None:
+        base = limit_pixels(base, run.vision)
     lora = None
     spec = AdapterSpec()
     if located.adapter is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
 from nalora_jax.common.fields import Fields
+from nalora_jax.config import VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens, SizedImageTokens
 from nalora_jax.data.images.image_files import read_processor, read_sized_processor
 from nalora_jax.data.images.patches import PatchProcessor
@@ -27,6 +29,8 @@ from nalora_jax.weights.model_files import (
     open_files,
 )
 from nalora_jax.weights.tensors import require_dtype
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -128,6 +132,42 @@ def _patch_files(files: ModelFiles, vision: PatchSpec) -> ModelFiles:
     return replace(
         files, tokenizer=replace(files.tokenizer, images=tokens), processor=either
     )
+
+
+Opened = TypeVar("Opened", ModelFiles, LoadedModel)
+
+
+def limit_pixels(model: Opened, vision: VisionConfig) -> Opened:
+    """Returns files or a model whose images have between ``vision.min_pixels`` and
+    ``vision.max_pixels`` pixels.
+
+    Raises:
+      NaloraError: a lower limit above the upper one, or for a model whose images have one size.
+    """
+    processor: Any = model.processor
+    if not isinstance(processor, PatchProcessor):
+        if vision.min_pixels:
+            raise NaloraError(
+                "--vision.min-pixels",
+                expected="0: images of this model have one size",
+                found=vision.min_pixels,
+            )
+        return model
+    limited: Any = processor.with_limits(vision.min_pixels, vision.max_pixels)
+    if limited == processor:
+        return model
+    log.info(
+        "images have %s to %s pixels, at most %d tokens; the processor's file has %s to %s",
+        f"{limited.min_pixels:,}",
+        f"{limited.max_pixels:,}",
+        limited.max_pixels // limited.square**2,
+        f"{processor.min_pixels:,}",
+        f"{processor.max_pixels:,}",
+    )
+    tokens = model.tokenizer.images
+    assert isinstance(tokens, SizedImageTokens)
+    tokenizer = replace(model.tokenizer, images=replace(tokens, processor=limited))
+    return replace(model, tokenizer=tokenizer, processor=limited)
 
 
 def special_text(tokenizer: Tokenizer, token_id: int, field: str, where: str) -> str:

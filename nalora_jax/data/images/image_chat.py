@@ -36,6 +36,7 @@ from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.chat_text import make_turns, text_field
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
 from nalora_jax.data.images.image_files import (
+    MAX_PIXELS,
     ImageProcessor,
     file_below,
     image_size,
@@ -95,9 +96,11 @@ class ChatImages(SourceView):
           NaloraError: an image cannot be read and ``vision.broken`` is "error", or none can.
         """
 
+        limit = decoding_limit(self._tokens, self._vision)
+
         def check(index: int) -> None:
             for image in self[index][IMAGES]:
-                rgb_image(image, self.where(index), self._vision.max_pixels)
+                rgb_image(image, self.where(index), limit)
 
         places = places_without_error(self.name, len(self), check, self._vision.broken)
         if len(places) == len(self):
@@ -311,6 +314,16 @@ def open_chats(
     return ChatImages(
         open_source(config, split), config, vision, tokens, folder.resolve()
     )
+
+
+def decoding_limit(tokens: ImageTokens, vision: VisionConfig) -> int:
+    """Returns the largest number of pixels of a picture that is decoded.
+
+    A model whose images have any shape resizes larger pictures than ``vision.max_pixels``.
+    """
+    if tokens.sized:
+        return max(MAX_PIXELS, vision.max_pixels)
+    return vision.max_pixels
 
 
 def rgb_image(image: Image, where: str, max_pixels: int) -> Any:

@@ -88,12 +88,25 @@ class PatchProcessor:
         rows, columns = self.fitted(height, width)
         return rows * columns // self.square**2
 
-    def with_limit(self, pixels: int) -> PatchProcessor:
-        """Returns the processor with at most ``pixels`` pixels an image; 0: its own limit."""
-        if not pixels:
-            return self
-        most = min(self.max_pixels, max(pixels, self.square**2))
-        return replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most))
+    def with_limits(self, least: int, most: int) -> PatchProcessor:
+        """Returns the processor of images with ``least`` to ``most`` pixels.
+
+        Args:
+          least: replaces ``min_pixels``; 0: no change.
+          most: lowers ``max_pixels``, and with it a larger ``min_pixels``, to one square at least.
+
+        Raises:
+          NaloraError: ``least`` is above the largest number of pixels.
+        """
+        most = min(self.max_pixels, max(most, self.square**2))
+        if least > most:
+            expected = f"at most {most:,}, the largest number of pixels of an image"
+            remedy = "see --vision.max-pixels"
+            raise NaloraError(
+                "--vision.min-pixels", expected=expected, found=least, remedy=remedy
+            )
+        least = least or min(self.min_pixels, most)
+        return replace(self, max_pixels=most, min_pixels=least)
 
     def prepare(self, image: Any) -> Patches:
         """Returns the patches of an RGB ``PIL.Image.Image``."""

@@ -35,7 +35,57 @@ _QWEN3: dict[str, Any] = _TOWER | {
     "deepstack_visual_indexes": [8, 16, 24],
 }
 _EPS = 1e-6  # of the towers' norms, which no file states
-_THETA = 10_000.0  # of their rotary embeddings
+# Fields of a tower that do not change the features of images: names, the numbers of random weights
+# and of videos, and fields that transformers writes into every config.
+_UNREAD = {
+    "model_type",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "architectures",
+}
+_UNREAD |= {"initializer_range", "tokens_per_second", "in_chans", "spatial_patch_size"}
+_UNREAD |= {
+    "return_dict",
+    "id2label",
+    "label2id",
+    "tie_word_embeddings",
+    "_name_or_path",
+}
+_UNREAD |= {
+    "attn_implementation",
+    "_attn_implementation_autoset",
+    "max_length",
+    "num_beams",
+}
+_UNREAD |= {"num_beam_groups", "num_return_sequences", "temperature", "top_k", "top_p"}
+_UNREAD |= {"typical_p", "length_penalty", "repetition_penalty"}
+
+
+def _tower_fields(f: Fields, defaults: dict[str, Any]) -> Fields:
+    """Returns the fields of the tower, with transformers' ``defaults``.
+
+    Raises:
+      NaloraError: a field is not known that is neither null, false nor empty.
+    """
+    v = Fields(f.mapping("vision_config"), defaults, f"{f.where}: vision_config")
+    known = {*defaults, *_UNREAD, "out_hidden_size", "rope_parameters"}
+    for name, value in v.raw.items():
+        if value and name not in known:
+            expected = f"no such field: this tower has {', '.join(sorted(defaults))}"
+            remedy = "towers with other fields are not supported"
+            raise v.error(name, expected, repr(value)[:60], remedy)
+    return v
+
+
+def _theta(v: Fields) -> float:
+    """Returns the base wavelength of the rotary embedding of rows and columns."""
+    where = f"{v.where}: rope_parameters"
+    defaults = {"rope_type": "axial", "rope_theta": 10_000.0}
+    rope = Fields(v.mapping("rope_parameters"), defaults, where)
+    if rope.get("rope_type") not in ("axial", "default"):
+        raise rope.error("rope_type", '"axial"', repr(rope.get("rope_type"))[:60])
+    return rope.number("rope_theta")
 
 
 def _sizes(f: Fields, d_model: int) -> dict[str, Any]:
@@ -60,7 +110,7 @@ def _sizes(f: Fields, d_model: int) -> dict[str, Any]:
         "patch_size": f.integer("patch_size", high=2**10),
         "channels": f.integer("in_channels", high=64),
         "frames": f.integer("temporal_patch_size", high=64),
-        "rope_theta": _THETA,
+        "rope_theta": _theta(f),
     }
 
 
@@ -77,7 +127,7 @@ def _layers_of(f: Fields, name: str, depth: int) -> tuple[int, ...]:
 
 def _qwen2_5_vl(f: Fields, d_model: int) -> PatchSpec:
     """Returns the image input of Qwen2.5-VL: a SwiGLU tower with attention windows."""
-    v = Fields(f.mapping("vision_config"), _QWEN2_5, f"{f.where}: vision_config")
+    v = _tower_fields(f, _QWEN2_5)
     traits = _sizes(v, d_model)
     merge = v.integer("spatial_merge_size", high=2**5)
     square = traits["patch_size"] * merge
@@ -96,7 +146,7 @@ def _qwen2_5_vl(f: Fields, d_model: int) -> PatchSpec:
 def _qwen3_vl(f: Fields, d_model: int) -> PatchSpec:
     """Returns the image input of Qwen3-VL, some of whose layers have projectors of their own
     (DeepStack)."""
-    v = Fields(f.mapping("vision_config"), _QWEN3, f"{f.where}: vision_config")
+    v = _tower_fields(f, _QWEN3)
     traits = _sizes(v, d_model)
     positions = v.integer("num_position_embeddings")
     side = round(positions**0.5)

@@ -52,9 +52,19 @@ def test_patches_are_those_of_transformers(width, height, limits):
 
 def test_a_lower_limit_takes_fewer_tokens():
     processor = make_processor()
-    assert processor.with_limit(0) is processor
-    assert processor.with_limit(28 * 28 * 6).tokens_of(480, 640) == 4  # 2 by 2, of at most 6
-    assert processor.with_limit(1).tokens_of(480, 640) == 1
+    assert processor.with_limits(0, 10**9) == processor
+    lower = processor.with_limits(0, 28 * 28 * 6)
+    assert lower.tokens_of(480, 640) == 4  # 2 by 2, of at most 6
+    assert lower.min_pixels == processor.min_pixels
+    assert processor.with_limits(0, 1).tokens_of(480, 640) == 1
+
+
+def test_a_higher_minimum_takes_more_tokens():
+    processor = make_processor()
+    assert processor.tokens_of(56, 56) == 4
+    assert processor.with_limits(28 * 28 * 9, 10**9).tokens_of(56, 56) == 9
+    with pytest.raises(NaloraError, match="--vision.min-pixels: expected at most 784"):
+        processor.with_limits(1000, 784)
 
 
 def test_rows_hold_the_patches_of_their_images_one_after_another():

@@ -3,50 +3,33 @@ texts with images of several shapes."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
+from nalora_jax.common.trees import flatten
 from nalora_jax.data.images.patches import PatchProcessor
-from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.vision.patch_decoder import decoder_for
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.weights.encoders import _keymap
-from nalora_jax.weights.hf import ResolvedSource, open_tensors
-from nalora_jax.weights.tensors import load_params
+from nalora_jax.weights.base import load_model
+from nalora_jax.weights.peft_import import import_adapter
+from tests import vision
 
+in_peft = pytest.importorskip("tests.weights.in_peft")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-IMAGE, START, END = 5, 6, 7  # token ids
-TEXT = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-}
-TOWER = {
-    "depth": 3,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 4,
-    "patch_size": 4,
-    "out_hidden_size": 32,
-}
-SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-FAMILIES = {
-    "qwen2_5_vl": {"window_size": 16, "fullatt_block_indexes": [1]},
-    "qwen3_vl": {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2]},
-}
+IMAGE, START, END = map(
+    vision.QWEN_SPECIAL.index, ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+)
 PROCESSOR = PatchProcessor(4, 2, 64, 1024, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 SHAPES = ((20, 31), (40, 18), (9, 70), (8, 8))  # height and width of the pictures
 
@@ -57,30 +40,15 @@ def pictures() -> list[Any]:
     return [Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)) for size in SHAPES]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=vision.PATCH_FAMILIES)
 def model(request, tmp_path) -> tuple[Any, ModelConfig, Any]:
     """A tiny random model of transformers, and its config and weights here."""
-    family = request.param
-    kinds = transformers.CONFIG_MAPPING
-    config = kinds[family](
-        text_config=TEXT | {"rope_parameters": SECTIONS},
-        vision_config=TOWER | FAMILIES[family],
-        image_token_id=IMAGE,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+    folder = vision.make_patch_model(tmp_path, request.param)
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, attn_implementation="eager"
     )
-    config._attn_implementation = "eager"
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        theirs = transformers.AutoModelForImageTextToText.from_config(config).eval()
-        for leaf in theirs.parameters():
-            wide = leaf.shape[-1] ** -0.5 if leaf.ndim > 1 else 0.2
-            leaf.copy_(torch.randn(leaf.shape) * wide + (leaf if leaf.ndim == 1 else 0))
-    theirs.save_pretrained(tmp_path)
-    ours = ModelConfig.from_hf(config.to_dict(), images=True)
-    source = open_tensors(ResolvedSource("hf", tmp_path, str(tmp_path)))
-    params = load_params(param_shapes(ours), source, _keymap(ours), dtype="float32")
-    return theirs, ours, params
+    ours = load_model(str(folder), dtype="float32", images=True)
+    return theirs.eval(), ours.config, ours.params
 
 
 def texts(prepared: list[Any]) -> list[list[int]]:
@@ -97,8 +65,8 @@ def texts(prepared: list[Any]) -> list[list[int]]:
     ]
 
 
-def reference(model: Any, ids: list[int], prepared: list[Any]) -> np.ndarray:
-    """The logits of one text by transformers, ``[seq, vocab]``."""
+def inputs_of(ids: list[int], prepared: list[Any]) -> dict[str, Any]:
+    """The inputs of transformers' model for one text."""
     inputs = {"input_ids": torch.tensor([ids])}
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
     if prepared:
@@ -108,8 +76,13 @@ def reference(model: Any, ids: list[int], prepared: list[Any]) -> np.ndarray:
         flat = np.repeat(flat[:, :, None], 2, axis=2).reshape(len(flat), -1)
         inputs["pixel_values"] = torch.tensor(flat)
         inputs["image_grid_thw"] = torch.tensor([(1, *image.grid) for image in prepared])
+    return inputs
+
+
+def reference(model: Any, ids: list[int], prepared: list[Any]) -> np.ndarray:
+    """The logits of one text by transformers, ``[seq, vocab]``."""
     with torch.no_grad():
-        return model(**inputs).logits[0].numpy()
+        return model(**inputs_of(ids, prepared)).logits[0].numpy()
 
 
 def test_logits_of_packed_rows_are_transformers_own(model, pictures) -> None:
@@ -149,24 +122,64 @@ def test_logits_of_packed_rows_are_transformers_own(model, pictures) -> None:
             start += len(ids)
 
 
-def test_pixels_are_those_of_transformers_processor() -> None:
-    """Pillow's backend, on 60 shapes: the same sizes, and floats to 1e-6."""
-    kind = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil
-    settings = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 1024}
-    theirs = kind(**settings, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
-    rng = np.random.default_rng(1)
-    for _ in range(60):
-        height, width = (int(side) for side in rng.integers(1, 90, 2))
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
-        expected = theirs(picture, return_tensors="np")
-        image = PROCESSOR.prepare(picture)
-        assert (1, *image.grid) == tuple(expected["image_grid_thw"][0])
-        ours = np.asarray(PROCESSOR.normalise(image.pixels)).reshape(-1, 4, 4, 3)
-        pixels = expected["pixel_values"].reshape(-1, 3, 2, 4, 4)
-        np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), pixels[:, :, 0], atol=2e-6)
-        assert PROCESSOR.tokens_of(height, width) == PROCESSOR.tokens_of_prepared(image)
+ADAPTED = (
+    r".*\.(blocks\.\d+\.attn\.(qkv|proj)|layers\.\d+\.self_attn\.[qkvo]_proj"
+    r"|mlp\.((gate|up|down)_proj|linear_fc[12])|merger\.mlp\.[02]"
+    r"|(merger|deepstack_merger_list\.\d)\.linear_fc[12])"
+)
 
 
-def test_a_picture_that_is_too_thin_is_refused() -> None:
-    with pytest.raises(NaloraError, match="at most 200 times"):
-        PROCESSOR.fitted(1, 201)
+def test_gradients_of_adapters_are_those_of_peft(model, pictures, tmp_path) -> None:
+    """Of the loss of two packed texts with two pictures each, for adapters on tower, projectors and
+    decoder."""
+    theirs, config, params = model
+    wrapped = in_peft.wrap(theirs, r=3, lora_alpha=6, target_modules=ADAPTED)
+    with torch.no_grad():  # near the base, whose gradients float32 resolves
+        for name, leaf in wrapped.named_parameters():
+            if "lora_B" in name:
+                leaf *= 0.2
+    lora, spec = import_adapter(in_peft.save(wrapped, tmp_path / "adapter"), config)
+    assert len(spec.targets) == len(projection_shapes(config))
+    prepared = [PROCESSOR.prepare(picture) for picture in pictures]
+    first, _, last = texts(prepared)
+    losses = []
+    for ids, of_text in ((first, prepared[:2]), (last, prepared[2:])):
+        scores = wrapped(**inputs_of(ids, of_text)).logits[0, :-1]
+        targets = torch.tensor(ids[1:])
+        losses.append(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
+    total_loss = sum(losses)
+    total_loss.backward()
+    tensors = {}
+    for name, leaf in wrapped.named_parameters():
+        if "lora_" in name:
+            tensors[name.replace(".default", "")] = leaf.grad.numpy()
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    in_peft.write_adapter(tmp_path / "gradients", settings, tensors)
+    expected = flatten(import_adapter(tmp_path / "gradients", config)[0])
+
+    tokens = np.array([[*first, *last]], np.int32)
+    segments = np.array([[1] * len(first) + [2] * len(last)], np.int32)
+    batch = PROCESSOR.arrays([prepared], PROCESSOR.places([prepared]))
+    module = decoder_for(config, spec, numerics=Numerics())
+    scored = (segments[:, 1:] == segments[:, :-1]).astype(np.float32)
+
+    def loss(lora: Any) -> jax.Array:
+        variables = {"params": params, "lora": lora}
+        features = module.apply(variables, *PROCESSOR.inputs(batch), method="encode_images")
+        hidden = module.apply(variables, tokens, segment_ids=segments, features=features)
+        scores = module.apply(variables, hidden[:, :-1], method="unembed")
+        nats = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:])
+        return jnp.sum(nats * scored)
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(lora)
+    np.testing.assert_allclose(value, total_loss.item(), rtol=1e-5)
+    actual = flatten(gradients)
+    # PEFT has one A of the fused projections of queries, keys and values.
+    fused = [f"image/layers/attn/{name}_proj/a" for name in "qkv"]
+    total = sum(actual[path] for path in fused)
+    actual |= dict.fromkeys(fused, total)
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        limit = 1e-4 * float(np.abs(leaf).max())
+        np.testing.assert_allclose(actual[path], leaf, atol=limit, rtol=0, err_msg=path)
+        assert limit > 0, path
