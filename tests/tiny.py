@@ -100,7 +100,8 @@ def on_named_devices(folder: Path) -> Iterator[None]:
     make = distributed.make_mesh
 
     def make_mesh(mesh: cfg.MeshConfig, devices: Any = None) -> Mesh:
-        count = mesh.data * (mesh.fsdp or 1) * (mesh.tensor or 1)  # 0 is left to the library
+        # 0 is left to the library
+        count = mesh.data * (mesh.fsdp or 1) * (mesh.tensor or 1) * (mesh.context or 1)
         return make(mesh, jax.devices()[:count] if count in (1, 2, 4) else devices)
 
     with pytest.MonkeyPatch.context() as patch:

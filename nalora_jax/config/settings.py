@@ -527,6 +527,9 @@ class RLConfig:
     resample: Annotated[int, Range("a whole number", "[0, 64]")] = 0
     # Leave samples that the limit of tokens cut out of the loss.
     mask_cut: bool = False
+    # Take the experts that the generator chose in the update, too, so that the log-probabilities of
+    # both differ by rounding only; of models with experts.
+    replay_routing: bool = False
     # System prompt of chats that have none.
     system_prompt: str = ""
     # Environment of several turns, NAME, NAME:setting=value,... or MODULE:CLASS; its reward comes

@@ -41,6 +41,7 @@ from nalora_jax.models.remat import (
     scan_layers,
     stack_layers,
 )
+from nalora_jax.models.replay import routing_by_stack
 from nalora_jax.models.ropes import image_coordinates, rope_tables
 from nalora_jax.models.stacks import Stack, groups, parts, stacks
 from nalora_jax.models.targets import TOKEN_ROWS, TOKEN_TABLES, AdapterSpec
@@ -83,15 +84,17 @@ class Block(nn.Module):
         y = self._result("attn_post_norm", y, shared)
         # The FFN. Its norm also adds the mixer's result to x.
         x, normed = self._added("ffn_norm", x, y)
-        stream = {}
+        more = {}
         if feed_forward.reads_stream:
-            stream = {"stream": x}
+            more["stream"] = x
+        if layer.replayed is not None:
+            more["replayed"] = layer.replayed
         y = self._module(feed_forward)(
             normed,
             layer.scales.get(feed_forward.name, {}),
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,
-            **stream,
+            **more,
         )
         x = self._add(x, self._result("ffn_post_norm", y, shared))
         if layer.deepstack is not None:
@@ -214,6 +217,7 @@ class Decoder(nn.Module):
         features: jax.Array | ImageFeatures | None = None,
         lengths: jax.Array | None = None,
         coordinates: jax.Array | None = None,
+        replayed: jax.Array | None = None,
     ) -> Any:
         """Returns the hidden states after the final norm.
 
@@ -235,6 +239,9 @@ class Decoder(nn.Module):
           coordinates: int ``[3, batch, seq]`` of the tokens (`image_coordinates`), for RoPE with
             axes; by default those of whole texts with the images of ``features``, or those that
             follow the cached tokens.
+          replayed: int ``[batch, seq, mixtures, top_k]``, experts of the layers that have experts,
+            in place of their routers' choice (`nalora_jax.models.replay`); negative for tokens
+            whose experts the routers choose.
 
         If ``shardings.rows`` splits the tokens of rows, the arguments have whole rows and the
         result has their parts (`nalora_jax.ops.split_rows.split_parts`).
@@ -269,8 +276,11 @@ class Decoder(nn.Module):
             features = features.embeddings
         if features is not None:
             x, shared = self._with_images(x, shared, features, whole)
+        by_stack = {}
+        if replayed is not None:
+            by_stack = routing_by_stack(self.config, split_parts(replayed, sharding))
         x, updates = self._through_layers(
-            constrain(x, sharding), cache, shared, embedded, deepstack
+            constrain(x, sharding), cache, shared, embedded, deepstack, by_stack
         )
         hidden = self.final_norm(x)
         if self.is_initializing():  # creates the head's parameters
@@ -419,6 +429,7 @@ class Decoder(nn.Module):
         shared: SharedInputs,
         embedded: jax.Array | None,
         deepstack: jax.Array | None,
+        replayed: dict[str, jax.Array],
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
         inputs = {
@@ -429,6 +440,7 @@ class Decoder(nn.Module):
                 embedded=None if embedded is None else embedded[np.array(stack.layers)],
                 cached=None if cache is None else cache.states.get(stack.prefix),
                 deepstack=_of_stack(deepstack, stack),
+                replayed=replayed.get(stack.prefix),
             )
             for stack in stacks(self.config)
         }

@@ -97,6 +97,7 @@ class RoutedConfig:
     split_length: int = 0
     # A mapped mesh axis whose devices each hold a part of every expert's channels, in order.
     axis: str | None = None
+    records: bool = False  # return the experts of every token
 
     @property
     def top_k(self) -> int:
@@ -132,10 +133,11 @@ def routed_ffn(
     layer: Layer,
     config: RoutedConfig,
     routed_by: jax.Array | None = None,
+    replayed: jax.Array | None = None,
     *,
     over: str | None = None,
     sends: bool = False,
-) -> RoutedOutput:
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array | None]:
     """Passes every token through its ``top_k`` experts.
 
     Args:
@@ -145,24 +147,29 @@ def routed_ffn(
       layer: arrays of the block.
       config: static options.
       routed_by: input of the router; default: ``x``.
+      replayed: int ``[batch, seq, top_k]``, experts in place of the router's choice, see `choose`.
       over: the mapped mesh axis that splits the experts, if one does; ``layer`` then has the
         device's experts, with taps of all experts.
       sends: send rows to their experts, without dropout, instead of gathering all experts.
 
     Returns:
-      ``[batch, seq, d_model]``, and the statistics (``{}`` if none are computed) of all experts.
+      ``[batch, seq, d_model]``, the statistics (``{}`` if none are computed) of all experts, and
+      the experts of every token, int ``[batch, seq, top_k]``; None unless ``config.records``.
     """
-    routing = route_tokens(x, layer, config, routed_by)
+    routing = route_tokens(x, layer, config, routed_by, replayed)
+    chosen = None
+    if config.records:
+        chosen = routing.chosen(*x.shape[:-1])
     samples = samples_of(routing, token_weights, config)
     if over is not None and sends:
-        return _exchanged(x, layer, routing, samples, config, over)
+        return *_exchanged(x, layer, routing, samples, config, over), chosen
     if over is not None:
         layer = all_experts(layer, over)
     if keys is None:
         drop = _unchanged
     else:
         drop = partial(_dropped, keys, routing, config)
-    return routed_rows(x, layer, routing, samples, config, drop)
+    return *routed_rows(x, layer, routing, samples, config, drop), chosen
 
 
 def samples_of(
@@ -200,7 +207,11 @@ def routed_rows(
 
 
 def route_tokens(
-    x: jax.Array, layer: Layer, config: RoutedConfig, routed_by: jax.Array | None = None
+    x: jax.Array,
+    layer: Layer,
+    config: RoutedConfig,
+    routed_by: jax.Array | None = None,
+    replayed: jax.Array | None = None,
 ) -> Routing:
     """Returns the experts of the tokens ``x [batch, seq, d_model]``; see `routed_ffn`."""
     if routed_by is not None:
@@ -214,7 +225,9 @@ def route_tokens(
     if layer.router_bias is not None:
         logits = logits + _frozen(layer.router_bias)[None]
     of_experts = jax.tree.map(_frozen, (layer.correction, layer.expert_scale))
-    return route(logits, config.top_k, config.routing, *of_experts)
+    if replayed is not None:
+        replayed = replayed.reshape(-1, config.top_k)
+    return route(logits, config.top_k, config.routing, *of_experts, replayed=replayed)
 
 
 def _frozen(array: jax.Array) -> jax.Array:

@@ -40,12 +40,12 @@ from nalora_jax.models.experts import (
     ExpertProjection,
     Layer,
     RoutedConfig,
-    RoutedOutput,
     exchanges_less,
     map_projections,
     routed_ffn,
 )
 from nalora_jax.models.parts import PartOptions, RMSNorm, adapters_below, scales_below
+from nalora_jax.models.replay import ROUTING
 from nalora_jax.models.routing import RouterSpec
 from nalora_jax.ops.quantize import Coded
 from nalora_jax.ops.reductions import count, first_alone
@@ -69,10 +69,13 @@ class MoEFFN(nn.Module):
         token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
         routed_by: jax.Array | None = None,
+        replayed: jax.Array | None = None,
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` as ``x``.
 
-        ``routed_by`` is the input of the router, ``x`` by default.
+        ``routed_by`` is the input of the router, ``x`` by default, and ``replayed`` int ``[batch,
+        seq, top_k]`` are experts in place of its choice. The experts of every token are written to
+        the collection `ROUTING`, if a caller asks for it (``mutable``).
         """
         c = self.config
         options = self.options
@@ -105,6 +108,7 @@ class MoEFFN(nn.Module):
             names=statistics.forward(taps),
             dropout=options.adapters.dropout,
             split_length=split_length,
+            records=self.is_mutable_collection(ROUTING) and not self.is_initializing(),
         )
         weights = jnp.ones(x.shape[:2], jnp.float32)
         if token_weights is not None:
@@ -112,7 +116,7 @@ class MoEFFN(nn.Module):
         # One key per sequence: the mask does not depend on the mesh.
         if config.dropout > 0 and not deterministic:
             keys = jax.random.split(self.make_rng("dropout"), x.shape[0])
-        y, measured = route_on_mesh(
+        y, measured, chosen = route_on_mesh(
             options.shardings.routed,
             x,
             weights,
@@ -120,8 +124,11 @@ class MoEFFN(nn.Module):
             layer,
             config,
             routed_by,
+            replayed,
             experts=options.experts,
         )
+        if chosen is not None:
+            self.sow(ROUTING, "chosen", chosen, reduce_fn=lambda _, newest: newest)
         if not measured:
             return y
         return statistics.emit_measured(y, taps, measured)
@@ -182,9 +189,10 @@ def route_on_mesh(
     layer: Layer,
     config: RoutedConfig,
     routed_by: jax.Array | None = None,
+    replayed: jax.Array | None = None,
     *,
     experts: str = "auto",
-) -> RoutedOutput:
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array | None]:
     """Runs `routed_ffn` on every device's own tokens.
 
     Without the mapping the compiler makes each device route the tokens of all devices.
@@ -192,8 +200,8 @@ def route_on_mesh(
     Args:
       sharding: of x; None on one device. If it does not divide the batch, every device computes all
         of it.
-      x, keys, layer, config, routed_by: as for `routed_ffn`; if ``config.stats`` has a sharding,
-        taps have a leading axis ``[shards]``.
+      x, keys, layer, config, routed_by, replayed: as for `routed_ffn`; if ``config.stats`` has a
+        sharding, taps have a leading axis ``[shards]``.
       weights: ``token_weights`` of `routed_ffn`.
       experts: how rows meet the experts of other devices (`nalora_jax.config.ComputeConfig`); with
         dropout, experts are gathered.
@@ -203,13 +211,15 @@ def route_on_mesh(
     """
     by_shard = count(config.stats.sharding) > 1
     if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
-        y, measured = routed_ffn(
-            x, weights, keys, _of_shard(layer, config), config, routed_by=routed_by
+        alone = _of_shard(layer, config)
+        y, measured, chosen = routed_ffn(
+            x, weights, keys, alone, config, routed_by, replayed
         )
-        return y, {
+        by_name = {
             name: first_alone(value, config.stats.sharding)
             for name, value in measured.items()
         }
+        return y, by_name, chosen
     rows = sharding.spec[0]
     mesh = sharding.mesh
     axis = None
@@ -228,42 +238,51 @@ def route_on_mesh(
         keys: jax.Array | None,
         layer: Layer,
         routed_by: jax.Array | None,
-    ) -> RoutedOutput:
+        replayed: jax.Array | None,
+    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array | None]:
         """Computes `routed_ffn` of a device's rows; statistics get a leading axis of length 1."""
         x = restore_layout(x, config.numerics)
         layer = _of_shard(layer, config)
         split = replace(config, axis=axis)
-        y, measured = routed_ffn(
-            x, weights, keys, layer, split, routed_by, over=over, sends=sends
+        y, measured, chosen = routed_ffn(
+            x, weights, keys, layer, split, routed_by, replayed, over=over, sends=sends
         )
-        return restore_layout(y, config.numerics), {
-            name: value[None] for name, value in measured.items()
-        }
+        by_name = {name: value[None] for name, value in measured.items()}
+        return restore_layout(y, config.numerics), by_name, chosen
 
     names = config.measured
     taps: tuple[Any, ...] = ()
     if by_shard:
         taps = (rows,)
-    y, parts = jax.shard_map(
+    y, parts, chosen = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, taps, over), P(rows)),
+        in_specs=(
+            P(rows),
+            P(rows),
+            P(rows),
+            _specs(layer, axis, taps, over),
+            P(rows),
+            P(rows),
+        ),
         out_specs=(
             P(rows),
             {name: P(rows, *_by_channel(name, axis)) for name in names},
+            P(rows),
         ),
         # An axis that splits no array is left to the compiler: mapping it would split cotangents
         # into partial sums, and their statistics are not linear.
         axis_names={*rows, axis} - {None},
         check_vma=False,
-    )(x, weights, keys, layer, routed_by)
+    )(x, weights, keys, layer, routed_by, replayed)
     if by_shard:
-        return y, parts
+        return y, parts, chosen
     merge = {
         name: jnp.max if name.startswith(statistics.CHECK) else jnp.sum
         for name in names
     }
-    return y, {name: merge[name](arrays, axis=0) for name, arrays in parts.items()}
+    merged = {name: merge[name](arrays, axis=0) for name, arrays in parts.items()}
+    return y, merged, chosen
 
 
 def _sends(
@@ -482,15 +501,18 @@ class SharedExpertsFFN(_WithExpertsFFN):
         self,
         x: jax.Array,
         scales: Mapping[str, jax.Array | float] | None = None,
+        *,
+        replayed: jax.Array | None = None,
         **inputs: Any,
     ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]`` as ``x``; for ``inputs`` see `GatedFFN`."""
+        """Returns ``[batch, seq, d_model]`` as ``x``; for ``replayed`` see `MoEFFN`, for
+        ``inputs`` `GatedFFN`."""
         experts, shared = self._branches(scales)
         y = shared(x, **inputs)
         assert isinstance(self.part, SharedExperts)
         if self.part.gated:
             y = y * TokenGate(name="shared_gate")(x).astype(y.dtype)
-        return experts(x, **inputs) + y
+        return experts(x, replayed=replayed, **inputs) + y
 
 
 @dataclass(frozen=True)
@@ -533,6 +555,7 @@ class DenseAndExpertsFFN(_WithExpertsFFN):
         scales: Mapping[str, jax.Array | float] | None = None,
         *,
         stream: jax.Array,
+        replayed: jax.Array | None = None,
         **inputs: Any,
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` of ``x``, the layer's norm of ``stream``."""
@@ -543,7 +566,10 @@ class DenseAndExpertsFFN(_WithExpertsFFN):
         )
         of_dense = dense(x, **inputs)
         of_experts = experts(
-            self._norm("experts_norm", stream), routed_by=routed_by, **inputs
+            self._norm("experts_norm", stream),
+            routed_by=routed_by,
+            replayed=replayed,
+            **inputs,
         )
         return self._norm("dense_norm", of_dense) + self._norm(
             "experts_post_norm", of_experts

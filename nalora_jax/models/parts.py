@@ -35,6 +35,8 @@ class LayerInputs:
     cached: Any  # the layer's state of earlier calls
     # [batch, seq, d_model], added to the layer's output at image tokens, 0 elsewhere
     deepstack: jax.Array | None = None
+    # int [batch, seq, top_k], experts in place of the router's choice
+    replayed: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ import jax
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.ffn import PREACTIVATIONS
+from nalora_jax.models.replay import ROUTING
 from nalora_jax.ops.dispatch import Numerics, native_kind
 from nalora_jax.ops.storage import LAYER_INPUT, SAVED, SAVED_WIDE, STACKS, SUMS
 
@@ -133,7 +134,7 @@ def scan_layers(block: Any, n_layers: int, *, drops: bool = True) -> Any:
         block,
         variable_broadcast=STACKS,
         variable_axes=dict.fromkeys(
-            ("params", "lora", "gate_mask", "gate_taps", PREACTIVATIONS), 0
+            ("params", "lora", "gate_mask", "gate_taps", PREACTIVATIONS, ROUTING), 0
         ),
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),

@@ -256,6 +256,10 @@ class Routing(NamedTuple):
     weight: jax.Array  # float32 [tokens * top_k]
     back: jax.Array  # int [tokens * top_k], inverse of ``order``
 
+    def chosen(self, *shape: int) -> jax.Array:
+        """Returns the experts of every token, int ``[*shape, top_k]``, ``shape`` of the tokens."""
+        return self.expert[self.back].reshape(*shape, -1)
+
     @property
     def groups(self) -> ExpertGroups:
         """The rows' experts, without tokens and weights."""
@@ -263,7 +267,11 @@ class Routing(NamedTuple):
 
 
 def route(
-    logits: jax.Array, top_k: int, spec: RouterSpec, *of_experts: jax.Array | None
+    logits: jax.Array,
+    top_k: int,
+    spec: RouterSpec,
+    *of_experts: jax.Array | None,
+    replayed: jax.Array | None = None,
 ) -> Routing:
     """Returns the ``top_k`` experts of every token and their weights.
 
@@ -272,9 +280,10 @@ def route(
       top_k: experts per token.
       spec: the choice of experts and their weights.
       of_experts: correction and scale, float32 ``[experts]`` or None, see `RouterSpec`.
+      replayed: as for `choose`.
     """
     n_experts = logits.shape[-1]
-    weights, chosen = choose(logits, top_k, spec, *of_experts)
+    weights, chosen = choose(logits, top_k, spec, *of_experts, replayed=replayed)
     flat = chosen.reshape(-1)  # [tokens * top_k]
     order = jnp.argsort(flat, stable=True)
     return Routing(
@@ -293,8 +302,13 @@ def choose(
     spec: RouterSpec,
     correction: jax.Array | None = None,
     expert_scale: jax.Array | None = None,
+    *,
+    replayed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns weights and indices of every token's experts, ``[tokens, top_k]``.
+
+    Replayed experts get the weights that these logits give them, with their gradient (routing
+    replay, arXiv 2510.11370).
 
     Args:
       logits: float32 ``[tokens, experts]``.
@@ -302,6 +316,8 @@ def choose(
       spec: scores, groups and scale.
       correction: float32 ``[experts]``, if ``spec.correction``.
       expert_scale: float32 ``[experts]``, if ``spec.expert_scale``.
+      replayed: int ``[tokens, top_k]``, experts to take in place of the router's choice; negative
+        for tokens whose experts the router chooses.
     """
     if spec.scores == "softmax":
         scores = jax.nn.softmax(logits, axis=-1)
@@ -326,6 +342,9 @@ def choose(
     else:
         # The correction decides which experts are chosen, not their weights.
         chosen = lax.top_k(ranked, top_k)[1]
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if replayed is not None:
+        chosen = jnp.where(replayed >= 0, replayed.astype(chosen.dtype), chosen)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if spec.normalize:  # sigmoids may underflow
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)

@@ -261,7 +261,13 @@ def rollout_and_arguments(
         )
     weights = programs.view_weights(model, {"params": params, "lora": state.lora})
     draw = jax.jit(
-        partial(programs.sample_groups, model, samples=samples, limit=rl.max_new_tokens)
+        partial(
+            programs.sample_groups,
+            model,
+            samples=samples,
+            limit=rl.max_new_tokens,
+            records=rl.replay_routing,
+        )
     )
     return draw, (weights, rows), resident
 

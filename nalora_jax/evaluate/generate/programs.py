@@ -26,9 +26,11 @@ from nalora_jax.evaluate.generate.sampling import (
     mark_token,
     next_tokens,
 )
+from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.cache import Cache, default_positions, grow, repeat
 from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.parts import ImageFeatures
+from nalora_jax.models.replay import ROUTING, recorded_routing
 from nalora_jax.models.ropes import image_coordinates
 from nalora_jax.ops.storage import prepare
 
@@ -137,7 +139,7 @@ def prefill(
     if chunk:
         last, cache = _in_chunks(model, weights, prompts, slots, chunk)
     else:
-        last, cache = _at_once(model, weights, prompts)
+        (last, cache), _ = _at_once(model, weights, prompts)
     step = jnp.asarray(step)
     logits = model.apply(weights.head, last, method="unembed")
     vocab = logits.shape[-1]
@@ -157,22 +159,43 @@ def _at_once(
     model: Decoder,
     weights: Weights,
     prompts: Prompts,
-) -> tuple[jax.Array, Cache]:
+    *,
+    records: bool = False,
+) -> tuple[tuple[jax.Array, Cache], jax.Array | None]:
     """Processes all tokens of the prompts in one call.
 
     Returns:
-      The hidden states of the prompts' last tokens, ``[batch, d_model]``, and the cache.
+      The hidden states of the prompts' last tokens, ``[batch, d_model]``, with the cache; and the
+      experts of every token, see `_apply`.
     """
     batch = prompts.tokens.shape[0]
-    hidden, cache = model.apply(
-        weights.body,
+    (hidden, cache), experts = _apply(
+        model,
+        weights,
         prompts.tokens,
+        records=records,
         segment_ids=_segments(prompts),
         cache=init_cache(model.config, batch, 0, model.numerics),
         features=prompts.features,
     )
     last = prompts.lengths - 1
-    return _take_rows(hidden, last), cache
+    return (_take_rows(hidden, last), cache), experts
+
+
+def _apply(
+    model: Decoder,
+    weights: Weights,
+    tokens: _Array,
+    *,
+    records: bool,
+    **options: Any,
+) -> tuple[tuple[jax.Array, Cache], jax.Array | None]:
+    """Returns the hidden states and the cache of a call with a cache, and with ``records`` the
+    experts of every token (`recorded_routing`)."""
+    if not records:
+        return model.apply(weights.body, tokens, **options), None
+    outputs, written = model.apply(weights.body, tokens, mutable=[ROUTING], **options)
+    return outputs, recorded_routing(model.config, written[ROUTING])
 
 
 def _take_rows(hidden: jax.Array, places: _Array) -> jax.Array:
@@ -350,7 +373,41 @@ def decode(
     return state, new_tokens
 
 
-@partial(jax.jit, static_argnames=("model", "samples", "limit"))
+class SampledGroups(NamedTuple):
+    """The completions of `sample_groups`, samples of one prompt next to each other."""
+
+    # int32 [prompts * samples, limit], with the stop token; `NO_TOKEN` after it
+    tokens: jax.Array
+    # float32, same shape: of each token at its temperature, before top-k, top-p and min-p; 0 after
+    # the end
+    log_probs: jax.Array
+    # If routing is recorded, the experts of every token (`recorded_routing`): of the prompts,
+    # [prompts, seq, mixtures, top_k], and of the completions, [prompts * samples, limit, mixtures,
+    # top_k], -1 after the end.
+    of_prompts: jax.Array | None = None
+    of_samples: jax.Array | None = None
+
+    def fetched(self) -> SampledGroups:
+        """Returns the same arrays on the host."""
+        return jax.tree.map(fetch, self)
+
+    def routing(self, row: int, prompt: int, written: int) -> np.ndarray | None:
+        """Returns the experts of the tokens of a completion and its prompt, ``[prompt + written,
+        mixtures, top_k]``; None if they are not recorded.
+
+        Args:
+          row: of the completion.
+          prompt: number of the prompt's tokens.
+          written: number of the completion's tokens.
+        """
+        if self.of_prompts is None or self.of_samples is None:
+            return None
+        samples = self.of_samples.shape[0] // self.of_prompts.shape[0]
+        before = self.of_prompts[row // samples, :prompt]
+        return np.concatenate([before, self.of_samples[row, :written]])
+
+
+@partial(jax.jit, static_argnames=("model", "samples", "limit", "records"))
 def sample_groups(
     model: Decoder,
     weights: Weights,
@@ -358,7 +415,8 @@ def sample_groups(
     *,
     samples: int,
     limit: int,
-) -> tuple[jax.Array, jax.Array]:
+    records: bool = False,
+) -> SampledGroups:
     """Samples several completions of every prompt in one call.
 
     A prompt is processed once: the samples of its group start from copies of its cache. The call
@@ -371,13 +429,9 @@ def sample_groups(
         samples]``; its temperatures are above 0, and it has no repetition penalty.
       samples: completions of each prompt.
       limit: maximum number of tokens of a completion.
-
-    Returns:
-      int32 ``[prompts * samples, limit]``, samples of one prompt next to each other: tokens with
-      the stop token, then `NO_TOKEN`; and float32 of the same shape: the log-probability of each
-      token at its temperature, before top-k, top-p and min-p; 0 after the end.
+      records: record the experts of every token.
     """
-    last, cache = _at_once(model, weights, prompts)
+    (last, cache), of_prompts = _at_once(model, weights, prompts, records=records)
     slots = prompts.tokens.shape[1] + limit
     cache = grow(repeat(cache, samples), slots)
     last = jnp.repeat(last, samples, axis=0)
@@ -386,10 +440,14 @@ def sample_groups(
     done = ~jnp.repeat(jnp.asarray(prompts.live), samples)
     tokens = jnp.full((done.shape[0], limit), NO_TOKEN, jnp.int32)
     log_probs = jnp.zeros((done.shape[0], limit), jnp.float32)
+    of_samples = None
+    if of_prompts is not None:
+        shape = (done.shape[0], limit, *of_prompts.shape[2:])
+        of_samples = jnp.full(shape, -1, of_prompts.dtype)
 
     def body(carry: Any) -> Any:
         """Samples token ``i`` of every completion, and computes the logits of the next one."""
-        i, cache, logits, done, tokens, log_probs = carry
+        i, cache, logits, done, tokens, log_probs, of_samples = carry
         token = next_tokens(logits, prompts.sampling, i)
         scaled = logits.astype(jnp.float32) / temperature[:, None]  # [samples, vocab]
         picked = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
@@ -399,18 +457,24 @@ def sample_groups(
         tokens = lax.dynamic_update_slice(tokens, new_tokens, at)
         new_log_probs = jnp.where(done, 0.0, log_prob)[:, None]
         log_probs = lax.dynamic_update_slice(log_probs, new_log_probs, at)
+        (hidden, cache), experts = _apply(
+            model, weights, token[:, None], records=records, cache=cache
+        )
+        if experts is not None:
+            experts = jnp.where(done[:, None, None, None], -1, experts)
+            of_samples = lax.dynamic_update_slice_in_dim(of_samples, experts, i, axis=1)
         done = done | _is_stop(token, prompts.stop_ids)
-        hidden, cache = model.apply(weights.body, token[:, None], cache=cache)
         logits = model.apply(weights.head, hidden[:, 0], method="unembed")
-        return i + 1, cache, logits, done, tokens, log_probs
+        return i + 1, cache, logits, done, tokens, log_probs, of_samples
 
     def unfinished(carry: Any) -> jax.Array:
-        i, _, _, done, _, _ = carry
+        i, _, _, done, *_ = carry
         return (i < limit) & ~jnp.all(done)
 
-    start = (jnp.zeros((), jnp.int32), cache, logits, done, tokens, log_probs)
-    *_, tokens, log_probs = lax.while_loop(unfinished, body, start)
-    return tokens, log_probs
+    first = jnp.zeros((), jnp.int32)
+    start = (first, cache, logits, done, tokens, log_probs, of_samples)
+    *_, tokens, log_probs, of_samples = lax.while_loop(unfinished, body, start)
+    return SampledGroups(tokens, log_probs, of_prompts, of_samples)
 
 
 def _is_stop(token: jax.Array, stop_ids: _Array) -> jax.Array:

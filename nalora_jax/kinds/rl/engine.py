@@ -23,6 +23,9 @@ class DrawnCompletion(NamedTuple):
     # float32 [length], of the engine at the sampling temperature
     log_probs: np.ndarray
     version: int  # training step of the adapter that wrote it
+    # int16 [tokens before it + length, mixtures, top_k], experts (`nalora_jax.models.replay`); None
+    # if they are not recorded
+    routing: np.ndarray | None = None
 
 
 class Engine(Protocol):

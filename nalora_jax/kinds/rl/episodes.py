@@ -75,6 +75,8 @@ class Episode:
     reward: float | None = None  # None until the sample ends
     cut: bool = False  # True if a limit ended it
     version: int | None = None  # the oldest adapter that wrote a turn
+    # experts of the tokens of prompt and sample, see `DrawnCompletion`
+    routing: np.ndarray | None = None
 
     def request(self, rl: RLConfig) -> Request:
         """Returns the request of the next turn; its seed differs by turn."""
@@ -95,6 +97,12 @@ class Episode:
         self.turns += 1
         if self.version is None or drawn.version < self.version:
             self.version = drawn.version
+        if self.routing is None:
+            self.routing = drawn.routing
+        elif drawn.routing is not None:
+            # Tokens of earlier turns keep the experts with which they were written.
+            later = drawn.routing[len(self.routing) :]
+            self.routing = np.concatenate([self.routing, later])
         self.cut = not ids or ids[-1] not in tokenizer.eos_ids
         message: Message = {"role": "assistant", "content": tokenizer.decode(ids)}
         if self.form is not None:

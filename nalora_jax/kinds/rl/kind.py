@@ -47,6 +47,7 @@ from nalora_jax.data.prompts import (
 )
 from nalora_jax.data.source import Record, Source
 from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.kinds import text
 from nalora_jax.kinds.inputs import (
@@ -75,6 +76,7 @@ from nalora_jax.kinds.rl.servers.versions import Exports
 from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import Batch, TrainState
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.replay import ROUTING_DTYPE, routing_shape
 from nalora_jax.ops.policy_losses import (
     CLIPS,
     Correction,
@@ -140,6 +142,13 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
         make_environments(rl.environment)
     files = open_files(resolve_base(config))
     base, tokenizer, adapters = describe_base(config, files)
+    if rl.replay_routing and not routing_shape(base)[0]:
+        raise NaloraError(
+            "--rl.replay-routing",
+            expected="a model with experts",
+            found=config.model,
+            remedy="leave it out",
+        )
     train, held = open_records(config.data, source)
     first = train.read([0])[0]
     if rl.environment:
@@ -345,6 +354,8 @@ def _server_limits(rl: RLConfig) -> Iterator[Limits]:
         "lora.init": UNCHANGED,
         "lora.dora": (False,),
         "data.add_tokens": ((),),
+        # Their API returns no experts.
+        "rl.replay_routing": (False,),
     }
     yield Limits("--rl.servers", values)
 
@@ -357,6 +368,8 @@ def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
         arrays["old"] = (row, "float32")
     if not updates_with_base(config.rl):
         arrays["base"] = (row, "float32")
+    if config.rl.replay_routing:
+        arrays["replayed"] = ((*row, *routing_shape(base)), ROUTING_DTYPE)
     return arrays | {"advantages": ((), "float32"), "real": ((), "float32")}
 
 

@@ -14,6 +14,8 @@ and
     old         [rows, seq]  log-probability by the training program before the first of several
                              updates; absent with one update, which computes it
     base        [rows, seq]  log-probability by the base; absent if the update computes it
+    replayed    [rows, seq, mixtures, top_k]  experts that the generator chose; absent unless they
+                             are replayed. The base chooses its own.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class Policy:
         `_weight_metrics`.
         """
         mask = batch["loss_weights"]
-        hidden = self.policy.hidden(variables, batch, key)
+        hidden = self._hidden(variables, batch, key)
         log_probs = -self.policy.target_losses(hidden, params, batch)
         old = batch.get("old", log_probs)
         base = batch.get("base")
@@ -127,6 +129,16 @@ class Policy:
             measured |= self._weight_metrics(weights, share)
         return through_surrogate(value, surrogate, measured)
 
+    def _hidden(
+        self, variables: Mapping[str, Any], batch: Batch, key: jax.Array
+    ) -> jax.Array:
+        """Returns the policy's hidden states, see `NextToken.hidden`, with the experts of the
+        generator if the batch has them."""
+        routed = {}
+        if "replayed" in batch:
+            routed["replayed"] = batch["replayed"]
+        return self.policy.hidden(variables, batch, key, **routed)
+
     def _weight_metrics(
         self, weights: ImportanceWeights, share: jax.Array
     ) -> dict[str, jax.Array]:
@@ -157,7 +169,7 @@ class Policy:
     ) -> jax.Array:
         """Returns the policy's log-probabilities of the targets, ``[rows, seq]``; 0 without a loss
         weight."""
-        hidden = self.policy.hidden(variables, batch, key)
+        hidden = self._hidden(variables, batch, key)
         return -self.policy.target_losses(hidden, params, batch)
 
     def base_log_probs(

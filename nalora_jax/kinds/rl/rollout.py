@@ -56,7 +56,6 @@ from nalora_jax.mesh.distributed import (
     program_shape,
     prompt_shards,
 )
-from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 
@@ -80,6 +79,14 @@ class Samples:
     # int32 [prompts * samples, 2]: turns of the model; 1 if the chat template renders the sample's
     # messages as its tokens, else 0
     turns: np.ndarray
+    # int16 [prompts * samples, longest prompt + limit, mixtures, top_k], experts of the tokens of
+    # prompt and sample (`nalora_jax.models.replay`), -1 after them; None unless they are replayed
+    routing: np.ndarray | None = None
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the arrays by name, without `routing` if it is None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -99,20 +106,22 @@ class Samples:
         rewards: np.ndarray,
         cut: np.ndarray,
         version: np.ndarray,
+        routing: np.ndarray | None = None,
     ) -> Samples:
         """Returns samples without an environment."""
         turns = np.ones((len(tokens), 2), np.int32)
         inserted = np.zeros(tokens.shape, bool)
-        return Samples(tokens, log_probs, rewards, cut, version, inserted, turns)
+        known = (tokens, log_probs, rewards, cut, version)
+        return Samples(*known, inserted, turns, routing)
 
     @staticmethod
     def joined(parts: Sequence[Samples]) -> Samples:
         """Returns the samples of several parts, one after the other."""
-        arrays = []
-        for name in _ARRAYS:
-            of_parts = [getattr(part, name) for part in parts]
-            arrays.append(np.concatenate(of_parts))
-        return Samples(*arrays)
+        arrays = {}
+        for name in parts[0].arrays:
+            of_parts = [part.arrays[name] for part in parts]
+            arrays[name] = np.concatenate(of_parts)
+        return Samples(**arrays)
 
     def replaced(self, prompts: np.ndarray, by: Samples, samples: int) -> Samples:
         """Returns the samples with those of ``prompts`` replaced by others.
@@ -122,16 +131,13 @@ class Samples:
           by: the samples of n other prompts.
           samples: of a prompt.
         """
-        arrays = [getattr(self, name).copy() for name in _ARRAYS]
-        for array, name in zip(arrays, _ARRAYS, strict=True):
+        arrays = {name: array.copy() for name, array in self.arrays.items()}
+        for name, array in arrays.items():
             shape = (-1, samples, *array.shape[1:])
             groups = array.reshape(shape)  # a view
             # [prompts * samples, ...] -> [prompts, samples, ...]; writes to `array`.
-            groups[prompts] = getattr(by, name).reshape(shape)
-        return Samples(*arrays)
-
-
-_ARRAYS = tuple(field.name for field in fields(Samples))
+            groups[prompts] = by.arrays[name].reshape(shape)
+        return Samples(**arrays)
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,10 @@ class Sampler:
             return self._served(self.servers, step, prompts, attempt)
         weights = view_weights(self.model, {"params": self.params, "lora": lora})
         seeds = self._seeds(step, prompts, attempt)
-        store = _Store(self.folder, f"{step}-{attempt}", lora)
+        names = {field.name for field in fields(Samples)}
+        if not self.rl.replay_routing:
+            names.remove("routing")
+        store = _Store(self.folder, f"{step}-{attempt}", lora, names)
         parts: list[Samples] = []
         progress = RolloutProgress()
         for start in range(0, len(prompts), self.shape[0]):
@@ -235,9 +244,7 @@ class Sampler:
                     engine = self._turn_generator(weights, step)
                     part = self._played(self.arena, engine, group, of_group)
                 else:
-                    generated = self._generated(weights, group, of_group)
-                    version = np.full(after - first, step, np.int32)
-                    part = self._scored(group, *generated, version)
+                    part = self._generated(weights, group, of_group, step)
                 store.write(start, part)
             parts.append(part)
         return Samples.joined(parts)
@@ -275,6 +282,7 @@ class Sampler:
             self._turn_limit,
             step,
             count * samples,
+            self.rl.replay_routing,
         )
 
     def _played(
@@ -309,7 +317,24 @@ class Sampler:
             np.array([episode.version for episode in episodes], np.int32),
             inserted,
             turns,
+            self._padded_routing([episode.routing for episode in episodes]),
         )
+
+    def _padded_routing(
+        self, of_rows: Sequence[np.ndarray | None]
+    ) -> np.ndarray | None:
+        """Returns the routing of `Samples` from that of each row, ``[length, mixtures, top_k]``;
+        None if it is not recorded."""
+        width = self.longest + self.rl.max_new_tokens
+        padded = None
+        for row, routing in enumerate(of_rows):
+            if routing is None:
+                return None
+            if padded is None:
+                shape = (len(of_rows), width, *routing.shape[1:])
+                padded = np.full(shape, -1, routing.dtype)
+            padded[row, : len(routing)] = routing
+        return padded
 
     def _seeds(
         self, step: int, prompts: Sequence[PromptRecord], attempt: int
@@ -342,17 +367,19 @@ class Sampler:
         return self._scored(prompts, tokens, log_probs, version)
 
     def _generated(
-        self, weights: Any, prompts: Sequence[PromptRecord], seeds: list[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Generates the samples of the prompts of one program.
+        self,
+        weights: Any,
+        prompts: Sequence[PromptRecord],
+        seeds: list[int],
+        step: int,
+    ) -> Samples:
+        """Returns the samples of the prompts of one program, with their rewards.
 
         Args:
           weights: from `view_weights`.
           prompts: at most the number of prompts of a program, ``shape[0]``.
           seeds: of each sample, ``[prompts * samples]``.
-
-        Returns:
-          Tokens and log-probabilities, ``[prompts * samples, limit]``, see `Samples`.
+          step: of training, at which the adapter is.
         """
         # Rows of the program, and samples of each: a prompt may be repeated over several rows.
         _, count, samples = self.shape
@@ -375,11 +402,22 @@ class Sampler:
             Prompts(**placed, stop_ids=self._stops),
             samples=samples,
             limit=self.rl.max_new_tokens,
+            records=self.rl.replay_routing,
+        ).fetched()
+        drawn = len(prompts) * self.rl.samples
+        tokens = results.tokens[:drawn]
+        routing = []
+        for row, length in enumerate((tokens != NO_TOKEN).sum(1)):
+            prompt = prompts[row // self.rl.samples]
+            routing.append(results.routing(row, len(prompt.ids), int(length)))
+        version = np.full(drawn, step, np.int32)
+        return self._scored(
+            prompts,
+            tokens,
+            results.log_probs[:drawn],
+            version,
+            self._padded_routing(routing),
         )
-        tokens, log_probs = (
-            np.asarray(fetch(x))[: len(prompts) * self.rl.samples] for x in results
-        )
-        return tokens, log_probs
 
     def _scored(
         self,
@@ -387,6 +425,7 @@ class Sampler:
         tokens: np.ndarray,
         log_probs: np.ndarray,
         version: np.ndarray,
+        routing: np.ndarray | None = None,
     ) -> Samples:
         """Decodes samples ``[prompts * samples, limit]`` and adds their rewards; see `Samples`."""
         texts = [self.tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in tokens]
@@ -403,20 +442,24 @@ class Sampler:
         # The limit is reached, and its token is no stop token.
         cut = (tokens[:, -1] != NO_TOKEN) & ~np.isin(tokens[:, -1], self._stops)
         rewards = np.asarray(rewards, np.float64)
-        return Samples.of_one_turn(tokens, log_probs, rewards, cut, version)
+        return Samples.of_one_turn(tokens, log_probs, rewards, cut, version, routing)
 
 
 class _Store:
     """Complete groups of the current rollout; one process reads and writes them."""
 
-    def __init__(self, folder: Path | None, name: str, lora: Any) -> None:
+    def __init__(
+        self, folder: Path | None, name: str, lora: Any, arrays: set[str]
+    ) -> None:
         """Reads the file of the rollout, or removes the files of earlier steps if there is none.
 
         Args:
           folder: the run's folder of rollouts; None: nothing is stored, as with several processes.
           name: ``<step>-<attempt>``.
           lora: the adapter, whose digest is part of the file's name.
+          arrays: names of the arrays of complete samples.
         """
+        self._arrays = arrays
         self._path: Path | None = None
         self._parts: dict[str, np.ndarray] = {}
         if folder is None or jax.process_count() > 1:
@@ -432,17 +475,19 @@ class _Store:
 
     def read(self, start: int) -> Samples | None:
         """Returns the samples of the prompts starting at ``start``, if they are stored."""
-        names = [f"{start}-{name}" for name in _ARRAYS]
-        if not set(names) <= set(self._parts):
-            return None
-        return Samples(*(self._parts[name] for name in names))
+        arrays = {}
+        for name in self._arrays:
+            if f"{start}-{name}" not in self._parts:
+                return None
+            arrays[name] = self._parts[f"{start}-{name}"]
+        return Samples(**arrays)
 
     def write(self, start: int, part: Samples) -> None:
         """Adds samples to the file."""
         if self._path is None:
             return
-        for name in _ARRAYS:
-            self._parts[f"{start}-{name}"] = getattr(part, name)
+        for name, array in part.arrays.items():
+            self._parts[f"{start}-{name}"] = array
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **self._parts)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -472,6 +517,8 @@ def sample_batch(
     """Returns the arrays ``[rows, ...]`` that `nalora_jax.kinds.rl.policy` reads, except for the
     advantages; each row is one sample.
 
+    With the samples' routing there is an array ``replayed [rows, length, mixtures, top_k]``.
+
     Args:
       prompts: token ids of each row's prompt.
       samples: of the rows.
@@ -494,7 +541,13 @@ def sample_batch(
         is_written = ~samples.inserted[row, :count]
         mask[row, new] = is_written & (not (masks_cut and samples.cut[row]))
         segments[row, : new.stop] = 1
-    return {
+    routed = {}
+    if samples.routing is not None:
+        width = samples.routing.shape[1]
+        padding = ((0, 0), (0, max(length - width, 0)), (0, 0), (0, 0))
+        padded = np.pad(samples.routing, padding, constant_values=-1)
+        routed["replayed"] = padded[:, :length]
+    return routed | {
         "tokens": ids[:, :-1],
         "targets": ids[:, 1:],
         # 0 at padding.

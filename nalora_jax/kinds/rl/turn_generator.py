@@ -22,7 +22,6 @@ from nalora_jax.evaluate.generate.programs import (
 from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.kinds.rl.engine import DrawnCompletion, Request
 from nalora_jax.mesh.distributed import place_batch, prompt_shards
-from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.decoder import Decoder
 
 
@@ -46,6 +45,7 @@ class TurnGenerator:
       limit: most tokens of a turn.
       step: of training, at which the adapter is.
       rows: of a program on all shards, at most.
+      records: record the experts of every token.
     """
 
     model: Decoder
@@ -56,6 +56,7 @@ class TurnGenerator:
     limit: int
     step: int
     rows: int
+    records: bool = False
 
     def sample(self, requests: Sequence[Request]) -> list[DrawnCompletion]:
         """Returns a turn for each request.
@@ -96,15 +97,16 @@ class TurnGenerator:
             Prompts(**placed, stop_ids=self.stops),
             samples=samples,
             limit=self.limit,
-        )
-        tokens, log_probs = (np.asarray(fetch(result)) for result in results)
+            records=self.records,
+        ).fetched()
         drawn = []
         for row, request in enumerate(requests):
             # The program's limit may be above the request's.
-            turn = tokens[row, : request.limit]
+            turn = results.tokens[row, : request.limit]
             turn = turn[turn != NO_TOKEN]
-            of_turn = log_probs[row, : len(turn)]
-            drawn.append(DrawnCompletion(turn, of_turn, self.step))
+            of_turn = results.log_probs[row, : len(turn)]
+            routing = results.routing(row, len(request.ids), len(turn))
+            drawn.append(DrawnCompletion(turn, of_turn, self.step, routing))
         return drawn
 
 

@@ -28,7 +28,8 @@ def sampled(rows: list[list[int]], seeds: list[int], stop: int = NO_TOKEN) -> tu
     rest = {"live": np.ones(len(rows), bool), "stop_ids": np.array([stop]), "sampling": sampling}
     prompts = Prompts(**padded_rows(rows, len(rows)), **rest)
     weights = view_weights(pair.model, {"params": pair.params})
-    return jax.device_get(sample_groups(pair.model, weights, prompts, samples=SAMPLES, limit=LIMIT))
+    groups = sample_groups(pair.model, weights, prompts, samples=SAMPLES, limit=LIMIT)
+    return jax.device_get((groups.tokens, groups.log_probs))
 
 
 def test_log_probabilities_are_those_of_whole_texts() -> None:
