@@ -35,6 +35,7 @@ with epy.lazy_imports():  # on first use: `nalora report` does not wait for JAX
     from nalora_jax.study.sweeps import grid
     from nalora_jax.study.sweeps import sweep_run as sweeps
     from nalora_jax.weights import card as model_card
+    from nalora_jax.weights import embedding_files as embedding_files
     from nalora_jax.weights import (
         gguf_export,
         hub,
@@ -179,6 +180,12 @@ def export(args: cli.ExportArgs) -> None:
         }
         if model.spec.score and model.located.adapter is not None:
             options["write_extra"] = labels.LabelSet.read(model.located.adapter).write
+        if args.target == "peft" and model.located.adapter is not None:
+            copier = embedding_files.copier_of(model.located.adapter)
+            if copier is not None:
+                layout = peft_modules.layout_for("embedding", base.config)
+                options |= {"target": "embedding", "layout": layout}
+                options["write_extra"] = copier
         with folders.new_folder(args.output) as folder:
             difference = text.write_adapter(folder, base, lora, model.spec, **options)
             files.write_atomically(folder / "README.md", card(model, "adapter"))
@@ -441,6 +448,9 @@ def card(
             device=log.header.get("device", ""),
             acting=log.acting_steps,
         )
+    if kind == "adapter" and model.located.adapter is not None:
+        copier = embedding_files.copier_of(model.located.adapter)
+        written = replace(written, vectors=copier is not None)
     return model_card.render_card(written)
 
 

@@ -4,6 +4,7 @@
 {"text": "...", "label": ["a", "c"]}    several labels: names or numbers, none for []
 {"text": "...", "label": [0.0, 1.0]}    several labels: a 1.0 for each one that applies
 {"text": "...", "label": 3.5}           a score
+{"text": "...", "label": 1}             with form=binary: whether a document answers a query, 0 to 1
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nalora_jax.data.tokenize import convert_batches
 from nalora_jax.errors import NaloraError
 
 LABELS_FILE = "labels.json"
-FORMS = ("one", "several", "score")
+FORMS = ("one", "several", "score", "binary")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class LabelSet:
         Raises:
           NaloraError: a label that the head does not have, or a value of another form.
         """
+        if self.form == "binary":
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise NaloraError(
+                    where, expected="a number from 0 to 1", found=repr(value)[:80]
+                )
+            return [float(value)]
         if form_of_label(value, where) != self.form and not self._is_score(value):
             raise NaloraError(
                 where,
@@ -174,6 +181,8 @@ def find_labels(
         value = raw_label(record, field, where)
         return form_of_label(value, f"{where}: {field}"), value
 
+    if form == "binary":
+        return LabelSet(form, _numbers(1))
     names: set[str] = set()
     numbered = True  # all labels are whole numbers
     width = 0

@@ -17,7 +17,7 @@ SAMPLES = 4  # examples that are shown with generated completions
 SAMPLE_TOKENS = 96  # length limit of a sample completion
 
 # Metrics of heads that a line of the log states after the headline metric.
-FURTHER_METRICS = ("f1", "pearson", "spearman", "margin")
+FURTHER_METRICS = ("f1", "average_precision", "ndcg", "pearson", "spearman", "margin")
 
 ItemRecord = Mapping[str, Any]
 
@@ -67,7 +67,7 @@ class Evaluator:
       mode: "max" if a larger value of it is better, "min" if a smaller one is.
     """
 
-    metric: Literal["accuracy", "recall", "reward", "loss"]
+    metric: Literal["accuracy", "recall", "reward", "spearman_cosine", "loss"]
     mode: Literal["max", "min"]
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
@@ -126,12 +126,19 @@ def describe(values: Mapping[str, Any]) -> str:
     """
     ends = f"{values['low']:.3f} to {values['high']:.3f}"
     interval = f"95% interval {ends}, n {values['n']}"
+    further = ""
+    for name in FURTHER_METRICS:
+        if name in values:
+            further += f", {name.replace('_', ' ')} {values[name]:.3f}"
     if "recall" in values:
         text = f"held-out recall at 1 {values['recall']:.3f} ({interval})"
         for name, value in values.items():
             if "_recall_" in name:
                 text += f", {name.replace('_', ' ')} {value:.3f}"
-        return text
+        return text + further
+    if "spearman_cosine" in values:
+        correlation = f"{values['spearman_cosine']:.3f} ({interval})"
+        return f"held-out Spearman correlation {correlation}{further}"
     if "rewards_margin" in values:
         text = f"held-out preference loss {values['loss']:.4f} ({interval})"
         text += f", reward margin {values['rewards_margin']:+.3f}"
@@ -149,10 +156,6 @@ def describe(values: Mapping[str, Any]) -> str:
                 text += f", pass@{name.removeprefix('pass_')} {value:.3f}"
         return text
     loss = f"loss {values['loss']:.3f}"
-    further = ""
-    for name in FURTHER_METRICS:
-        if name in values:
-            further += f", {name} {values[name]:.3f}"
     if "accuracy" in values:
         accuracy = f"held-out accuracy {values['accuracy']:.3f} ({interval})"
         return f"{accuracy}{further}, {loss}"

@@ -22,7 +22,7 @@ from nalora_jax.data.images.image_files import (
 )
 from nalora_jax.data.images.opened import ImageSource
 from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
-from nalora_jax.evaluate.intervals import accuracy_of, bootstrap
+from nalora_jax.evaluate.intervals import loss_and_accuracy, recall_of
 from nalora_jax.mesh import processes
 from nalora_jax.models.vision.dual_encoder import DualEncoder, normalised
 
@@ -250,13 +250,7 @@ class ClassEvaluator(Evaluator):
         They are ``accuracy`` with its 95% interval ``low`` and ``high``, the mean ``loss``, ``n``,
         and ``chance``, the accuracy of guessing.
         """
-        losses = [record["loss"] for record in records]
-        return {
-            **accuracy_of(records),
-            "loss": float(np.mean(losses)),
-            "n": len(records),
-            "chance": 1 / len(self._classes),
-        }
+        return loss_and_accuracy(records) | {"chance": 1 / len(self._classes)}
 
     def samples(
         self,
@@ -370,16 +364,8 @@ class RetrievalEvaluator(Evaluator):
                 recalls[f"{way}_recall_{most}"] = float((ranks < most).mean())
             first.append(ranks < 1)
         hits = np.mean(first, axis=0)  # [ways, items] -> [items]
-        low, high = bootstrap(hits)
         losses = [record["loss"] for record in records]
-        return {
-            "recall": float(hits.mean()),
-            "low": low,
-            "high": high,
-            **recalls,
-            "n": len(hits),
-            "loss": float(np.mean(losses)),
-        }
+        return recall_of(hits) | recalls | {"loss": float(np.mean(losses))}
 
     def samples(
         self,

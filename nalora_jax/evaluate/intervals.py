@@ -52,6 +52,19 @@ def accuracy_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"accuracy": right / len(records), "low": low, "high": high}
 
 
+def loss_and_accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns `accuracy_of` records, their mean ``loss`` and their number ``n``."""
+    losses = [record["loss"] for record in records]
+    return accuracy_of(records) | {"loss": float(np.mean(losses)), "n": len(records)}
+
+
+def recall_of(hits: np.ndarray) -> dict[str, Any]:
+    """Returns ``recall``, the mean of hits ``[queries]``, with its 95% interval ``low`` and
+    ``high``, and their number ``n``."""
+    low, high = bootstrap(hits)
+    return {"recall": float(hits.mean()), "low": low, "high": high, "n": len(hits)}
+
+
 def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """Returns Student's t interval of the mean of ``[n]`` values; infinite for a single value.
 

@@ -18,7 +18,7 @@ from nalora_jax.data.pooled_texts import PooledItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.generate.programs import padded_length
-from nalora_jax.evaluate.intervals import accuracy_of, bootstrap
+from nalora_jax.evaluate.intervals import bootstrap, loss_and_accuracy
 from nalora_jax.mesh.distributed import place_batch, prompt_shards
 from nalora_jax.mesh.processes import fetch
 from nalora_jax.models.decoder import Decoder
@@ -210,6 +210,7 @@ class LabelEvaluator(PooledEvaluator):
             label_losses(jnp.asarray(logits), jnp.asarray(targets), form)
         )
         chosen = logits > 0
+        applies = targets > 0.5
         if form == "one":
             chosen = logits == logits.max(axis=1, keepdims=True)
         records = []
@@ -228,9 +229,9 @@ class LabelEvaluator(PooledEvaluator):
             else:
                 record |= {
                     "answer": self._names(chosen[row]),
-                    "expected": self._names(targets[row] > 0),
+                    "expected": self._names(applies[row]),
                     "chosen": chosen[row].astype(int).tolist(),
-                    "correct": bool(np.array_equal(chosen[row], targets[row] > 0)),
+                    "correct": bool(np.array_equal(chosen[row], applies[row])),
                 }
             records.append(record)
         return records
@@ -242,18 +243,21 @@ class LabelEvaluator(PooledEvaluator):
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns ``loss``, ``n``, ``low``, ``high``; of labels ``accuracy`` and ``f1`` (the mean
-        over labels of one label a text, of all labels together of several), of scores ``pearson``
-        and ``spearman``."""
+        over labels of one label a text, of all labels together of several), of one binary label
+        also ``average_precision``, of scores ``pearson`` and ``spearman``."""
         from sklearn import metrics
 
-        losses = np.array([record["loss"] for record in records])
         targets = np.array([record["labels"] for record in records])
-        values = {"loss": float(losses.mean()), "n": len(records)}
         if self._labels.form == "score":
-            low, high = bootstrap(losses)
             outputs = np.array([record["outputs"] for record in records])
             related = correlations(outputs.ravel(), targets.ravel())
-            return values | {"low": low, "high": high} | related
+            return loss_of(records) | related
+        targets = targets > 0.5
+        values = loss_and_accuracy(records)
+        if self._labels.form == "binary":
+            outputs = np.array([record["outputs"] for record in records])
+            precision = metrics.average_precision_score(targets[:, 0], outputs[:, 0])
+            values["average_precision"] = float(precision)
         chosen = np.array([record["chosen"] for record in records])
         average = "micro"
         if self._labels.form == "one":
@@ -261,7 +265,7 @@ class LabelEvaluator(PooledEvaluator):
             chosen = chosen.argmax(axis=1)
             targets = targets.argmax(axis=1)
         f1 = metrics.f1_score(targets, chosen, average=average, zero_division=0.0)
-        return values | accuracy_of(records) | {"f1": float(f1)}
+        return values | {"f1": float(f1)}
 
 
 class RewardPairEvaluator(PooledEvaluator):
@@ -295,14 +299,18 @@ class RewardPairEvaluator(PooledEvaluator):
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns ``accuracy``, ``low``, ``high``, ``loss``, ``n`` and the mean ``margin``."""
-        losses = np.array([record["loss"] for record in records])
         chosen = np.array([record["reward_of_chosen"] for record in records])
         rejected = np.array([record["reward_of_rejected"] for record in records])
-        return accuracy_of(records) | {
-            "loss": float(losses.mean()),
-            "n": len(records),
-            "margin": float((chosen - rejected).mean()),
-        }
+        margin = float((chosen - rejected).mean())
+        return loss_and_accuracy(records) | {"margin": margin}
+
+
+def loss_of(records: Sequence[ItemRecord]) -> dict[str, Any]:
+    """Returns the mean ``loss`` of records with its 95% interval ``low`` and ``high``, and their
+    number ``n``."""
+    losses = np.array([record["loss"] for record in records])
+    low, high = bootstrap(losses)
+    return {"loss": float(losses.mean()), "n": len(losses), "low": low, "high": high}
 
 
 def _numbers(values: np.ndarray) -> str:

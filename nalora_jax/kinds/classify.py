@@ -8,49 +8,41 @@ The head reads the hidden state of a text's last token after the final norm, as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nalora_jax.assembly.objectives import NextToken
-from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.config.checks import Limits
-from nalora_jax.data.chat_text import Rendered
+from nalora_jax.data.chat_text import Rendered, text_field
 from nalora_jax.data.labels import FORMS, LabelSet, find_labels, raw_label
-from nalora_jax.data.pooled_texts import RecordForm, held_out_texts, render_input
+from nalora_jax.data.pooled_texts import (
+    PooledItem,
+    RecordForm,
+    render_input,
+    whole_text,
+)
 from nalora_jax.data.source import Record, Source
-from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.pooled_evaluation import LabelEvaluator
-from nalora_jax.kinds import text
 from nalora_jax.kinds.pooled import (
-    PooledObjective,
-    open_texts,
-    pooled_limits,
+    PooledLosses,
+    PooledTask,
+    pooled_kind,
     with_settings,
 )
-from nalora_jax.kinds.record import (
-    Arrays,
-    Inputs,
-    Job,
-    kind_settings,
-    register_kind,
-)
+from nalora_jax.kinds.record import Job, kind_settings
 from nalora_jax.loading.adapted import AdaptedModel
-from nalora_jax.mesh import distributed
-from nalora_jax.method.step import Batch, TrainState
+from nalora_jax.method.step import Batch
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.pooled_losses import label_losses
-from nalora_jax.weights.model_files import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -58,8 +50,11 @@ class ClassifySettings:
     """Settings of ``--kind classify:NAME=VALUE,...``."""
 
     labels: int = 0  # number of outputs; 0: as many as the training records have
-    form: str = "auto"  # "one", "several", "score", or that of the first record
+    # "one", "several", "score", "binary", or that of the first record
+    form: str = "auto"
     field: str = "label"  # that has the label
+    # Fields whose texts are read as one, joined by a newline: query/document; "": one text
+    texts: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -68,17 +63,23 @@ class LabeledTexts(RecordForm):
 
     field: str
     labels: LabelSet
+    texts: tuple[str, ...] = ("",)
 
     @property
     def options(self) -> dict[str, Any]:
         """Returns the settings that change the texts."""
-        return {"texts": "labeled"}
+        return {"texts": f"labeled {'/'.join(self.texts)}".strip()}
 
     def render(
         self, record: Record, config: DataConfig, tokenizer: Tokenizer, where: str
     ) -> list[Rendered]:
         """Returns the text of a record."""
-        return [render_input(record, config, tokenizer, where)]
+        if self.texts == ("",):
+            return [render_input(record, config, tokenizer, where)]
+        parts = []
+        for field in self.texts:
+            parts.append(text_field(record, field, where, "--kind classify:texts="))
+        return [whole_text("\n".join(parts))]
 
     def label(self, record: Record, where: str) -> list[float]:
         """Returns the target of each output."""
@@ -86,67 +87,94 @@ class LabeledTexts(RecordForm):
         return self.labels.encode(value, f"{where}: {self.field}")
 
 
-def open_labels(config: RunConfig, train: Source) -> tuple[RunConfig, LabeledTexts]:
-    """Returns the labels of the training records, and settings that state them.
+class Classification(PooledTask):
+    """A head of one output for each label, or for each score."""
 
-    Raises:
-      NaloraError: records without labels, or labels that contradict the settings.
-    """
-    settings = kind_settings(config)
-    indices = range(len(train))
-    labels = find_labels(train, indices, settings.field, settings.form, settings.labels)
-    config = with_settings(config, labels=len(labels.names), form=labels.form)
-    return config, LabeledTexts(settings.field, labels)
+    name = "classify"
+    settings = ClassifySettings
 
+    def limits(self, config: RunConfig) -> Iterator[Limits]:
+        """Yields the values that other settings may have in a run on labels.
 
-def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
-    """Returns the objective of labels, for `nalora_jax.assembly.program.assemble`."""
-    form = kind_settings(config).form
+        Raises:
+          NaloraError: an unknown form, or a number of labels below 0.
+        """
+        settings = kind_settings(config)
+        allowed = ("auto", *FORMS)
+        if settings.form not in allowed or settings.labels < 0:
+            raise NaloraError(
+                f"--kind {config.kind}",
+                expected=f"a form of {', '.join(allowed)}, and labels of 0 or more",
+                found=f"form={settings.form}, labels={settings.labels}",
+            )
+        yield from super().limits(config)
 
-    def losses(
-        outputs: jax.Array, batch: Batch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the loss of each text, ``[rows, records]``, and for one label of each its
-        accuracy."""
-        logits = outputs[:, :, 0]  # [rows, records, outputs]
-        labels = batch["labels"]
-        measured = {}
-        if form == "one":
-            right = jnp.argmax(logits, axis=-1) == jnp.argmax(labels, axis=-1)
-            measured["accuracy"] = right.astype(jnp.float32)
-        return label_losses(logits, labels, form), measured
+    def open_form(
+        self, config: RunConfig, train: Source, base: ModelConfig
+    ) -> tuple[RunConfig, LabeledTexts]:
+        """Returns settings that state the labels of the training records, and their form.
 
-    def objective(plain: NextToken) -> PooledObjective:
-        """Returns the objective on a model."""
-        return PooledObjective(plain, pooling="last", texts=1, losses=losses)
+        Raises:
+          NaloraError: records without labels, or labels that contradict the settings.
+        """
+        settings = kind_settings(config)
+        indices = range(len(train))
+        labels = find_labels(
+            train, indices, settings.field, settings.form, settings.labels
+        )
+        config = with_settings(config, labels=len(labels.names), form=labels.form)
+        return config, LabeledTexts(settings.field, labels, settings.texts)
 
-    return {"objective": objective}
+    def outputs(self, config: RunConfig) -> int:
+        """Returns the number of labels; a plan without records assumes two."""
+        settings = kind_settings(config)
+        if settings.form == "binary":
+            return 1
+        return settings.labels or 2
 
+    def labels(self, config: RunConfig) -> int:
+        """Returns the number of labels."""
+        return self.outputs(config)
 
-def evaluator(
-    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
-) -> LabelEvaluator:
-    """Returns the evaluator of some held-out texts."""
-    mesh = distributed.multi_device_mesh(assembly.mesh)
-    labels = inputs.data.form.labels
-    return LabelEvaluator(assembly.eval_model, items, labels, mesh=mesh)
+    def losses(self, config: RunConfig, plain: NextToken) -> PooledLosses:
+        """Returns the losses of texts."""
+        form = kind_settings(config).form
 
+        def losses(
+            outputs: jax.Array, batch: Batch
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            """Returns the loss of each text, ``[rows, records]``, and for one label of each its
+            accuracy."""
+            logits = outputs[:, :, 0]  # [rows, records, outputs]
+            labels = batch["labels"]
+            measured = {}
+            if form == "one":
+                right = jnp.argmax(logits, axis=-1) == jnp.argmax(labels, axis=-1)
+                measured["accuracy"] = right.astype(jnp.float32)
+            return label_losses(logits, labels, form), measured
 
-def adapter_evaluator(
-    model: AdaptedModel, config: RunConfig, mesh: Mesh | None, named: bool
-) -> LabelEvaluator:
-    """Returns the evaluator of a trained head on held-out texts.
+        return losses
 
-    See `text.adapter_evaluator`.
-    """
-    labels = labels_of(model)
-    data = config.data
-    form = LabeledTexts(kind_settings(config).field, labels)
-    records = open_held_out(data, data.eval_split)
-    context = model.base.config.max_positions
-    tokenizer = model.base.tokenizer
-    items, _ = held_out_texts(records, data, tokenizer, form, context)
-    return LabelEvaluator(model.module, items, labels, mesh=mesh)
+    def evaluator(
+        self,
+        model: Decoder,
+        items: Sequence[PooledItem],
+        form: RecordForm,
+        config: RunConfig,
+        mesh: Mesh | None,
+    ) -> LabelEvaluator:
+        """Returns the evaluator of some held-out texts."""
+        labels = cast(LabeledTexts, form).labels
+        return LabelEvaluator(model, items, labels, mesh=mesh)
+
+    def trained_form(self, model: AdaptedModel, config: RunConfig) -> LabeledTexts:
+        """Returns the form of texts with the labels of a trained head."""
+        settings = kind_settings(config)
+        return LabeledTexts(settings.field, labels_of(model), settings.texts)
+
+    def export_options(self, job: Job) -> dict[str, Any]:
+        """Returns the function that writes the names of the labels."""
+        return {"write_extra": job.inputs.data.form.labels.write}
 
 
 def labels_of(model: AdaptedModel) -> LabelSet:
@@ -165,59 +193,4 @@ def labels_of(model: AdaptedModel) -> LabelSet:
     return LabelSet.read(adapter)
 
 
-def export_run(
-    job: Job, folder: Path, state: TrainState, share: Callable[[str], None]
-) -> AdapterSpec:
-    """Writes PEFT files of the adapter and its head, with the names of the labels.
-
-    See `text.export_run`.
-    """
-    labels = job.inputs.data.form.labels
-    return text.export_run(job, folder, state, share, write_extra=labels.write)
-
-
-def limits(config: RunConfig) -> Iterator[Limits]:
-    """Yields the values that other settings may have in a run on labels.
-
-    Raises:
-      NaloraError: an unknown form, or a number of labels below 0.
-    """
-    settings = kind_settings(config)
-    allowed = ("auto", *FORMS)
-    if settings.form not in allowed or settings.labels < 0:
-        raise NaloraError(
-            f"--kind {config.kind}",
-            expected=f"a form of {', '.join(allowed)}, and labels of 0 or more",
-            found=f"form={settings.form}, labels={settings.labels}",
-        )
-    yield from pooled_limits(config, "classify")
-
-
-def count_outputs(config: RunConfig) -> int:
-    """Returns the number of labels; a plan without records assumes two."""
-    return kind_settings(config).labels or 2
-
-
-def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
-    """Returns the arrays of a batch besides those of text, see `Kind`."""
-    outputs = count_outputs(config)
-    return {"records": ((1,), "float32"), "labels": ((1, outputs), "float32")}
-
-
-KIND = register_kind(
-    replace(
-        text.KIND,
-        name="classify",
-        open_inputs=partial(open_texts, open_form=open_labels),
-        evaluator=evaluator,
-        export_run=export_run,
-        evaluate=adapter_evaluator,
-        program_parts=program_parts,
-        settings=ClassifySettings,
-        limits=limits,
-        rate=1 / 4,
-        outputs=count_outputs,
-        batch_arrays=batch_arrays,
-        subject="",
-    )
-)
+KIND = pooled_kind(Classification())

@@ -184,6 +184,7 @@ KINDS: Registry[Kind] = Registry(
         "rl": "nalora_jax.kinds.rl.kind",
         "classify": "nalora_jax.kinds.classify",
         "reward": "nalora_jax.kinds.reward",
+        "embed": "nalora_jax.kinds.embed",
     },
 )
 

@@ -9,10 +9,8 @@ Records are those of preference pairs, with the names of their fields in ``--pre
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,34 +18,23 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nalora_jax.assembly.objectives import NextToken
-from nalora_jax.assembly.program import Assembly
 from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig
 from nalora_jax.config.checks import Limits
 from nalora_jax.data.chat_text import Rendered
 from nalora_jax.data.labels import LabelSet
-from nalora_jax.data.pooled_texts import RecordForm, held_out_texts
+from nalora_jax.data.pooled_texts import PooledItem, RecordForm
 from nalora_jax.data.preference_pairs import render_pair
 from nalora_jax.data.source import Record, Source
-from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.pooled_evaluation import RewardPairEvaluator
-from nalora_jax.kinds import text
-from nalora_jax.kinds.pooled import PooledObjective, open_texts, pooled_limits
-from nalora_jax.kinds.record import (
-    Arrays,
-    Inputs,
-    Job,
-    kind_settings,
-    register_kind,
-)
+from nalora_jax.kinds.pooled import PooledLosses, PooledTask, pooled_kind
+from nalora_jax.kinds.record import Job, kind_settings
 from nalora_jax.loading.adapted import AdaptedModel
-from nalora_jax.mesh import distributed
-from nalora_jax.method.step import Batch, TrainState
+from nalora_jax.method.step import Batch
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.pooled_losses import reward_losses
-from nalora_jax.weights.model_files import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -113,109 +100,91 @@ class PairTexts(RecordForm):
         return [float(value)]
 
 
+class RewardModel(PooledTask):
+    """A head of one output, the reward of a prompt with its answer."""
+
+    name = "reward"
+    settings = RewardSettings
+
+    def limits(self, config: RunConfig) -> Iterator[Limits]:
+        """Yields the values that other settings may have in a run on pairs."""
+        yield Limits(
+            "--kind reward, which has its own loss", {"preference.loss": ("none",)}
+        )
+        yield from super().limits(config)
+
+    def open_form(
+        self, config: RunConfig, train: Source, base: ModelConfig
+    ) -> tuple[RunConfig, PairTexts]:
+        """Returns the settings and the form of their records."""
+        return config, form_of_run(config)
+
+    def texts(self, config: RunConfig) -> int:
+        """Returns 2: a chosen and a rejected answer."""
+        return 2
+
+    def outputs(self, config: RunConfig) -> int:
+        """Returns 1."""
+        return 1
+
+    def labels(self, config: RunConfig) -> int:
+        """Returns 1, the margin."""
+        return 1
+
+    def losses(self, config: RunConfig, plain: NextToken) -> PooledLosses:
+        """Returns the losses of pairs."""
+        center = kind_settings(config).center
+
+        def losses(
+            outputs: jax.Array, batch: Batch
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            """Returns the loss of each pair, ``[rows, records]``, and its metrics."""
+            rewards = outputs[..., 0]  # [rows, records, 2]
+            chosen = rewards[..., 0]
+            rejected = rewards[..., 1]
+            measured = {
+                "accuracy": (chosen > rejected).astype(jnp.float32),
+                "margin": chosen - rejected,
+                "mean_reward": (chosen + rejected) / 2,
+            }
+            return reward_losses(rewards, batch["labels"][..., 0], center), measured
+
+        return losses
+
+    def evaluator(
+        self,
+        model: Decoder,
+        items: Sequence[PooledItem],
+        form: RecordForm,
+        config: RunConfig,
+        mesh: Mesh | None,
+    ) -> RewardPairEvaluator:
+        """Returns the evaluator of some held-out pairs."""
+        return RewardPairEvaluator(model, items, "last", mesh=mesh)
+
+    def trained_form(self, model: AdaptedModel, config: RunConfig) -> PairTexts:
+        """Returns the form of the pairs that a trained reward model reads."""
+        check_reward_model(model)
+        return form_of_run(config)
+
+    def export_options(self, job: Job) -> dict[str, Any]:
+        """Returns the function that writes the name of the output."""
+        return {"write_extra": LabelSet("score", ("reward",)).write}
+
+
 def form_of_run(config: RunConfig) -> PairTexts:
     """Returns the form of a run's records."""
     return PairTexts(config.preference, kind_settings(config).margin)
 
 
-def open_pairs(config: RunConfig, train: Source) -> tuple[RunConfig, PairTexts]:
-    """Returns the settings and the form of their records."""
-    return config, form_of_run(config)
-
-
-def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
-    """Returns the objective of pairs, for `nalora_jax.assembly.program.assemble`."""
-    center = kind_settings(config).center
-
-    def losses(
-        outputs: jax.Array, batch: Batch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the loss of each pair, ``[rows, records]``, and its metrics."""
-        rewards = outputs[..., 0]  # [rows, records, 2]
-        chosen = rewards[..., 0]
-        rejected = rewards[..., 1]
-        measured = {
-            "accuracy": (chosen > rejected).astype(jnp.float32),
-            "margin": chosen - rejected,
-            "mean_reward": (chosen + rejected) / 2,
-        }
-        return reward_losses(rewards, batch["labels"][..., 0], center), measured
-
-    def objective(plain: NextToken) -> PooledObjective:
-        """Returns the objective on a model."""
-        return PooledObjective(plain, pooling="last", texts=2, losses=losses)
-
-    return {"objective": objective}
-
-
-def evaluator(
-    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
-) -> RewardPairEvaluator:
-    """Returns the evaluator of some held-out pairs."""
-    mesh = distributed.multi_device_mesh(assembly.mesh)
-    return RewardPairEvaluator(assembly.eval_model, items, "last", mesh=mesh)
-
-
-def adapter_evaluator(
-    model: AdaptedModel, config: RunConfig, mesh: Mesh | None, named: bool
-) -> RewardPairEvaluator:
-    """Returns the evaluator of a trained reward model on held-out pairs.
-
-    See `text.adapter_evaluator`.
-    """
+def check_reward_model(model: AdaptedModel) -> None:
+    """Raises a NaloraError if a model has no adapter with a head of one output."""
     if model.spec.score != 1:
         raise NaloraError(
             str(model.located.adapter or model.located.base),
             expected="an adapter with a reward head",
             found=f"a head of {model.spec.score} outputs",
         )
-    data = config.data
-    records = open_held_out(data, data.eval_split)
-    context = model.base.config.max_positions
-    tokenizer = model.base.tokenizer
-    form = form_of_run(config)
-    items, _ = held_out_texts(records, data, tokenizer, form, context)
-    return RewardPairEvaluator(model.module, items, "last", mesh=mesh)
 
 
-def export_run(
-    job: Job, folder: Path, state: TrainState, share: Callable[[str], None]
-) -> AdapterSpec:
-    """Writes PEFT files of the adapter and its head.
-
-    See `text.export_run`.
-    """
-    write = LabelSet("score", ("reward",)).write
-    return text.export_run(job, folder, state, share, write_extra=write)
-
-
-def limits(config: RunConfig) -> Iterator[Limits]:
-    """Yields the values that other settings may have in a run on pairs."""
-    yield Limits(
-        "--kind reward, which has its own loss", {"preference.loss": ("none",)}
-    )
-    yield from pooled_limits(config, "reward")
-
-
-def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
-    """Returns the arrays of a batch besides those of text, see `Kind`."""
-    return {"records": ((1,), "float32"), "labels": ((1, 1), "float32")}
-
-
-KIND = register_kind(
-    replace(
-        text.KIND,
-        name="reward",
-        open_inputs=partial(open_texts, open_form=open_pairs),
-        evaluator=evaluator,
-        export_run=export_run,
-        evaluate=adapter_evaluator,
-        program_parts=program_parts,
-        settings=RewardSettings,
-        limits=limits,
-        rate=1 / 4,
-        outputs=lambda config: 1,
-        batch_arrays=batch_arrays,
-        subject="",
-    )
-)
+KIND = pooled_kind(RewardModel())

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 from jax.experimental import multihost_utils
@@ -235,6 +235,7 @@ def export_run(
     share: Callable[[str], None],
     *,
     write_extra: Callable[[Path], object] | None = None,
+    target: Literal["peft", "embedding"] = "peft",
 ) -> AdapterSpec:
     """Writes PEFT files of the adapter, verifies them by reloading, and returns their adapters.
 
@@ -246,6 +247,7 @@ def export_run(
       state: the state to export.
       share: makes a folder of the first process readable in all processes.
       write_extra: writes further files into the folder.
+      target: see `export_adapter`.
 
     Raises:
       NaloraError: the files cannot be written, or differ from the trained adapter.
@@ -257,7 +259,13 @@ def export_run(
     lora, spec = exportable_adapter(assembly, state.lora)
     processes.run_on_first_process(
         lambda: write_adapter(
-            folder, loaded, lora, spec, write_extra=write_extra, overwrite=True
+            folder,
+            loaded,
+            lora,
+            spec,
+            write_extra=write_extra,
+            target=target,
+            overwrite=True,
         )
     )
     # All processes read the export in `_difference`.

@@ -59,11 +59,11 @@ def label_losses(logits: jax.Array, labels: jax.Array, form: str) -> jax.Array:
     Args:
       logits: ``[..., outputs]``.
       labels: of the same shape: 1 for labels that apply, or scores.
-      form: "one" (softmax), "several" (a sigmoid per label) or "score" (squared error).
+      form: "one" (softmax), "several" or "binary" (a sigmoid per label) or "score" (squared error).
     """
     if form == "one":
         return -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1)
-    if form == "several":
+    if form in ("several", "binary"):
         log_one = jax.nn.log_sigmoid(logits)
         log_zero = jax.nn.log_sigmoid(-logits)
         return -jnp.mean(labels * log_one + (1 - labels) * log_zero, axis=-1)
@@ -112,6 +112,26 @@ def contrastive_losses(
     positive = jnp.diagonal(logits[..., 0])
     losses = jax.nn.logsumexp(logits, axis=(1, 2)) - positive
     return losses, (positive >= jnp.max(logits, axis=(1, 2))).astype(jnp.float32)
+
+
+def cosent_loss(
+    vectors: jax.Array, scores: jax.Array, real: jax.Array, scale: float
+) -> jax.Array:
+    """Returns CoSENT's loss of all pairs of texts: log(1 + sum of exp(scale * (c_i - c_j))) over
+    pairs of cosines of which c_j has the larger score.
+
+    Args:
+      vectors: ``[groups, 2, d]`` of the global batch.
+      scores: ``[groups]``, of which only the order matters.
+      real: float ``[groups]``, 0 for padding.
+      scale: of the cosines.
+    """
+    unit = unit_vectors(vectors)
+    cosines = scale * jnp.sum(unit[:, 0] * unit[:, 1], axis=-1)
+    differences = cosines[:, None] - cosines[None, :]  # [groups, groups]
+    counted = (scores[:, None] < scores[None, :]) & (real[:, None] * real[None, :] > 0)
+    logits = jnp.where(counted, differences, _MASKED).reshape(-1)
+    return jax.nn.logsumexp(jnp.append(logits, 0.0))
 
 
 def cosine_losses(vectors: jax.Array, scores: jax.Array) -> jax.Array:

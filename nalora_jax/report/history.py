@@ -20,6 +20,7 @@ METRICS = (
     ("accuracy", "accuracy", True),
     ("reward", "reward", True),
     ("recall", "recall at 1", True),
+    ("spearman_cosine", "Spearman correlation", True),
     ("exact_match", "exact match", True),
     ("loss", "held-out loss", False),
 )

@@ -10,6 +10,7 @@ from nalora_jax.evaluate.run_log import acting_steps
 from nalora_jax.mesh.machine import describe_device, versions
 from nalora_jax.train.callbacks import Callback, Exported
 from nalora_jax.weights.card import base_card, write_card
+from nalora_jax.weights.embedding_files import copier_of
 
 
 class CardWriter(Callback):
@@ -33,5 +34,6 @@ class CardWriter(Callback):
             versions=versions(),
             device=describe_device(),
             acting=acting_steps(first, exported.step),
+            vectors=copier_of(exported.folder) is not None,
         )
         write_card(exported.folder, card)

@@ -54,6 +54,7 @@ class Card:
     # RoPE fields of the base's config.json if the run changed them
     # (`models.rope_scaling.rope_settings`).
     rope: Mapping[str, Any] = field(default_factory=dict)
+    vectors: bool = False  # sentence-transformers reads the folder
 
     @property
     def is_plain(self) -> bool:
@@ -98,7 +99,10 @@ def render_card(card: Card) -> str:
     for name, metrics in ((first, card.before), (last, card.after)):
         if metrics is not None:
             results.append((name, metrics))
-    scores = [metrics.get("accuracy", metrics.get("recall")) for _, metrics in results]
+    headline = "accuracy"
+    for _, metrics in results:
+        headline = next((name for name in _HEADLINES if name in metrics), headline)
+    scored = any(metrics.get(headline) is not None for _, metrics in results)
     values: dict[str, Any] = {}
     for function in _FUNCTIONS:
         values[function.__name__.lstrip("_")] = function
@@ -118,7 +122,9 @@ def render_card(card: Card) -> str:
         images=_is_of_images(run),
         loadable=loadable,
         results=results,
-        scored=any(score is not None for score in scores),
+        scored=scored,
+        headline=headline,
+        headline_name=_HEADLINES[headline],
         rope=json.dumps(dict(card.rope), indent=2),
         command=visible(redact_private(card.command)),
         versions=versions,
@@ -137,6 +143,10 @@ def _front_matter(card: Card) -> Any:
         library = "transformers"
         relation = "finetune"
     pipeline = "text-generation"
+    if card.spec.score:
+        pipeline = "text-classification"
+    if card.vectors:
+        pipeline = "sentence-similarity"
     if _is_of_images(card.run):
         pipeline = "zero-shot-image-classification"
     tags = ["nalora_jax"]
@@ -223,6 +233,12 @@ def _fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
+# Metric of an evaluation -> its name in the table of results.
+_HEADLINES = {
+    "accuracy": "accuracy",
+    "recall": "recall at 1",
+    "spearman_cosine": "Spearman correlation",
+}
 _FUNCTIONS = (code, markdown, _short, _link, _span, _cell, _number, _fenced)
 
 

@@ -58,12 +58,21 @@ from nalora_jax.weights.tokenizer_files import TEXT_FILES
 if TYPE_CHECKING:
     from nalora_jax.weights.peft_modules import Host
 
+from nalora_jax.weights.embedding_files import EMBEDDING_FILES
 from nalora_jax.weights.peft_import import import_adapter
 
 __all__ = ["export_adapter", "max_logit_difference", "verify_export"]
 
 OWN_FILES = frozenset(
-    {CONFIG_NAME, TENSORS_NAME, TRAINED, LABELS_FILE, "README.md", *TEXT_FILES}
+    {
+        CONFIG_NAME,
+        TENSORS_NAME,
+        TRAINED,
+        LABELS_FILE,
+        "README.md",
+        *TEXT_FILES,
+        *EMBEDDING_FILES,
+    }
 )
 # Largest relative difference of a folded B: folding a scale into B rounds every entry once, and so
 # does reading it back.
@@ -86,7 +95,7 @@ def export_adapter(
     folder: str | Path,
     *,
     base_model_name: str,
-    target: Literal["peft", "vllm"] = "peft",
+    target: Literal["peft", "embedding", "vllm"] = "peft",
     max_lora_rank: int = 16,
     base_weights: str = "",
     fingerprint: str | None = None,
@@ -111,7 +120,8 @@ def export_adapter(
       config: the base model, or a dual encoder.
       folder: new or empty; the files appear in it together or not at all.
       base_model_name: hub id or path that other tools load as the base.
-      target: the tool that must be able to load the files.
+      target: the tool that must be able to load the files; "embedding": PEFT with transformers'
+        AutoModel, and sentence-transformers.
       max_lora_rank: vLLM's setting of that name.
       base_weights: name by which this library loads a copy of that model, if the adapter was
         trained on one; recorded in the file, from which `nalora_jax.loading.located.base_of` reads
@@ -153,6 +163,8 @@ def export_adapter(
         entries = modules + _equalize([entry for entry in entries if entry.parameter])
     rslora = spec.rslora and not for_vllm
     settings = _settings(entries, config, layout, spec, rslora=rslora)
+    if target == "embedding":
+        settings["task_type"] = "FEATURE_EXTRACTION"
     settings["base_model_name_or_path"] = base_model_name
     if for_vllm:
         copies = value_names(config, layout)

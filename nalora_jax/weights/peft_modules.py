@@ -74,6 +74,8 @@ ModuleLayout = tuple[HostModule, ...]
 
 _TEXT = "model.layers."
 _TEXT_PART = "model.language_model.layers."  # in multimodal models
+# The names of modules in transformers' AutoModel, which has no output head.
+_WITHOUT_HEAD = {"model.": ""}
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -137,8 +139,11 @@ def layout_for(
     vLLM reads experts one by one, except gpt-oss's. If a text model is part of a multimodal one,
     vLLM serves the latter and ignores adapters of unknown modules, so their names must be the
     multimodal model's. Of some families it then reads stacks of experts (`Family.stacks_in_vllm`).
+    The target "embedding" has the names of transformers' AutoModel.
     """
     layout = module_layout(config)
+    if target == "embedding":
+        return _rename(layout, _WITHOUT_HEAD)
     if target != "vllm" or not isinstance(config, ModelConfig):
         return layout
     layout = _split_stacks(layout)
@@ -289,6 +294,8 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
         layout = layouts[matches.index(max(matches))]
     elif any(name.startswith(_TEXT_PART) for name in written):
         layout = _rename(layout, {_TEXT: _TEXT_PART})
+    elif any(name.startswith("layers.") for name in written):
+        layout = _rename(layout, _WITHOUT_HEAD)
     # transformers 4 has a module for each expert, transformers 5 a stack of all experts.
     if any(map(_ONE_EXPERT.search, written)):
         return _split_stacks(layout)

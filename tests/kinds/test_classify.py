@@ -205,7 +205,7 @@ def first_step(config, mesh=ONE, length=24):
     source = RecordsSource("texts", records)
     data_config = DataConfig(max_length=length)
     data = pooled_data(source, data_config, tiny.word_tokenizer(), form, batch_size=8)
-    parts = classify.program_parts(kind, None)
+    parts = classify.KIND.parts(kind)
     spec = classify.KIND.adapters(kind, BASE)
     made, _ = tiny.assembled(kind, BASE, mesh, spec=spec, **parts)
     lora = jax.device_get(made.state.lora)
@@ -259,9 +259,9 @@ def test_metrics_are_scikit_learn_s_and_scipy_s():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"kind": "classify:form=both"}, "a form of auto, one, several, score"),
+        ({"kind": "classify:form=both"}, "a form of auto, one, several, score, binary"),
         ({"kind": "classify:labels=-1"}, "labels of 0 or more"),
-        ({"kind": "classify:names=2"}, "a setting of labels, form, field"),
+        ({"kind": "classify:names=2"}, "a setting of labels, form, field, texts"),
         ({"tune": ("norm",)}, "--tune.*classify"),
         ({"adapter": "old"}, "--adapter.*classify"),
         ({"data": DataConfig(too_long="split")}, "--data.too-long.*whole texts"),
@@ -287,3 +287,55 @@ def test_metrics_need_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(NaloraError, match=r"pip install 'nalora_jax\[metrics\]'"):
         LabelEvaluator(None, [], LabelSet("one", ("a", "b")))
+
+
+@pytest.mark.filterwarnings("default")  # of torch, transformers and PEFT
+def test_a_reranker_is_a_head_of_one_output_on_query_and_document(tmp_path):
+    """A document answers a query if it begins with its letter. Loss and average precision are
+    torch's and scikit-learn's of the logits of PEFT's model."""
+    import peft
+    import transformers
+
+    rng = np.random.default_rng(4)
+    records = []
+    for _ in range(480):
+        query, document = rng.choice(list("abcd"), 2).tolist()
+        record = {"query": f"x {query}", "document": f"{document} y"}
+        records.append(record | {"label": int(query == document)})
+    config = config_of(tmp_path, kind="classify:form=binary,texts=query/document", steps=60)
+    path = tmp_path / "ranked.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = replace(config, data=replace(config.data, dataset=str(path)))
+    with tiny.on_named_devices(tmp_path / "cache"):
+        result = run(config)
+    assert result.after["loss"] < result.before["loss"]
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        config.model, num_labels=1, dtype=torch.float32
+    )
+    model = peft.PeftModel.from_pretrained(base, result.adapter).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    held_out = tmp_path / "held_out.jsonl"
+    rows = records[:40]
+    held_out.write_text("".join(json.dumps(record) + "\n" for record in rows))
+    out = tmp_path / "values.json"
+    command = ["eval", str(result.folder), "--dataset", str(held_out), "--output", str(out)]
+    assert main([*command, "--split", "train", "--limit", "0"]) == 0
+    values = json.loads(out.read_text())
+    texts = [f"{record['query']}\n{record['document']}" for record in rows]
+    with torch.no_grad():
+        logits = torch.cat(
+            [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+        )
+    labels = torch.tensor([float(record["label"]) for record in rows])
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    assert values["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    precision = metrics.average_precision_score(labels, logits)
+    assert values["average_precision"] == pytest.approx(precision)
+
+
+def test_a_binary_label_is_a_number_from_0_to_1():
+    labels = LabelSet("binary", ("0",))
+    assert labels.encode(True, "record") == [1.0]
+    assert labels.encode(0.25, "record") == [0.25]
+    with pytest.raises(NaloraError, match="record: expected a number from 0 to 1, found 2"):
+        labels.encode(2, "record")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from nalora_jax.__main__ import main
 from nalora_jax.cli.training import run
 from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig, TrainConfig
-from nalora_jax.data.pooled_texts import pooled_data
+from nalora_jax.data.pooled_texts import held_out_texts, pooled_data
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.pooled_evaluation import RewardPairEvaluator
@@ -101,9 +101,9 @@ def test_rewards_and_losses_are_those_of_peft_s_model_by_trl_s_formula(finished)
     tokenizer = ours.base.tokenizer
     data = pooled_data(source, DataConfig(max_length=16), tokenizer, FORM, batch_size=1)
     np.testing.assert_array_equal(data.labels, [[0.5], [0.0]])
-    items = reward.held_out_texts(
-        RecordsSource("pairs", records * 2), DataConfig(), tokenizer, FORM, 64
-    )[0]
+    items = held_out_texts(RecordsSource("pairs", records * 2), DataConfig(), tokenizer, FORM, 64)[
+        0
+    ]
     evaluated = RewardPairEvaluator(ours.module, items, "last")
     for item, record in zip(items, evaluated.records(ours.base.params, ours.lora), strict=True):
         assert all(ids[-1] == tokenizer.eos_id for ids in item.ids)
@@ -120,7 +120,7 @@ def test_rewards_and_losses_are_those_of_peft_s_model_by_trl_s_formula(finished)
 def test_a_model_without_a_reward_head_is_not_evaluated(finished):
     config, _ = finished
     with pytest.raises(NaloraError, match="an adapter with a reward head"):
-        reward.adapter_evaluator(load(config.model, dtype="float32"), config, None, False)
+        reward.KIND.evaluate(load(config.model, dtype="float32"), config, None, False)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_the_page_is_small_and_loads_nothing(text):
 
 
 def test_text_from_the_log_is_escaped(make_run):
-    attack = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
+    attack = "<script>alert(1)</script>\"'&{{ 7919 * 7919 }}"
     sample = {"prompt": attack, "answer": attack, "expected": attack, "correct": False}
     records = [
         {"step": 0, "eval": {"accuracy": 0.5, "samples": [sample]}},
@@ -69,7 +69,7 @@ def test_text_from_the_log_is_escaped(make_run):
     text = write_report(folder).read_text(encoding="utf-8")
     words = words_of(text)
     assert "<script" not in text
-    assert "49" not in words
+    assert "62710561" not in words
     assert words.count("<script>alert(1)</script>") >= 7
 
 

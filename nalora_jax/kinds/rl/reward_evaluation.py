@@ -21,7 +21,7 @@ from nalora_jax.evaluate.intervals import bootstrap
 from nalora_jax.kinds.rl.engine import Request
 from nalora_jax.kinds.rl.environments import Arena
 from nalora_jax.kinds.rl.episodes import TurnEngine, episode_rewards, play
-from nalora_jax.kinds.rl.rewards import Scorer
+from nalora_jax.kinds.rl.rewards import MODEL_REWARD, Scorer
 from nalora_jax.kinds.rl.turn_generator import GreedyTurns, TurnGenerator, stop_ids
 from nalora_jax.mesh import distributed
 from nalora_jax.weights.model_files import LoadedModel
@@ -39,8 +39,9 @@ def metric_names(rl: RLConfig) -> list[str]:
     used = {"reward", "reward_std"}
     for reward in rl.reward_names:
         short, _, rest = reward.partition(":")
-        # MODULE:FUNCTION is named after the function, NAME:setting=value after the built-in reward.
-        if rest and "=" not in rest:
+        # MODULE:FUNCTION is named after the function, NAME:setting=value after the built-in reward,
+        # and model:FOLDER "model".
+        if rest and "=" not in rest and short != MODEL_REWARD:
             short = rest
         name = f"reward_{short}"
         number = 2

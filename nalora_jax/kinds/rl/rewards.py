@@ -9,6 +9,7 @@ them. A reward is a function ``(prompt, completion, record) -> float``: the text
 of the sample, and the record of the data set, in which ``answer`` is the reference completion
 unless the record has a field of that name. A function with a further parameter ``messages`` gets
 the whole conversation; ``completion`` is the last turn of a sample of several turns.
+``model:FOLDER`` is a trained reward model (`nalora_jax.kinds.rl.reward_models`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -32,11 +33,15 @@ from nalora_jax.config import RLConfig
 from nalora_jax.errors import NaloraError, describe_error
 from nalora_jax.evaluate.answers import last_number, matches, normalize_text
 
+if TYPE_CHECKING:
+    from nalora_jax.kinds.rl.reward_models import ModelReward
+
 RewardRecord = Mapping[str, Any]
 # (prompt, completion, record), and messages=... if it has that parameter.
 Reward = Callable[..., float]
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 
+MODEL_REWARD = "model"  # name of rewards by trained reward models
 _REWARDS: Registry[Any] = Registry("reward", "nalora_jax.rewards", "--rl.rewards")
 
 
@@ -145,13 +150,21 @@ def reasoning_gym_reward(prompt: str, completion: str, record: RewardRecord) -> 
     return score
 
 
-def make_reward(text: str) -> Reward:
-    """Returns the reward called ``NAME``, ``NAME:setting=value,...`` or ``MODULE:FUNCTION``.
+def make_reward(text: str) -> Reward | ModelReward:
+    """Returns the reward called ``NAME``, ``NAME:setting=value,...``, ``MODULE:FUNCTION`` or
+    ``model:FOLDER``.
 
     Raises:
-      NaloraError: an unknown name or setting, or a module or function that cannot be imported.
+      NaloraError: an unknown name or setting, a module or function that cannot be imported, or a
+        folder without an adapter.
     """
     name, _, rest = text.partition(":")
+    if name == MODEL_REWARD:
+        # It loads models, which other rewards do not need.
+        reward_models = importlib.import_module("nalora_jax.kinds.rl.reward_models")
+        model: ModelReward = reward_models.ModelReward(rest)
+        model.check()
+        return model
     # MODULE:FUNCTION, since built-in rewards have settings (with "=") after the colon.
     if name not in _REWARDS and rest and "=" not in rest:
         try:
@@ -180,8 +193,9 @@ class Scorer:
 
     def __init__(self, rl: RLConfig) -> None:
         self._rl = rl
-        self._rewards = [make_reward(name) for name in rl.rewards]
+        self._rewards: list[Any] = [make_reward(name) for name in rl.rewards]
         self._read_messages = [_reads_messages(reward) for reward in self._rewards]
+        self._models = [name.startswith(f"{MODEL_REWARD}:") for name in rl.rewards]
 
     def __call__(
         self,
@@ -212,6 +226,8 @@ class Scorer:
             for column, (name, reward) in enumerate(
                 zip(rl.rewards, self._rewards, strict=True)
             ):
+                if self._models[column]:
+                    continue
                 options: dict[str, Any] = {}
                 if self._read_messages[column]:
                     options["messages"] = _two_messages(*sample[:2])
@@ -229,6 +245,11 @@ class Scorer:
                         remedy="mend the reward, or pass --rl.ignore-reward-errors: such samples "
                         "have no reward",
                     ) from error
+        for column, reward in enumerate(self._rewards):
+            if self._models[column]:
+                values[:, column] = reward.score_samples(
+                    prompts, completions, records, where, messages
+                )
         return values
 
     def _value(
