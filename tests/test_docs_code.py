@@ -215,6 +215,9 @@ def test_records_settings_and_entry_points_of_pages_are_read(block: Block, tmp_p
             if "chosen" in record:
                 assert "rejected" in record
                 continue
+            if "query" in record:
+                assert {"document", "label"} <= record.keys()
+                continue
             found = canonical(record, DataConfig(), block.page)
             if "messages" in found:
                 assert messages_of(found, DataConfig(), block.page)[-1]["role"] == "assistant"

@@ -243,7 +243,10 @@ def test_few_programs_are_compiled_for_pictures_of_many_shapes(tmp_path, caplog,
     """Of an epoch with evaluations and samples: programs that read patches. The log states how full
     the places of patches are."""
     chats = vision.make_chats_of_shapes(tmp_path, count=PICTURES * 3 // 4)
-    shapes = {Image.open(path).size for path in tmp_path.glob("*.png")}
+    shapes = set()
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as picture:
+            shapes.add(picture.size)
     assert len(shapes) >= 0.9 * PICTURES
     vision.make_patch_model(tmp_path / "model", "qwen3_vl")
     flags = command(tmp_path / "model", chats, tmp_path / "run")

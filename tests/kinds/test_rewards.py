@@ -65,10 +65,9 @@ def test_functions_of_modules_are_rewards() -> None:
     np.testing.assert_array_equal(values, [[4, 0], [2, 1]])
     with pytest.raises(NaloraError, match="MODULE:FUNCTION that can be imported, found .*once"):
         make_reward("rewards_of_a_test:once")
-    with pytest.raises(
-        NaloraError,
-        match="expected one of choice, exact, format, length, number, reasoning_gym, regex",
-    ):
+    # Other tests of the process may have registered rewards of their own between these.
+    built_in = ("choice", "exact", "format", "length", "number", "reasoning_gym", "regex")
+    with pytest.raises(NaloraError, match="expected one of .*" + ".*, ".join(built_in)):
         make_reward("nmber")
 
 

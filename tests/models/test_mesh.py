@@ -240,7 +240,7 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     )
     evaluated = Assembly.eval_model.fget(SimpleNamespace(model=trained))
     loaded = SimpleNamespace(
-        config=base, params=jax.eval_shape(init_params, base, jax.random.key(0))
+        config=base, params=jax.eval_shape(init_params, base, jax.random.key(0)), processor=None
     )
     monkeypatch.setattr("nalora_jax.loading.adapted.load_model", lambda *_, **__: loaded)
     for model in (evaluated, load("some", mesh=mesh, resolved=loaded).module):
