@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import make_single_device_sharding
 
 from nalora_jax.common.devices import kind_of
 from nalora_jax.ops.attention import (
@@ -166,7 +166,7 @@ def compiles(
     device = next((device for device in local if kind_of(device) == kind), None)
     place = None
     if device is not None:
-        place = SingleDeviceSharding(device)
+        place = make_single_device_sharding(device)
     q, k = (
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
         for shape in (q_shape, k_shape)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import make_single_device_sharding
 
 from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
@@ -63,7 +63,7 @@ def abstract(like: Any) -> dict[str, Any]:
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         """Returns the abstract value of a stored leaf; on the first device by default."""
-        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
+        sharding = getattr(leaf, "sharding", None) or make_single_device_sharding(
             jax.local_devices()[0]
         )
         if _is_key(leaf):

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, make_single_device_sharding
 
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
@@ -124,7 +124,7 @@ def load_params(
                 _Fill(names[tensor.name], tensor, number, slot.index)
             )
     where: Mapping[str, Sharding] = shardings or dict.fromkeys(
-        shapes, SingleDeviceSharding(jax.local_devices()[0])
+        shapes, make_single_device_sharding(jax.local_devices()[0])
     )
     leaves: dict[str, Any] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
