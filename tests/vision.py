@@ -88,6 +88,26 @@ PATCH_TOWER = {
 PATCH_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"window_size": 16, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2]},
+    "qwen3_vl_moe": {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2]},
+    "qwen3_5": {"num_position_embeddings": 25},
+    "qwen3_5_moe": {"num_position_embeddings": 25},
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_HYBRID: dict[str, Any] = {
+    "head_dim": 16,
+    "rope_parameters": PATCH_TEXT["rope_parameters"] | {"partial_rotary_factor": 0.5},
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "attn_output_gate": True,
+}
+# Settings of the text model by family.
+PATCH_TEXTS: dict[str, dict[str, Any]] = {
+    "qwen3_vl_moe": _EXPERTS | {"mlp_only_layers": [1]},
+    "qwen3_5": _HYBRID,
+    "qwen3_5_moe": _HYBRID | _EXPERTS | {"shared_expert_intermediate_size": 20},
 }
 PATCH_PIXELS = {"min_pixels": 64, "max_pixels": 1024}  # 1 to 16 tokens
 PROCESSORS = {
@@ -253,7 +273,7 @@ def make_patch_model(folder: Path, family: str, **top: Any) -> Path:
         "vision_end_token_id": number("<|vision_end|>"),
     }
     config = transformers.CONFIG_MAPPING[family](
-        text_config=PATCH_TEXT,
+        text_config=PATCH_TEXT | PATCH_TEXTS.get(family, {}),
         vision_config=PATCH_TOWER | PATCH_FAMILIES[family],
         **tokens | top,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -163,8 +163,10 @@ class Family:
     ] = ()  # expressions of further tensors; "{n_layers}" is the number of layers
     ropes: RopeRules = field(default_factory=RopeRules)
     experts: str = "mlp.experts"  # transformers' module of all experts of a layer
-    # ``model_type`` of multimodal models of which only this text model is supported
+    # ``model_type`` of multimodal models, of which without images only this text model is read
     multimodal: str = ""
+    # Returns `RopeSpec.axes` of this number of rotated pairs, in a model with images only.
+    image_axes: Callable[[Fields, int], tuple[int, ...]] | None = None
     reader: Reader | None = (
         None  # of a family from outside the package, in place of ``features``
     )
@@ -268,9 +270,12 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
             "use a causal language model",
         )
     if contains_text_model(name, images=images):  # the text model is one of its parts
-        text = read(text_part(raw, where), f"{where}: text_config")
+        part = text_part(raw, where)
+        where_text = f"{where}: text_config"
+        text = read(part, where_text)
         if not images:
             return text
+        text |= _with_image_axes(text, Fields(part, {}, where_text))
         vision = _read_vision(raw, text, where)
         return text | {"vision": vision} | _with_deepstack(text, len(vision.taps))
     if images:
@@ -299,6 +304,21 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
         values = base_values(f, name, family.features(f))
     _check(values, f)
     return values
+
+
+def _with_image_axes(text: Features, f: Fields) -> Features:
+    """Returns the rotary embeddings of a text model that reads rows and columns of images, unless
+    its family's have such axes without images, too.
+
+    Args:
+      text: the text model's fields of `ModelConfig`.
+      f: its ``config.json``.
+    """
+    axes_of = family_of(text["model_type"]).image_axes
+    if axes_of is None:
+        return {}
+    specs = [replace(spec, axes=axes_of(f, spec.dim // 2)) for spec in text["ropes"]]
+    return {"ropes": tuple(specs)}
 
 
 def _with_deepstack(text: Features, layers: int) -> Features:
@@ -381,7 +401,10 @@ def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         defaults = MULTIMODAL[name][2]
     text_config = Fields(raw, {}, where).mapping("text_config")
     tied = raw.get("tie_word_embeddings")
-    if tied is None or (tied is False and text_config.get("tie_word_embeddings")):
+    # Qwen3-VL's and Qwen3.5's own field decides if it is there; others also tie if the text model
+    # does.
+    overruled = tied is False and not str(name).startswith(("qwen3_vl", "qwen3_5"))
+    if tied is None or (overruled and text_config.get("tie_word_embeddings")):
         tied = text_config.get("tie_word_embeddings", defaults["tie_word_embeddings"])
     if name == "gemma3":
         text_config["model_type"] = defaults["model_type"]

@@ -377,6 +377,38 @@ def rope_fields(f: Fields) -> Fields:
     return Fields(raw, {}, f"{f.where}: rope_parameters")
 
 
+def image_axes(
+    f: Fields, pairs: int, default: Sequence[int], *, interleaved: bool
+) -> tuple[int, ...]:
+    """Returns `RopeSpec.axes` of a model of Qwen-VL's kind.
+
+    Args:
+      f: the fields of the text model, whose ``mrope_section`` has the number of pairs that rotate
+        by time, by row and by column.
+      pairs: rotated pairs of a head.
+      default: sections of a file without any.
+      interleaved: pairs of the three alternate; False: they follow each other.
+
+    Raises:
+      NaloraError: the sections are not three numbers that sum to ``pairs``.
+    """
+    stated = rope_fields(f)
+    sections = stated.items("mrope_section", 3, int)
+    if sections is None:
+        sections = list(default)
+    if sum(sections) != pairs or min(sections) < 0:
+        expected = f"three numbers with the sum {pairs}"
+        raise stated.error("mrope_section", expected, str(sections))
+    if not interleaved:
+        times, rows, columns = sections
+        return (0,) * times + (1,) * rows + (2,) * columns
+    axes = [0] * pairs
+    for axis in (1, 2):
+        for pair in range(axis, min(3 * sections[axis], pairs), 3):
+            axes[pair] = axis
+    return tuple(axes)
+
+
 def read_ropes(
     f: Fields,
     head_dim: int,

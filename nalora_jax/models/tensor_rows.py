@@ -17,6 +17,7 @@ TensorChange = Literal[
     "pairs",
     "pairs_transpose",
     "columns",
+    "halves",
     "patches",
     "frames",
     "lead",
@@ -32,8 +33,9 @@ class TensorRow:
     paths: tuple[str, ...]  # several if the file fuses them along its first axis
     # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of
     # rotated rows; "columns": the last axis of the paths' arrays alternates: first, second, first,
-    # ...; of encoders also "patches": kernel of a convolution, "frames": of one over frames, and
-    # "lead": axes of length 1.
+    # ...; "halves": it has all columns of the first, then those of the second, and some releases
+    # exchange the last two axes. Of encoders also "patches": kernel of a convolution, "frames": of
+    # one over frames, and "lead": axes of length 1.
     change: TensorChange = ""
     experts: bool | None = (
         None  # True: only in layers with a mixture of experts; False: only in the others

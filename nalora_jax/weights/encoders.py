@@ -235,6 +235,17 @@ _VISUAL = (
 _GATED_MLP = {f"mlp.{n}_proj": f"ffn/{n}_proj" for n in ("gate", "up", "down")}
 _FC = {"linear_fc1": "ffn/in_proj", "linear_fc2": "ffn/out_proj"}
 _MERGER = "visual.deepstack_merger_list.{layer}."
+_QWEN3_VISUAL = (
+    *_VISUAL,
+    TensorRow("visual.pos_embed.weight", ("image/positions/embedding",)),
+    *_rows(
+        {f"mlp.{theirs}": ours for theirs, ours in _FC.items()},
+        "visual.blocks.{layer}.",
+        "image/layers/",
+    ),
+    *_rows({"norm": "norm"} | _FC, "visual.merger.", "projector/"),
+    *_rows({"norm": "norm"} | _FC, _MERGER, "deepstack/"),
+)
 # Tower and projectors of models whose tower reads packed patches, by the model's ``model_type``.
 _PATCH_ROWS: dict[str, Rows] = {
     "qwen2_5_vl": (
@@ -247,16 +258,8 @@ _PATCH_ROWS: dict[str, Rows] = {
             "projector/",
         ),
     ),
-    "qwen3_vl": (
-        *_VISUAL,
-        TensorRow("visual.pos_embed.weight", ("image/positions/embedding",)),
-        *_rows(
-            {f"mlp.{theirs}": ours for theirs, ours in _FC.items()},
-            "visual.blocks.{layer}.",
-            "image/layers/",
-        ),
-        *_rows({"norm": "norm"} | _FC, "visual.merger.", "projector/"),
-        *_rows({"norm": "norm"} | _FC, _MERGER, "deepstack/"),
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN3_VISUAL
     ),
 }
 

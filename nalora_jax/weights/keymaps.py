@@ -65,6 +65,7 @@ class Transform:
     # a slice of the result needs more than the same slice of the tensor
     mixes_rows: bool = False
     alternates: bool = False  # the slots' columns alternate along the last axis
+    halves: bool = False  # the slots follow each other along the last axis
     # of the file's tensor, if it is not a reordered leaf's
     shape: tuple[int, ...] | None = None
 
@@ -89,7 +90,9 @@ class SourceTensor:
     @property
     def axis(self) -> int:
         """The axis of outputs, along which slots follow each other; a stack of experts has it
-        second."""
+        second, or last if it is stored as it is multiplied."""
+        if self.transform.halves:
+            return len(self.shape) - 1
         return max(len(self.shape) - 2, 0)
 
     def join(self, parts: Sequence[_Array]) -> np.ndarray:
@@ -347,6 +350,8 @@ def row_tensors(
     if shape is None:
         first = theirs[0]
         axis = max(len(first) - 2, 0)  # of rows
+        if transform.halves:
+            axis += 1
         rows = tuple(slot[axis] for slot in theirs)
         if transform.alternates:  # the slots follow each other along the columns
             axis += 1
@@ -371,6 +376,8 @@ def _transform(
         return Transform(_swap, _swap, swaps=True)
     if row.change == "columns":
         return Transform(_same, _same, alternates=True)
+    if row.change == "halves":
+        return Transform(_same, _same, halves=True)
     if row.change == "minus_one":
         return Transform(lambda array: array - 1, lambda array: array + 1)
     if row.change in ("pairs", "pairs_transpose"):
@@ -428,6 +435,13 @@ def _transform(
         mixes_rows=True,
         shape=shape,
     )
+
+
+def exchange_axes(tensor: SourceTensor) -> SourceTensor:
+    """Returns a tensor of "halves" as the releases write it that exchange its last two axes."""
+    *experts, d_in, d_out = tensor.shape
+    transform = Transform(_swap, _swap, swaps=True)
+    return replace(tensor, shape=(*experts, d_out, d_in), transform=transform)
 
 
 def _same(array: _Array) -> _Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from nalora_jax.ops.quantize import MXFP4_BLOCK as BLOCK
 from nalora_jax.ops.quantize import MXFP4_LEVELS as LEVELS
 from nalora_jax.ops.quantize import QuantizedFormat, mark_gathered
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
-from nalora_jax.weights.keymaps import KeyMap, ParamSlot, keymap_for
+from nalora_jax.weights.keymaps import KeyMap, ParamSlot, exchange_axes, keymap_for
 from nalora_jax.weights.origin import Origin, number_formats, origin
 from nalora_jax.weights.quantization_config import (
     Quantization,
@@ -342,14 +342,19 @@ class Unpacked(TensorSource):
         return flat[..., start:stop].swapaxes(-1, -2)
 
 
-def map_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
-    """Returns the key map of a file with the tensors ``names``, which may fuse the experts of a
-    layer.
+def map_fused_experts(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
+    """Returns the key map of a file with tensors of these shapes, which may fuse the experts of a
+    layer, or have stacks of them whose last two axes are exchanged.
 
-    Each such tensor replaces the tensors of the single experts in the key map.
+    Each such tensor replaces the tensors of the single experts, or the stack, in the key map.
     """
     tensors = dict(keymap.by_name)
-    for name in map(keymap.canonical, names):
+    for name_in_file, shape_in_file in shapes.items():
+        name = keymap.canonical(name_in_file)
+        if name in tensors and tensors[name].transform.halves:
+            exchanged = exchange_axes(tensors[name])
+            if exchanged.shape == tuple(shape_in_file):
+                tensors[name] = exchanged
         match = _FUSED.fullmatch(name)
         if match is None or name in tensors:
             continue

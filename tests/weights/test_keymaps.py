@@ -17,7 +17,7 @@ from tests.param_trees import params_from_tensors, split, tensors_from_params
 from tests.weights.conftest import COMMON
 
 SIZES = COMMON | {"num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
-SIZES |= {"moe_intermediate_size": 8, "sliding_window": None}
+SIZES |= {"moe_intermediate_size": 12, "sliding_window": None}
 GGUF = {name: family.gguf for name, family in BUILT_IN.items() if family.gguf}
 
 

@@ -12,7 +12,13 @@ from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
 from nalora_jax.models.family import GGUF, Family, Features, Metadata, hf_defaults
 from nalora_jax.models.readers import FULL_ATTENTION, SLIDING, attention_bias
-from nalora_jax.models.ropes import RopeRules, RopeSpec, read_ropes, rope_fields
+from nalora_jax.models.ropes import (
+    RopeRules,
+    RopeSpec,
+    image_axes,
+    read_ropes,
+    rope_fields,
+)
 
 # ---------------------------------------------------------------- Llama and its relatives
 
@@ -333,38 +339,24 @@ QWEN3 = Family(
 # ---------------------------------------------------------------- text models of Qwen-VL
 
 
-def _with_axes(f: Fields, interleaved: bool) -> Features:
-    """Returns a rotary embedding whose pairs rotate by time, row and column of image tokens.
-
-    ``mrope_section`` has the number of pairs of each; ``interleaved``: they alternate.
-    """
-    stated = rope_fields(f)
-    head_dim = readers.head_dim_of(f)
-    pairs = head_dim // 2
-    sections = stated.items("mrope_section", 3, int)
-    if sections is None:
-        sections = [24, 20, 20] if interleaved else [16, 24, 24]
-    if sum(sections) != pairs or min(sections) < 0:
-        raise stated.error(
-            "mrope_section", f"three numbers with the sum {pairs}", str(sections)
-        )
-    axes = [0] * pairs
-    if interleaved:
-        for axis in (1, 2):
-            for pair in range(axis, min(3 * sections[axis], pairs), 3):
-                axes[pair] = axis
-    else:
-        axes = [0] * sections[0] + [1] * sections[1] + [2] * sections[2]
+def rope_with_axes(f: Fields, *, interleaved: bool) -> Features:
+    """Returns a rotary embedding whose pairs rotate by time, row and column of image tokens."""
+    default = (24, 20, 20) if interleaved else (16, 24, 24)
+    axes = image_axes(f, readers.head_dim_of(f) // 2, default, interleaved=interleaved)
     further = ("mrope_section", "mrope_interleaved")
     rules = RopeRules(names=(("mrope", "default"),), defaults=f.defaults["rope"])
-    specs, _ = read_ropes(f, head_dim, None, further=further, rules=rules)
-    return {"ropes": (replace(specs[0], axes=tuple(axes)),)}
+    specs, _ = read_ropes(f, readers.head_dim_of(f), None, further=further, rules=rules)
+    return {"ropes": (replace(specs[0], axes=axes),)}
 
 
 QWEN2_5_VL = Family(
     "qwen2_5_vl_text",
     "",
-    lambda f: {"qkv_bias": True, **_late_windows(f), **_with_axes(f, False)},
+    lambda f: {
+        "qkv_bias": True,
+        **_late_windows(f),
+        **rope_with_axes(f, interleaved=False),
+    },
     rows.HF_LLAMA,
     QWEN
     | {"max_window_layers": 80, "rope": (("rope_theta", 1e6),)}
@@ -378,21 +370,25 @@ QWEN2_5_VL = Family(
         norm_eps=1e-5,
     ),
 )
+QWEN_VL: dict[str, Any] = {"rope": (("rope_theta", 5e5),)}
+QWEN_VL |= hf_defaults(vocab_size=151_936, max_positions=128_000)
 QWEN3_VL = Family(
     "qwen3_vl_text",
     "",
-    lambda f: {"qk_norm": "head", **_with_axes(f, True), **attention_bias(f)},
+    lambda f: {
+        "qk_norm": "head",
+        **rope_with_axes(f, interleaved=True),
+        **attention_bias(f),
+    },
     rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.FFN, rows.QK_NORMS),
-    {"rope": (("rope_theta", 5e5),)}
+    QWEN_VL
     | hf_defaults(
-        vocab_size=151_936,
         d_model=4096,
         d_ff=22_016,
         n_layers=32,
         n_heads=32,
         n_kv_heads=32,
         head_dim=128,
-        max_positions=128_000,
     ),
 )
 

@@ -13,6 +13,7 @@ from nalora_jax.models.family import Family, Features, hf_defaults
 from nalora_jax.models.moe import Mixture
 from nalora_jax.models.readers import FULL_ATTENTION, Overrides, attention_bias
 from nalora_jax.models.recurrent import GatedDeltaNet, ShortConvolution
+from nalora_jax.models.ropes import image_axes
 from nalora_jax.models.routing import RouterSpec
 
 # ---------------------------------------------------------------- Qwen3-Next and Qwen3.5
@@ -58,7 +59,7 @@ def _mixers(f: Fields, *, fused: bool = False) -> tuple[Features, list[Overrides
             _LINEAR if (i + 1) % interval else FULL_ATTENTION
             for i in range(readers.layer_count(f))
         ]
-    # Sections of MRoPE have no effect on text, whose three positions are equal.
+    # Sections of MRoPE have no effect on text, whose three positions are equal; see `_image_axes`.
     rope = readers.one_rope(f, "mrope_section", "mrope_interleaved")
     features = {
         "qk_norm": "head",
@@ -82,6 +83,11 @@ def _mixers(f: Fields, *, fused: bool = False) -> tuple[Features, list[Overrides
     taps = f.integer("linear_conv_kernel_dim", high=2**10)
     mixer = GatedDeltaNet(keys, values, d_key, d_value, taps, fused)
     return features, [(("mixer", mixer),) if kind == _LINEAR else () for kind in kinds]
+
+
+def _image_axes(f: Fields, pairs: int) -> tuple[int, ...]:
+    """Returns the axes of Qwen3.5's rotated pairs in a model with images."""
+    return image_axes(f, pairs, (11, 11, 10), interleaved=True)
 
 
 def _rows(*inputs: str) -> rows.Rows:
@@ -134,6 +140,7 @@ QWEN3_5 = Family(
     _QWEN3_5_DEFAULTS,
     ignored=_UNUSED,
     multimodal="qwen3_5",
+    image_axes=_image_axes,
 )
 QWEN3_5_MOE = Family(
     "qwen3_5_moe_text",
@@ -147,6 +154,7 @@ QWEN3_5_MOE = Family(
     ),
     ignored=_UNUSED,
     multimodal="qwen3_5_moe",
+    image_axes=_image_axes,
     stacks_in_vllm=True,
 )
 QWEN3_NEXT = Family(

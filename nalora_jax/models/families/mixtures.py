@@ -9,7 +9,7 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.method.activations import clamped_swish
 from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
-from nalora_jax.models.families.dense import QWEN
+from nalora_jax.models.families.dense import QWEN, QWEN_VL, rope_with_axes
 from nalora_jax.models.family import GGUF, Family, Features, hf_defaults
 from nalora_jax.models.moe import Mixture, SharedExperts
 from nalora_jax.models.readers import Overrides, attention_bias
@@ -183,6 +183,63 @@ QWEN3_MOE = Family(
             "norm_topk_prob": True,  # not stored: llama.cpp always does
         },
     ),
+)
+
+
+def _qwen3_vl_moe(f: Fields) -> Features:
+    """Returns the fields of Qwen3-VL's text model with experts, whose weights sum to 1.
+
+    Raises:
+      NaloraError: the shapes of the experts' kernels do not tell which axis has the inputs, which
+        differs between releases of transformers.
+    """
+    width = f.integer("hidden_size")
+    if f.integer("moe_intermediate_size") in (width, width // 2):
+        expected = "neither hidden_size nor half of it"
+        raise f.error("moe_intermediate_size", expected, f"hidden_size {width}")
+    features: dict[str, Any] = {"qk_norm": "head"}
+    experts, fields_by_layer = qwen_experts(f, plain_mixture())
+    features |= experts
+    features |= readers.fields_of_layers(fields_by_layer)
+    features |= rope_with_axes(f, interleaved=True)
+    features |= attention_bias(f)
+    return features
+
+
+QWEN3_VL_MOE = Family(
+    "qwen3_vl_moe_text",
+    "",
+    _qwen3_vl_moe,
+    (
+        *rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.QK_NORMS),
+        *rows.hf_modules({"ffn/router": "mlp.gate"}),
+        rows.TensorRow(
+            f"{rows.HF_LAYER}.mlp.experts.gate_up_proj",
+            ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
+            "halves",
+            experts=True,
+        ),
+        rows.TensorRow(
+            f"{rows.HF_LAYER}.mlp.experts.down_proj",
+            ("layers/ffn/down_proj/kernel",),
+            "halves",
+            experts=True,
+        ),
+        *rows.HF_DENSE_LAYERS,
+    ),
+    QWEN_VL
+    | hf_defaults(
+        d_model=2048,
+        d_ff=5632,
+        n_layers=24,
+        n_heads=16,
+        n_kv_heads=16,
+        experts_per_token=4,
+        moe_intermediate_size=1408,
+        decoder_sparse_step=1,
+        tie_embeddings=True,
+    ),
+    stacks_in_vllm=True,
 )
 
 

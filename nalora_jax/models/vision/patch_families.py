@@ -32,8 +32,8 @@ _QWEN3: dict[str, Any] = _TOWER | {
     "num_heads": 16,
     "patch_size": 16,
     "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": [8, 16, 24],
 }
+_QWEN3_VL = _QWEN3 | {"deepstack_visual_indexes": [8, 16, 24]}
 _EPS = 1e-6  # of the towers' norms, which no file states
 # Fields of a tower that do not change the features of images: names, the numbers of random weights
 # and of videos, and fields that transformers writes into every config.
@@ -146,23 +146,44 @@ def _qwen2_5_vl(f: Fields, d_model: int) -> PatchSpec:
 def _qwen3_vl(f: Fields, d_model: int) -> PatchSpec:
     """Returns the image input of Qwen3-VL, some of whose layers have projectors of their own
     (DeepStack)."""
-    v = _tower_fields(f, _QWEN3)
+    v = _tower_fields(f, _QWEN3_VL)
+    depth = v.integer("depth", high=2**10)
+    taps = _layers_of(v, "deepstack_visual_indexes", depth)
+    return _with_corners(f, v, d_model, taps)
+
+
+def _qwen3_5(f: Fields, d_model: int) -> PatchSpec:
+    """Returns the image input of Qwen3.5: Qwen3-VL's without DeepStack."""
+    return _with_corners(f, _tower_fields(f, _QWEN3), d_model, ())
+
+
+def _with_corners(
+    f: Fields, v: Fields, d_model: int, taps: tuple[int, ...]
+) -> PatchSpec:
+    """Returns an image input with a table of positions, whose corners are the image's.
+
+    Args:
+      f: the file's fields.
+      v: those of the tower.
+      d_model: the decoder's width.
+      taps: layers of the tower with projectors of their own.
+    """
     traits = _sizes(v, d_model)
     positions = v.integer("num_position_embeddings")
     side = round(positions**0.5)
     if side * side != positions:
         raise v.error("num_position_embeddings", "a square number", positions)
+    name = f.text("model_type")
     tower = PatchTower(
-        "qwen3_vl_vision",
+        f"{name}_vision",
         **traits,
         patch_bias=True,
         table="corners",
         side=side,
     )
-    taps = _layers_of(v, "deepstack_visual_indexes", traits["n_layers"])
     token = f.integer("image_token_id", low=0)
     merge = v.integer("spatial_merge_size", high=2**5)
-    return PatchSpec("qwen3_vl", tower, d_model, token, merge, taps=taps)
+    return PatchSpec(name, tower, d_model, token, merge, taps=taps)
 
 
 _TOKENS = {
@@ -170,16 +191,25 @@ _TOKENS = {
     "vision_start_token_id": 151_652,
     "vision_end_token_id": 151_653,
 }
-# By ``model_type``: the reader, transformers' defaults of missing fields, and the text model's.
+_TOKENS_3_5 = {
+    "image_token_id": 248_056,
+    "vision_start_token_id": 248_053,
+    "vision_end_token_id": 248_054,
+}
+# By ``model_type``: the reader, and transformers' defaults of missing fields.
+_READERS: dict[str, tuple[VisionReader, dict[str, Any]]] = {
+    "qwen2_5_vl": (_qwen2_5_vl, _TOKENS),
+    "qwen3_vl": (_qwen3_vl, _TOKENS),
+    "qwen3_vl_moe": (_qwen3_vl, _TOKENS),
+    "qwen3_5": (_qwen3_5, _TOKENS_3_5),
+    "qwen3_5_moe": (_qwen3_5, _TOKENS_3_5),
+}
+# By ``model_type``: the reader, the defaults, and those of the text model's fields.
 PATCH_FAMILIES: dict[str, tuple[VisionReader, dict[str, Any], dict[str, Any]]] = {
-    "qwen2_5_vl": (
-        _qwen2_5_vl,
-        _TOKENS,
-        hf_defaults(model_type="qwen2_5_vl_text", tie_embeddings=False),
-    ),
-    "qwen3_vl": (
-        _qwen3_vl,
-        _TOKENS,
-        hf_defaults(model_type="qwen3_vl_text", tie_embeddings=False),
-    ),
+    name: (
+        reader,
+        defaults,
+        hf_defaults(model_type=f"{name}_text", tie_embeddings=False),
+    )
+    for name, (reader, defaults) in _READERS.items()
 }

@@ -4,6 +4,7 @@ texts with images of several shapes."""
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.data.images.patches import PatchProcessor
@@ -49,6 +51,14 @@ def model(request, tmp_path) -> tuple[Any, ModelConfig, Any]:
     )
     ours = load_model(str(folder), dtype="float32", images=True)
     return theirs.eval(), ours.config, ours.params
+
+
+def rounding_of(config: ModelConfig) -> float:
+    """By how much two programs of the model differ, relative to one without recurrent layers:
+    transformers computes the delta rule token by token, with other rounding."""
+    if config.model_type.startswith("qwen3_5"):
+        return 10
+    return 1
 
 
 def texts(prepared: list[Any]) -> list[list[int]]:
@@ -113,33 +123,42 @@ def test_logits_of_packed_rows_are_transformers_own(model, pictures) -> None:
         return module.apply(variables, hidden, method="unembed")
 
     ours = np.asarray(logits(params))
+    limit = 2e-5 * rounding_of(config)
     for number, row in enumerate(rows):
         start = 0
         for ids, of_text in row:
             expected = reference(theirs, ids, of_text)
             actual = ours[number, start : start + len(ids)]
-            np.testing.assert_allclose(actual, expected, atol=2e-5)
+            np.testing.assert_allclose(actual, expected, atol=limit)
             start += len(ids)
 
 
 ADAPTED = (
     r".*\.(blocks\.\d+\.attn\.(qkv|proj)|layers\.\d+\.self_attn\.[qkvo]_proj"
+    r"|linear_attn\.(in_proj_(qkv|z|b|a)|out_proj)"
     r"|mlp\.((gate|up|down)_proj|linear_fc[12])|merger\.mlp\.[02]"
+    r"|mlp\.shared_expert\.(gate|up|down)_proj"
     r"|(merger|deepstack_merger_list\.\d)\.linear_fc[12])"
 )
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def test_gradients_of_adapters_are_those_of_peft(model, pictures, tmp_path) -> None:
     """Of the loss of two packed texts with two pictures each, for adapters on tower, projectors and
     decoder."""
     theirs, config, params = model
-    wrapped = in_peft.wrap(theirs, r=3, lora_alpha=6, target_modules=ADAPTED)
+    stacks = EXPERTS if config.n_experts else None
+    wrapped = in_peft.wrap(
+        theirs, r=3, lora_alpha=6, target_modules=ADAPTED, target_parameters=stacks
+    )
     with torch.no_grad():  # near the base, whose gradients float32 resolves
         for name, leaf in wrapped.named_parameters():
             if "lora_B" in name:
                 leaf *= 0.2
     lora, spec = import_adapter(in_peft.save(wrapped, tmp_path / "adapter"), config)
-    assert len(spec.targets) == len(projection_shapes(config))
+    # Routers are parameters that PEFT adapts in no family.
+    adaptable = [path for path in projection_shapes(config) if "router" not in path]
+    assert len(spec.targets) == len(adaptable)
     prepared = [PROCESSOR.prepare(picture) for picture in pictures]
     first, _, last = texts(prepared)
     losses = []
@@ -174,12 +193,39 @@ def test_gradients_of_adapters_are_those_of_peft(model, pictures, tmp_path) -> N
     value, gradients = jax.jit(jax.value_and_grad(loss))(lora)
     np.testing.assert_allclose(value, total_loss.item(), rtol=1e-5)
     actual = flatten(gradients)
-    # PEFT has one A of the fused projections of queries, keys and values.
-    fused = [f"image/layers/attn/{name}_proj/a" for name in "qkv"]
-    total = sum(actual[path] for path in fused)
-    actual |= dict.fromkeys(fused, total)
+    # PEFT has one A of the fused projections of queries, keys and values, and of experts' gate and up.
+    groups = [[f"image/layers/attn/{name}_proj/a" for name in "qkv"]]
+    for path, leaf in actual.items():
+        if path.endswith("gate_proj/a") and leaf.ndim == 4:  # [layers, experts, d_in, r]
+            groups.append([path, path.replace("gate_proj", "up_proj")])
+    for fused in groups:
+        total = sum(actual[path] for path in fused)
+        actual |= dict.fromkeys(fused, total)
     assert actual.keys() == expected.keys()
     for path, leaf in expected.items():
-        limit = 1e-4 * float(np.abs(leaf).max())
+        limit = 1e-4 * rounding_of(config) * float(np.abs(leaf).max())
         np.testing.assert_allclose(actual[path], leaf, atol=limit, rtol=0, err_msg=path)
         assert limit > 0, path
+
+
+def test_both_layouts_of_stacks_of_experts_are_read(tmp_path) -> None:
+    """[experts, d_out, d_in], which transformers 5 writes, and [experts, d_in, d_out] of the
+    published files, which it reads."""
+    folder = vision.make_patch_model(tmp_path / "written", "qwen3_vl_moe")
+    published = shutil.copytree(folder, tmp_path / "published")
+    tensors = load_file(folder / "model.safetensors")
+    stacks = [name for name in tensors if ".mlp.experts." in name]
+    assert len(stacks) == 4
+    for name in stacks:
+        tensors[name] = np.ascontiguousarray(tensors[name].swapaxes(1, 2))
+    save_file(tensors, published / "model.safetensors", {"format": "pt"})
+    first, second = (
+        load_model(str(path), dtype="float32", images=True).params for path in (folder, published)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    loaded = [
+        transformers.AutoModelForImageTextToText.from_pretrained(path).state_dict()
+        for path in (folder, published)
+    ]
+    for name, leaf in loaded[0].items():
+        assert torch.equal(leaf, loaded[1][name]), name

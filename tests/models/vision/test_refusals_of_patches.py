@@ -75,6 +75,15 @@ def test_fields_of_one_family_are_checked(tmp_path, family, changes, message) ->
         ModelConfig.from_hf(raw, images=True)
 
 
+@pytest.mark.parametrize("size", [32, 16])
+def test_stacks_of_experts_whose_axes_cannot_be_told_apart_are_refused(tmp_path, size) -> None:
+    raw = raw_of(vision.make_patch_model(tmp_path, "qwen3_vl_moe"))
+    raw["text_config"]["moe_intermediate_size"] = size
+    message = "moe_intermediate_size: expected neither hidden_size nor half of it, found"
+    with pytest.raises(NaloraError, match=message):
+        ModelConfig.from_hf(raw, images=True)
+
+
 def test_fields_without_effect_are_accepted(folder) -> None:
     """Those of the models' own files, and those that transformers 4 wrote into every config."""
     raw = raw_of(folder)
