@@ -163,12 +163,14 @@ def test_a_template_that_leaves_out_images_is_refused() -> None:
         ("<image> and <image>?", ["a.png"], "expected an image for every <image>, found fewer"),
         ("<image>?", ["a.png", "a.png"], "1 images more than places"),
         ("?", ["nosuch.png"], "1 images more than places"),
+        ("<image>?", ["b.png"], "expected an image .*, found UnidentifiedImageError"),
     ],
 )
 def test_pictures_of_a_record_fit_its_placeholders(
     folder, tmp_path, content, images, message
 ) -> None:
     vision.draw_noise(16, 24).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
     (tmp_path / "data.jsonl").write_text(json.dumps({"messages": turns, "images": images}) + "\n")
     loaded = load_model(str(folder), dtype="float32", images=True)
