@@ -6,7 +6,7 @@ and updates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,12 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import (
     Head,
     HeadRows,
+    TargetScores,
     WholeHead,
     cross_entropy,
     rows_of_chunk,
     target_losses,
+    target_scores,
     trained_cross_entropy,
 )
 from nalora_jax.ops.reductions import count
@@ -196,7 +198,23 @@ class NextToken:
     def target_losses(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
         """Returns each token's loss times its weight, ``[rows, seq]``, without a gradient; hidden
         is of `parts`."""
-        losses = target_losses(
+        losses: jax.Array = self._of_targets(target_losses, hidden, params, batch)
+        return losses
+
+    def target_scores(
+        self, hidden: jax.Array, params: Any, batch: Batch
+    ) -> TargetScores:
+        """Returns losses and alignments of each token times its weight, ``[rows, seq]``, without a
+        gradient; hidden is of `parts`."""
+        scores: TargetScores = self._of_targets(target_scores, hidden, params, batch)
+        return scores
+
+    def _of_targets(
+        self, function: Callable[..., Any], hidden: jax.Array, params: Any, batch: Batch
+    ) -> Any:
+        """Returns the results of a function of `nalora_jax.ops.losses` for the batch's targets,
+        arrays ``[rows, seq]``."""
+        results = function(
             hidden,
             self.kernel(params),
             self.parts(batch["targets"]),
@@ -207,7 +225,8 @@ class NextToken:
             compact=self.is_compact,
             shards=self.batch_shards,
         )
-        return join_parts(losses, self.shardings.rows, batch["tokens"].shape[1])
+        seq = batch["tokens"].shape[1]
+        return jax.tree.map(lambda x: join_parts(x, self.shardings.rows, seq), results)
 
     def _chunk(self, hidden: jax.Array) -> int:
         """Returns the rows of a chunk of logits on a device; 0 leaves it to the loss.

@@ -473,6 +473,10 @@ class PreferenceConfig:
     # Weight of the chosen response's negative log-likelihood per token, added to the loss; "orpo"
     # has it with weight 1.
     nll_weight: Annotated[float, Range("a number", "[0, 1000]")] = 0.0
+    # Weight each pair by how likely the model is to write both responses itself (weighted
+    # preference optimization, arXiv 2406.11827), for pairs that other models have written;
+    # evaluations have no weights. Of "dpo", "robust" and "ipo".
+    weighted: bool = False
     # Weight of desirable responses in "kto". With many more of one class, choose weights for which
     # weight times number of records is about equal.
     desirable_weight: Annotated[float, Range("a number", "[0, 1000]")] = 1.0

@@ -49,6 +49,7 @@ from nalora_jax.ops.preference_losses import (
     chosen_nll,
     label_figures,
     pair_losses,
+    pair_weights,
 )
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
@@ -185,7 +186,13 @@ class Preference:
         """
         hidden = self.policy.hidden(variables, batch, key)
         # Minus log-probabilities, [rows, seq], without a gradient: the surrogate below has it.
-        policy_losses = self.policy.target_losses(hidden, params, batch)
+        alignments = None
+        if self.config.weighted:
+            scores = self.policy.target_scores(hidden, params, batch)
+            policy_losses = scores.losses
+            alignments = self._by_answer(scores.alignments, batch)
+        else:
+            policy_losses = self.policy.target_losses(hidden, params, batch)
         # [rows, pairs, 2]: of the answers, chosen first.
         log_probs = self._by_answer(-policy_losses, batch)
         ratios = jnp.zeros_like(log_probs)
@@ -195,6 +202,9 @@ class Preference:
             ratios = self._by_answer(reference_losses - policy_losses, batch)
         tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
         real = batch["pairs"]
+        weights = None
+        if alignments is not None:
+            weights = pair_weights(alignments, tokens)  # [rows, pairs]
         labels = None
         if not LOSSES[self.config.loss].has_pairs:
             # Of all devices' rows, and without a gradient.
@@ -203,7 +213,9 @@ class Preference:
         def total(change: jax.Array) -> tuple[jax.Array, PairLosses]:
             """Returns the loss, summed over real pairs, and its parts, after a change of the
             log-probabilities ``[rows, pairs, 2]``."""
-            answers = AnswerScores(log_probs + change, ratios + change, tokens, labels)
+            answers = AnswerScores(
+                log_probs + change, ratios + change, tokens, labels, weights
+            )
             losses = pair_losses(answers, self.config)
             return jnp.sum(real * losses.loss), losses
 
@@ -224,6 +236,8 @@ class Preference:
             "rewards_accuracy": jnp.sum(real * (chosen > rejected)),
             "chosen_nll": jnp.sum(real * nll),
         }
+        if weights is not None:
+            measured["pair_weight"] = jnp.sum(real * weights)
         return through_surrogate(value, surrogate, measured)
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -311,19 +311,93 @@ def target_losses(
 
     The arguments are those of `cross_entropy`.
     """
+
+    def losses(h: Array, kernel: Kernel, t: Array, w: Array) -> Array:
+        """Returns the losses of some rows."""
+        return chunk_of_rows(h, kernel, t, w, False, head=head, numerics=numerics)[0]
+
+    if not chunk:
+        chunk = rows_of_chunk(kernel.shape[head.axis], *_SMALL)
+    return _by_target(losses, hidden, kernel, targets, weights, chunk, compact, shards)
+
+
+class TargetScores(NamedTuple):
+    """What `target_scores` measures of every position, times its weight."""
+
+    losses: Array  # -log p(target)
+    # log p(target) - log sum p^2: how much more likely the target is than a token that is drawn
+    # from p would be on average
+    alignments: Array
+
+
+def target_scores(
+    hidden: Array,
+    kernel: Kernel,
+    targets: Array,
+    weights: Array,
+    head: Head = PLAIN_HEAD,
+    numerics: Numerics = Numerics(),  # noqa: B008
+    *,
+    chunk: int = 0,
+    compact: bool = True,
+    shards: int = 1,
+) -> TargetScores:
+    """Returns losses and alignments of every position, float32 ``[batch, seq]``, without a
+    gradient.
+
+    The arguments are those of `cross_entropy`.
+    """
+
+    def scores(h: Array, kernel: Kernel, t: Array, w: Array) -> TargetScores:
+        """Returns the scores of some rows."""
+        logits, _ = head.logits(dot(h, kernel, numerics, dims=(1, 1 - head.axis)))
+        hit = _hits(t, logits.shape[1])
+        shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+        exps = jnp.exp(shifted)
+        log_total = jnp.log(jnp.sum(exps, axis=-1))
+        log_squares = jnp.log(jnp.sum(jnp.square(exps), axis=-1))
+        log_prob = jnp.sum(jnp.where(hit, shifted, 0.0), axis=-1) - log_total
+        return TargetScores(
+            losses=-w * log_prob,
+            alignments=w * (log_prob - (log_squares - 2 * log_total)),
+        )
+
+    if not chunk:
+        chunk = rows_of_chunk(kernel.shape[head.axis], *_SMALL)
+    return _by_target(scores, hidden, kernel, targets, weights, chunk, compact, shards)
+
+
+def _by_target(
+    measure: Callable[[Array, Kernel, Array, Array], Any],
+    hidden: Array,
+    kernel: Kernel,
+    targets: Array,
+    weights: Array,
+    rows: int,
+    compact: bool,
+    shards: int,
+) -> Any:
+    """Returns ``measure(hidden, kernel, targets, weights)`` of every position, ``[batch, seq]``.
+
+    ``measure`` is called on ``rows`` positions at a time, and has no gradient.
+    """
     hidden, kernel, weights = lax.stop_gradient(
         (hidden, kernel, weights.astype(jnp.float32))
     )
-    rows = chunk or rows_of_chunk(kernel.shape[head.axis], *_SMALL)
 
-    def losses(h: Array, t: Array, w: Array) -> tuple[None, Array]:
-        by_row, _ = chunk_of_rows(h, kernel, t, w, False, head=head, numerics=numerics)
-        return None, by_row
+    def chunk(h: Array, t: Array, w: Array) -> tuple[None, Any]:
+        """Returns no sums, and the results by row."""
+        return None, measure(h, kernel, t, w)
 
     if compact and shards == 1:
-        start = None, jnp.zeros(weights.shape, jnp.float32)
-        return _of_targets(losses, hidden, targets, weights, rows, start)[1]
-    return _along_sequence(losses, hidden, targets, weights, rows * shards, None)[1]
+        zeros = jnp.zeros(weights.shape, jnp.float32)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        measured = jax.eval_shape(
+            measure, flat, kernel, targets.reshape(-1), weights.reshape(-1)
+        )
+        start = None, jax.tree.map(lambda _: zeros, measured)
+        return _of_targets(chunk, hidden, targets, weights, rows, start)[1]
+    return _along_sequence(chunk, hidden, targets, weights, rows * shards, None)[1]
 
 
 # ---------------------------------------------------------------- a trained head

@@ -18,6 +18,10 @@ weights.
 
 ``nll_weight`` adds -L_w / n_w to each but orpo, which has it, and kto.
 
+``weighted`` (WPO, arXiv 2406.11827) multiplies the loss of a pair by v_w v_l in training. v is the
+geometric mean over the tokens of an answer of p(token) / sum p^2, and has no gradient. It is large
+for answers that the policy could have written itself.
+
 The functions take arrays of JAX and of NumPy, so that training and evaluation share them.
 """
 
@@ -52,6 +56,7 @@ class AnswerScores(NamedTuple):
     ratios: Array  # log-probabilities minus those of the reference; 0 without one
     tokens: Array  # number of tokens of each answer
     labels: Labels | None = None  # of losses without pairs
+    weights: Array | None = None  # of pairs, [...]; None: 1
 
     @property
     def means(self) -> Array:
@@ -78,9 +83,27 @@ class PairLoss(NamedTuple):
 def pair_losses(answers: AnswerScores, config: PreferenceConfig) -> PairLosses:
     """Returns losses and rewards of pairs by ``config.loss``, with the weighted NLL."""
     losses = LOSSES[config.loss].function(answers, config)
-    if not config.nll_weight:
-        return losses
-    return losses._replace(loss=losses.loss + config.nll_weight * chosen_nll(answers))
+    loss = losses.loss
+    if config.nll_weight:
+        loss = loss + config.nll_weight * chosen_nll(answers)
+    if answers.weights is not None:
+        loss = loss * answers.weights
+    return losses._replace(loss=loss)
+
+
+def pair_weights(alignments: Array, tokens: Array) -> Array:
+    """Returns the weights of pairs for ``weighted``, ``[...]``.
+
+    As in TRL they are not limited: a pair of which both answers are the likeliest ones weighs
+    more than 1.
+
+    Args:
+      alignments: log p - log sum p^2, summed over the tokens of each answer, ``[..., 2]``.
+      tokens: number of tokens of each answer, ``[..., 2]``.
+    """
+    means = alignments / tokens
+    xp = means.__array_namespace__()
+    return xp.exp(xp.sum(means, axis=-1))
 
 
 def chosen_nll(answers: AnswerScores) -> Array:
@@ -213,9 +236,11 @@ def _softplus(values: Array) -> Array:
 
 # By --preference.loss.
 LOSSES = {
-    "dpo": PairLoss(_dpo, ("label_smoothing", "per_token", "nll_weight")),
-    "robust": PairLoss(_robust, ("label_smoothing", "per_token", "nll_weight")),
-    "ipo": PairLoss(_ipo, ("nll_weight",)),
+    "dpo": PairLoss(_dpo, ("label_smoothing", "per_token", "nll_weight", "weighted")),
+    "robust": PairLoss(
+        _robust, ("label_smoothing", "per_token", "nll_weight", "weighted")
+    ),
+    "ipo": PairLoss(_ipo, ("nll_weight", "weighted")),
     "simpo": PairLoss(
         _simpo, ("label_smoothing", "gamma", "nll_weight"), has_reference=False
     ),

@@ -111,34 +111,48 @@ def plain_answers(lora, model, params, texts):
     answer = ((place >= ends - counts) & (place < ends)).astype(np.float32)
 
     def log_probs(decoder, **adapters):
+        """Log-probabilities of the texts, and log sum p^2, summed over the answers."""
         variables = {"params": params, **adapters}
         hidden = decoder.apply(variables, ids[:, :-1])
         table = jax.nn.log_softmax(decoder.apply(variables, hidden, method="unembed"))
         picked = jnp.take_along_axis(table, ids[:, 1:, None], axis=2)[..., 0] * answer
-        return jnp.sum(picked, axis=1).reshape(-1, 2)
+        squares = jnp.log(jnp.sum(jnp.exp(table) ** 2, axis=2)) * answer
+        return [jnp.sum(values, axis=1).reshape(-1, 2) for values in (picked, squares)]
 
-    policy = log_probs(model, lora=lora)
-    return AnswerScores(policy, policy - log_probs(Decoder(BASE)), counts.reshape(-1, 2))
+    policy, squares = log_probs(model, lora=lora)
+    base, _ = log_probs(Decoder(BASE))
+    counts = counts.reshape(-1, 2)
+    weights = jnp.exp(jnp.sum((policy - squares) / counts, axis=1))
+    weights = jax.lax.stop_gradient(weights)
+    return AnswerScores(policy, policy - base, counts, weights=weights)
+
+
+def unweighted(answers, preference):
+    """The losses of the table, which tests/ops/test_preference_losses.py compares with TRL's."""
+    return pair_losses(answers._replace(weights=None), preference).loss
 
 
 def plain_dpo(answers, preference):
     """The formula of the paper, with labels that are smoothed, per token."""
     ratios = answers.ratios / answers.tokens
     margin, s = preference.beta * (ratios[:, 0] - ratios[:, 1]), preference.label_smoothing
-    return -(1 - s) * jax.nn.log_sigmoid(margin) - s * jax.nn.log_sigmoid(-margin)
+    losses = -(1 - s) * jax.nn.log_sigmoid(margin) - s * jax.nn.log_sigmoid(-margin)
+    if preference.weighted:
+        losses = losses * answers.weights
+    return losses
 
 
 @pytest.mark.parametrize(
     ("preference", "formula"),
     [
         (PreferenceConfig("dpo", beta=2.0, label_smoothing=0.1, per_token=True), plain_dpo),
-        # tests/ops/test_preference_losses.py compares these formulas with TRL's.
+        (PreferenceConfig("dpo", beta=2.0, weighted=True), plain_dpo),
         *(
-            (PreferenceConfig(name, beta=2.0, nll_weight=weight), lambda *given: pair_losses(*given).loss)
+            (PreferenceConfig(name, beta=2.0, nll_weight=weight), unweighted)
             for name, weight in (("robust", 0.0), ("ipo", 0.5), ("simpo", 0.5), ("orpo", 0.0))
         ),
     ],
-    ids=["dpo", "robust", "ipo", "simpo", "orpo"],
+    ids=["dpo", "weighted", "robust", "ipo", "simpo", "orpo"],
 )  # fmt: skip
 def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(
     tokenizer, preference, formula
@@ -163,6 +177,9 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(
     assert float(metrics["target_tokens"]) == len(which)
     if preference.loss == "dpo":
         assert abs(float(value) - np.log(2)) > 0.005
+    if preference.weighted:
+        weights = plain_answers(state.lora, made.eval_model, made.params, texts).weights
+        np.testing.assert_allclose(metrics["pair_weight"], jnp.mean(weights), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "passes"), [("dpo", 2), ("simpo", 1), ("orpo", 1)])

@@ -18,22 +18,32 @@ from nalora_jax.ops.preference_losses import (
     PairLosses,
     label_figures,
     pair_losses,
+    pair_weights,
 )
 
 TRL = json.loads(Path(__file__).with_name("trl_preference_losses.json").read_text())
 
 
-def answers_of(logits: jax.Array, base: jax.Array, labels: jax.Array) -> AnswerScores:
+def answers_of(
+    logits: jax.Array, base: jax.Array, labels: jax.Array, weighted: bool = False
+) -> AnswerScores:
     """Returns the answers whose tokens, after the first, have these logits."""
     targets = labels[..., 1:]
+    real = targets >= 0
 
     def log_probs(values: jax.Array) -> jax.Array:
         table = jax.nn.log_softmax(values[..., :-1, :])
         picked = jnp.take_along_axis(table, jnp.maximum(targets, 0)[..., None], axis=-1)
-        return jnp.sum(picked[..., 0] * (targets >= 0), axis=-1)
+        return jnp.sum(picked[..., 0] * real, axis=-1)
 
     policy = log_probs(logits)
-    return AnswerScores(policy, policy - log_probs(base), jnp.sum(targets >= 0, axis=-1))
+    tokens = jnp.sum(real, axis=-1)
+    weights = None
+    if weighted:
+        squares = jnp.sum(jax.nn.softmax(logits[..., :-1, :]) ** 2, axis=-1)
+        alignments = policy - jnp.sum(jnp.log(squares) * real, axis=-1)
+        weights = jax.lax.stop_gradient(pair_weights(alignments, tokens))
+    return AnswerScores(policy, policy - log_probs(base), tokens, weights=weights)
 
 
 def losses_of_records(answers: AnswerScores, case: dict) -> tuple[PairLosses, float]:
@@ -54,7 +64,8 @@ PAIRED = [case for case in TRL["cases"] if "desirable" not in case]
 
 def name_of(case: dict) -> str:
     settings = case["settings"]
-    return "-".join([settings["loss"], *(name for name in settings if name.startswith("nll"))])
+    named = [name for name in settings if name in ("nll_weight", "weighted")]
+    return "-".join([settings["loss"], *named])
 
 
 @pytest.mark.parametrize("case", PAIRED, ids=name_of)
@@ -65,10 +76,12 @@ def test_loss_gradient_and_rewards_are_those_of_trl(case):
         labels = jnp.array(case["labels"])
 
         def mean(logits: jax.Array) -> jax.Array:
-            return jnp.mean(pair_losses(answers_of(logits, base, labels), config).loss)
+            answers = answers_of(logits, base, labels, config.weighted)
+            return jnp.mean(pair_losses(answers, config).loss)
 
         loss, gradient = jax.value_and_grad(mean)(logits)
-        answers = AnswerScores(*map(np.asarray, answers_of(logits, base, labels)[:3]))
+        answers = answers_of(logits, base, labels, config.weighted)
+        answers = jax.tree.map(np.asarray, answers)
     np.testing.assert_allclose(loss, case["loss"], rtol=1e-12)
     np.testing.assert_allclose(gradient, case["gradient"], rtol=1e-10, atol=1e-14)
     # As the evaluation calls it, on arrays of NumPy.

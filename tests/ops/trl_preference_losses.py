@@ -42,6 +42,8 @@ CASES: list[dict[str, Any]] = [
     {"loss": "orpo", "beta": 0.6},
     {"loss": "kto", "beta": 0.5},
     {"loss": "kto", "beta": 1.5, "desirable_weight": 0.7, "undesirable_weight": 1.3},
+    {"loss": "dpo", "beta": 0.5, "nll_weight": 0.3, "weighted": True},
+    {"loss": "ipo", "beta": 0.2, "weighted": True},
 ]
 # Labels of the records of KTO.
 DESIRABLE = [1.0, 0.0, 1.0]
@@ -57,6 +59,11 @@ def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return picked * (targets >= 0)
 
 
+def log_squares(logits: torch.Tensor) -> torch.Tensor:
+    """Returns the logarithm of the sum of squared probabilities, for the tokens after the first."""
+    return torch.logsumexp(2 * logits[:, :-1].log_softmax(-1), -1)
+
+
 def dpo(
     logits: torch.Tensor, base: torch.Tensor, labels: torch.Tensor, settings: dict[str, Any]
 ) -> tuple[torch.Tensor, list[float]]:
@@ -69,6 +76,7 @@ def dpo(
         weights.append(settings["nll_weight"])
     outputs = SimpleNamespace(
         log_probs=log_probs(logits, labels),
+        log_sum_sq_probs=log_squares(logits),
         entropy=torch.zeros_like(labels[:, 1:]),
         mean_logits=torch.zeros_like(labels[:, 1:]),
         is_top1=torch.zeros_like(labels[:, 1:]).bool(),
@@ -83,6 +91,7 @@ def dpo(
         label_smoothing=settings.get("label_smoothing", 0.0),
         loss_types=names,
         loss_weights=weights,
+        use_weighting=settings.get("weighted", False),
         _metrics={"eval": defaultdict(list)},
         _total_train_tokens=0,
     )
