@@ -146,7 +146,7 @@ def plain_dpo(answers, preference):
     ("preference", "formula"),
     [
         (PreferenceConfig("dpo", beta=2.0, label_smoothing=0.1, per_token=True), plain_dpo),
-        (PreferenceConfig("dpo", beta=2.0, weighted=True), plain_dpo),
+        (PreferenceConfig("dpo", beta=2.0, per_token=True, weighted=True), plain_dpo),
         *(
             (PreferenceConfig(name, beta=2.0, nll_weight=weight), unweighted)
             for name, weight in (("robust", 0.0), ("ipo", 0.5), ("simpo", 0.5), ("orpo", 0.0))
@@ -165,11 +165,11 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(
     texts = [text for index in which for text in sides(data)[index]]
 
     def mean(lora):
-        return jnp.mean(
-            formula(plain_answers(lora, made.eval_model, made.params, texts), preference)
-        )
+        answers = plain_answers(lora, made.eval_model, made.params, texts)
+        return jnp.mean(formula(answers, preference)), jnp.mean(answers.weights)
 
-    value, grads = jax.jit(jax.value_and_grad(mean))(state.lora)
+    measure = jax.jit(jax.value_and_grad(mean, has_aux=True))
+    (value, weight), grads = measure(state.lora)
     expected_norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
     _, metrics = made.step(made.view(made.params), state, batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
@@ -178,8 +178,7 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(
     if preference.loss == "dpo":
         assert abs(float(value) - np.log(2)) > 0.005
     if preference.weighted:
-        weights = plain_answers(state.lora, made.eval_model, made.params, texts).weights
-        np.testing.assert_allclose(metrics["pair_weight"], jnp.mean(weights), rtol=1e-5)
+        np.testing.assert_allclose(metrics["measured"]["pair_weight"], weight, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "passes"), [("dpo", 2), ("simpo", 1), ("orpo", 1)])
