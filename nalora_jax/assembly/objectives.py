@@ -7,7 +7,7 @@ and updates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import chex
@@ -36,7 +36,7 @@ from nalora_jax.ops.split_rows import join_parts, shards_of, split_parts
 from nalora_jax.ops.storage import Trained, restore_layout
 
 # Collections that the adapted model has in addition to the base's.
-_ADAPTED = ("lora", "gate_mask", "gate_taps")
+ADAPTED = ("lora", "gate_mask", "gate_taps")
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,14 @@ class NextToken:
     def base_hidden(self, variables: Mapping[str, Any], batch: Batch) -> jax.Array:
         """Returns the hidden states of the base: the same weights with the adapter off, without
         dropout."""
-        base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
-        hidden: jax.Array = self.model.clone(adapters=AdapterSpec()).apply(
-            base,
+        base = {name: tree for name, tree in variables.items() if name not in ADAPTED}
+        model = self.model.clone(adapters=AdapterSpec())
+        return replace(self, model=model).exact_hidden(base, batch)
+
+    def exact_hidden(self, variables: Mapping[str, Any], batch: Batch) -> jax.Array:
+        """Returns `hidden` without dropout."""
+        hidden: jax.Array = self.model.apply(
+            variables,
             batch["tokens"],
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],

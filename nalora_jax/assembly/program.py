@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -154,8 +154,18 @@ def _checked(step: Step) -> Step:
     return run
 
 
-# Returns a kind's objective, given the cross-entropy of the next token.
-MakeObjective = Callable[[NextToken], Objective]
+# Returns a kind's objective, given the cross-entropy of the next token, and that of a teacher if
+# there is one.
+MakeObjective = Callable[..., Objective]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A second decoder of a step, whose weights and adapters are not trained."""
+
+    base: ModelConfig
+    adapters: AdapterSpec = field(default_factory=AdapterSpec)
+    is_base: bool = True  # its weights are the run's base, and are not stored again
 
 
 def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
@@ -184,11 +194,12 @@ def decoder_program(
     objective: MakeObjective | None = None,
     module: type[Decoder] = Decoder,
     model: Decoder | None = None,
+    teacher: Teacher | None = None,
 ) -> RunProgram:
     """Returns the program of a decoder.
 
     Args:
-      config, base, mesh, last, objective, module: see `assemble`.
+      config, base, mesh, last, objective, module, teacher: see `assemble`.
       spec: the adapters.
       model: of another program that this one shares it with.
     """
@@ -197,7 +208,11 @@ def decoder_program(
 
     def objective_of(model: Decoder) -> Objective:
         plain = next_token(base, model, config.compute)
-        return plain if objective is None else objective(plain)
+        if objective is None:
+            return plain
+        if teacher is None:
+            return objective(plain)
+        return objective(plain, teacher_tokens(config, teacher, mesh))
 
     lora = adapter_shapes(base, spec)
     blocks = measured_blocks(base, spec)
@@ -205,6 +220,12 @@ def decoder_program(
     return run_program(
         config, model, lora, mesh, objective_of, blocks, base.activation, last=last
     )
+
+
+def teacher_tokens(config: RunConfig, teacher: Teacher, mesh: Mesh) -> NextToken:
+    """Returns the next tokens of a teacher, with the layout of a model in training."""
+    model = build_model(config, teacher.base, teacher.adapters, mesh)
+    return next_token(teacher.base, model, config.compute)
 
 
 def build_model(
@@ -421,13 +442,15 @@ class Assembly(RunProgram):
     begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
     state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # adapters before the first step in host memory, if B != 0
+    # Further frozen collections of the step by name, such as those of a teacher.
+    frozen: Mapping[str, Any] = field(default_factory=dict)
 
     def view(self, params: Any) -> Any:
         """Returns ``params`` in the layout that the step runs fastest on, without a copy.
 
         See `nalora_jax.ops.storage.prepare`.
         """
-        return prepare({"params": params}, self.model.numerics)
+        return {**prepare({"params": params}, self.model.numerics), **self.frozen}
 
 
 def assemble(
@@ -441,6 +464,7 @@ def assemble(
     objective: MakeObjective | None = None,
     module: type[Decoder] = Decoder,
     like: Assembly | None = None,
+    teacher: Teacher | None = None,
 ) -> Assembly:
     """Builds adapters, optimizer and step of a run on a decoder; the adapters start at zero
     (`nalora_jax.assembly.start`).
@@ -453,10 +477,11 @@ def assemble(
       spec: the adapters, if they are known; by the rules of the settings by default.
       last: transform applied to the updates after all transforms of the config.
       objective: makes the run's objective of the cross-entropy of the next token, which is the
-        objective by default.
+        objective by default, and of the teacher's if there is one.
       module: class of the model.
       like: an assembly with the same program. With the same adapters, its compiled functions are
         shared.
+      teacher: a second model of the step; its arrays are in `Assembly.frozen`.
 
     Raises:
       NaloraError: rules that match nothing or ask for impossible ranks, a variant that the model
@@ -469,11 +494,25 @@ def assemble(
     params = remove_tuned(params, lora)
     if like is None or like.spec != spec:
         program = decoder_program(
-            config, base, spec, mesh, last=last, objective=objective, module=module
+            config,
+            base,
+            spec,
+            mesh,
+            last=last,
+            objective=objective,
+            module=module,
+            teacher=teacher,
         )
         return build_assembly(program, params, lora)
     program = decoder_program(
-        config, base, spec, mesh, last=last, objective=objective, model=like.model
+        config,
+        base,
+        spec,
+        mesh,
+        last=last,
+        objective=objective,
+        model=like.model,
+        teacher=teacher,
     )
     # The compiled functions of `like` are shared; the values belong to this run.
     changes: dict[str, Any] = {"state": like.begin(lora, config.seed), "params": params}

@@ -14,6 +14,7 @@ from nalora_jax.config.settings import (
     ComputeConfig,
     DataConfig,
     DebugConfig,
+    DistillConfig,
     LoRAConfig,
     LoRARule,
     MeshConfig,
@@ -29,9 +30,9 @@ from nalora_jax.config.settings import (
 from nalora_jax.config.structured import ranges
 
 __all__ = [
-    "RANGES", "AdaLoRAConfig", "ComputeConfig", "DataConfig", "DebugConfig", "LoRAConfig",
-    "LoRARule", "MeshConfig", "OptimizerConfig", "PreferenceConfig", "RLConfig", "Remat",
-    "RunConfig", "TrainConfig", "VisionConfig", "check", "config_from_dict",
+    "RANGES", "AdaLoRAConfig", "ComputeConfig", "DataConfig", "DebugConfig", "DistillConfig",
+    "LoRAConfig", "LoRARule", "MeshConfig", "OptimizerConfig", "PreferenceConfig", "RLConfig",
+    "Remat", "RunConfig", "TrainConfig", "VisionConfig", "check", "config_from_dict",
 ]  # fmt: skip
 
 RANGES = ranges(RunConfig)  # of every number of a run, by dotted name

@@ -496,6 +496,30 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Distillation: the model learns the next-token distributions of a teacher, on the completions
+    of the data set or on its own samples."""
+
+    # Teacher: the folder of a run or of an adapter in PEFT's format, on the run's base model; or
+    # another model with the same vocabulary, as --model. Empty: the base itself, with
+    # --distill.system.
+    teacher: str = ""
+    # System prompt that only the teacher reads, before the one of a chat that has one; the model
+    # learns to answer as if it had read it.
+    system: str = ""
+    # Divergence: 0 forward KL, of the teacher from the model; 1 reverse KL, of the model from the
+    # teacher; between them generalized Jensen-Shannon (arXiv 2306.13649, as TRL's GKDTrainer).
+    beta: Annotated[float, SHARE_RANGE] = 0.5
+    # Temperature by which the logits of both are divided.
+    temperature: Annotated[float, Range("a number", "(0, 1000]")] = 1.0
+
+    @property
+    def kind(self) -> str:
+        """Returns the kind of run that a teacher asks for; "" without one."""
+        return "distill" if self.teacher or self.system else ""
+
+
+@dataclass(frozen=True)
 class RLConfig:
     """Reinforcement learning with verifiable rewards: the policy samples, rewards are computed, and
     it is updated.
@@ -664,6 +688,7 @@ class RunConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     @property
     def has_adapters(self) -> bool:
@@ -674,9 +699,14 @@ class RunConfig:
     def kind_name(self) -> str:
         """Returns the name of the kind of run that the settings ask for."""
         named, _, _ = self.kind.partition(":")
-        return (
-            named or self.rl.kind or self.preference.kind or self.vision.kind or "text"
+        asked = (
+            named,
+            self.rl.kind,
+            self.preference.kind,
+            self.vision.kind,
+            self.distill.kind,
         )
+        return next(filter(None, asked), "text")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain dicts, for JSON and the checkpoint's fingerprint."""

@@ -155,6 +155,9 @@ def describe(values: Mapping[str, Any]) -> str:
             if name.startswith("pass_"):
                 text += f", pass@{name.removeprefix('pass_')} {value:.3f}"
         return text
+    if "agreement" in values:
+        text = f"held-out divergence {values['loss']:.4f} ({interval})"
+        return f"{text}, the same likeliest token {values['agreement']:.1%}"
     loss = f"loss {values['loss']:.3f}"
     if "accuracy" in values:
         accuracy = f"held-out accuracy {values['accuracy']:.3f} ({interval})"

@@ -21,11 +21,11 @@ from jax.sharding import Mesh
 from nalora_jax.common.folders import RunFolder
 from nalora_jax.common.registry import Registry, settings_from
 from nalora_jax.config import RunConfig, check
-from nalora_jax.config.checks import Limits, check_limits
+from nalora_jax.config.checks import Limits, check_limits, require
 from nalora_jax.models.adapters import adapter_spec
 
 if TYPE_CHECKING:
-    from nalora_jax.assembly.program import Assembly
+    from nalora_jax.assembly.program import Assembly, Teacher
     from nalora_jax.data.pipeline import TrainingRows
     from nalora_jax.data.source import Source
     from nalora_jax.method.step import TrainState
@@ -51,6 +51,7 @@ class Inputs:
     # True if the training texts are formatted by a chat template; None without texts
     in_turns: bool | None = None
     adapters: AdapterSpec | None = None  # of a decoder, by the rules of the settings
+    teacher: Any = None  # `nalora_jax.kinds.teachers.OpenedTeacher` of a distillation
 
 
 class Built(NamedTuple):
@@ -98,6 +99,10 @@ class Described(NamedTuple):
 Arrays = dict[str, tuple[tuple[int, ...], str]]
 
 
+# Returns an architecture by the name of a model.
+ReadModel = Callable[[str], "ModelConfig"]
+
+
 @dataclass(frozen=True)
 class NoSettings:
     """The settings of a kind without settings."""
@@ -134,6 +139,8 @@ class Kind:
       draws_samples: True if each step draws samples of the model first.
       compares_with_base: True if its evaluation compares the adapter with the base, which is then
         measured without adapters, not with adapters at zero.
+      teacher: returns the second, frozen decoder of a step, of the settings, the base and the
+        function that reads an architecture by its name; None: there is none.
       describe: returns facts about the inputs for ``--dry-run``; None: those of a decoder.
       subject: ``module:class`` of its subject in a study; "" if there are no studies of it.
     """
@@ -154,6 +161,7 @@ class Kind:
     )
     draws_samples: bool = False
     compares_with_base: bool = False
+    teacher: Callable[[RunConfig, ModelConfig, ReadModel], Teacher] | None = None
     describe: Callable[[Inputs], Described] | None = None
     subject: str = "nalora_jax.study.language:Language"
 
@@ -165,10 +173,16 @@ class Kind:
         """
         return replace(adapter_spec(config, base), score=self.outputs(config))
 
-    def parts(self, config: RunConfig, processor: Any = None) -> dict[str, Any]:
-        """Returns the result of `program_parts`, which a kind on a decoder has."""
+    def parts(
+        self, config: RunConfig, processor: Any = None, teacher: Teacher | None = None
+    ) -> dict[str, Any]:
+        """Returns the result of `program_parts`, which a kind on a decoder has, and the teacher if
+        there is one."""
         assert self.program_parts is not None
-        return self.program_parts(config, processor)
+        parts = self.program_parts(config, processor)
+        if teacher is not None:
+            parts["teacher"] = teacher
+        return parts
 
 
 # The kinds of this library; their modules are imported when a run asks for them.
@@ -183,6 +197,7 @@ KINDS: Registry[Kind] = Registry(
         "dual": "nalora_jax.kinds.dual",
         "rl": "nalora_jax.kinds.rl.kind",
         "classify": "nalora_jax.kinds.classify",
+        "distill": "nalora_jax.kinds.distill",
         "reward": "nalora_jax.kinds.reward",
         "embed": "nalora_jax.kinds.embed",
     },
@@ -230,5 +245,12 @@ def check_kind(config: RunConfig) -> RunConfig:
     """Returns a config that `nalora_jax.config.check` accepted, after checking the settings and the
     limits of its kind; raises as `check_run_config` does."""
     kind_settings(config)
+    distill = config.distill
+    require(
+        "--distill.teacher, --distill.system",
+        run_kind(config).teacher is not None or not distill.kind,
+        f"none in a run of kind {run_kind(config).name}, which has no teacher",
+        distill.teacher or distill.system,
+    )
     check_limits(config, run_kind(config).limits(config))
     return config

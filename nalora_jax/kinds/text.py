@@ -122,7 +122,10 @@ def build_step(
     else:
         loaded = cast(LoadedModel, like.loaded)
     shared = None if like is None else like.assembly
-    of_kind = run_kind(placed).parts(placed, inputs.files.processor)
+    teacher = None
+    if inputs.teacher is not None:
+        teacher = inputs.teacher.program
+    of_kind = run_kind(placed).parts(placed, inputs.files.processor, teacher)
     assembly = assemble(
         placed,
         loaded.config,

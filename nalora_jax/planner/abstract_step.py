@@ -167,7 +167,10 @@ def step_and_arguments(
     """
     program, params, state, places = _program_and_state(config, base, mesh)
     batch = _batch(config, base, mesh, images)
+    frozen = _frozen(config, base, mesh)
     if not runs:
+        if frozen:
+            params = {"params": params} | frozen
         return program.compiled_step(places), (params, state, batch)
 
     def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
@@ -188,7 +191,7 @@ def step_and_arguments(
     )
     active = of_runs(jax.ShapeDtypeStruct((), jnp.bool_, sharding=everywhere))
     step = step_of_runs(one, mesh, jax.tree.map(lambda leaf: leaf.sharding, states))
-    return step, ({"params": params}, states, batches, rates, active)
+    return step, ({"params": params} | frozen, states, batches, rates, active)
 
 
 def _program_and_state(
@@ -201,16 +204,12 @@ def _program_and_state(
     """
     kind = run_kind(config)
     spec = kind.adapters(config, base)
-    parts = kind.parts(config, ImageProcessor())
+    teacher = None
+    if kind.teacher is not None:
+        teacher = kind.teacher(config, base, architecture)
+    parts = kind.parts(config, ImageProcessor(), teacher)
     program = decoder_program(config, base, spec, mesh, **parts)
-    weights = {
-        path: _weight(path, shape, base, config.compute)
-        for path, shape in stacks.param_shapes(base).items()
-    }
-    params = mark_gathered(
-        place_shapes(trees.unflatten(weights), mesh, sharding.PARAM_RULES)[0],
-        WEIGHT_AXES,
-    )
+    params = _weights(base, config.compute, mesh)
     fresh = jax.eval_shape(
         lambda lora: init_state(lora, program.optimizer, 0),
         adapters.adapter_shapes(base, spec),
@@ -218,6 +217,34 @@ def _program_and_state(
     state, places = place_shapes(fresh, mesh, sharding.STATE_RULES)
     params = remove_tuned(params, state.lora)
     return program, params, state, places
+
+
+def _frozen(config: RunConfig, base: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Returns the shapes of the frozen collections of a step besides its base: a teacher's."""
+    read_teacher = run_kind(config).teacher
+    if read_teacher is None:
+        return {}
+    teacher = read_teacher(config, base, architecture)
+    collections = {}
+    if teacher.adapters.targets:
+        lora = adapters.adapter_shapes(teacher.base, teacher.adapters)
+        collections["lora"] = place_shapes(lora, mesh, sharding.STATE_RULES)[0]
+    if not teacher.is_base:
+        params = _weights(teacher.base, config.compute, mesh)
+        collections["weights"] = {"params": params}
+    return {"teacher": collections}
+
+
+def _weights(base: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Any:
+    """Returns the shapes of a decoder's frozen weights on ``mesh``."""
+    weights = {
+        path: _weight(path, shape, base, compute)
+        for path, shape in stacks.param_shapes(base).items()
+    }
+    return mark_gathered(
+        place_shapes(trees.unflatten(weights), mesh, sharding.PARAM_RULES)[0],
+        WEIGHT_AXES,
+    )
 
 
 def rollout_and_arguments(

@@ -74,7 +74,7 @@ class History:
     @property
     def loss_kind(self) -> str:
         """Returns "policy_loss" for a log with rewards of samples, "preference_loss" for one with
-        those of pairs, else "loss"."""
+        those of pairs, "divergence" for one with a teacher, else "loss"."""
         names: set[str] = set()
         for record in self.steps:
             names |= record.keys()
@@ -82,6 +82,8 @@ class History:
             return "policy_loss"
         if "rewards_margin" in names:
             return "preference_loss"
+        if "agreement" in names:
+            return "divergence"
         return "loss"
 
     @property

@@ -72,6 +72,7 @@ LOSS_NAMES = {
     "loss": "training loss",
     "policy_loss": "policy loss",
     "preference_loss": "preference loss",
+    "divergence": "divergence from the teacher",
 }
 
 

@@ -172,6 +172,7 @@ def step_columns(values: Mapping[str, float | None]) -> list[str]:
         "reward": "reward {:.3f}",
         "rewards_margin": "reward margin {:+.3f}",
         "rewards_accuracy": "preferred {:.0%}",
+        "agreement": "agreement {:.0%}",
         "misalignment": "misalignment {:.3f}",
     }
     shown = ((text, values.get(name)) for name, text in formats.items())

@@ -164,8 +164,8 @@ class SweepProgram:
         if axes is None:
             self.params = first.view(weights)
         else:
-            self.params = {"params": weights}
-            of_params = {"params": axes}
+            self.params = {"params": weights, **first.frozen}
+            of_params = {"params": axes} | dict.fromkeys(first.frozen)
         self._compiled = step_of_runs(
             self._step_of_one, self.mesh, self._places, of_params
         )
