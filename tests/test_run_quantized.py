@@ -56,7 +56,12 @@ def test_the_run_on_fp8_is_that_on_its_floats(configs, finished):
         torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-3, atol=1e-5, msg=name)
     line = tiny.lines(finished)[0]
     assert line["base"]["numbers"].startswith("fp8 in blocks of 12 x 10 in F8_E4M3 (")
-    assert "fp8 in blocks of 12 x 10" in (finished / "adapter" / "README.md").read_text()
+    card = (finished / "adapter" / "README.md").read_text()
+    # The format, its share of the weights, and the arithmetic; of the copy in floats its own.
+    assert "(safetensors, fp8 in blocks of 12 x 10 in F8" in card
+    assert "kept in that format, computed in float32); digest of all its weights" in card
+    of_floats = (Path(configs["floats"].output) / "adapter" / "README.md").read_text()
+    assert "loaded as float32); digest of all its weights" in of_floats
 
 
 def test_the_merged_model_is_in_bf16(configs, finished, tmp_path):

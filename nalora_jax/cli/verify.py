@@ -41,6 +41,9 @@ _ROUNDING = 0.001  # noise of float32, at least
 # Limit of a served adapter over the noise of the base. Independent errors with and without the
 # adapter give sqrt(2), and llama.cpp with a base in Q4_1 gives 1.6.
 _NOISES = 2.5
+_HIDDEN = (
+    3  # effects smaller than this multiple of the difference of the bases tell nothing
+)
 
 LogProbs = list[dict[int, float]]  # by token id, for each prompt
 
@@ -241,18 +244,8 @@ def judge(
         return f"other base: its log probabilities are {off:.2f} nats off ours", False
     effect = _size(ours["adapter"] - base_of_ours)
     # An effect that the difference of the bases could hide, or of rounding, tells nothing.
-    if effect < max(3 * off, 1e-4):
-        expected = (
-            f"a change of {3 * off:.2g} nats by the adapter, "
-            "three times the difference of the bases"
-        )
-        remedy = (
-            "give texts like those that it was trained on, "
-            "or serve the base in a higher precision"
-        )
-        raise NaloraError(
-            "--texts", expected=expected, found=f"{effect:.2g}", remedy=remedy
-        )
+    if effect < max(_HIDDEN * off, 1e-4):
+        raise _hidden(_HIDDEN, off, effect)
     after = np.array([adapted[row][token] for row, token in places])
     change = after - before
     if _size(change) < _NONE * effect:
@@ -273,12 +266,26 @@ def judge(
     # A candidate that is nearer by less than the noise cannot be told from the adapter.
     if away**2 - nearest**2 > noise**2 and nearest < _EXPLAINED:
         return f"served wrongly: {name}", False
+    # A server that quantizes activations is far from ours, both with and without the adapter.
+    if _EXPLAINED < away <= _NOISES * noise:
+        raise _hidden(_NOISES / _EXPLAINED, off, effect)
     limit = min(_NOISES * noise, _EXPLAINED)
     change_differs = f"its change of log probabilities differs by {away:.2%} from ours"
     if away > limit:
         verdict = f"another adapter: {change_differs}, more than {limit:.2%} ({source})"
         return verdict, False
     return f"served: {change_differs}, at most {limit:.2%} ({source})", True
+
+
+def _hidden(times: float, off: float, effect: float) -> NaloraError:
+    """Returns the error of an effect that is too small for a verdict."""
+    expected = f"a change of {times * off:.2g} nats by the adapter, "
+    expected += f"{times:g} times the difference of the bases"
+    remedy = "give texts like those that it was trained on, "
+    remedy += "or serve the base in a higher precision"
+    return NaloraError(
+        "--texts", expected=expected, found=f"{effect:.2g}", remedy=remedy
+    )
 
 
 def _candidates(

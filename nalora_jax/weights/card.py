@@ -55,6 +55,7 @@ class Card:
     # (`models.rope_scaling.rope_settings`).
     rope: Mapping[str, Any] = field(default_factory=dict)
     vectors: bool = False  # sentence-transformers reads the folder
+    stored: bool = False  # memory held the base's kernels in the number format of its files
 
     @property
     def is_plain(self) -> bool:
@@ -253,5 +254,10 @@ def base_card(
     licence = alias.package.licence if alias else ""
     written = Card(kind, original(loaded), spec, license=licence, origin=loaded.origin)
     if isinstance(loaded, LoadedModel):
-        return replace(written, resized=loaded.resized, rope=rope_of(loaded))
+        return replace(
+            written,
+            resized=loaded.resized,
+            rope=rope_of(loaded),
+            stored=bool(loaded.config.stored_bits),
+        )
     return written

@@ -98,6 +98,34 @@ def test_a_neighbouring_checkpoint_and_a_noisy_copy_are_another_adapter(model, s
     assert not served
 
 
+@pytest.mark.parametrize("served", ["adapter", "base", "half", "other"])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.15, 0.25])
+def test_noise_of_the_server_never_changes_a_verdict(model, served, share):
+    """Independent noise with and without the adapter, as of quantized activations."""
+    rng = np.random.default_rng(0)
+    models = {
+        "adapter": log_probs(model, model.lora),
+        "base": log_probs(model),
+        "half": log_probs(model, changed(model, lambda _, leaf: 0.5 * leaf)),
+        "other": log_probs(
+            model, changed(model, lambda _, leaf: leaf + rng.normal(0, leaf.std(), leaf.shape))
+        ),
+    }
+    spread = share * 0.0978  # of the adapter's effect, in nats
+
+    def noisy(tops):
+        return [{i: value + rng.normal(0, spread) for i, value in top.items()} for top in tops]
+
+    base = noisy(models["base"])
+    if served != "adapter" or share < 0.2:
+        _, passed = judge(model, PROMPTS, base, noisy(models[served]))
+        assert passed == (served == "adapter")
+        return
+    expected = "a change of .* nats by the adapter, 10 times the difference of the bases"
+    with pytest.raises(NaloraError, match=expected):
+        judge(model, PROMPTS, base, noisy(models[served]))
+
+
 def test_outputs_without_a_common_token_are_of_another_adapter():
     verdict, served = judge(None, np.zeros((1, 4)), [{1: -0.5, 2: -1.0}], [{3: -0.5, 4: -1.0}])
     assert verdict.startswith("another adapter")
@@ -130,9 +158,11 @@ def serving(names, outputs):
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:  # or a test that fails would wait for the thread for ever
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize(
