@@ -41,9 +41,8 @@ _ROUNDING = 0.001  # noise of float32, at least
 # Limit of a served adapter over the noise of the base. Independent errors with and without the
 # adapter give sqrt(2), and llama.cpp with a base in Q4_1 gives 1.6.
 _NOISES = 2.5
-_HIDDEN = (
-    3  # effects smaller than this multiple of the difference of the bases tell nothing
-)
+# Effects smaller than this multiple of the difference of the bases tell nothing.
+_HIDDEN = 3
 
 LogProbs = list[dict[int, float]]  # by token id, for each prompt
 
