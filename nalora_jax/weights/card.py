@@ -55,7 +55,9 @@ class Card:
     # (`models.rope_scaling.rope_settings`).
     rope: Mapping[str, Any] = field(default_factory=dict)
     vectors: bool = False  # sentence-transformers reads the folder
-    stored: bool = False  # memory held the base's kernels in the number format of its files
+    stored: bool = (
+        False  # memory held the base's kernels in the number format of its files
+    )
 
     @property
     def is_plain(self) -> bool:
