@@ -1,9 +1,10 @@
 """Memory of loading a large model, watched from outside of the process.
 
     python benchmarks/loading.py --gigabytes 30 --quantize nf4
+    python benchmarks/loading.py --gigabytes 8 --stored fp8
 
 Writes a Hugging Face folder of a Llama whose weights are zeros in sparse files, so that it takes no
-disk, loads it in a process of its own and reads that process's anonymous memory every 20 ms. It
+disk, in bfloat16 or with kernels in a quantized format that memory keeps (``--stored``), loads it in a process of its own and reads that process's anonymous memory every 20 ms. It
 prints the peak above the start of the load beside the bytes of the loaded arrays and of the largest
 tensor in the file: the peak has to stay near the loaded arrays plus one tensor.
 """
@@ -40,6 +41,33 @@ _CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
+# Of ``--stored``: the quantization_config, and the tensors of a kernel [out, in] by name.
+_BLOCK = 128
+_FP8 = {
+    "quant_method": "fp8",
+    "weight_block_size": [_BLOCK, _BLOCK],
+    "modules_to_not_convert": ["lm_head"],
+}
+_INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "strategy": "group",
+                "group_size": _BLOCK,
+                "symmetric": True,
+            },
+        }
+    },
+}
+_SETTINGS = {"bf16": None, "fp8": _FP8, "int4": _INT4}
+_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4}
+Tensor = tuple[str, tuple[int, ...]]  # number format and shape
 _CHILD = """
 import sys, time
 import jax
@@ -62,10 +90,18 @@ def main() -> None:
         "--gigabytes", type=float, default=30, help="of the folder's weights"
     )
     parser.add_argument("--quantize", default="nf4", help="nf4, int8, mxfp4 or none")
+    parser.add_argument(
+        "--stored",
+        default="bf16",
+        choices=_SETTINGS,
+        help="format of the files' kernels; without bf16 memory keeps it, and --quantize is none",
+    )
     options = parser.parse_args()
+    if options.stored != "bf16":
+        options.quantize = "none"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        largest, stored = write_folder(folder, options.gigabytes * 1e9)
+        largest, stored = write_folder(folder, options.gigabytes * 1e9, options.stored)
         measured = watch(folder, options.quantize)
     measured |= {"file_bytes": stored, "largest_tensor_bytes": largest}
     above = measured["peak_bytes"] - measured["loaded_bytes"]
@@ -73,39 +109,43 @@ def main() -> None:
     for key, value in measured.items():
         print(f"{key:30} {value:,.2f}")
     case = f"{options.gigabytes:g} GB, {options.quantize}"
+    if options.stored != "bf16":
+        case = f"{options.gigabytes:g} GB, {options.stored} as stored"
     save("loading", case, measured)
 
 
-def write_folder(folder: Path, size: float) -> tuple[int, int]:
+def write_folder(folder: Path, size: float, stored: str) -> tuple[int, int]:
     """Writes config, tokenizer and sparse weights of about ``size`` bytes.
 
     Returns the bytes of the largest tensor and of all.
     """
-    of_layer = layer_shapes("model.layers.0.")
+    of_layer = layer_tensors("model.layers.0.", stored)
     layer_bytes = sum(map(tensor_bytes, of_layer.values()))
     layers = max(1, round(size / layer_bytes))
     hidden = _CONFIG["hidden_size"]
-    shapes = {
-        "model.embed_tokens.weight": (_CONFIG["vocab_size"], hidden),
-        "model.norm.weight": (hidden,),
+    tensors: dict[str, Tensor] = {
+        "model.embed_tokens.weight": ("BF16", (_CONFIG["vocab_size"], hidden)),
+        "model.norm.weight": ("BF16", (hidden,)),
     }
     for layer in range(layers):
-        shapes |= layer_shapes(f"model.layers.{layer}.")
+        tensors |= layer_tensors(f"model.layers.{layer}.", stored)
     config = _CONFIG | {"num_hidden_layers": layers}
+    if _SETTINGS[stored] is not None:
+        config["quantization_config"] = _SETTINGS[stored]
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
-    write_weights(folder, shapes)
-    sizes = [tensor_bytes(shape) for shape in shapes.values()]
+    write_weights(folder, tensors)
+    sizes = [tensor_bytes(tensor) for tensor in tensors.values()]
     return max(sizes), sum(sizes)
 
 
-def layer_shapes(prefix: str) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a layer's tensors in transformers' files."""
+def layer_tensors(prefix: str, stored: str) -> dict[str, Tensor]:
+    """Returns a layer's tensors in transformers' files."""
     hidden = _CONFIG["hidden_size"]
     wide = _CONFIG["intermediate_size"]
     queries = _CONFIG["num_attention_heads"] * _CONFIG["head_dim"]
     keys = _CONFIG["num_key_value_heads"] * _CONFIG["head_dim"]
-    shapes = {
+    kernels = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden),
@@ -113,15 +153,34 @@ def layer_shapes(prefix: str) -> dict[str, tuple[int, ...]]:
         "mlp.gate_proj": (wide, hidden),
         "mlp.up_proj": (wide, hidden),
         "mlp.down_proj": (hidden, wide),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
     }
-    return {f"{prefix}{name}.weight": shape for name, shape in shapes.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, shape in kernels.items():
+        for part, tensor in kernel_tensors(shape, stored).items():
+            tensors[f"{prefix}{name}.{part}"] = tensor
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"{prefix}{name}.weight"] = ("BF16", (hidden,))
+    return tensors
 
 
-def tensor_bytes(shape: tuple[int, ...]) -> int:
-    """Returns the bytes of a bfloat16 tensor."""
-    return 2 * math.prod(shape)
+def kernel_tensors(shape: tuple[int, int], stored: str) -> dict[str, Tensor]:
+    """Returns the tensors of a kernel ``[out, in]``, whose sizes are multiples of blocks."""
+    d_out, d_in = shape
+    if stored == "fp8":
+        blocks = (d_out // _BLOCK, d_in // _BLOCK)
+        return {"weight": ("F8_E4M3", shape), "weight_scale_inv": ("F32", blocks)}
+    if stored == "int4":
+        return {
+            "weight_packed": ("I32", (d_out, d_in // 8)),
+            "weight_scale": ("BF16", (d_out, d_in // _BLOCK)),
+        }
+    return {"weight": ("BF16", shape)}
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Returns the bytes of a tensor."""
+    format_, shape = tensor
+    return _BYTES[format_] * math.prod(shape)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -138,16 +197,16 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Writes tensors of zeros as sparse shards with an index."""
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    shards: list[dict[str, Tensor]] = [{}]
     used = 0
-    for name, shape in shapes.items():
-        if used and used + tensor_bytes(shape) > _SHARD_BYTES:
+    for name, tensor in tensors.items():
+        if used and used + tensor_bytes(tensor) > _SHARD_BYTES:
             shards.append({})
             used = 0
-        shards[-1][name] = shape
-        used += tensor_bytes(shape)
+        shards[-1][name] = tensor
+        used += tensor_bytes(tensor)
     places = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -157,14 +216,14 @@ def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def write_sparse(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file whose data are a hole."""
     header = {}
     end = 0
-    for name, shape in shapes.items():
+    for name, (format_, shape) in tensors.items():
         start = end
-        end += tensor_bytes(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        end += tensor_bytes((format_, shape))
+        header[name] = {"dtype": format_, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

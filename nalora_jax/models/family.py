@@ -141,6 +141,8 @@ class GGUF:
     settings: Callable[[Metadata], dict[str, Any]] = refuse_window
     # True if a file of the architecture, which several families may share, is of this one.
     matches: Callable[[Metadata], bool] = lambda r: True
+    # Uniform paths of projections whose adapters llama.cpp ignores or refuses.
+    unserved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

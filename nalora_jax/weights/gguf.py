@@ -541,9 +541,16 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Three rules, one after the other.
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 # tokenizer.ggml.pre -> the expression that cuts text into words; "" is GPT-2's rule, "digits" the
 # same after splitting off single digits
-_SPLITS = {
+_SPLITS: dict[str, str | tuple[str, ...]] = {
     "": "",
     "default": "",
     "gpt-2": "",
@@ -555,6 +562,8 @@ _SPLITS = {
     "llama-bpe": _LLAMA3,
     "smaug-bpe": _LLAMA3,
     "dbrx": _LLAMA3,  # OLMo 2
+    "glm4": _LLAMA3,
+    "deepseek-v3": _DEEPSEEK3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "tekken": _TEKKEN,
@@ -703,7 +712,7 @@ def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
     return backend
 
 
-def _splitter(rule: str) -> Any:
+def _splitter(rule: str | tuple[str, ...]) -> Any:
     """Returns the pre-tokenizer of a rule of `_SPLITS`.
 
     "" and "digits" use the GPT-2 expression that ByteLevel contains; the others are expressions.
@@ -713,10 +722,14 @@ def _splitter(rule: str) -> Any:
     )
     if rule == "":
         return byte_level
-    first: Any = pre_tokenizers.Digits(individual_digits=True)
-    if rule != "digits":
-        first = pre_tokenizers.Split(Regex(rule), behavior="isolated")
-    return pre_tokenizers.Sequence([first, byte_level])
+    if rule == "digits":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, byte_level])
+    rules = (rule,) if isinstance(rule, str) else rule
+    splits: list[Any] = [
+        pre_tokenizers.Split(Regex(each), behavior="isolated") for each in rules
+    ]
+    return pre_tokenizers.Sequence([*splits, byte_level])
 
 
 # ---------------------------------------------------------------- SentencePiece BPE

@@ -20,7 +20,7 @@ from nalora_jax.common.folders import new_file
 from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec, uniform_path
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.keymaps import SourceTensor, gguf_of, keymap_for
 from nalora_jax.weights.peft_export import differs, layer_adapter
@@ -43,8 +43,8 @@ def write_adapter_gguf(
       spec: ranks, alphas and variant.
 
     Raises:
-      NaloraError: DoRA (llama.cpp has none), a family whose names in llama.cpp are not known, an
-        existing file or a failed write.
+      NaloraError: DoRA (llama.cpp has none), a family whose names in llama.cpp are not known,
+        adapters that llama.cpp would ignore, an existing file or a failed write.
     """
     if spec.dora:
         rule = "LoRA or rsLoRA: llama.cpp has no DoRA"
@@ -55,6 +55,15 @@ def write_adapter_gguf(
             remedy="write the merged model instead",
         )
     refuse_saved(spec, "GGUF adapter", "write the merged model instead")
+    form = gguf_of(config)
+    for target, _ in spec.targets:
+        if uniform_path(target) in form.unserved:
+            raise NaloraError(
+                "GGUF adapter",
+                expected="no adapter that llama.cpp ignores or refuses",
+                found=f"one at {uniform_path(target)}",
+                remedy="train with --lora.rules ffn:16 attn/o_proj:8, or write the merged model",
+            )
     adapters = list(_adapters(config, lora, spec))
     # llama.cpp's scale of a tensor is alpha / rank: the file's alpha is the first adapter's.
     _, first = adapters[0]
@@ -67,7 +76,7 @@ def write_adapter_gguf(
         # also a regrouping of rows)
         tensors[f"{tensor.name}.lora_b"] = np.asarray(tensor.transform.back(b))
     with new_file(path) as scratch:
-        writer = GGUFWriter(scratch, gguf_of(config).architecture)
+        writer = GGUFWriter(scratch, form.architecture)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)

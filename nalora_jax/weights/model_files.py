@@ -177,7 +177,7 @@ def load_weights(
     resolved = files.resolved
     config = files.config
     tensors = files.file or open_tensors(resolved)
-    named: TensorSource = Unpacked(tensors)
+    named: TensorSource = JoinedLatents(Unpacked(tensors))
     if files.quantization is not None:
         named = QuantizedTensors(tensors, files.quantization)
     keymap = map_fused_experts(keymap_for(config, resolved.kind), named.shapes())
@@ -340,6 +340,71 @@ class Unpacked(TensorSource):
         start = inputs.start - first * BLOCK
         stop = inputs.stop - first * BLOCK
         return flat[..., start:stop].swapaxes(-1, -2)
+
+
+class JoinedLatents(TensorSource):
+    """The tensors of a source, with the projection of latents to keys and values as one tensor.
+
+    llama.cpp stores it by heads, the keys' part with exchanged axes, since its products are
+    absorbed::
+
+        X_k_b [heads, kv_rank, nope_dim], X_v_b [heads, value_dim, kv_rank]
+            -> X_kv_b [heads * (nope_dim + value_dim), kv_rank]
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        self.where = source.where
+        self._source = source
+        self._shapes = dict(source.shapes())
+        self._joined: dict[str, tuple[str, str]] = {}
+        for name, shape in source.shapes().items():
+            keys = name.endswith(".attn_k_b.weight")
+            values = name.replace("_k_b", "_v_b")
+            if not keys or values not in self._shapes:
+                continue
+            of_values = self._shapes[values]
+            if len(shape) != 3 or of_values[::2] != shape[:2]:
+                raise NaloraError(
+                    f"{source.where}: {values}",
+                    expected=f"[heads, values, latents] of {name} {shape}",
+                    found=of_values,
+                )
+            del self._shapes[name], self._shapes[values]
+            joined = name.replace("_k_b", "_kv_b")
+            heads, rank, nope_dim = shape
+            self._shapes[joined] = (heads * (nope_dim + of_values[1]), rank)
+            self._joined[joined] = (name, values)
+
+    def check_readable(self, name: str) -> None:
+        """Raises a NaloraError unless `read` supports the tensor's number format."""
+        for part in self._joined.get(name, (name,)):
+            self._source.check_readable(part)
+
+    def stored(self, name: str) -> FileTensor:
+        """Returns the location of a tensor's bytes; of a joined one, of the keys' part."""
+        return self._source.stored(self._joined.get(name, (name,))[0])
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Returns a slice of a tensor; of a joined one, from the heads that it overlaps."""
+        if name not in self._joined:
+            return self._source.read(name, index)
+        keys, values = self._joined[name]
+        rows, columns = index
+        shapes = self._source.shapes()
+        nope_dim = shapes[keys][2]
+        value_dim = shapes[values][1]
+        width = nope_dim + value_dim
+        heads = slice(rows.start // width, -(-rows.stop // width))
+        k = self._source.read(keys, (heads, columns, slice(0, nope_dim)))
+        v = self._source.read(values, (heads, slice(0, value_dim), columns))
+        if k.dtype != v.dtype:
+            k = k.astype(np.float32)
+            v = v.astype(np.float32)
+        # [heads, nope_dim + value_dim, columns]
+        joined = np.concatenate([k.swapaxes(1, 2), v], axis=1)
+        start = rows.start - heads.start * width
+        stop = rows.stop - heads.start * width
+        return joined.reshape(-1, joined.shape[-1])[start:stop]
 
 
 def map_fused_experts(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:

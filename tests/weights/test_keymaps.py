@@ -75,6 +75,8 @@ def test_gguf_names_are_llama_cpps(family):
         hf_name = hf_names[ParamSlot(slot.path, slot.layer, 0 if "exps" in gguf_name else None)]
         if "exps" in gguf_name:  # the converter stacks the experts before it renames them
             hf_name = hf_name.replace("experts.0.", "experts.")
+        # as the converter does before it renames it
+        hf_name = hf_name.replace("e_score_correction_bias", "e_score_correction.bias")
         assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == gguf_name
 
 

@@ -8,6 +8,7 @@ norms of latents is transformers', 1e-6, whatever ``rms_norm_eps`` is.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.models import readers
@@ -22,7 +23,7 @@ from nalora_jax.models.families.mixtures import (
     layers_with_shared_experts,
     sigmoid_router,
 )
-from nalora_jax.models.family import Family, Features, hf_defaults
+from nalora_jax.models.family import GGUF, Family, Features, Metadata, hf_defaults
 from nalora_jax.models.latent import LatentAttention
 from nalora_jax.models.ropes import read_ropes, rope_fields, yarn_magnitude
 from nalora_jax.models.routing import RouterSpec
@@ -91,6 +92,121 @@ _UNSERVED = ("layers/attn/kv_b_proj",)
 _TENSORS = (*rows.hf(rows.PRE_NORMS, LATENT_ATTENTION), *EXPERTS_WITH_SHARED)
 
 
+# ---------------------------------------------------------------- llama.cpp
+#
+# Its converter writes all of these families as the architecture "deepseek2", and W_kv_b as two
+# stacks of the heads' kernels (`nalora_jax.weights.model_files.JoinedLatents`).
+
+_GGUF_ATTENTION: rows.Modules = {
+    "attn/q_proj": "attn_q",
+    "attn/q_a_proj": "attn_q_a",
+    "attn/q_a_norm": "attn_q_a_norm",
+    "attn/q_b_proj": "attn_q_b",
+    "attn/kv_a_proj": "attn_kv_a_mqa",
+    "attn/kv_a_norm": "attn_kv_a_norm",
+    "attn/kv_b_proj": "attn_kv_b",
+    "attn/o_proj": "attn_output",
+}
+_GGUF_SHARED: rows.Modules = {
+    f"ffn/shared_ffn/{name}_proj": f"ffn_{name}_shexp"
+    for name in ("gate", "up", "down")
+}
+_GGUF_EXPERTS: rows.Modules = {
+    "ffn/experts_ffn/router": "ffn_gate_inp",
+    "ffn/experts_ffn/gate_proj": "ffn_gate_exps",
+    "ffn/experts_ffn/up_proj": "ffn_up_exps",
+    "ffn/experts_ffn/down_proj": "ffn_down_exps",
+}
+_GGUF_LAYER = "blk.{layer}"
+_GGUF_TENSORS = (
+    *rows.gguf(rows.GGUF_PRE, _GGUF_ATTENTION, _GGUF_EXPERTS, _GGUF_SHARED),
+    *rows.module_rows(_GGUF_LAYER, rows.GGUF_FFN, experts=False),
+    rows.TensorRow(
+        f"{_GGUF_LAYER}.exp_probs_b.bias",
+        ("layers/ffn/experts_ffn/router/correction",),
+    ),
+)
+_SIGMOID = 2  # of deepseek2.expert_gating_func
+
+
+def _gguf_latents(r: Metadata) -> dict[str, Any]:
+    """Returns the fields of latent attention in a file for llama.cpp.
+
+    Files describe the absorbed form, with one head of keys, and state the sizes of the expanded
+    form under further keys; earlier files describe the latter only.
+    """
+    head_dim = r.get(
+        "attention.key_length_mla", int, r.get("attention.key_length", int, 0)
+    )
+    value_dim = r.get(
+        "attention.value_length_mla", int, r.get("attention.value_length", int, 0)
+    )
+    rotated = r.get("rope.dimension_count", int)
+    q_rank = None
+    if r.has("attention.q_lora_rank"):
+        q_rank = r.get("attention.q_lora_rank", int)
+    fields = {
+        "num_key_value_heads": r.get("attention.head_count", int),
+        "head_dim": rotated,  # as transformers writes it
+        "partial_rotary_factor": 1.0,
+        "q_lora_rank": q_rank,
+        "kv_lora_rank": r.get("attention.kv_lora_rank", int),
+        "qk_nope_head_dim": head_dim - rotated,
+        "qk_rope_head_dim": rotated,
+        "v_head_dim": value_dim,
+        "rope_interleave": True,
+    }
+    scaling = r.scaling()
+    if scaling is not None:
+        # The converter multiplies by 0.1; llama.cpp's magnitude of the rotation is 1.
+        all_dim = round(10 * scaling.pop("mscale_all_dim", 0.0), 6)
+        scaling.pop("mscale", None)
+        if all_dim:
+            scaling |= {"mscale": all_dim, "mscale_all_dim": all_dim}
+        fields["rope_scaling"] = scaling
+    return fields
+
+
+def _gguf_experts(r: Metadata) -> dict[str, Any]:
+    """Returns the fields of latent attention and of experts."""
+    groups = r.get("expert_group_count", int, 1)
+    method = "noaux_tc"
+    if not _has_sigmoid(r):
+        method = "greedy" if groups == 1 else "group_limited_greedy"
+    return _gguf_latents(r) | {
+        "first_k_dense_replace": r.get("leading_dense_block_count", int, 0),
+        "moe_intermediate_size": r.get("expert_feed_forward_length", int),
+        "n_routed_experts": r.get("expert_count", int),
+        "n_shared_experts": r.get("expert_shared_count", int),
+        "num_experts_per_tok": r.get("expert_used_count", int),
+        "routed_scaling_factor": r.get("expert_weights_scale", float, 1.0),
+        "norm_topk_prob": r.get("expert_weights_norm", bool, False),
+        "n_group": groups,
+        "topk_group": r.get("expert_group_used_count", int, 1),
+        "topk_method": method,
+        "num_nextn_predict_layers": r.get("nextn_predict_layers", int, 0),
+    }
+
+
+def _has_sigmoid(r: Metadata) -> bool:
+    return bool(r.get("expert_gating_func", int, 0) == _SIGMOID)
+
+
+# Its graph multiplies these kernels without their adapters, and has no kernel W_kv_b.
+_UNSERVED_IN_GGUF = tuple(
+    f"layers/attn/{name}_proj" for name in ("q", "q_a", "q_b", "kv_a", "kv_b")
+)
+_GGUF = GGUF(
+    "deepseek2",
+    _GGUF_TENSORS,
+    _gguf_experts,
+    _has_sigmoid,
+    unserved=_UNSERVED_IN_GGUF,
+)
+# Its files are read as those of DeepSeek-V3, which has the same layers.
+_GGUF_WRITTEN = replace(_GGUF, matches=lambda r: False)
+
+
 def _check(f: Fields, name: str, *accepted: object) -> None:
     """Refuses other values of a field that transformers does not read; it may be absent."""
     value = f.get(name)
@@ -143,6 +259,10 @@ DEEPSEEK_V2 = Family(
         routed_scaling_factor=1.0,
         topk_method="greedy",
     ),
+    replace(
+        _GGUF,
+        matches=lambda r: not _has_sigmoid(r) and r.get("expert_count", int, 0) > 0,
+    ),
     unserved_in_vllm=_UNSERVED,
 )
 
@@ -182,11 +302,14 @@ DEEPSEEK_V3 = Family(
         norm_topk_prob=True,
         rope_interleave=True,
     ),
+    _GGUF,
     ignored=(PREDICTING_LAYER,),
     unserved_in_vllm=_UNSERVED,
 )
 # Its config.json names DeepSeek-V3's classes.
-KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2", multimodal="kimi_k25")
+KIMI_K2 = replace(
+    DEEPSEEK_V3, name="kimi_k2", multimodal="kimi_k25", gguf=_GGUF_WRITTEN
+)
 
 
 # ---------------------------------------------------------------- GLM-4.7-Flash
@@ -231,6 +354,7 @@ GLM4_MOE_LITE = Family(
         norm_topk_prob=True,
         rope_interleave=True,
     ),
+    _GGUF_WRITTEN,
     ignored=(PREDICTING_LAYER,),
     unserved_in_vllm=_UNSERVED,
 )
@@ -341,6 +465,13 @@ YOUTU = Family(
         qk_nope_head_dim=128,
         rope_interleave=True,
         tie_embeddings=True,
+    ),
+    GGUF(
+        "deepseek2",
+        rows.gguf(rows.GGUF_PRE, _GGUF_ATTENTION, rows.GGUF_FFN),
+        _gguf_latents,
+        lambda r: not r.get("expert_count", int, 0),
+        _UNSERVED_IN_GGUF,
     ),
     unserved_in_vllm=_UNSERVED,
 )
