@@ -35,6 +35,8 @@ pytestmark = pytest.mark.filterwarnings(
 PARTS = {"qwen2_5_vl": {"image", "layers", "projector"}}
 PARTS["qwen3_vl_moe"] = PARTS["qwen2_5_vl"] | {"deepstack"}
 PARTS["qwen3_5_moe"] = PARTS["qwen2_5_vl"]
+PARTS["smolvlm"] = {"image", "layers"}
+PARTS["llava_onevision"] = PARTS["qwen2_5_vl"]
 # A run in another process, with the devices and the options of this one.
 ALONE = """
 import pathlib, sys
@@ -47,7 +49,6 @@ with tiny.on_named_devices(pathlib.Path(sys.argv[1])):
 """
 MOST = 512  # pixels of a picture, half of the processor's limit
 PICTURES = int(os.environ.get("NALORA_TEST_PICTURES", "48"))  # docs/images.md: 200
-LIMIT = ("--vision.max-pixels", str(MOST))
 GREEDY = ["--max-new-tokens", "6", "--temperature", "0", "--dtype", "float32"]
 
 
@@ -59,13 +60,26 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield vision.make_chats_of_shapes(folder)
 
 
+def family_of(model: Path) -> str:
+    """The ``model_type`` of a model's folder."""
+    raw: dict[str, str] = json.loads((model / "config.json").read_text())
+    return raw["model_type"]
+
+
+def limit_of(model: Path) -> tuple[str, ...]:
+    """The flags that lower the pixels of an image: of tiles these tests keep the file's."""
+    if family_of(model) in vision.TILE_FAMILIES:
+        return ()
+    return "--vision.max-pixels", str(MOST)
+
+
 def command(model: Path, chats: Path, output: Path, *flags: str) -> list[str]:
     """The command line of a run of 8 steps."""
     return [
         *("train", "--model", str(model), "--output", str(output)),
         *("--data.dataset", str(chats), "--data.max-length", "96", "--data.chat"),
         *("--data.train-split", "train[:75%]", "--data.eval-split", "train[75%:]"),
-        *("--data.workers", "1", "--vision.task", "chat", *LIMIT),
+        *("--data.workers", "1", "--vision.task", "chat", *limit_of(model)),
         *("--steps", "8", "--mesh.data", "1"),
         *("--train.batch-size", "4", "--train.log-every", "2", "--train.eval-every", "0"),
         *("--train.save-every", "2", "--optimizer.learning-rate", "2e-2"),
@@ -74,16 +88,22 @@ def command(model: Path, chats: Path, output: Path, *flags: str) -> list[str]:
     ]
 
 
-# One with a dense decoder, one with DeepStack and experts, one with recurrent layers; the other
-# families of tests/vision.py differ from them by what tests/models compares.
-FAMILIES = ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5_moe")
+# One with a dense decoder, one with DeepStack and experts, one with recurrent layers, and two whose
+# images are in tiles; the other families of tests/vision.py differ from them by what tests/models
+# compares.
+FAMILIES = ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5_moe", "smolvlm", "llava_onevision")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def trained(request, chats: Path, tmp_path_factory) -> tuple[Path, Path]:
     """A model's folder, and that of a finished run on it from the command line."""
     model = tmp_path_factory.mktemp(request.param)
-    vision.make_patch_model(model, request.param)
+    if request.param == "llava_onevision":  # an image of 3 by 3 tiles has 22 tokens
+        vision.make_tile_model(model, request.param, patch_size=8)
+    elif request.param in vision.TILE_FAMILIES:
+        vision.make_tile_model(model, request.param)
+    else:
+        vision.make_patch_model(model, request.param)
     folder = tmp_path_factory.mktemp("runs") / request.param
     assert main(command(model, chats, folder)) == 0
     return model, folder
@@ -101,8 +121,12 @@ def asked(model: Path, turns: Sequence[tuple[Sequence[Path], str]], answers: Seq
         parts = [{"type": "image"} for _ in paths] + [{"type": "text", "text": text}]
         messages.append({"role": "user", "content": parts})
         if number < len(answers):
-            messages.append({"role": "assistant", "content": answers[number]})
+            spoken = [{"type": "text", "text": answers[number]}]
+            messages.append({"role": "assistant", "content": spoken})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if family_of(model) in vision.TILE_FAMILIES:
+        # The tokenizer begins a text unless the template does.
+        return vision.tile_inputs(model, [text], [images], not text.startswith("<s>"))
     size = {"shortest_edge": 64, "longest_edge": MOST}
     pixels = processor(images, return_tensors="pt", size=size)
     first, *others = text.split("<|image_pad|>")
@@ -134,13 +158,14 @@ def test_a_run_lowers_the_loss_and_trains_every_part(trained) -> None:
     model, folder = trained
     lines = tiny.lines(folder)
     initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))
-    assert load(str(folder)).base.processor.max_pixels == MOST
+    family = family_of(model)
+    if family not in vision.TILE_FAMILIES:
+        assert load(str(folder)).base.processor.max_pixels == MOST
     assert final["eval"]["loss"] < 0.7 * initial["eval"]["loss"]
     layers = [line["layers"] for line in lines if "layers" in line][-1]
     assert min(layers["mask_mean"]) != 1  # the mechanism acts
     adapted = load(str(folder))
     parts = {path.split("/")[0] for path, _ in adapted.spec.targets}
-    family = json.loads((model / "config.json").read_text())["model_type"]
     assert parts == PARTS[family]
     leaves = flatten(adapted.lora)
     assert all(np.abs(leaves[f"{path}/b"]).max() > 0 for path, _ in adapted.spec.targets)
@@ -178,7 +203,7 @@ def test_peft_loads_the_adapter_and_transformers_computes_the_same(trained, chat
     ids = np.array([question_tokens(QUESTION, sizes, tokenizer, chat=True)], np.int32)
     inputs = asked(model, [(paths, QUESTION)], ())
     np.testing.assert_array_equal(ids, inputs["input_ids"].numpy())
-    prepared = [[processor.prepare(picture) for picture in pictures]]
+    prepared = [processor.together([processor.prepare(picture) for picture in pictures])]
     batch = processor.arrays(prepared, processor.places(prepared))
 
     @jax.jit
@@ -205,7 +230,7 @@ def test_the_verbs_see_pictures_of_any_shape(trained, chats, tmp_path, capsys) -
         shown = [word for path in paths for word in ("--image", str(path))]
         assert main(["generate", str(folder), "--prompt", QUESTION, *shown, *GREEDY]) == 0
         expected = answer(whole, model, [(paths, QUESTION)])
-        assert capsys.readouterr().out.strip() == expected.strip() != ""
+        assert capsys.readouterr().out == f"{expected}\n" != "\n"
     merged = tmp_path / "merged"
     assert main(["merge", str(folder), "--output", str(merged), "--dtype", "float32"]) == 0
     inputs = asked(merged, [(paths, QUESTION)], ())

@@ -110,6 +110,37 @@ PATCH_TEXTS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": _HYBRID | _EXPERTS | {"shared_expert_intermediate_size": 20},
 }
 PATCH_PIXELS = {"min_pixels": 64, "max_pixels": 1024}  # 1 to 16 tokens
+# Models whose images are in tiles: special tokens, and settings of each family.
+TILE_SPECIAL = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+for _row in range(1, 5):
+    for _column in range(1, 5):
+        TILE_SPECIAL.append(f"<row_{_row}_col_{_column}>")
+TILE_WORDS = [*CHAT_WORDS, "User", "Assistant", "large", "small", *TILE_SPECIAL]
+_SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+_PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48]]
+_NEXT = {"size": {"shortest_edge": 16}, "crop_size": SQUARE, "image_grid_pinpoints": _PINPOINTS}
+_ONEVISION = {"size": SQUARE, "image_grid_pinpoints": [[16, 16], *_PINPOINTS, [48, 48]]}
+# Image processor, its settings, and those of the model.
+TILE_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "idefics3": ("Idefics3ImageProcessor", _SPLIT, {"scale_factor": 2}),
+    "smolvlm": ("SmolVLMImageProcessor", _SPLIT, {"scale_factor": 2}),
+    "llava_next": ("LlavaNextImageProcessor", _NEXT, {"image_grid_pinpoints": _PINPOINTS}),
+    "llava_onevision": (
+        "LlavaOnevisionImageProcessor",
+        _ONEVISION,
+        {
+            "image_grid_pinpoints": _ONEVISION["image_grid_pinpoints"],
+            "vision_aspect_ratio": "anyres_max_4",
+        },
+    ),
+}
+_HEADLESS = {"model_type": "siglip_vision_model", "vision_use_head": False}
+_TILE_TOWERS: dict[str, dict[str, Any]] = {
+    "idefics3": {},
+    "smolvlm": {},
+    "llava_next": {"model_type": "clip_vision_model"},
+    "llava_onevision": _HEADLESS,
+}
 PROCESSORS = {
     "clip": ("CLIPImageProcessor", {"size": {"shortest_edge": 16}, "crop_size": SQUARE}),
     "siglip": ("SiglipImageProcessor", {"size": SQUARE}),
@@ -292,6 +323,77 @@ def make_patch_model(folder: Path, family: str, **top: Any) -> Path:
     kind = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil
     kind(patch_size=4, merge_size=2, **PATCH_PIXELS).save_pretrained(folder)
     return _save(lambda: transformers.AutoModelForImageTextToText.from_config(config), folder)
+
+
+def make_tile_model(folder: Path, family: str, *, patch_size: int = 4, **top: Any) -> Path:
+    """A vision-language model whose images are in tiles: model, tokenizer, chat template, image
+    processor."""
+    import transformers
+
+    kind, settings, fields = TILE_FAMILIES[family]
+    tower = SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": patch_size}
+    text = SIZES | {"hidden_size": 24, "intermediate_size": 40, "num_key_value_heads": 2}
+    text |= {"vocab_size": 80, "max_position_embeddings": 512, "bos_token_id": 1}
+    text |= {"eos_token_id": 2, "pad_token_id": 0, "model_type": "llama"}
+    if family == "llava_onevision":
+        text["model_type"] = "qwen2"
+    place = "image_token_index" if family.startswith("llava") else "image_token_id"
+    top = fields | {place: TILE_WORDS.index("<image>")} | top
+    config = transformers.CONFIG_MAPPING[family](
+        vision_config=tower | _TILE_TOWERS[family], text_config=text, **top
+    )
+    config._attn_implementation = "eager"
+    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokens |= {"additional_special_tokens": [*SPECIAL[4:], *TILE_SPECIAL]}
+    tokenizer = _tokenizer(TILE_WORDS, "<s> $A", r"\w+|\n+|[^\w\n]", model_max_length=512, **tokens)
+    template = "llava" if family.startswith("llava") else "idefics3"
+    tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
+    tokenizer.save_pretrained(folder)
+    getattr(transformers, f"{kind}Pil")(**settings).save_pretrained(folder)
+    return _save(lambda: transformers.AutoModelForImageTextToText.from_config(config), folder)
+
+
+def tile_inputs(
+    folder: Path, texts: list[str], images: list[list[Any]], special: bool = False
+) -> Any:
+    """The inputs of transformers' model for texts with placeholders, by its own processor.
+
+    SmolVLM's needs packages for videos; the text that it makes of images is Idefics 3's
+    (`tests/data/images/test_texts.py`).
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    pixels = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    if config.model_type in ("idefics3", "smolvlm"):
+        tokens = (side // config.scale_factor) ** 2
+        processor = transformers.Idefics3Processor(pixels, tokenizer, image_seq_len=tokens)
+    elif config.model_type == "llava_next":
+        processor = transformers.LlavaNextProcessor(
+            pixels,
+            tokenizer,
+            patch_size=config.vision_config.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,
+        )
+    else:
+        # Its video processor needs torchvision.
+        processor = object.__new__(transformers.LlavaOnevisionProcessor)
+        vars(processor).update(image_processor=pixels, tokenizer=tokenizer, chat_template=None)
+        vars(processor).update(
+            num_image_tokens=side**2,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            vision_aspect_ratio=config.vision_aspect_ratio,
+            image_token="<image>",
+            image_token_id=config.image_token_id,
+            video_token="<video>",
+            video_token_id=config.video_token_id,
+        )
+    if config.model_type == "llava_next":
+        images = [image for of_text in images for image in of_text]
+    return processor(images=images, text=texts, return_tensors="pt", add_special_tokens=special)
 
 
 def draw_noise(height: int, width: int) -> Any:

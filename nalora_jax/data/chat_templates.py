@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -266,6 +266,21 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+class ImageLayout(NamedTuple):
+    """Numbers of tokens of an image: those of its tiles, row by row, and of the whole image after
+    them."""
+
+    whole: int
+    rows: int = 0  # of tiles
+    columns: int = 0
+    tile: int = 0  # tokens of a tile
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the image."""
+        return self.rows * self.columns * self.tile + self.whole
+
+
 @dataclass(frozen=True)
 class ImageTokens:
     """The format in which a model writes an image into its text.
@@ -284,20 +299,24 @@ class ImageTokens:
     @property
     def expansion(self) -> str:
         """Returns the text of one image."""
-        return self.text_of(self.count)
+        return self.text_of(ImageLayout(self.count))
 
-    def text_of(self, tokens: int) -> str:
-        """Returns the text of an image with a number of tokens."""
-        return self.before + self.token * tokens + self.after
+    def text_of(self, layout: ImageLayout) -> str:
+        """Returns the text of an image with these numbers of tokens."""
+        return self.before + self.token * layout.whole + self.after
 
     @property
     def sized(self) -> bool:
         """True if the number of tokens depends on the image's size: `SizedImageTokens`."""
         return not self.count
 
-    def tokens_of(self, height: int, width: int) -> int:
-        """Returns the number of tokens of an image with this size."""
-        return self.count
+    def layouts(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
+        """Returns the numbers of tokens of all images of a text.
+
+        Args:
+          sizes: height and width of each image.
+        """
+        return [ImageLayout(self.count)] * len(sizes)
 
     def expanded(self, text: str, messages: Sequence[Mapping[str, Any]]) -> str:
         """Returns a rendered chat with every placeholder replaced by the tokens of an image."""
@@ -312,18 +331,40 @@ class ImageTokens:
 class SizedImageTokens(ImageTokens):
     """`ImageTokens` of a model whose images take a number of tokens that depends on their size.
 
-    ``count`` is 0. Parts of messages state the tokens of their image: ``{"type": "image", "tokens":
-    64}``.
+    ``count`` is 0. Parts of messages state the tokens of their image: ``{"type": "image", "layout":
+    ImageLayout(64)}``.
+
+    Example (a picture of SmolVLM with 1 by 2 tiles), on one line:
+      <fake><row_1_col_1><image>...<fake><row_1_col_2><image>... line break
+      line break <fake><global-img><image>...<fake>
     """
 
-    # Its method ``tokens_of`` returns the tokens of an image by height and width:
-    # `nalora_jax.data.images.patches.PatchProcessor`.
+    # Its method ``layouts`` returns those of images by height and width. It is a `PatchProcessor`
+    # or a `TileProcessor` of `nalora_jax.data.images`.
     processor: Any = None
+    first: str = ""  # text before everything else
+    # before the tokens of a tile, such as "<row_{row}_col_{column}>"; numbers start at 1
+    tile: str = ""
+    row_end: str = ""  # after the tiles of a row
+    between: str = ""  # after all tiles
 
-    def tokens_of(self, height: int, width: int) -> int:
-        """Returns the number of tokens of an image with this size."""
-        tokens: int = self.processor.tokens_of(height, width)
-        return tokens
+    def text_of(self, layout: ImageLayout) -> str:
+        """Returns the text of an image with these numbers of tokens."""
+        pieces = [self.first]
+        for row in range(layout.rows):
+            for column in range(layout.columns):
+                pieces.append(self.tile.format(row=row + 1, column=column + 1))
+                pieces.append(self.token * layout.tile)
+            pieces.append(self.row_end)
+        if layout.rows:
+            pieces.append(self.between)
+        pieces.append(super().text_of(layout))
+        return "".join(pieces)
+
+    def layouts(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
+        """Returns the numbers of tokens of all images of a text."""
+        layouts: list[ImageLayout] = self.processor.layouts(sizes)
+        return layouts
 
     def expanded(self, text: str, messages: Sequence[Mapping[str, Any]]) -> str:
         """Returns a rendered chat with every placeholder replaced by the tokens of its image.
@@ -331,23 +372,40 @@ class SizedImageTokens(ImageTokens):
         Raises:
           NaloraError: the template wrote another number of placeholders than there are images.
         """
-        counts = []
-        for message in messages:
-            content = message.get("content")
-            if isinstance(content, list):
-                counts += [part["tokens"] for part in content if "tokens" in part]
+        layouts = []
+        for part in image_parts(messages):
+            if "layout" in part:
+                layouts.append(part["layout"])
         first, *others = text.split(self.placeholder)
-        if len(others) != len(counts):
+        if len(others) != len(layouts):
             raise NaloraError(
                 "chat template",
-                expected=f"{self.placeholder!r} once for each of {len(counts)} images",
+                expected=f"{self.placeholder!r} once for each of {len(layouts)} images",
                 found=f"{len(others)} times",
                 remedy="the template must write the images of every turn",
             )
         pieces = [first]
-        for tokens, piece in zip(counts, others, strict=True):
-            pieces += [self.text_of(tokens), piece]
+        for layout, piece in zip(layouts, others, strict=True):
+            pieces += [self.text_of(layout), piece]
         return "".join(pieces)
+
+
+def image_parts(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the parts of messages that stand for images, in order."""
+    parts = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts += [part for part in content if part.get("type") == "image"]
+    return parts
+
+
+def state_layouts(
+    messages: Iterable[Mapping[str, Any]], layouts: Iterable[ImageLayout]
+) -> None:
+    """Adds its layout to each part of messages that stands for an image."""
+    for part, layout in zip(image_parts(messages), layouts, strict=True):
+        part["layout"] = layout
 
 
 def split_contents(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

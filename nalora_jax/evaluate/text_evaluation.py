@@ -68,7 +68,7 @@ class TextEvaluator(Evaluator):
         self._answers = answers
         # of `nalora_jax.evaluate.vision`: an image's text in a prompt, pixels by the id of an item
         self._image = ""
-        self._pixels: dict[int, list[np.ndarray]] = {}
+        self._pixels: dict[int, list[Any]] = {}
         self._items: Sequence[Item] = self.completions
         kind: type[Item] = CompletionItem
         self.metric = "loss"

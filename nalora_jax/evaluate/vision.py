@@ -64,7 +64,7 @@ class VisionEvaluator(TextEvaluator):
             for image in item.images:
                 upright = rgb_image(image, "image", MAX_PIXELS)
                 pixels.append(processor.prepare(upright))
-            self._pixels[id(item)] = pixels
+            self._pixels[id(item)] = processor.together(pixels)
 
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
         """Returns one list for every item, with the score of its completion.

@@ -127,7 +127,7 @@ def limits(config: RunConfig) -> Iterator[Limits]:
 def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
     """Returns the shapes of the images of a row and of their number."""
     assert base.vision is not None
-    if isinstance(base.vision, PatchSpec):
+    if isinstance(base.vision, PatchSpec) or base.vision.tiled:
         raise NaloraError(
             "--images",
             expected="a model whose images have one size",

@@ -291,7 +291,7 @@ def export_run(
 
 
 # Names of arrays of images in a batch, see ``inputs`` of a model's image processor.
-IMAGE_ARRAYS = ("pixels", "images", "patches", "grids")
+IMAGE_ARRAYS = ("pixels", "images", "features", "shares", "patches", "grids")
 
 
 def _difference(

@@ -96,7 +96,7 @@ PARAM_RULES: Rules = (
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
     (
-        r"(^|/)(class_token|probe|sinks|taps|taps_bias"
+        r"(^|/)(class_token|line_break/feature|probe|sinks|taps|taps_bias"
         r"|attn_scale|ffn_scale|logit_scale|logit_bias)$",
         P(),
     ),

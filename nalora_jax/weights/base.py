@@ -14,6 +14,11 @@ from nalora_jax.config import VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens, SizedImageTokens
 from nalora_jax.data.images.image_files import read_processor, read_sized_processor
 from nalora_jax.data.images.patches import PatchProcessor
+from nalora_jax.data.images.tiles import (
+    AnyresProcessor,
+    SplitProcessor,
+    TileProcessor,
+)
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
@@ -79,6 +84,8 @@ def vision_files(files: ModelFiles) -> ModelFiles:
     assert vision is not None, "the files were opened with images"
     if isinstance(vision, PatchSpec):
         return _patch_files(files, vision)
+    if vision.tiled:
+        return _tile_files(files, vision)
     tokens = image_tokens(vision, files.raw, files.tokenizer, str(folder))
     processor = read_sized_processor(folder)
     side = vision.tower.image_size
@@ -134,6 +141,58 @@ def _patch_files(files: ModelFiles, vision: PatchSpec) -> ModelFiles:
     )
 
 
+def _tile_files(files: ModelFiles, vision: VisionSpec) -> ModelFiles:
+    """Adds image tokens and image processor to the files of a model whose images are in tiles."""
+    folder = files.resolved.path
+    where = f"{folder}: image processor"
+    remedy = "copy the processor's file from the model that the weights are from"
+    processor = read_processor(folder)
+    kind: type[TileProcessor] = SplitProcessor
+    if vision.line_breaks:
+        kind = AnyresProcessor
+    if not isinstance(processor, kind):
+        expected = "a processor of tiles of the model's family"
+        raise NaloraError(where, expected=expected, found="another", remedy=remedy)
+    side = vision.tower.image_size
+    if processor.side != side:
+        raise NaloraError(
+            where,
+            expected=f"tiles of {side} x {side}, as in config.json",
+            found=processor.side,
+            remedy=remedy,
+        )
+    processor = replace(processor, tokens=vision.tokens)
+    if isinstance(processor, AnyresProcessor):
+        if processor.sizes != vision.sizes:
+            raise NaloraError(
+                f"{where}: image_grid_pinpoints",
+                expected="the sizes of config.json",
+                found=str(processor.sizes)[:60],
+                remedy=remedy,
+            )
+        grid = vision.tower.grid
+        processor = replace(processor, grid=grid, most_tiles=vision.most_tiles)
+    name = "image_token_id"
+    token = special_text(files.tokenizer, vision.image_token, name, str(folder))
+    around: dict[str, str] = {}
+    if not vision.line_breaks:  # of Idefics 3 and SmolVLM
+        around = {
+            "tile": f"{_FAKE}<row_{{row}}_col_{{column}}>",
+            "row_end": "\n",
+            "between": "\n",
+            "before": f"{_FAKE}<global-img>",
+            "after": _FAKE,
+        }
+    tokens = SizedImageTokens(
+        token, vision.image_token, 0, token, processor=processor, **around
+    )
+    either: Any = processor  # the fields' type is the processor of images of one size
+    return replace(
+        files, tokenizer=replace(files.tokenizer, images=tokens), processor=either
+    )
+
+
+_FAKE = "<fake_token_around_image>"
 Opened = TypeVar("Opened", ModelFiles, LoadedModel)
 
 
@@ -145,7 +204,7 @@ def limit_pixels(model: Opened, vision: VisionConfig) -> Opened:
       NaloraError: a lower limit above the upper one, or for a model whose images have one size.
     """
     processor: Any = model.processor
-    if not isinstance(processor, PatchProcessor):
+    if not isinstance(processor, PatchProcessor | TileProcessor):
         if vision.min_pixels:
             raise NaloraError(
                 "--vision.min-pixels",
@@ -157,12 +216,9 @@ def limit_pixels(model: Opened, vision: VisionConfig) -> Opened:
     if limited == processor:
         return model
     log.info(
-        "images have %s to %s pixels, at most %d tokens; the processor's file has %s to %s",
-        f"{limited.min_pixels:,}",
-        f"{limited.max_pixels:,}",
-        limited.max_pixels // limited.square**2,
-        f"{processor.min_pixels:,}",
-        f"{processor.max_pixels:,}",
+        "images have %s; the processor's file has %s",
+        limited.describe(),
+        processor.describe(),
     )
     tokens = model.tokenizer.images
     assert isinstance(tokens, SizedImageTokens)

@@ -193,6 +193,13 @@ _PROJECTIONS = (
     TensorRow("text_projection.weight", ("text/projection/kernel",), "transpose"),
 )
 _PROJECTORS: dict[str, Rows] = {
+    "merged": (
+        TensorRow(
+            "connector.modality_projection.proj.weight",
+            ("projector/merged/out_proj/kernel",),
+            "transpose",
+        ),
+    ),
     "mlp": _rows(
         {"linear_1": "in_proj", "linear_2": "out_proj"},
         "multi_modal_projector.",
@@ -276,6 +283,10 @@ _RENAMES = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", TOWER),
     (r"^(model\.)?multi_modal_projector\.", "multi_modal_projector."),
     (r"^(model\.)?visual\.", "visual."),
+    (r"^(model\.)?vision_model\.", TOWER),
+    (r"^(model\.)?connector\.", "connector."),
+    (r"^(model\.)?text_model\.", "model."),
+    (r"^model\.image_newline$", "image_newline"),
 )
 
 
@@ -320,7 +331,8 @@ def _names(config: DualConfig | EncoderConfig | VisionSpec | PatchSpec) -> Rows:
         return _PATCH_ROWS[config.model_type]
     if isinstance(config, VisionSpec):
         tower = _add_prefix(config.tower, "image/", TOWER)
-        return tower + _PROJECTORS[config.projector]
+        line_break = TensorRow("image_newline", ("line_break/feature",))
+        return (*tower, *_PROJECTORS[config.projector], line_break)
     image = _add_prefix(config.image, "image/", "vision_model.")
     text = _add_prefix(config.text, "text/", "text_model.")
     # SigLIP's projections are in its towers, and its temperature is a vector of one number.
@@ -363,7 +375,7 @@ def _tensors(
         if "{layer}" in row.name:
             depth = shapes[first][0]
             layers = [(layer, layer) for layer in range(depth)]
-        elif first.startswith("projector/ffn/"):
+        elif first.startswith(("projector/ffn/", "projector/merged/")):
             # A stack of one layer here; the name in the file has no number.
             layers = [(0, None)]
         yield from row_tensors(row, row.paths, shapes, tower, layers)
@@ -379,7 +391,7 @@ def _vision_tensors(vision: VisionSpec | PatchSpec) -> Iterator[SourceTensor]:
     for path, shape in vision.tower.param_shapes().items():
         stored[f"image/{path}"] = shape
     for path, shape in vision.param_shapes().items():
-        if path.startswith("projector/"):
+        if path.startswith(("projector/", "line_break")):
             stored[path] = shape
 
     def place(slot: ParamSlot) -> ParamSlot:

@@ -194,9 +194,12 @@ VISION_TENSORS = (
     r"^(model\.)?vision_tower\.",
     r"^(model\.)?(multi_modal_projector|mm_projector)\.",
     r"^(model\.)?visual\.",
+    r"^(model\.)?(vision_model|connector)\.",
+    r"^(model\.)?image_newline$",
 )
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^model\.text_model\.", "model."),
     (
         r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)",
         "model.",
@@ -476,6 +479,12 @@ def pairs_from_halves(rows: _Array, heads: int) -> _Array:
 
 
 TOWER = "vision_tower."  # before the names of an image tower
+_IDEFICS = {
+    "model.language_model.": "model.text_model.",
+    f"model.{TOWER}": "model.vision_model.",
+}
+# By ``model_type``: prefixes of names in transformers 5 that replace most multimodal models'.
+RENAMED_PARTS = {"idefics3": _IDEFICS, "smolvlm": _IDEFICS}
 
 
 def file_name(config: ModelConfig | DualConfig, name: str) -> str:
@@ -484,6 +493,13 @@ def file_name(config: ModelConfig | DualConfig, name: str) -> str:
     Every transformers release can read these names.
     """
     if not isinstance(config, ModelConfig) or config.vision is None:
+        return name
+    parts = RENAMED_PARTS.get(config.vision.model_type)
+    if parts is not None:
+        name = re.sub(r"^model\.", "model.language_model.", name)
+        name = re.sub(r"^(vision_tower|connector)\.", r"model.\1.", name)
+        for usual, own in parts.items():
+            name = name.replace(usual, own, 1)
         return name
     if config.vision.packed:
         name = re.sub(r"^model\.", "model.language_model.", name)

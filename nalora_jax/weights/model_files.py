@@ -37,6 +37,7 @@ from nalora_jax.weights.tensors import Index, TensorSource, load_params, param_s
 if TYPE_CHECKING:
     from nalora_jax.data.images.image_files import ImageProcessor
     from nalora_jax.data.images.patches import PatchProcessor
+    from nalora_jax.data.images.tiles import TileProcessor
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class LoadedModel:
     hf_config: dict[str, Any]
     origin: Origin | None = None  # source of the weights, if they were read from files
     # for a model that was loaded with images
-    processor: ImageProcessor | PatchProcessor | None = None
+    processor: ImageProcessor | PatchProcessor | TileProcessor | None = None
     # tokens that its tokenizer has and the base's files lack
     added: tuple[str, ...] = ()
     # of the tokenizer's files; None if it is in a GGUF file
@@ -83,7 +84,7 @@ class ModelFiles:
     file: TensorSource | None = None  # the tensors of a model in a single file
     quantization: Quantization | None = None  # of a folder with quantized weights
     # for a model that is loaded with images
-    processor: ImageProcessor | PatchProcessor | None = None
+    processor: ImageProcessor | PatchProcessor | TileProcessor | None = None
 
     def described(self, added: AddedTokens = NO_TOKENS) -> ModelConfig:
         """Returns the architecture, with embedding rows for the added tokens."""

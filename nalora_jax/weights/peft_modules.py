@@ -33,7 +33,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of
 from nalora_jax.models.stacks import projection_shapes, stacked_places
 from nalora_jax.models.targets import scale_divisor
-from nalora_jax.weights.keymaps import OF_ENCODERS
+from nalora_jax.weights.keymaps import OF_ENCODERS, RENAMED_PARTS
 
 if TYPE_CHECKING:
     from nalora_jax.models.vision.vision_config import DualConfig
@@ -128,7 +128,8 @@ def module_layout(config: Host) -> ModuleLayout:
     layout = (*modules, *experts, *stacks)
     if config.vision is None:
         return layout
-    return _rename(layout, {_TEXT: _TEXT_PART})
+    layout = _rename(layout, {_TEXT: _TEXT_PART})
+    return _rename(layout, RENAMED_PARTS.get(config.vision.model_type, {}))
 
 
 def layout_for(

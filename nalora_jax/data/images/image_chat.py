@@ -32,7 +32,7 @@ import numpy as np
 
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.chat_templates import ImageTokens
+from nalora_jax.data.chat_templates import ImageLayout, ImageTokens, state_layouts
 from nalora_jax.data.chat_text import make_turns, text_field
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
 from nalora_jax.data.images.image_files import (
@@ -44,6 +44,7 @@ from nalora_jax.data.images.image_files import (
 )
 from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
 from nalora_jax.data.images.patches import PatchProcessor
+from nalora_jax.data.images.tiles import TileProcessor
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Record, Source, SourceView, components
 from nalora_jax.data.sources import open_source
@@ -58,7 +59,7 @@ log = logging.getLogger(__name__)
 _PLACEHOLDER = "<image>"  # in LLaVA's texts, for every model
 
 Image = bytes | Path
-AnyProcessor = ImageProcessor | PatchProcessor
+AnyProcessor = ImageProcessor | PatchProcessor | TileProcessor
 
 
 class ChatImages(SourceView):
@@ -148,13 +149,14 @@ class ChatImages(SourceView):
                 expected=expected,
                 found=repr(prompt)[:80],
             )
+        layouts = self._layouts(images, where)
         first, *texts = [self._text(text, where) for text in prompt.split(_PLACEHOLDER)]
         answer = self._text(answer, where)
         if not answer[:1].isspace():
             answer = f" {answer}"
         pieces = [first]
-        for image, text in zip(images, texts, strict=True):
-            pieces += [self._tokens.text_of(self._count(image, where)), text]
+        for layout, text in zip(layouts, texts, strict=True):
+            pieces += [self._tokens.text_of(layout), text]
         prompt = "".join(pieces)
         return {
             data.prompt_field: prompt,
@@ -205,7 +207,7 @@ class ChatImages(SourceView):
                 if block is None:
                     block = left.pop(0)
                 images.append(block)
-                parts.append(image_part(self._tokens, self._count(block, here)))
+                parts.append({"type": "image"})
             content: str | Parts = Parts(parts)
             if answers:
                 content = "".join(part["text"] for part in parts)
@@ -217,15 +219,23 @@ class ChatImages(SourceView):
                 expected=f"{_PLACEHOLDER} in the text for every image",
                 found=actual,
             )
+        if self._tokens.sized:
+            state_layouts(turns, self._layouts(images, where))
         return turns, tuple(images)
 
-    def _count(self, image: Image, where: str) -> int:
-        """Returns the number of tokens of an image."""
-        if not self._tokens.sized:
-            return self._tokens.count
-        if not isinstance(image, bytes):
-            where = f"{where}: {image}"
-        return self._tokens.tokens_of(*image_size(image, where))
+    def _layouts(self, images: Sequence[Image], where: str) -> list[ImageLayout]:
+        """Returns the numbers of tokens of all images of a record."""
+        sizes = []
+        for image in images:
+            # Only of images whose size matters is the header read.
+            size = (0, 0)
+            if self._tokens.sized:
+                named = where
+                if not isinstance(image, bytes):
+                    named = f"{where}: {image}"
+                size = image_size(image, named)
+            sizes.append(size)
+        return self._tokens.layouts(sizes)
 
     def _parts(
         self, message: Mapping[str, Any], here: str
@@ -355,24 +365,18 @@ def question_tokens(
     if tokens.reserved(prompt):
         expected = f"no {tokens.token} in it: images come first"
         raise NaloraError("--prompt", expected=expected, found=repr(prompt)[:80])
-    counts = [tokens.tokens_of(*size) for size in sizes]
+    layouts = tokens.layouts(sizes)
     if not chat:
-        images = "".join(f"{tokens.text_of(count)}\n" for count in counts)
+        images = "".join(f"{tokens.text_of(layout)}\n" for layout in layouts)
         return tokenizer.encode(images + prompt)
-    images_first = [image_part(tokens, count) for count in counts]
+    images_first = [{"type": "image"} for _ in sizes]
     parts = Parts([*images_first, {"type": "text", "text": prompt}])
-    text = tokenizer.render_chat(
-        [{"role": "user", "content": parts}], add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": parts}]
+    if tokens.sized:
+        state_layouts(messages, layouts)
+    text = tokenizer.render_chat(messages, add_generation_prompt=True)
     # the template writes the begin-of-sequence token
     return tokenizer.encode(text, special=False)
-
-
-def image_part(tokens: ImageTokens, count: int) -> dict[str, Any]:
-    """Returns the part of a message that stands for an image of ``count`` tokens."""
-    if tokens.sized:
-        return {"type": "image", "tokens": count}
-    return {"type": "image"}
 
 
 def _split(text: str) -> Iterator[str | None]:
@@ -427,11 +431,13 @@ class RowImages:
             images: list[Any] = []
             for example in examples.tolist():
                 record = int(self.records[example])
+                of_record: list[Any] = []
                 for encoded in self.source.read([record])[0][IMAGES]:
                     image = rgb_image(
                         encoded, self.source.where(record), self.max_pixels
                     )
-                    images.append(self.processor.prepare(image))
+                    of_record.append(self.processor.prepare(image))
+                images += self.processor.together(of_record)
             prepared.append(images)
         processor: Any = self.processor
         arrays: dict[str, np.ndarray] = processor.arrays(prepared, self.places)
@@ -454,6 +460,9 @@ def row_images(
     if isinstance(processor, ImageProcessor):
         images, _ = most_of_rows(data.pattern, lengths, image_tokens // tokens.count)
         return RowImages(source, store.records, processor, max_pixels, (images,))
+    if isinstance(processor, TileProcessor):
+        places = _tile_places(source, data, processor)
+        return RowImages(source, store.records, processor, max_pixels, places)
     # Every image is a run of tokens, since texts stand around it.
     begins = of_image.copy()
     begins[1:] &= 1 - of_image[:-1]
@@ -463,6 +472,28 @@ def row_images(
     log.info("places for %d image tokens a row, %.0f%% filled", most, 100 * fill)
     places = (images, most * processor.merge**2)
     return RowImages(source, store.records, processor, max_pixels, places)
+
+
+def _tile_places(
+    source: Source, data: TrainData, processor: TileProcessor
+) -> tuple[int, ...]:
+    """Returns the places that the images of the fullest row need, from their headers."""
+    by_record: dict[int, tuple[int, ...]] = {}
+    for record in data.store.records.tolist():
+        sizes = []
+        for image in source.read([record])[0][IMAGES]:
+            sizes.append(image_size(image, source.where(record)))
+        by_record[record] = processor.places_of(processor.layouts(sizes))
+    needed = np.array([by_record[record] for record in data.store.records.tolist()])
+    places = []
+    lengths = data.store.lengths()
+    for numbers in needed.T:
+        most, fill = most_of_rows(data.pattern, lengths, numbers)
+        places.append(most)
+        if len(places) == 1:
+            text = "places for %d tiles of images a row, %.0f%% filled"
+            log.info(text, most, 100 * fill)
+    return tuple(places)
 
 
 def most_of_rows(

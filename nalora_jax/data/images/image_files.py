@@ -27,6 +27,7 @@ from nalora_jax.data.images.patches import (
     PatchProcessor,
     few_sizes,
 )
+from nalora_jax.data.images.tiles import TILE_PROCESSORS, TileProcessor
 from nalora_jax.data.tokenizer import read_backend, read_json, read_settings, token_text
 from nalora_jax.errors import NaloraError
 
@@ -250,7 +251,11 @@ _OF_CLIP = ("BitImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
 DEFAULTS |= dict.fromkeys(_OF_CLIP, DEFAULTS["CLIPImageProcessor"])
 DEFAULTS["ViTFeatureExtractor"] = DEFAULTS["ViTImageProcessor"]
 DEFAULTS["Gemma3ImageProcessor"] = DEFAULTS["SiglipImageProcessor"] | {"resample": 2}
-for _kind, (_, _defaults) in PATCH_PROCESSORS.items():
+_VARIABLE: dict[str, tuple[Any, dict[str, Any]]] = {
+    **PATCH_PROCESSORS,
+    **TILE_PROCESSORS,
+}
+for _kind, (_, _defaults) in _VARIABLE.items():
     DEFAULTS[_kind] = {**_ALWAYS, **_CLIP, **_defaults}
 
 
@@ -330,6 +335,10 @@ class ImageProcessor:
         """Returns an image of a conversation, uint8 ``[height, width, 3]``."""
         return self(image)["pixels"]
 
+    def together(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns the prepared images of one text, which do not depend on each other."""
+        return list(images)
+
     def places(self, rows: Sequence[Sequence[np.ndarray]]) -> tuple[int, ...]:
         """Returns the number of images that the fullest row of prepared images needs."""
         return (max([1, *map(len, rows)]),)
@@ -393,7 +402,7 @@ class ImageProcessor:
         }
 
 
-def read_processor(folder: Path) -> ImageProcessor | PatchProcessor:
+def read_processor(folder: Path) -> ImageProcessor | PatchProcessor | TileProcessor:
     """Returns the processor of a Hugging Face folder.
 
     Raises:
@@ -418,7 +427,11 @@ def read_processor(folder: Path) -> ImageProcessor | PatchProcessor:
             f"{where}: image_processor_type", expected=expected, found=repr(kind)
         )
     f = Fields(raw, DEFAULTS[base_kind], where)
-    for name in ("do_pad", "do_pan_and_scan"):
+    # Of images of any shape it pads batches, which have other places here.
+    refused = ["do_pan_and_scan"]
+    if base_kind not in _VARIABLE:
+        refused.append("do_pad")
+    for name in refused:
         f.refuse(name, "set it to false in the file, as the model's own is")
     scale = 1.0
     if f.flag("do_rescale"):
@@ -429,9 +442,11 @@ def read_processor(folder: Path) -> ImageProcessor | PatchProcessor:
     }
     if f.flag("do_normalize"):
         values |= {"mean": _channels(f, "image_mean"), "std": _channels(f, "image_std")}
-    if base_kind in PATCH_PROCESSORS:
-        reader, _ = PATCH_PROCESSORS[base_kind]
-        return reader(f, {"mean": (0.0,) * 3, "std": (1.0,) * 3} | values)
+    if base_kind in _VARIABLE:
+        reader, _ = _VARIABLE[base_kind]
+        settings = {"mean": (0.0,) * 3, "std": (1.0,) * 3} | values
+        sized: PatchProcessor | TileProcessor = reader(f, settings)
+        return sized
     if base_kind == "Siglip2ImageProcessor":
         values["patch_size"] = f.integer("patch_size", high=2**10)
         values["max_patches"] = f.integer("max_num_patches")
@@ -447,14 +462,14 @@ def read_sized_processor(folder: Path) -> ImageProcessor:
     """Returns the processor of a folder whose model reads images of one size.
 
     Raises:
-      NaloraError: as `read_processor`, or the processor is one of patches.
+      NaloraError: as `read_processor`, or the processor is one of patches or tiles.
     """
     processor = read_processor(folder)
-    if isinstance(processor, PatchProcessor):
+    if not isinstance(processor, ImageProcessor):
         raise NaloraError(
             f"{folder}: image processor",
             expected="a processor of images of one size",
-            found="one of patches",
+            found="one of patches or tiles",
             remedy="copy the processor's file from the model that the weights are from",
         )
     return processor

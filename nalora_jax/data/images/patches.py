@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.common.fields import Fields
+from nalora_jax.data.chat_templates import ImageLayout
 from nalora_jax.errors import NaloraError
 
 # Of the longer side to the shorter, as in Qwen's processors.
@@ -83,10 +84,13 @@ class PatchProcessor:
             columns = math.ceil(width * stretch / square)
         return rows * square, columns * square
 
-    def tokens_of(self, height: int, width: int) -> int:
-        """Returns the number of tokens of an image with this size."""
-        rows, columns = self.fitted(height, width)
-        return rows * columns // self.square**2
+    def layouts(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
+        """Returns the numbers of tokens of all images of a text, by their heights and widths."""
+        layouts = []
+        for height, width in sizes:
+            rows, columns = self.fitted(height, width)
+            layouts.append(ImageLayout(rows * columns // self.square**2))
+        return layouts
 
     def with_limits(self, least: int, most: int) -> PatchProcessor:
         """Returns the processor of images with ``least`` to ``most`` pixels.
@@ -107,6 +111,11 @@ class PatchProcessor:
             )
         least = least or min(self.min_pixels, most)
         return replace(self, max_pixels=most, min_pixels=least)
+
+    def describe(self) -> str:
+        """Returns the limits of an image's size, for the log."""
+        tokens = self.max_pixels // self.square**2
+        return f"{self.min_pixels:,} to {self.max_pixels:,} pixels, at most {tokens} tokens"
 
     def prepare(self, image: Any) -> Patches:
         """Returns the patches of an RGB ``PIL.Image.Image``."""
@@ -137,9 +146,16 @@ class PatchProcessor:
         images, patches = places
         return few_sizes(images), few_sizes(patches // self.merge**2) * self.merge**2
 
-    def tokens_of_prepared(self, image: Patches) -> int:
-        """Returns the number of tokens of a prepared image."""
-        return len(image.pixels) // self.merge**2
+    def together(self, images: Sequence[Patches]) -> list[Patches]:
+        """Returns the prepared images of one text, which do not depend on each other."""
+        return list(images)
+
+    def layouts_of_prepared(self, images: Sequence[Patches]) -> list[ImageLayout]:
+        """Returns the numbers of tokens of the prepared images of a text."""
+        layouts = []
+        for image in images:
+            layouts.append(ImageLayout(len(image.pixels) // self.merge**2))
+        return layouts
 
     def arrays(
         self, rows: Sequence[Sequence[Patches]], places: tuple[int, ...]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.data.chat_templates import state_layouts
 from nalora_jax.data.chat_text import Message, text_field
 from nalora_jax.data.forms import Parts, check_role
 from nalora_jax.data.tokenizer import Tokenizer
@@ -69,16 +70,15 @@ class Conversation:
             )
         question: Message = {"role": "user", "content": text}
         if images:
-            parts: list[dict[str, Any]] = []
-            for image in images:
-                part: dict[str, Any] = {"type": "image"}
-                if tokens is not None and tokens.sized:
-                    processor: Any = generator.processor
-                    part["tokens"] = processor.tokens_of_prepared(image)
-                parts.append(part)
+            parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
             parts.append({"type": "text", "text": text})
             question["content"] = Parts(parts)
         pictures = [*self.images, *images]
+        if tokens is not None and tokens.sized and pictures:
+            # The tokens of an image may depend on how many follow it.
+            processor: Any = generator.processor
+            layouts = processor.layouts_of_prepared(pictures)
+            state_layouts([*self.turns, question], layouts)
         prompt = chat_tokens(generator.tokenizer, [*self.messages, question])
         pieces = generator.stream(prompt, images=pictures, **settings)
         answer: Message = {"role": "assistant", "content": ""}

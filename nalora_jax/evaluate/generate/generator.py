@@ -454,7 +454,8 @@ class Generator:
         places = ids.count(tokens.token_id)
         if tokens.sized:
             processor: Any = self.processor
-            needed = sum(processor.tokens_of_prepared(image) for image in images)
+            layouts = processor.layouts_of_prepared(images)
+            needed = sum(layout.tokens for layout in layouts)
             if places != needed:
                 expected = f"{needed} tokens {tokens.token!r} for {count} images"
                 raise NaloraError(where, expected=expected, found=places)
@@ -567,8 +568,8 @@ class _Batch:
         generator = self._generator
         assert generator.processor is not None
         spare = self._prompts.tokens.shape[0] - len(images)
-        rows = [*images, *[()] * spare]
         processor: Any = generator.processor
+        rows = [processor.together(of_row) for of_row in [*images, *[()] * spare]]
         places = processor.rounded(processor.places(rows))
         on_mesh = place_batch(processor.arrays(rows, places), generator.mesh)
         return encode_images(generator.model, processor, generator._weights, on_mesh)

@@ -7,10 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.family import VisionReader, hf_defaults
 from nalora_jax.models.readers import activation_name
+from nalora_jax.models.vision.tower_fields import (
+    NEXT_SIZES,
+    ONEVISION_SIZES,
+    read_sizes,
+    tower_fields,
+)
 from nalora_jax.models.vision.vision_config import (
     DualConfig,
     EncoderConfig,
@@ -322,7 +330,17 @@ def _image_token(f: Fields) -> int:
 
 def _llava(f: Fields, d_model: int) -> VisionSpec:
     """Returns the image input of LLaVA: which layer's features are read, and their projector."""
-    tower = _tower(f, _CLIP_LARGE)
+    return _one_layer(f, d_model, _tower(f, _CLIP_LARGE))
+
+
+def _one_layer(f: Fields, d_model: int, tower: EncoderConfig) -> VisionSpec:
+    """Returns an image input that reads the features of one layer of the tower.
+
+    Args:
+      f: the file's fields.
+      d_model: the decoder's width.
+      tower: the image tower.
+    """
     layer = f.get("vision_feature_layer")
     if isinstance(layer, list) and len(layer) == 1:
         layer = layer[0]
@@ -347,7 +365,7 @@ def _llava(f: Fields, d_model: int) -> VisionSpec:
     if not isinstance(bias, bool):
         raise f.error("multimodal_projector_bias", "true or false", repr(bias)[:60])
     return VisionSpec(
-        "llava",
+        f.text("model_type"),
         tower,
         used_layers=used,
         final_norm=False,
@@ -391,6 +409,78 @@ def _gemma3(f: Fields, d_model: int) -> VisionSpec:
     )
 
 
+def _llava_next(f: Fields, d_model: int) -> VisionSpec:
+    """Returns the image input of LLaVA-NeXT: LLaVA's for images in tiles."""
+    tower_fields(f, _CLIP_LARGE, _CLIP_UNREAD)
+    return _in_tiles(f, _one_layer(f, d_model, _tower(f, _CLIP_LARGE)))
+
+
+def _llava_onevision(f: Fields, d_model: int) -> VisionSpec:
+    """Returns the image input of LLaVA-OneVision, which interpolates the features of large
+    images."""
+    tower_fields(f, _ONEVISION_TOWER, _CLIP_UNREAD)
+    spec = _in_tiles(f, _one_layer(f, d_model, _tower(f, _ONEVISION_TOWER)))
+    limit = f.text("vision_aspect_ratio")
+    number = limit.removeprefix("anyres_max_")
+    if number == limit or not number.isdecimal() or not 0 < int(number) < 2**10:
+        raise f.error("vision_aspect_ratio", '"anyres_max_" and a number', repr(limit))
+    return replace(spec, most_tiles=int(number))
+
+
+def _in_tiles(f: Fields, spec: VisionSpec) -> VisionSpec:
+    """Returns an image input for images in tiles, with a feature for line breaks."""
+    tower = spec.tower
+    if spec.tokens != tower.grid**2:
+        expected = "'default' for a tower with a class token"
+        raise f.error("vision_feature_select_strategy", expected, "'full'")
+    sizes = read_sizes(f, tower.image_size)
+    return replace(spec, tiled=True, line_breaks=True, sizes=sizes)
+
+
+def _idefics3(f: Fields, d_model: int) -> VisionSpec:
+    """Returns the image input of Idefics 3 and SmolVLM: SigLIP's tower, and squares of patches that
+    one matmul projects."""
+    tower_fields(f, _IDEFICS3_TOWER, ("attention_dropout",))
+    settings = dict(f.mapping("vision_config"))
+    settings |= {"model_type": "siglip_vision_model", "vision_use_head": False}
+    as_siglip = Fields({"vision_config": settings}, {}, f.where)
+    tower = _tower(as_siglip, _IDEFICS3_TOWER)
+    if not _has_exact_places(tower.grid):
+        expected = "another number of patches: transformers' rounding moves positions of this one"
+        found = f"{tower.grid} patches a side"
+        raise f.error("vision_config: image_size", expected, found)
+    merge = f.integer("scale_factor", high=2**5)
+    if tower.grid % merge:
+        expected = f"a divisor of {tower.grid} patches a side"
+        raise f.error("scale_factor", expected, merge)
+    return VisionSpec(
+        f.text("model_type"),
+        tower,
+        used_layers=tower.n_layers,
+        final_norm=True,
+        drop_first=False,
+        d_model=d_model,
+        tokens=(tower.grid // merge) ** 2,
+        image_token=_image_token(f),
+        projector="merged",
+        bias=False,
+        tiled=True,
+        merge=merge,
+    )
+
+
+def _has_exact_places(side: int) -> bool:
+    """Returns True if each patch of a square has its own row of the table of positions.
+
+    Idefics 3 compares shares of a side in float32, whose rounding moves patches of some squares, as
+    of 25 by 25.
+    """
+    limits = np.arange(1 / side, 1.0, 1 / side).astype(np.float32)
+    shares = np.arange(side, dtype=np.float32) * np.float32(1 / side)
+    places = np.searchsorted(limits, shares, side="right")
+    return bool((places == np.arange(side)).all())
+
+
 # transformers' defaults of the parts of multimodal files.
 _CLIP_LARGE: dict[str, Any] = hf_defaults(
     model_type="clip_vision_model",
@@ -402,6 +492,39 @@ _CLIP_LARGE: dict[str, Any] = hf_defaults(
     patch_size=14,
 )
 _SIGLIP_SO400M: dict[str, Any] = {"model_type": "siglip_vision_model"}
+_ONEVISION_TOWER: dict[str, Any] = hf_defaults(
+    model_type="siglip_vision_model",
+    d_model=1152,
+    d_ff=4304,
+    n_layers=26,
+    n_heads=16,
+    image_size=384,
+    patch_size=14,
+    vision_use_head=False,
+)
+# Fields of SigLIP's and CLIP's towers that `_tower` reads, or that only training from scratch or
+# pooled features use.
+_CLIP_UNREAD = (
+    "attention_dropout",
+    "dropout",
+    "hidden_act",
+    "initializer_factor",
+    "layer_norm_eps",
+    "num_channels",
+    "projection_dim",
+    "vocab_size",
+)
+_IDEFICS3_TOWER: dict[str, Any] = hf_defaults(
+    d_model=1152,
+    d_ff=3072,
+    n_layers=12,
+    n_heads=16,
+    num_channels=3,
+    image_size=224,
+    patch_size=32,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+)
 _LLAMA: dict[str, Any] = hf_defaults(
     model_type="llama",
     vocab_size=32_000,
@@ -418,10 +541,28 @@ _LLAVA = {
     "vision_feature_layer": -2,
     "multimodal_projector_bias": True,
 }
+_LLAVA_ONEVISION = _LLAVA | {
+    "image_token_index": 151_646,
+    "vision_feature_select_strategy": "full",
+    "vision_feature_layer": -1,
+    "image_grid_pinpoints": ONEVISION_SIZES,
+    "vision_aspect_ratio": "anyres_max_9",
+}
+_QWEN2 = hf_defaults(model_type="qwen2", tie_embeddings=False)
+_LLAMA3 = hf_defaults(model_type="llama", norm_eps=1e-5, tie_embeddings=False)
+_IDEFICS3 = {"image_token_id": 128_257, "scale_factor": 2}
 
 # By ``model_type``: the reader, transformers' defaults of missing fields, and the text model's.
 VISION_FAMILIES: dict[str, tuple[VisionReader, dict[str, Any], dict[str, Any]]] = {
     "llava": (_llava, _LLAVA, _LLAMA),
+    "llava_next": (
+        _llava_next,
+        _LLAVA | {"image_grid_pinpoints": NEXT_SIZES},
+        _LLAMA,
+    ),
+    "llava_onevision": (_llava_onevision, _LLAVA_ONEVISION, _QWEN2),
+    "idefics3": (_idefics3, _IDEFICS3, _LLAMA3),
+    "smolvlm": (_idefics3, _IDEFICS3, _LLAMA3),
     "gemma3": (
         _gemma3,
         {"mm_tokens_per_image": 256, "image_token_index": 262_144},

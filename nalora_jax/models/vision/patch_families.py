@@ -8,6 +8,7 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.models.family import VisionReader, hf_defaults
 from nalora_jax.models.readers import activation_name
 from nalora_jax.models.vision.patch_config import PatchSpec, PatchTower
+from nalora_jax.models.vision.tower_fields import tower_fields
 
 _TOWER: dict[str, Any] = {
     "in_channels": 3,
@@ -35,47 +36,8 @@ _QWEN3: dict[str, Any] = _TOWER | {
 }
 _QWEN3_VL = _QWEN3 | {"deepstack_visual_indexes": [8, 16, 24]}
 _EPS = 1e-6  # of the towers' norms, which no file states
-# Fields of a tower that do not change the features of images: names, the numbers of random weights
-# and of videos, and fields that transformers writes into every config.
-_UNREAD = {
-    "model_type",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "architectures",
-}
-_UNREAD |= {"initializer_range", "tokens_per_second", "in_chans", "spatial_patch_size"}
-_UNREAD |= {
-    "return_dict",
-    "id2label",
-    "label2id",
-    "tie_word_embeddings",
-    "_name_or_path",
-}
-_UNREAD |= {
-    "attn_implementation",
-    "_attn_implementation_autoset",
-    "max_length",
-    "num_beams",
-}
-_UNREAD |= {"num_beam_groups", "num_return_sequences", "temperature", "top_k", "top_p"}
-_UNREAD |= {"typical_p", "length_penalty", "repetition_penalty"}
 
-
-def _tower_fields(f: Fields, defaults: dict[str, Any]) -> Fields:
-    """Returns the fields of the tower, with transformers' ``defaults``.
-
-    Raises:
-      NaloraError: a field is not known that is neither null, false nor empty.
-    """
-    v = Fields(f.mapping("vision_config"), defaults, f"{f.where}: vision_config")
-    known = {*defaults, *_UNREAD, "out_hidden_size", "rope_parameters"}
-    for name, value in v.raw.items():
-        if value and name not in known:
-            expected = f"no such field: this tower has {', '.join(sorted(defaults))}"
-            remedy = "towers with other fields are not supported"
-            raise v.error(name, expected, repr(value)[:60], remedy)
-    return v
+_SHARED_FIELDS = ("out_hidden_size", "rope_parameters")
 
 
 def _theta(v: Fields) -> float:
@@ -127,7 +89,7 @@ def _layers_of(f: Fields, name: str, depth: int) -> tuple[int, ...]:
 
 def _qwen2_5_vl(f: Fields, d_model: int) -> PatchSpec:
     """Returns the image input of Qwen2.5-VL: a SwiGLU tower with attention windows."""
-    v = _tower_fields(f, _QWEN2_5)
+    v = tower_fields(f, _QWEN2_5, _SHARED_FIELDS)
     traits = _sizes(v, d_model)
     merge = v.integer("spatial_merge_size", high=2**5)
     square = traits["patch_size"] * merge
@@ -146,7 +108,7 @@ def _qwen2_5_vl(f: Fields, d_model: int) -> PatchSpec:
 def _qwen3_vl(f: Fields, d_model: int) -> PatchSpec:
     """Returns the image input of Qwen3-VL, some of whose layers have projectors of their own
     (DeepStack)."""
-    v = _tower_fields(f, _QWEN3_VL)
+    v = tower_fields(f, _QWEN3_VL, _SHARED_FIELDS)
     depth = v.integer("depth", high=2**10)
     taps = _layers_of(v, "deepstack_visual_indexes", depth)
     return _with_corners(f, v, d_model, taps)
@@ -154,7 +116,7 @@ def _qwen3_vl(f: Fields, d_model: int) -> PatchSpec:
 
 def _qwen3_5(f: Fields, d_model: int) -> PatchSpec:
     """Returns the image input of Qwen3.5: Qwen3-VL's without DeepStack."""
-    return _with_corners(f, _tower_fields(f, _QWEN3), d_model, ())
+    return _with_corners(f, tower_fields(f, _QWEN3, _SHARED_FIELDS), d_model, ())
 
 
 def _with_corners(

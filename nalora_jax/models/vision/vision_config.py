@@ -234,7 +234,7 @@ class VisionSpec:
     )
     taps: ClassVar[tuple[int, ...]] = ()
 
-    model_type: str  # of the multimodal model: "llava", "gemma3"
+    model_type: str  # of the multimodal model: "llava", "gemma3", "idefics3"
     tower: EncoderConfig  # as stored in the files
     used_layers: (
         int  # number of the tower's layers that are used, starting at the first
@@ -242,13 +242,22 @@ class VisionSpec:
     final_norm: bool  # True if the tower's last norm is applied
     drop_first: bool  # leave out the class token's features
     d_model: int  # of the decoder
-    tokens: int  # tokens per image
+    tokens: int  # tokens per image, or per tile
     image_token: int  # id of the token that image features replace
-    # "mlp": phi(x W_in) W_out; "pooled": means over squares of patches, a norm and one matmul.
-    projector: Literal["mlp", "pooled"]
+    # "mlp": phi(x W_in) W_out; "pooled": means over squares of patches, a norm and one matmul;
+    # "merged": squares of `merge` by `merge` patches and one matmul.
+    projector: Literal["mlp", "pooled", "merged"]
     activation: str = "gelu"  # of the projector
     bias: bool = True
     mutual: bool = False  # tokens of one image attend to each other in both directions
+    # Images are in several tiles (`nalora_jax.data.images.tiles`), each with `tokens` features.
+    tiled: bool = False
+    # Tokens are features in another order, with a learnt one for line breaks (LLaVA-NeXT).
+    line_breaks: bool = False
+    # The file's sizes of images in tiles, and the tiles above which features are interpolated.
+    sizes: tuple[tuple[int, int], ...] = ()
+    most_tiles: int = 0
+    merge: int = 1  # patches along a side of the square that becomes one token
 
     @property
     def running(self) -> EncoderConfig:
@@ -274,8 +283,10 @@ class VisionSpec:
                 "projector/norm/scale": (wide,),
                 "projector/projection/kernel": (wide, self.d_model),
             }
-        for path, shape in self._mlp().items():
+        for path, shape in self._dense().items():
             shapes |= dense_shapes(path, (1, *shape), self.bias)
+        if self.line_breaks:
+            shapes["line_break/feature"] = (self.d_model,)
         for path, shape in self.tower.param_shapes().items():
             if path not in run:
                 shapes[f"{UNUSED}/{path}"] = shape
@@ -283,12 +294,14 @@ class VisionSpec:
                 shapes[f"{UNUSED}/{path}"] = (shape[0] - self.used_layers, *shape[1:])
         return shapes
 
-    def _mlp(self) -> VisionShapes:
-        """Returns the kernel shapes of an MLP projector; none for other projectors."""
-        if self.projector != "mlp":
-            return {}
-        wide = self.tower.d_model
+    def _dense(self) -> VisionShapes:
+        """Returns the kernel shapes of the projector's adaptable matmuls."""
+        wide = self.tower.d_model * self.merge**2
         d = self.d_model
+        if self.projector == "pooled":
+            return {}
+        if self.projector == "merged":
+            return {"projector/merged/out_proj": (wide, d)}
         return {"projector/ffn/in_proj": (wide, d), "projector/ffn/out_proj": (d, d)}
 
     def projection_shapes(self) -> VisionShapes:
@@ -296,13 +309,13 @@ class VisionSpec:
         of_tower = self.running.projection_shapes()
         return {
             f"image/{path}": shape for path, shape in of_tower.items()
-        } | self._mlp()
+        } | self._dense()
 
     def depths(self) -> dict[str, int]:
         """Returns the number of stacked layers by path of `projection_shapes`."""
         return dict.fromkeys(
             self.projection_shapes(), self.used_layers
-        ) | dict.fromkeys(self._mlp(), 1)
+        ) | dict.fromkeys(self._dense(), 1)
 
     def gate_blocks(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the FFN blocks; see `nalora_jax.models.stacks.gate_blocks`."""

@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from nalora_jax.common.fields import Fields
+from nalora_jax.data.chat_templates import ImageLayout
 from nalora_jax.data.images.patches import PATCH_PROCESSORS, PatchProcessor
 from nalora_jax.errors import NaloraError
 
@@ -42,7 +43,7 @@ def test_patches_are_those_of_transformers(width, height, limits):
     patches = ours.prepare(image)
     expected = theirs(images=[image], return_tensors="np")
     assert patches.grid == tuple(expected["image_grid_thw"][0, 1:])
-    assert ours.tokens_of(height, width) == patches.grid[0] * patches.grid[1] // 4
+    assert ours.layouts([(height, width)]) == ours.layouts_of_prepared([patches])
     # [patches, channels * frames * patch * patch] -> [patches, patch, patch, channels] of a frame
     frames = expected["pixel_values"].reshape(-1, 3, 2, 14, 14)
     np.testing.assert_array_equal(frames[:, :, 0], frames[:, :, 1])
@@ -54,15 +55,15 @@ def test_a_lower_limit_takes_fewer_tokens():
     processor = make_processor()
     assert processor.with_limits(0, 10**9) == processor
     lower = processor.with_limits(0, 28 * 28 * 6)
-    assert lower.tokens_of(480, 640) == 4  # 2 by 2, of at most 6
+    assert lower.layouts([(480, 640)]) == [ImageLayout(4)]  # 2 by 2, of at most 6
     assert lower.min_pixels == processor.min_pixels
-    assert processor.with_limits(0, 1).tokens_of(480, 640) == 1
+    assert processor.with_limits(0, 1).layouts([(480, 640)]) == [ImageLayout(1)]
 
 
 def test_a_higher_minimum_takes_more_tokens():
     processor = make_processor()
-    assert processor.tokens_of(56, 56) == 4
-    assert processor.with_limits(28 * 28 * 9, 10**9).tokens_of(56, 56) == 9
+    assert processor.layouts([(56, 56)]) == [ImageLayout(4)]
+    assert processor.with_limits(28 * 28 * 9, 10**9).layouts([(56, 56)]) == [ImageLayout(9)]
     with pytest.raises(NaloraError, match="--vision.min-pixels: expected at most 784"):
         processor.with_limits(1000, 784)
 

@@ -65,8 +65,8 @@ def texts(prepared: list[Any]) -> list[list[int]]:
     """Token ids of a text with two images, one without images, and one that ends in an image."""
 
     def image(number: int) -> list[int]:
-        tokens = PROCESSOR.tokens_of_prepared(prepared[number])
-        return [START, *[IMAGE] * tokens, END]
+        (layout,) = PROCESSOR.layouts_of_prepared([prepared[number]])
+        return [START, *[IMAGE] * layout.tokens, END]
 
     return [
         [9, 10, *image(0), 11, *image(1), 12, 13],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nalora_jax import config as cfg
-from nalora_jax.data.chat_templates import SizedImageTokens
+from nalora_jax.data.chat_templates import ImageLayout, SizedImageTokens
 from nalora_jax.data.images.patches import PatchProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator
@@ -151,7 +151,7 @@ def test_images_fit_their_places_in_a_prompt(folder) -> None:
 def test_a_template_that_leaves_out_images_is_refused() -> None:
     processor = PatchProcessor(4, 2, 64, 1024, (0.5,) * 3, (0.5,) * 3)
     tokens = SizedImageTokens("<i>", 5, 0, "<i>", processor=processor)
-    messages = [{"role": "user", "content": [{"type": "image", "tokens": 4}] * 2}]
+    messages = [{"role": "user", "content": [{"type": "image", "layout": ImageLayout(4)}] * 2}]
     assert tokens.expanded("a<i>b<i>", messages) == "a<i><i><i><i>b<i><i><i><i>"
     with pytest.raises(NaloraError, match="once for each of 2 images, found 1 times"):
         tokens.expanded("a<i>", messages)
@@ -190,7 +190,9 @@ def test_limits_of_pixels_are_for_images_of_any_shape(folder, one_size, caplog) 
     limits = cfg.VisionConfig("chat", max_pixels=400, min_pixels=128)
     limited = limit_pixels(load_model(str(folder), dtype="float32", images=True), limits)
     assert (limited.processor.min_pixels, limited.processor.max_pixels) == (128, 400)
-    assert limited.tokenizer.images.tokens_of(300, 300) == 4  # 2 by 2, of at most 6
+    assert limited.tokenizer.images.layouts([(300, 300)]) == [
+        ImageLayout(4)
+    ]  # 2 by 2, of at most 6
     assert "images have 128 to 400 pixels, at most 6 tokens" in caplog.text
     fixed = load_model(str(one_size), dtype="float32", images=True)
     assert limit_pixels(fixed, cfg.VisionConfig("chat", max_pixels=400)) is fixed
