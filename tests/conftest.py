@@ -165,6 +165,7 @@ def _seconds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     kernels (15 s). Tokens are made once a session: those of an earlier one hide what a change of
     the code does to them."""
     from nalora_jax.common.downloads import cache_dir
+    from nalora_jax.kinds.on_policy import SampledStep
     from nalora_jax.kinds.rl.kind import RolloutStep
     from nalora_jax.train.profile import Profile
 
@@ -180,8 +181,8 @@ def _seconds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if HAS_CPU:
             patch.setattr("nalora_jax.cpu.native.library.cache_dir", lambda: folder)
         patch.setattr("nalora_jax.train.profile.Profile.step", _without_transfers(Profile.step))
-        rollout = jax.transfer_guard("allow")(RolloutStep.__call__)  # its samples are on the host
-        patch.setattr(RolloutStep, "__call__", rollout)
+        for step in (RolloutStep, SampledStep):  # their samples are on the host
+            patch.setattr(step, "__call__", jax.transfer_guard("allow")(step.__call__))
         patch.setattr("nalora_jax.data.store.cache_dir", tokens_dir)
         yield
 

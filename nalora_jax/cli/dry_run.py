@@ -188,7 +188,7 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     """
     rl = config.rl
     shards = prompt_shards(mesh)
-    if not record.run_kind(config).draws_samples:
+    if not record.run_kind(config).draws_samples(config):
         return []
     prompts = config.train.batch_size // rl.samples
     _, count, samples = distributed.program_shape(prompts, rl.samples, shards)
@@ -288,7 +288,7 @@ def _memory(
     # only.
     where = describe_machine(list(mesh.devices.flat))
     if where is None:
-        if record.run_kind(config).draws_samples:
+        if record.run_kind(config).draws_samples(config):
             where = _this_machine(config, mesh)
         else:
             where = topology("v5e:1x1")
@@ -304,7 +304,7 @@ def _memory(
         f"mesh: {distributed.describe_axes(sizes)}, remat {remat}",
         f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",
     ]
-    if record.run_kind(config).draws_samples:
+    if record.run_kind(config).draws_samples(config):
         update = layout.seconds - layout.rollout
         lines.append(
             f"time of a step, estimated: {layout.rollout:.2g} s for a rollout "

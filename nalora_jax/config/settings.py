@@ -512,6 +512,10 @@ class DistillConfig:
     beta: Annotated[float, SHARE_RANGE] = 0.5
     # Temperature by which the logits of both are divided.
     temperature: Annotated[float, Range("a number", "(0, 1000]")] = 1.0
+    # Train on samples that the model draws before each step, in place of the data set's
+    # completions: --rl.samples of each prompt, with --rl.max-new-tokens, --rl.temperature,
+    # --rl.mask-cut, --rl.system-prompt and --rl.servers.
+    on_policy: bool = False
 
     @property
     def kind(self) -> str:
@@ -536,8 +540,8 @@ class RLConfig:
     # The loss: "grpo" (arXiv 2402.03300), "dr_grpo" (2503.20783), "dapo" (2503.14476), "gspo"
     # (2507.18071) or "rloo" (2402.14740).
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"] = "grpo"
-    # Samples of a prompt; their rewards are compared with each other.
-    samples: Annotated[int, Range("a whole number", "[2, 4096]")] = 8
+    # Samples of a prompt; rewards of at least 2 are compared with each other.
+    samples: Annotated[int, Range("a whole number", "[1, 4096]")] = 8
     # Largest number of tokens of a sample.
     max_new_tokens: Annotated[int, SIZE] = 256
     # Temperature of the samples.

@@ -332,9 +332,11 @@ def chat_prompts(config: DataConfig, tokenizer: Tokenizer, system: str) -> Promp
 
 
 def opening_messages(
-    record: Record, config: DataConfig, where: str
+    record: Record, config: DataConfig, where: str, flag: str = "--rl.system-prompt"
 ) -> tuple[list[Message], list[Record] | None]:
     """Returns the messages of a record before the completion, and the schemas of its tools.
+
+    ``flag`` is the setting that needs a chat.
 
     Raises:
       NaloraError: bad messages, none before the completion, or a plain text without ``chat``.
@@ -349,7 +351,7 @@ def opening_messages(
         if not isinstance(prompt, str) or not config.chat:
             raise NaloraError(
                 where,
-                expected="a chat, since --rl.system-prompt is a message of one",
+                expected=f"a chat, since {flag} is a message of one",
                 found="a plain text",
                 remedy="pass --data.chat: prompts are then messages of the user",
             )

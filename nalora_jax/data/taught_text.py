@@ -134,13 +134,24 @@ def teacher_arrays(
     read = fill_rows(
         examples, texts.tokens, texts.answer, texts.offsets, texts.capacity
     )
-    places = np.zeros(batch["loss_weights"].shape, np.int32)
-    for row, weights in enumerate(batch["loss_weights"]):
-        places[row, weights > 0] = np.flatnonzero(read["loss_weights"][row])
     arrays = {
         f"teacher_{name}": read[name] for name in ("tokens", "positions", "segment_ids")
     }
+    places = match_places(batch["loss_weights"], read["loss_weights"])
     return arrays | {"teacher_places": places}
+
+
+def match_places(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """Returns the teacher's position of each target of the student, int32 ``[rows, seq]``, 0
+    elsewhere.
+
+    Both have the same targets in the same order; the arguments are their weights ``[rows, seq]``
+    and ``[rows, teacher's seq]``.
+    """
+    places = np.zeros(student.shape, np.int32)
+    for row, weights in enumerate(student):
+        places[row, weights > 0] = np.flatnonzero(teacher[row])
+    return places
 
 
 def taught_data(

@@ -72,16 +72,21 @@ class DistillationEvaluator(Evaluator):
         self._score = score
         self._mesh = mesh
 
+    def examples(self, params: Any, lora: Any | None) -> Sequence[TaughtExample]:
+        """Returns the examples that an adapter is evaluated on."""
+        return self._items
+
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
         """Returns ``prompt``, ``completion``, the ``loss`` (the divergence, summed over its
         ``tokens``) and ``agreements``, the number of tokens at which both models' most likely token
         is the same, of every example."""
-        sums = np.zeros((3, len(self._items)))  # divergence, agreements, tokens
+        items = self.examples(params, lora)
+        sums = np.zeros((3, len(items)))  # divergence, agreements, tokens
         count = _ROWS * prompt_shards(self._mesh)
         batches = held_out_batches(
-            self._items, self._rows.length, count, taught=self._rows.taught
+            items, self._rows.length, count, taught=self._rows.taught
         )
-        with count_progress("evaluating", len(self._items)) as done:
+        with count_progress("evaluating", len(items)) as done:
             for batch, examples in batches:
                 scores = self._score(params, lora, place_batch(batch, self._mesh))
                 parts = [np.asarray(fetch(values), np.float64) for values in scores]
@@ -97,7 +102,7 @@ class DistillationEvaluator(Evaluator):
                     done(len(of_row))
         records = []
         for item, (loss, agreements, tokens) in zip(
-            self._items, sums.T.tolist(), strict=True
+            items, sums.T.tolist(), strict=True
         ):
             records.append(
                 {

@@ -23,13 +23,14 @@ from nalora_jax.assembly.objectives import ADAPTED, NextToken, through_surrogate
 from nalora_jax.assembly.program import Assembly, next_token, teacher_tokens
 from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import DistillConfig, RunConfig
-from nalora_jax.config.checks import Limits, require
+from nalora_jax.config.checks import Limits, check_divides, require
 from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.forms import uses_chat_template
-from nalora_jax.data.pipeline import TrainData
+from nalora_jax.data.prompts import held_out_prompts
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.taught_text import held_out_taught, taught_data, taught_digest
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.distillation_evaluation import (
     DistillationEvaluator,
     ScoreTokens,
@@ -45,8 +46,26 @@ from nalora_jax.kinds.inputs import (
     settle_schedule,
     stream_shape,
 )
+from nalora_jax.kinds.on_policy import (
+    OnPolicyEvaluator,
+    SampledStep,
+    StudentPrompts,
+    student_prompts,
+    write_prompts,
+)
 from nalora_jax.kinds.record import Arrays, Built, Inputs, Job, register_kind
-from nalora_jax.kinds.teachers import describe_teacher, load_teacher, open_teacher
+from nalora_jax.kinds.rl.kind import (
+    prompts_digest,
+    server_limits,
+    server_pool,
+    tried_servers,
+)
+from nalora_jax.kinds.teachers import (
+    OpenedTeacher,
+    describe_teacher,
+    load_teacher,
+    open_teacher,
+)
 from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.mesh import distributed
 from nalora_jax.method.step import Batch, Evaluated
@@ -55,7 +74,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.divergences import Divergences, TeacherLogits, token_divergences
 from nalora_jax.ops.split_rows import join_parts
-from nalora_jax.weights.model_files import LoadedModel, open_files
+from nalora_jax.weights.model_files import LoadedModel, ModelFiles, open_files
 
 # The frozen collection of a teacher.
 TEACHER = "teacher"
@@ -207,6 +226,8 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     base, tokenizer, adapters = describe_base(config, files)
     teacher = open_teacher(config, files, base)
     train, held = open_records(config.data, source)
+    if config.distill.on_policy:
+        return _open_prompts(config, files, teacher, train, held)
     turns = uses_chat_template(train.read([0])[0], config.data)
     system = config.distill.system
     shape = stream_shape(config) | {"context": base.max_positions}
@@ -230,10 +251,48 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     return Inputs(config, base, files, data, items, questions, turns, adapters, teacher)
 
 
+def _open_prompts(
+    config: RunConfig,
+    files: ModelFiles,
+    teacher: OpenedTeacher,
+    train: Source,
+    held: Source,
+) -> Inputs:
+    """Returns the inputs of an on-policy distillation, see `open_inputs`."""
+    base, tokenizer, adapters = describe_base(config, files)
+    first = train.read([0])[0]
+    written = write_prompts(config, tokenizer, first)
+    turns = written is not None or uses_chat_template(first, config.data)
+    data = student_prompts(
+        train,
+        config,
+        tokenizer,
+        teacher_context=teacher.program.base.max_positions,
+        written=written,
+        context=base.max_positions,
+        **stream_shape(config),
+    )
+    config = replace(config, data=replace(config.data, max_length=data.length))
+    config = settle_schedule(config, base.d_model, data.rows_per_epoch, "samples")
+    limit = data.length - config.rl.max_new_tokens
+    prompts = held_out_prompts(held, config.data, tokenizer, limit, written)
+    questions = {
+        "reported": prompts_digest(prompts[0]),
+        "selecting": prompts_digest(prompts[1]),
+    }
+    return Inputs(
+        config, base, files, data, prompts, questions, turns, adapters, teacher
+    )
+
+
 def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: RunFolder, like: Job | None
 ) -> Built:
-    """Loads base and teacher, and builds adapters and the step; see `text.build_step`."""
+    """Loads base and teacher, and builds adapters and the step, on-policy with its samples; see
+    `text.build_step`."""
+    exports = None
+    if placed.rl.servers:
+        exports = tried_servers(inputs, placed, output)
     built = text.build_step(inputs, placed, mesh, output, like)
     if like is not None:
         frozen = like.assembly.frozen
@@ -241,7 +300,17 @@ def build_step(
         loaded = cast(LoadedModel, built.loaded)
         numerics = built.assembly.model.numerics
         frozen = load_teacher(inputs.teacher, placed, loaded, mesh, numerics)
-    return built._replace(assembly=replace(built.assembly, frozen=frozen))
+    assembly = replace(built.assembly, frozen=frozen)
+    if placed.distill.on_policy:
+        loaded = cast(LoadedModel, built.loaded)
+        data = cast(StudentPrompts, built.data)
+        folder = output.folder
+        pool = None
+        if exports is not None:
+            pool = server_pool(placed, exports, loaded, assembly, data, folder)
+        step = SampledStep(placed, loaded, assembly, data, folder, pool)
+        assembly = replace(assembly, step=step)
+    return built._replace(assembly=assembly)
 
 
 def evaluator(
@@ -252,16 +321,32 @@ def evaluator(
     student = next_token(loaded.config, assembly.model, config.compute)
     teacher = teacher_tokens(config, inputs.teacher.program, assembly.mesh)
     objective = Distillation(student, teacher, config.distill)
-    data: TrainData = inputs.data
-    rows = TaughtRows(data.pattern.capacity, bool(config.distill.system))
-    return DistillationEvaluator(
+    return _make_evaluator(
+        inputs.config,
         assembly.eval_model,
         loaded.tokenizer,
         items,
-        rows,
         _scorer(objective, assembly.frozen),
-        mesh=distributed.multi_device_mesh(assembly.mesh),
+        distributed.multi_device_mesh(assembly.mesh),
     )
+
+
+def _make_evaluator(
+    config: RunConfig,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    items: Any,
+    score: ScoreTokens,
+    mesh: Mesh | None,
+) -> DistillationEvaluator:
+    """Returns the evaluator of held-out examples, or of held-out prompts on-policy, for settings
+    with a concrete row length."""
+    rows = TaughtRows(config.data.max_length, bool(config.distill.system))
+    if config.distill.on_policy:
+        return OnPolicyEvaluator.of(
+            items, config, model, tokenizer, rows, score, mesh=mesh
+        )
+    return DistillationEvaluator(model, tokenizer, items, rows, score, mesh=mesh)
 
 
 def adapter_evaluator(
@@ -292,18 +377,18 @@ def adapter_evaluator(
     system = config.distill.system
     records = open_held_out(data, data.eval_split)
     tokenizer = model.base.tokenizer
-    longest = of_teacher.base.max_positions
-    items, _ = held_out_taught(
-        records, data, tokenizer, system, data.max_length, longest
-    )
-    return DistillationEvaluator(
-        model.module,
-        tokenizer,
-        items,
-        TaughtRows(data.max_length, bool(system)),
-        _scorer(objective, frozen),
-        mesh=mesh,
-    )
+    items: Any
+    if config.distill.on_policy:
+        written = write_prompts(config, tokenizer, records.read([0])[0])
+        limit = data.max_length - config.rl.max_new_tokens
+        items, _ = held_out_prompts(records, data, tokenizer, limit, written)
+    else:
+        longest = of_teacher.base.max_positions
+        items, _ = held_out_taught(
+            records, data, tokenizer, system, data.max_length, longest
+        )
+    score = _scorer(objective, frozen)
+    return _make_evaluator(config, model.module, tokenizer, items, score, mesh)
 
 
 def _scorer(objective: Distillation, frozen: Mapping[str, Any]) -> ScoreTokens:
@@ -370,6 +455,7 @@ def limits(config: RunConfig) -> Iterator[Limits]:
     yield Limits(
         "--distill.teacher or --distill.system", {"lora.init": UNCHANGED}, remedy
     )
+    yield from _limits_of_samples(config)
     if distill.system:
         values: dict[str, tuple[Any, ...]] = {
             "data.loss_on": ("answer", "assistant"),
@@ -380,6 +466,28 @@ def limits(config: RunConfig) -> Iterator[Limits]:
         }
         remedy = "the teacher's rows have the same targets as the model's"
         yield Limits("--distill.system", values, remedy)
+
+
+def _limits_of_samples(config: RunConfig) -> Iterator[Limits]:
+    """Yields the values that settings of samples may have; see `limits`."""
+    rl = config.rl
+    if not config.distill.on_policy:
+        remedy = "servers draw the samples of --distill.on-policy"
+        yield Limits("no --distill.on-policy", {"rl.servers": ((),)}, remedy)
+        return
+    values: dict[str, tuple[Any, ...]] = {
+        "rl.updates": (1,),
+        "rl.resample": (0,),
+        "rl.staleness": (0,),
+        "rl.replay_routing": (False,),
+        "rl.beta": (0.0,),
+        "data.loss_on": ("answer",),
+        "data.loss_last": (0.0,),
+    }
+    remedy = "each step has new samples, and all of their tokens are in the loss"
+    yield Limits("--distill.on-policy", values, remedy)
+    yield from server_limits(rl)
+    check_divides(config.train.batch_size, "rl.samples", rl.samples)
 
 
 def batch_arrays(config: RunConfig, base: ModelConfig, images: int) -> Arrays:
@@ -410,6 +518,7 @@ KIND = register_kind(
         limits=limits,
         batch_arrays=batch_arrays,
         teacher=describe_teacher,
+        draws_samples=lambda config: config.distill.on_policy,
         subject="",
     )
 )

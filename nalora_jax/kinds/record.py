@@ -136,7 +136,7 @@ class Kind:
         kind has no such head.
       batch_arrays: returns the arrays that a batch has besides those of text, for plans, of the
         settings, the base and the number of images of a row.
-      draws_samples: True if each step draws samples of the model first.
+      draws_samples: returns True if each step draws samples of the model first.
       compares_with_base: True if its evaluation compares the adapter with the base, which is then
         measured without adapters, not with adapters at zero.
       teacher: returns the second, frozen decoder of a step, of the settings, the base and the
@@ -159,7 +159,7 @@ class Kind:
     batch_arrays: Callable[[RunConfig, ModelConfig, int], Arrays] = (
         lambda config, base, images: {}
     )
-    draws_samples: bool = False
+    draws_samples: Callable[[RunConfig], bool] = lambda config: False
     compares_with_base: bool = False
     teacher: Callable[[RunConfig, ModelConfig, ReadModel], Teacher] | None = None
     describe: Callable[[Inputs], Described] | None = None

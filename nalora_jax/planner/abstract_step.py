@@ -314,9 +314,10 @@ def moved_weights(
         )[0]
         for of, figures in ((arguments, update), (drawn, rollout))
     ]
-    weights, first, second = map(
-        trees.flatten, (arguments[0], places[0], places[1].body["params"])
-    )
+    of_update = (arguments[0], places[0])
+    if "params" in arguments[0]:  # with the collections of a teacher
+        of_update = (arguments[0]["params"], places[0]["params"])
+    weights, first, second = map(trees.flatten, (*of_update, places[1].body["params"]))
     moved = [
         path for path in weights if len({first[path], second[path]} - {"None"}) > 1
     ]

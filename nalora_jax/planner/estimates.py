@@ -585,7 +585,7 @@ class _Share:
         if split > 1:
             working += 2 * tables + self._copied_weights() / (split * tensor)
         useful = useful_flops(base, self.spec, self.micro, self.seq) / where.size
-        if run_kind(self.config).draws_samples:
+        if run_kind(self.config).draws_samples(self.config):
             rollout, cache = self._rollout()
         else:
             rollout, cache = (0.0, 0.0)

@@ -218,7 +218,7 @@ def make_plan(
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
     other = figures(plain_lora_step(step, mesh), arguments)
     rollout = None
-    if run_kind(config).draws_samples:
+    if run_kind(config).draws_samples(config):
         rollout = _plan_rollout(placed, base, where, other, arguments)
     ours, bound = result.program
     return Plan(config, where, layout, ours, other, bound, rollout)

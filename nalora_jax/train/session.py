@@ -320,7 +320,7 @@ def way_on(config: RunConfig) -> str:
 
 def hidden_numbers(config: RunConfig) -> list[str]:
     """Returns the names of numbers that the line of a log step leaves out."""
-    if run_kind(config).draws_samples or not config.mechanisms:
+    if run_kind(config).draws_samples(config) or not config.mechanisms:
         return ["misalignment"]
     return []
 

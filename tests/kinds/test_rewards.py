@@ -16,7 +16,7 @@ import pytest
 from nalora_jax.config import RLConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.kinds.rl import rewards
-from nalora_jax.kinds.rl.kind import _forget_samples
+from nalora_jax.kinds.rl.kind import forget_samples
 from nalora_jax.kinds.rl.reward_evaluation import metric_names
 from nalora_jax.kinds.rl.rewards import Scorer, make_reward
 
@@ -141,12 +141,12 @@ def test_damaged_lines_of_shown_samples_are_dropped_on_resume(tmp_path, caplog):
         damaged = bytearray(lines[0])
         damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
         file.write_bytes(b"\n".join([bytes(damaged), *lines[1:]]) + b'\n{"step": 1')
-        _forget_samples(file, 2)
+        forget_samples(file, 2)
         assert lines[1] in file.read_bytes().splitlines()
         assert lines[2] not in file.read_bytes()
         assert file.read_bytes().endswith(b"\n")
     file.write_bytes(b'\xff{"step": 1}\n[]\n' + lines[0] + b"\n")
     caplog.clear()
-    _forget_samples(file, 2)
+    forget_samples(file, 2)
     assert file.read_bytes() == lines[0] + b"\n"
     assert "dropped 2 lines that cannot be read" in caplog.text

@@ -249,7 +249,7 @@ def server_pool(
     exports: Exports,
     loaded: LoadedModel,
     assembly: Assembly,
-    data: PromptRows,
+    data: PromptData,
     folder: Path,
 ) -> ServerPool:
     """Returns the servers of a run; their probes are prompts of the training data."""
@@ -281,6 +281,8 @@ def _policy_digest(config: RunConfig) -> str:
     if rl.environment:
         turns = [rl.environment, rl.max_turns, rl.max_turn_tokens]
         decisive.append([*turns, rl.system_prompt])
+    if config.distill.kind:
+        decisive.append(settings["distill"])
     return hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:8]
 
 
@@ -301,6 +303,8 @@ def limits(config: RunConfig) -> Iterator[Limits]:
     rl = config.rl
     has_reward = bool(rl.reward_names)
     require("--rl.rewards", has_reward, "at least one, or --rl.environment", "none")
+    several = "2 or more, whose rewards are compared"
+    require("--rl.samples", rl.samples > 1, several, rl.samples)
     # The penalty compares with the base, whose kernels PiSSA changes. Initializations by gradients
     # read batches of targets, which prompts do not have.
     inits: tuple[str, ...] = (*UNCHANGED, "pissa")
@@ -319,7 +323,7 @@ def limits(config: RunConfig) -> Iterator[Limits]:
     if config.adapter:
         remedy = "the reference is the base without an adapter: merge this one first (nalora merge)"
         yield Limits("--adapter", {"rl.beta": (0,)}, remedy)
-    yield from _server_limits(rl)
+    yield from server_limits(rl)
     if not rl.environment:
         values = {"rl.max_turns": (8,), "rl.max_turn_tokens": (0,)}
         yield Limits("no --rl.environment", values)
@@ -332,7 +336,7 @@ def limits(config: RunConfig) -> Iterator[Limits]:
     check_divides(config.train.batch_size, "rl.samples", rl.samples)
 
 
-def _server_limits(rl: RLConfig) -> Iterator[Limits]:
+def server_limits(rl: RLConfig) -> Iterator[Limits]:
     """Yields the values that other settings may have with and without servers; see `limits`."""
     for flag, bounds in (
         ("--rl.importance-tokens", rl.importance_tokens),
@@ -502,7 +506,7 @@ class RolloutStep:
             # The samples after the checkpoint are drawn again.
             self._begun = True
             if self._file is not None:
-                _forget_samples(self._file, number)
+                forget_samples(self._file, number)
         # Also in the middle of the updates, if no rollout was restored.
         if number % rl.updates == 0 or not rollout.arrays:
             rollout.arrays, rollout.figures = self._new(params, state, batch, number)
@@ -755,7 +759,7 @@ class RolloutStep:
         return sample
 
 
-def _forget_samples(file: Path, step: int) -> None:
+def forget_samples(file: Path, step: int) -> None:
     """Removes the samples of later steps, which a resumed run repeats, and unreadable lines.
 
     The samples are only displayed, so damage does not end the run.
@@ -880,7 +884,7 @@ KIND = register_kind(
         # As long as --rl.beta is 0 and a step has one update; docs/rl.md has the runs.
         rate=1 / 8,
         batch_arrays=batch_arrays,
-        draws_samples=True,
+        draws_samples=lambda config: True,
         subject="nalora_jax.study.reward_subject:Rewards",
     )
 )
