@@ -31,7 +31,7 @@ from tests.weights.conftest import COMMON
 from tests.weights.folders import RAW, write_folder
 
 VISION: Any = SimpleNamespace(
-    model_type="llava", image_token=99, tokens=4, tower=SimpleNamespace(image_size=16)
+    model_type="llava", image_token=99, tokens=4, tiled=False, tower=SimpleNamespace(image_size=16)
 )
 
 

@@ -64,7 +64,9 @@ def test_without_a_working_compiler_one_line_names_the_reason(
     with caplog.at_level(logging.WARNING):
         assert not library.kind()
         assert not library.kind()
-    assert [message in line for line in caplog.messages] == [True]
+    # Other libraries may warn, such as JAX of a slow compilation on a busy machine.
+    lines = [r.getMessage() for r in caplog.records if r.name.startswith("nalora_jax")]
+    assert [message in line for line in lines] == [True]
     assert not list((tmp_path / "cache").glob("native/*"))
 
 
