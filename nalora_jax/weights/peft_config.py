@@ -56,6 +56,7 @@ _SUPPORTED = {
     "init_lora_weights",
     "eva_config",
     "corda_config",
+    "astra_config",
     "loftq_config",
     "lora_ga_config",
     "revision",

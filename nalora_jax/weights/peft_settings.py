@@ -136,7 +136,13 @@ _METHODS = (
 )
 _IGNORED = {
     **dict.fromkeys(
-        ("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+        (
+            "eva_config",
+            "corda_config",
+            "astra_config",
+            "loftq_config",
+            "lora_ga_config",
+        ),
         "it configures an initialization",
     ),
     "qalora_group_size": "it is a setting of use_qalora",

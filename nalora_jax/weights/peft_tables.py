@@ -59,6 +59,8 @@ _ROWS = "token_adapter.trainable_tokens_delta"
 _RESIZED = "token_adapter.base_layer.weight"
 # The head of transformers' ``...ForSequenceClassification``.
 _SCORE_MODULE = "score"
+# PEFT names all heads that it knows, whichever of them the model has.
+_HEADS_OF_PEFT = ("classifier", _SCORE_MODULE, "pre_classifier")
 _SCORE_KEY = f"{PREFIX}{_SCORE_MODULE}.weight"
 
 
@@ -137,8 +139,7 @@ def take_tables(
     named = tuple(name.rpartition(".")[2] for name in peft.modules_to_save)
     head = {}
     if _SCORE_MODULE in named:
-        # PEFT names both of its usual heads.
-        named = tuple(name for name in named if name not in ("classifier", "score"))
+        named = tuple(name for name in named if name not in _HEADS_OF_PEFT)
         head[SCORE] = _take_score(config, tensors, where)
     spec = AdapterSpec(saved=named, token_indices=peft.token_indices)
     remedy = (
