@@ -3,10 +3,11 @@
     python benchmarks/loading.py --gigabytes 30 --quantize nf4
     python benchmarks/loading.py --gigabytes 8 --stored fp8
 
-Writes a Hugging Face folder of a Llama whose weights are zeros in sparse files, so that it takes no
-disk, in bfloat16 or with kernels in a quantized format that memory keeps (``--stored``), loads it in a process of its own and reads that process's anonymous memory every 20 ms. It
-prints the peak above the start of the load beside the bytes of the loaded arrays and of the largest
-tensor in the file: the peak has to stay near the loaded arrays plus one tensor.
+Writes a Hugging Face folder of a Llama, in bfloat16 or with its kernels in a quantized format that
+memory keeps (``--stored``). The weights are zeros in sparse files, which take no disk. A separate
+process loads the folder while this one reads its anonymous memory every 20 ms. Prints the peak
+above the start of the load, the bytes of the loaded arrays and those of the largest tensor in the
+file: the peak should stay near the loaded arrays plus one tensor.
 """
 
 from __future__ import annotations

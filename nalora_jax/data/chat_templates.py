@@ -391,7 +391,7 @@ class SizedImageTokens(ImageTokens):
 
 
 def image_parts(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the parts of messages that stand for images, in order."""
+    """Returns the image parts of messages, in order."""
     parts = []
     for message in messages:
         content = message.get("content")

@@ -77,8 +77,7 @@ def render_taught(
 
 
 def add_system(messages: Sequence[Message], system: str) -> list[Message]:
-    """Returns messages that begin with a system prompt, before the text of a system message that
-    they begin with."""
+    """Returns the messages with ``system`` before the text of their system message, or as one."""
     content = system
     first = messages[0]
     if first["role"] == "system" and not isinstance(first["content"], Parts):

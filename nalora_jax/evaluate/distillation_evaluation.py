@@ -17,6 +17,7 @@ from nalora_jax.evaluate.evaluator import (
     SAMPLES,
     Evaluator,
     ItemRecord,
+    sample_records,
     variables_of,
 )
 from nalora_jax.evaluate.generate import Generator
@@ -140,13 +141,5 @@ class DistillationEvaluator(Evaluator):
         )
         prompts = [item.example.divided[0] for item in sampled]
         answers = generator.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
-        samples = []
-        for item, answer in zip(sampled, answers, strict=True):
-            samples.append(
-                {
-                    "prompt": item.prompt,
-                    "answer": answer.strip(),
-                    "expected": item.completion.strip(),
-                }
-            )
-        return {"samples": samples}
+        references = [item.completion for item in sampled]
+        return sample_records([item.prompt for item in sampled], answers, references)

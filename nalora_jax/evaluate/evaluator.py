@@ -3,7 +3,7 @@ models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -28,6 +28,23 @@ def variables_of(params: Any, lora: Any | None) -> dict[str, Any]:
         return {"params": params}
     weights, adapters = join_tuned(params, lora)
     return {"params": weights, "lora": adapters}
+
+
+def sample_records(
+    prompts: Iterable[str], answers: Iterable[str], references: Iterable[str]
+) -> dict[str, Any]:
+    """Returns ``samples``, prompts with their completions and the reference completions, for
+    display."""
+    samples = []
+    for prompt, answer, reference in zip(prompts, answers, references, strict=True):
+        samples.append(
+            {
+                "prompt": prompt,
+                "answer": answer.strip(),
+                "expected": reference.strip(),
+            }
+        )
+    return {"samples": samples}
 
 
 class Answer(Protocol):

@@ -17,6 +17,7 @@ from nalora_jax.evaluate.evaluator import (
     SAMPLES,
     Evaluator,
     ItemRecord,
+    sample_records,
     variables_of,
 )
 from nalora_jax.evaluate.generate import Generator
@@ -154,16 +155,8 @@ class PreferenceEvaluator(Evaluator):
         )
         prompts = [pair.chosen.divided[0] for pair in sampled]
         answers = generator.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
-        samples = []
-        for pair, answer in zip(sampled, answers, strict=True):
-            samples.append(
-                {
-                    "prompt": pair.prompt,
-                    "answer": answer.strip(),
-                    "expected": pair.texts[0].strip(),
-                }
-            )
-        return {"samples": samples}
+        references = [pair.texts[0] for pair in sampled]
+        return sample_records([pair.prompt for pair in sampled], answers, references)
 
     def _base_scores(self, params: Any) -> np.ndarray:
         """Returns the result of `_scores` for the model without adapters, computed once."""

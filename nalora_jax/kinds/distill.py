@@ -343,8 +343,8 @@ def _make_evaluator(
     with a concrete row length."""
     rows = TaughtRows(config.data.max_length, bool(config.distill.system))
     if config.distill.on_policy:
-        return OnPolicyEvaluator.of(
-            items, config, model, tokenizer, rows, score, mesh=mesh
+        return OnPolicyEvaluator(
+            model, tokenizer, items, rows, score, config, mesh=mesh
         )
     return DistillationEvaluator(model, tokenizer, items, rows, score, mesh=mesh)
 

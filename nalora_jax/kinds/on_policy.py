@@ -1,28 +1,20 @@
 """On-policy distillation: the student draws samples, and learns the teacher's distributions on
-them.
-
-A step has two programs, as one with rewards (`nalora_jax.kinds.rl.kind`): samples of the current
-adapter, by this library's generator or by servers, and the update. Samples are a pure function of
-seed, step, weights and adapter, so that a resumed run draws the same ones.
-"""
+them; its steps are those of `nalora_jax.kinds.rl.sampling_step`."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from nalora_jax.assembly.program import Assembly
 from nalora_jax.assembly.schedule import Schedule
-from nalora_jax.config import RLConfig, RunConfig
+from nalora_jax.config import RunConfig
 from nalora_jax.data.prompts import (
     PromptData,
     PromptRecord,
@@ -36,21 +28,25 @@ from nalora_jax.data.taught_text import TaughtExample, add_system, match_places
 from nalora_jax.data.tokenize import Example
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.distillation_evaluation import DistillationEvaluator
-from nalora_jax.evaluate.evaluator import SAMPLES, ItemRecord, variables_of
+from nalora_jax.evaluate.distillation_evaluation import (
+    DistillationEvaluator,
+    ScoreTokens,
+    TaughtRows,
+)
+from nalora_jax.evaluate.evaluator import (
+    SAMPLES,
+    ItemRecord,
+    sample_records,
+    variables_of,
+)
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.kinds.rl.engine import Request
-from nalora_jax.kinds.rl.kind import forget_samples, prompt_text
-from nalora_jax.kinds.rl.rollout import Sampler, Samples, sample_batch
-from nalora_jax.kinds.rl.servers.pool import ServerPool
+from nalora_jax.kinds.rl.kind import prompt_text
+from nalora_jax.kinds.rl.rollout import Samples, sample_batch
+from nalora_jax.kinds.rl.sampling_step import SamplingStep
 from nalora_jax.kinds.rl.turn_generator import GreedyTurns
-from nalora_jax.mesh import distributed, processes
 from nalora_jax.method.step import Batch, TrainState
-from nalora_jax.weights.model_files import LoadedModel
-
-_SHOWN = 4  # prompts of a step in the run's file of samples
-
+from nalora_jax.models.decoder import Decoder
 
 # ---------------------------------------------------------------- prompts
 
@@ -157,48 +153,10 @@ def student_prompts(
 # ---------------------------------------------------------------- the step
 
 
-class SampledStep:
-    """A training step with its samples: ``(params, state, batch of prompts) -> (state, metrics)``.
+class SampledStep(SamplingStep):
+    """A `SamplingStep` on samples that a teacher reads, one update each."""
 
-    Args:
-      config: the run's settings.
-      loaded: the base model.
-      assembly: with the compiled update.
-      data: the prompts of a batch.
-      folder: receives complete groups and some samples; None: they are not stored.
-      servers: that draw the samples; None: the generator of this library does.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        loaded: LoadedModel,
-        assembly: Assembly,
-        data: StudentPrompts,
-        folder: Path | None,
-        servers: ServerPool | None = None,
-    ) -> None:
-        rl = config.rl
-        self._update = assembly.step
-        self._mesh = assembly.mesh
-        self._config = config
-        self._data = data
-        self._servers = servers
-        self._file = folder and folder / ROLLOUTS
-        self._checkpoints = folder and folder / "checkpoints"
-        self._begun = False
-        self._sampler = Sampler(
-            rl,
-            assembly.eval_model,
-            assembly.params,
-            loaded.tokenizer,
-            assembly.mesh,
-            prompts=data.batch_size // rl.samples,
-            seed=config.seed,
-            longest=data.longest,
-            folder=folder and folder / "rollouts",
-            servers=servers,
-        )
+    _data: StudentPrompts
 
     def __call__(
         self, params: Any, state: TrainState, batch: Batch
@@ -208,48 +166,28 @@ class SampledStep:
         The metrics under ``measured`` include ``length`` (mean tokens of a sample), ``cut`` (share
         of samples that the limit cut), and the seconds of samples and update.
         """
-        rl = self._config.rl
         number = int(state.step)
-        if not self._begun:
-            # The samples after the checkpoint are drawn again.
-            self._begun = True
-            if self._file is not None:
-                forget_samples(self._file, number)
+        self._resume(number)
         started = time.perf_counter()
-        # [accumulate, rows] prompt indices, each repeated for its samples -> one index per prompt.
-        places = np.asarray(processes.fetch(batch["prompt"])).ravel()[:: rl.samples]
-        prompts = self._data.prompts(places.tolist())
+        places, prompts = self._prompts(batch)
         samples = self._sampler(state.lora, number, prompts)
         figures = {
             "length": float(samples.written.mean()),
             "cut": float(samples.cut.mean()),
         }
         if self._servers is not None:
-            figures |= self._served(self._servers, number)
+            self._forget_served(self._servers, 0)
+            figures |= self._servers.figures()
+            if number + 1 >= self._config.steps:
+                self._servers.close()  # the last samples
         if Schedule.of(self._config).logs(number + 1):
-            self._write(number + 1, prompts, samples)
-        figures["rollout_seconds"] = time.perf_counter() - started
-        started = time.perf_counter()
+            self._write(number + 1, prompts, partial(self._shown_sample, samples))
         rows = self._rows(self._arrays(places, prompts, samples))
-        arrays = distributed.make_global_batch(rows, self._mesh, rows_axis=1)
-        state, metrics = self._update(params, state, arrays)
-        # So that the update's time is measured, not its dispatch.
-        jax.block_until_ready(metrics["loss"])
-        figures["update_seconds"] = time.perf_counter() - started
+        figures["rollout_seconds"] = time.perf_counter() - started
+        state, metrics, seconds = self._updated(params, state, rows)
+        figures["update_seconds"] = seconds
         measured = dict(metrics["measured"]) | figures
         return state, metrics | {"measured": measured}
-
-    def _served(self, servers: ServerPool, number: int) -> dict[str, float]:
-        """Returns metrics of the servers; forgets samples that no checkpoint needs, and ends after
-        the last step."""
-        if self._checkpoints is not None and self._checkpoints.is_dir():
-            saved = [path.name for path in self._checkpoints.iterdir()]
-            steps = [int(name) for name in saved if name.isdecimal()]
-            servers.forget_before(min(steps, default=0))
-        figures = servers.figures()
-        if number + 1 >= self._config.steps:
-            servers.close()
-        return figures
 
     def _arrays(
         self, places: np.ndarray, prompts: Sequence[PromptRecord], samples: Samples
@@ -276,37 +214,11 @@ class SampledStep:
             )
         return arrays
 
-    def _rows(self, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns this process's rows ``[accumulate, rows, ...]``."""
-        accumulate = self._data.accumulate
-        rows = list(self._data.rows)
-        return {
-            # [rows of all processes, ...] -> [accumulate, rows of all, ...] -> rows of this process
-            n: v.reshape(accumulate, -1, *v.shape[1:])[:, rows]
-            for n, v in whole.items()
-        }
-
-    def _write(
-        self, step: int, prompts: Sequence[PromptRecord], samples: Samples
-    ) -> None:
-        """Appends samples of some prompts to the run's file, a line each."""
-        if jax.process_index() or self._file is None:
-            return
-        size = self._config.rl.samples
-        decode = self._sampler.tokenizer.decode
-        with self._file.open("a", encoding="utf-8") as file:
-            for place, prompt in enumerate(prompts[:_SHOWN]):
-                shown = []
-                for row in range(place * size, (place + 1) * size):
-                    # After the sample's end tokens are negative (`NO_TOKEN`).
-                    tokens = samples.tokens[row]
-                    text = decode(tokens[tokens >= 0].tolist())
-                    version = int(samples.version[row])
-                    shown.append(
-                        {"completion": text, "rewards": {}, "version": version}
-                    )
-                line = {"step": step, "prompt": prompt.text, "samples": shown}
-                file.write(json.dumps(line) + "\n")
+    def _shown_sample(self, samples: Samples, row: int) -> dict[str, Any]:
+        """Returns a sample's completion, for JSON."""
+        completion = self._sampler.tokenizer.decode(self._ids(samples, row))
+        version = int(samples.version[row])
+        return {"completion": completion, "rewards": {}, "version": version}
 
 
 # ---------------------------------------------------------------- evaluation
@@ -315,42 +227,38 @@ class SampledStep:
 class OnPolicyEvaluator(DistillationEvaluator):
     """Evaluates adapters by the divergence from a teacher on their own likeliest completions.
 
-    Attributes:
+    Args:
+      model: the decoder, with the adapters' spec.
+      tokenizer: tokenizer of the base model.
       prompts: held out.
-      teacher_prompts: token ids of each, as the teacher reads it.
-      rl: limit of a completion.
+      rows: shapes of the rows.
+      score: of a batch.
+      config: the run's settings.
+      mesh: mesh of the weights, if they are sharded.
     """
 
-    prompts: Sequence[PromptRecord]
-    teacher_prompts: Sequence[Sequence[int]]
-    rl: RLConfig
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
         prompts: Sequence[PromptRecord],
+        rows: TaughtRows,
+        score: ScoreTokens,
         config: RunConfig,
-        *arguments: Any,
-        **options: Any,
-    ) -> OnPolicyEvaluator:
-        """Returns the evaluator of prompts; further arguments are those of `DistillationEvaluator`
-        without the examples."""
-        model, tokenizer, *others = arguments
-        made = cls(model, tokenizer, (), *others, **options)
-        made.prompts = prompts
-        made.rl = config.rl
-        made.teacher_prompts = [prompt.ids for prompt in prompts]
+        *,
+        mesh: Mesh | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, (), rows, score, mesh=mesh)
+        self._prompts = prompts
+        self._limit = config.rl.max_new_tokens
+        # Token ids of each prompt, as the teacher reads it.
+        self._teacher_prompts = [prompt.ids for prompt in prompts]
         if config.distill.system:
-            made.teacher_prompts = []
+            write = partial(write_taught_prompt, config=config, tokenizer=tokenizer)
+            self._teacher_prompts = []
             for prompt in prompts:
-                text = write_taught_prompt(
-                    dict(prompt.record),
-                    prompt.where,
-                    config=config,
-                    tokenizer=tokenizer,
-                )
-                made.teacher_prompts.append(tokenizer.encode(text, special=False))
-        return made
+                text = write(dict(prompt.record), prompt.where)
+                self._teacher_prompts.append(tokenizer.encode(text, special=False))
 
     def examples(self, params: Any, lora: Any | None) -> list[TaughtExample]:
         """Returns the likeliest completion of each prompt, as both models read it."""
@@ -358,12 +266,11 @@ class OnPolicyEvaluator(DistillationEvaluator):
             self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh
         )
         engine = GreedyTurns(generator, self._tokenizer)
-        limit = self.rl.max_new_tokens
-        requests = [Request(prompt.ids, 0, limit) for prompt in self.prompts]
+        requests = [Request(prompt.ids, 0, self._limit) for prompt in self._prompts]
         items = []
         drawn = engine.sample(requests)
         for prompt, longer, turn in zip(
-            self.prompts, self.teacher_prompts, drawn, strict=True
+            self._prompts, self._teacher_prompts, drawn, strict=True
         ):
             items.append(
                 TaughtExample(
@@ -379,16 +286,10 @@ class OnPolicyEvaluator(DistillationEvaluator):
         self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
     ) -> dict[str, Any]:
         """Returns a few prompts with their completions and the reference completions."""
-        samples = []
-        for prompt, record in zip(self.prompts[:SAMPLES], records, strict=False):
-            samples.append(
-                {
-                    "prompt": prompt.text,
-                    "answer": str(record["completion"]).strip(),
-                    "expected": str(prompt.record["answer"]).strip(),
-                }
-            )
-        return {"samples": samples}
+        shown = self._prompts[:SAMPLES]
+        answers = [str(record["completion"]) for record in records[:SAMPLES]]
+        references = [str(prompt.record["answer"]) for prompt in shown]
+        return sample_records([prompt.text for prompt in shown], answers, references)
 
 
 def _joined(prompt: Sequence[int], completion: np.ndarray) -> Example:

@@ -12,25 +12,19 @@ that of generalized knowledge distillation (arXiv 2306.13649), with the conventi
 
 Both models' logits exist for one chunk of positions at a time, and the gradient by the student's
 logits is computed in the same pass from its formula. No array ``[tokens, vocab]`` is stored.
-
-A teacher may be known by its k most likely tokens only. Then both distributions are compared on
-these tokens and on the sum of all others, a lower bound of the divergence.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.losses import SMALL, Head, measure_positions, rows_of_chunk
+from nalora_jax.ops.losses import Head, measure_positions
 from nalora_jax.ops.storage import Kernel, dot
-
-# Least probability of all tokens that are not among the teacher's k most likely ones.
-_LEAST = 1e-9
 
 
 def divergence(student: Array, teacher: Array, beta: float) -> tuple[Array, Array]:
@@ -60,61 +54,12 @@ def divergence(student: Array, teacher: Array, beta: float) -> tuple[Array, Arra
     return value, (1 - beta) * p * (ratio - of_student[..., None])
 
 
-def divergence_of_likeliest(
-    student: Array, ids: Array, teacher: Array, beta: float
-) -> tuple[Array, Array]:
-    """Returns `divergence` on some tokens and the sum of all others, and its derivative by the
-    student's logits.
-
-    Args:
-      student: log-probabilities ``[rows, vocab]``.
-      ids: token ids int ``[rows, k]``, different from each other; -1 for none.
-      teacher: their log-probabilities by the teacher ``[rows, k]``.
-      beta: see `divergence`.
-
-    Returns:
-      The divergence ``[rows]``, and its derivative ``[rows, vocab]``.
-    """
-    known = ids >= 0
-    places = jnp.where(known, ids, 0)
-    # A token that is missing has no probability in both, so that it adds nothing.
-    nothing = jnp.log(_LEAST) * 4
-    of_student = jnp.take_along_axis(student, places, axis=-1)
-    of_student = jnp.where(known, of_student, nothing)
-    of_teacher = jnp.where(known, teacher, nothing)
-    value, slope = divergence(_with_others(of_student), _with_others(of_teacher), beta)
-    # The derivative by all other tokens' logits is shared in proportion to their probabilities.
-    others = jnp.exp(student) * slope[:, -1:] / _rest(of_student)
-    rows = jnp.arange(len(ids))[:, None]
-    chosen = jnp.zeros_like(student).at[rows, places].add(known * slope[:, :-1])
-    hit = jnp.zeros(student.shape, bool).at[rows, places].max(known)
-    return value, jnp.where(hit, chosen, others)
-
-
-def _rest(log_probs: Array) -> Array:
-    """Returns the probability of all tokens but these, ``[rows, 1]``."""
-    total = jnp.sum(jnp.exp(log_probs), axis=-1, keepdims=True)
-    return jnp.maximum(1 - total, _LEAST)
-
-
-def _with_others(log_probs: Array) -> Array:
-    """Returns log-probabilities ``[rows, k + 1]``, the last of all other tokens."""
-    return jnp.concatenate([log_probs, jnp.log(_rest(log_probs))], axis=-1)
-
-
 class TeacherLogits(NamedTuple):
     """A teacher by its hidden states, in chunks with the student."""
 
     hidden: Array  # [batch, seq, d_model]
     kernel: Kernel  # of its head
     head: Head
-
-
-class Likeliest(NamedTuple):
-    """A teacher by its most likely tokens at every position."""
-
-    ids: Array  # int32 [batch, seq, k], -1 for none
-    log_probs: Array  # float32 [batch, seq, k]
 
 
 class Divergences(NamedTuple):
@@ -130,7 +75,7 @@ class Divergences(NamedTuple):
 def token_divergences(
     hidden: Array,
     kernel: Kernel,
-    teacher: TeacherLogits | Likeliest,
+    teacher: TeacherLogits,
     weights: Array,
     beta: float,
     head: Head,
@@ -148,7 +93,7 @@ def token_divergences(
     Args:
       hidden: the student's, ``[batch, seq, d_model]`` after the final norm.
       kernel: of its head, as it is stored; see `nalora_jax.ops.losses.cross_entropy`.
-      teacher: its hidden states at the same positions, or its most likely tokens.
+      teacher: its hidden states at the same positions.
       weights: ``[batch, seq]``, 0 for positions that do not count.
       beta: see the table of this module.
       head: static options of the student's head, its scale divided by the temperature.
@@ -157,24 +102,18 @@ def token_divergences(
       chunk, compact, shards: see `nalora_jax.ops.losses.cross_entropy`.
     """
 
-    def measure(h: Array, kernel: Kernel, t: Any, w: Array) -> Divergences:
-        """Returns the results of some rows ``h [rows, d_model]``."""
+    def measure(h: Array, kernel: Kernel, t: Array, w: Array) -> Divergences:
+        """Returns the results of rows ``h`` of the student and ``t`` of the teacher, ``[rows,
+        d_model]``."""
         logits, slope = head.logits(dot(h, kernel, numerics, dims=(1, 1 - head.axis)))
-        if isinstance(teacher, Likeliest):
-            common = logits.shape[1]
-            log_p = jax.nn.log_softmax(logits)
-            value, delta = divergence_of_likeliest(log_p, t.ids, t.log_probs, beta)
-            best = t.ids[:, 0]
-        else:
-            axis = teacher.head.axis
-            products = dot(t, teacher.kernel, numerics, dims=(1, 1 - axis))
-            of_teacher, _ = teacher.head.logits(products)
-            common = min(logits.shape[1], of_teacher.shape[1])
-            log_p = jax.nn.log_softmax(logits[:, :common])
-            log_q = jax.nn.log_softmax(of_teacher[:, :common])
-            value, delta = divergence(log_p, log_q, beta)
-            best = jnp.argmax(log_q, axis=-1)
-        agrees = jnp.argmax(log_p, axis=-1) == best
+        axis = teacher.head.axis
+        products = dot(t, teacher.kernel, numerics, dims=(1, 1 - axis))
+        of_teacher, _ = teacher.head.logits(products)
+        common = min(logits.shape[1], of_teacher.shape[1])
+        log_p = jax.nn.log_softmax(logits[:, :common])
+        log_q = jax.nn.log_softmax(of_teacher[:, :common])
+        value, delta = divergence(log_p, log_q, beta)
+        agrees = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
         back = jnp.zeros((h.shape[0], 0), h.dtype)
         if grad:
             delta = jnp.pad(delta, ((0, 0), (0, logits.shape[1] - common)))
@@ -183,12 +122,15 @@ def token_divergences(
             back = back.astype(h.dtype)
         return Divergences(w * value, w * agrees, back)
 
-    if not chunk:
-        chunk = rows_of_chunk(kernel.shape[head.axis], *SMALL)
-    of_positions: Any = teacher
-    if isinstance(teacher, TeacherLogits):
-        of_positions = teacher.hidden
     results: Divergences = measure_positions(
-        measure, hidden, kernel, of_positions, weights, chunk, compact, shards
+        measure,
+        hidden,
+        kernel,
+        teacher.hidden,
+        weights,
+        head,
+        chunk=chunk,
+        compact=compact,
+        shards=shards,
     )
     return results

@@ -32,7 +32,7 @@ _CHUNK_FLOATS = 1 << 27
 _LEAST_ROWS = 1024
 # Floats of a chunk and its least number of rows without a backward pass, and with a trained head,
 # whose gradient each chunk adds to.
-SMALL = 1 << 25, 128
+_SMALL = 1 << 25, 128
 
 
 class Head(NamedTuple):
@@ -208,7 +208,7 @@ RowsChunk = Callable[[Array, Any, Array], tuple[Any, Any]]
 def _of_targets(
     chunk: RowsChunk,
     hidden: Array,
-    targets: Any,
+    targets: Array,
     weights: Array,
     rows: int,
     start: Any,
@@ -222,8 +222,7 @@ def _of_targets(
     n = weights.size
     flat = hidden.reshape(n, -1)  # [batch * seq, d_model]
     weights = weights.reshape(n)
-    # [batch, seq, ...] -> [batch * seq, ...]
-    targets = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), targets)
+    targets = targets.reshape(n, *targets.shape[2:])
     rows = min(rows, n)
     # Rows with a target first; the last chunk is padded with rows of weight zero.
     order = jnp.pad(
@@ -238,7 +237,7 @@ def _of_targets(
         take = partial(jnp.take, indices=index, axis=0, mode="clip")
         h = take(flat)
         w = take(weights)
-        t = jax.tree.map(take, targets)
+        t = take(targets)
         more, parts = chunk(h, t, jnp.where(index < n, w, 0.0))
         write = lambda whole, part: whole.at[index].set(part, mode="drop")  # noqa: E731
         return jax.tree.map(jnp.add, sums, more), jax.tree.map(write, outputs, parts)
@@ -317,10 +316,16 @@ def target_losses(
         """Returns the losses of some rows."""
         return chunk_of_rows(h, kernel, t, w, False, head=head, numerics=numerics)[0]
 
-    if not chunk:
-        chunk = rows_of_chunk(kernel.shape[head.axis], *SMALL)
     return measure_positions(
-        losses, hidden, kernel, targets, weights, chunk, compact, shards
+        losses,
+        hidden,
+        kernel,
+        targets,
+        weights,
+        head,
+        chunk=chunk,
+        compact=compact,
+        shards=shards,
     )
 
 
@@ -365,10 +370,16 @@ def target_scores(
             alignments=w * (log_prob - (log_squares - 2 * log_total)),
         )
 
-    if not chunk:
-        chunk = rows_of_chunk(kernel.shape[head.axis], *SMALL)
     return measure_positions(
-        scores, hidden, kernel, targets, weights, chunk, compact, shards
+        scores,
+        hidden,
+        kernel,
+        targets,
+        weights,
+        head,
+        chunk=chunk,
+        compact=compact,
+        shards=shards,
     )
 
 
@@ -376,23 +387,27 @@ def measure_positions(
     measure: Callable[[Array, Kernel, Any, Array], Any],
     hidden: Array,
     kernel: Kernel,
-    targets: Any,
+    targets: Array,
     weights: Array,
-    rows: int,
+    head: Head,
+    *,
+    chunk: int,
     compact: bool,
     shards: int,
 ) -> Any:
     """Returns ``measure(hidden, kernel, targets, weights)`` of every position, arrays ``[batch,
     seq, ...]``.
 
-    ``measure`` is called on ``rows`` positions at a time, and has no gradient. ``targets`` are one
-    or several arrays ``[batch, seq, ...]``. A position of weight 0 may have zeros as results.
+    ``measure`` is called on some positions at a time, and has no gradient. ``targets`` are
+    ``[batch, seq, ...]``. A position of weight 0 may have zeros as results. The other arguments are
+    those of `cross_entropy`.
     """
+    rows = chunk or rows_of_chunk(kernel.shape[head.axis], *_SMALL)
     hidden, kernel, targets, weights = lax.stop_gradient(
         (hidden, kernel, targets, weights.astype(jnp.float32))
     )
 
-    def chunk(h: Array, t: Any, w: Array) -> tuple[None, Any]:
+    def of_rows(h: Array, t: Array, w: Array) -> tuple[None, Any]:
         """Returns no sums, and the results by row."""
         return None, measure(h, kernel, t, w)
 
@@ -401,12 +416,12 @@ def measure_positions(
         flat = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]), (hidden, targets, weights)
         )
-        measured = jax.eval_shape(chunk, *flat)[1]
+        measured = jax.eval_shape(of_rows, *flat)[1]
         zeros = jax.tree.map(
             lambda x: jnp.zeros((*weights.shape, *x.shape[1:]), x.dtype), measured
         )
-        return _of_targets(chunk, hidden, targets, weights, rows, (None, zeros))[1]
-    return _along_sequence(chunk, hidden, targets, weights, rows * shards, None)[1]
+        return _of_targets(of_rows, hidden, targets, weights, rows, (None, zeros))[1]
+    return _along_sequence(of_rows, hidden, targets, weights, rows * shards, None)[1]
 
 
 # ---------------------------------------------------------------- a trained head
@@ -518,7 +533,7 @@ def trained_cross_entropy(
 ) -> Array:
     """Returns the loss of `cross_entropy`, differentiable by ``hidden`` and the trained part of the
     head."""
-    rows = (chunk or rows_of_chunk(trained.vocab_size, *SMALL)) * shards
+    rows = (chunk or rows_of_chunk(trained.vocab_size, *_SMALL)) * shards
     weights = lax.stop_gradient(weights.astype(jnp.float32))
 
     def sums(inputs: Any, constants: Any, grad: bool) -> Any:

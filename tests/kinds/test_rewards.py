@@ -16,9 +16,9 @@ import pytest
 from nalora_jax.config import RLConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.kinds.rl import rewards
-from nalora_jax.kinds.rl.kind import forget_samples
 from nalora_jax.kinds.rl.reward_evaluation import metric_names
 from nalora_jax.kinds.rl.rewards import Scorer, make_reward
+from nalora_jax.kinds.rl.sampling_step import forget_samples
 
 CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "an owl"}
 

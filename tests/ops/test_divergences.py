@@ -13,10 +13,8 @@ import pytest
 
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.divergences import (
-    Likeliest,
     TeacherLogits,
     divergence,
-    divergence_of_likeliest,
     token_divergences,
 )
 from nalora_jax.ops.losses import Head
@@ -43,38 +41,6 @@ def test_divergence_and_gradient_are_those_of_trl(case):
     np.testing.assert_allclose(gradient, case["gradient"], rtol=1e-10, atol=1e-15)
 
 
-@pytest.mark.parametrize("case", TRL["cases"], ids=name_of)
-def test_divergence_of_the_likeliest_tokens_is_that_of_trl(case):
-    settings = case["settings"]
-    likeliest = case["likeliest"]
-    with jax.enable_x64(True):
-        student = jnp.array(case["student"], float)
-        log_p = jax.nn.log_softmax(student / settings["temperature"])
-        real = np.array(case["labels"]) != -100
-        ids = jnp.array(likeliest["ids"])
-        known = jnp.array(likeliest["log_probs"], float)
-        flat = (x.reshape(-1, x.shape[-1]) for x in (log_p, ids, known))
-        results = divergence_of_likeliest(*flat, settings["beta"])
-        values, slope = map(np.asarray, results)
-    values = values.reshape(real.shape)
-    slope = slope.reshape(student.shape)
-    gradient = slope * real[..., None] / real.sum() / settings["temperature"]
-    np.testing.assert_allclose(values[real].sum() / real.sum(), likeliest["loss"], rtol=1e-11)
-    np.testing.assert_allclose(gradient, likeliest["gradient"], rtol=1e-9, atol=1e-14)
-
-
-def test_a_token_that_is_missing_changes_nothing():
-    rng = np.random.default_rng(0)
-    log_p, log_q = jax.nn.log_softmax(rng.normal(size=(2, 4, 9)).astype(np.float32))
-    ids = np.array([[1, 2, -1], [3, 0, -1], [4, 8, -1], [7, 6, -1]])
-    known = np.take_along_axis(log_q, np.maximum(ids, 0), axis=1)
-    for beta in (0.0, 0.3, 1.0):
-        found = divergence_of_likeliest(log_p, ids, known, beta)
-        expected = divergence_of_likeliest(log_p, ids[:, :2], known[:, :2], beta)
-        for values, others in zip(found, expected, strict=True):
-            np.testing.assert_allclose(values, others, rtol=1e-5, atol=1e-7)
-
-
 def plain(hidden, kernel, head, teacher, weights, beta):
     """Returns the summed divergence by its formula, differentiable by ``hidden``."""
 
@@ -85,17 +51,9 @@ def plain(hidden, kernel, head, teacher, weights, beta):
         return products
 
     of_student = logits(hidden, kernel, head)
-    if isinstance(teacher, Likeliest):
-        log_p = jax.nn.log_softmax(of_student)
-        p = jnp.take_along_axis(log_p, teacher.ids, axis=-1)
-        p, q = (
-            jnp.concatenate([x, jnp.log1p(-jnp.exp(x).sum(-1, keepdims=True))], axis=-1)
-            for x in (p, teacher.log_probs)
-        )
-    else:
-        of_teacher = logits(teacher.hidden, teacher.kernel, teacher.head)
-        common = min(of_student.shape[-1], of_teacher.shape[-1])
-        p, q = (jax.nn.log_softmax(x[..., :common]) for x in (of_student, of_teacher))
+    of_teacher = logits(teacher.hidden, teacher.kernel, teacher.head)
+    common = min(of_student.shape[-1], of_teacher.shape[-1])
+    p, q = (jax.nn.log_softmax(x[..., :common]) for x in (of_student, of_teacher))
     if beta == 0:
         values = jnp.exp(q) * (q - p)
     elif beta == 1:
@@ -110,22 +68,17 @@ def plain(hidden, kernel, head, teacher, weights, beta):
 @pytest.mark.parametrize(
     ("compact", "shards", "chunk"), [(True, 1, 4), (False, 1, 3), (False, 2, 2), (True, 1, 0)]
 )
-@pytest.mark.parametrize("of_teacher", ["larger table", "smaller table", "likeliest"])
+@pytest.mark.parametrize("of_teacher", ["larger table", "smaller table"])
 def test_chunks_have_value_and_gradient_of_the_whole(beta, compact, shards, chunk, of_teacher):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.array(rng.normal(size=shape), jnp.float32)  # noqa: E731
     hidden, kernel = draw(2, 7, 5), draw(11, 5)
     head = Head(transposed=True, softcap=3.0, scale=0.7)
     weights = jnp.array(rng.integers(0, 2, (2, 7)) * rng.uniform(0.5, 2, (2, 7)), jnp.float32)
-    if of_teacher == "likeliest":
-        log_q, ids = jax.lax.top_k(jax.nn.log_softmax(2 * draw(2, 7, 11)), 3)
-        teacher = Likeliest(ids, log_q)
-        best = ids[..., 0]
-    else:
-        vocab = 13 if of_teacher == "larger table" else 9
-        teacher = TeacherLogits(draw(2, 7, 6), draw(6, vocab), Head(scale=1.5))
-        products = teacher.hidden @ teacher.kernel
-        best = jnp.argmax(products[..., :11], axis=-1)
+    vocab = 13 if of_teacher == "larger table" else 9
+    teacher = TeacherLogits(draw(2, 7, 6), draw(6, vocab), Head(scale=1.5))
+    products = teacher.hidden @ teacher.kernel
+    best = jnp.argmax(products[..., :11], axis=-1)
     value, gradient = jax.value_and_grad(plain)(hidden, kernel, head, teacher, weights, beta)
     measure = partial(
         token_divergences, beta=beta, head=head, numerics=Numerics(),
@@ -161,10 +114,5 @@ def test_no_array_has_all_logits():
 def test_divergences_of_certain_models_are_finite(beta):
     logits = jnp.array([[200.0, 0.0, -200.0], [-200.0, 0.0, 200.0]])
     log_p = jax.nn.log_softmax(logits)
-    for found in (
-        divergence(log_p, log_p[::-1], beta),
-        divergence_of_likeliest(log_p, jnp.array([[2], [2]]), log_p[::-1, 2:], beta),
-        divergence_of_likeliest(log_p, jnp.array([[0, 1, 2]] * 2), log_p[::-1], beta),
-    ):
-        for values in found:
-            assert np.isfinite(values).all()
+    for values in divergence(log_p, log_p[::-1], beta):
+        assert np.isfinite(values).all()

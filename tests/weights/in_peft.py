@@ -20,6 +20,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.merge import merged_tensors
+from nalora_jax.weights.peft_import import import_adapter
 from tests import tiny
 from tests.param_trees import params_from_tensors
 
@@ -109,3 +110,14 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+def gradients(wrapped: Any, config: ModelConfig, folder: Path) -> dict[str, np.ndarray]:
+    """The gradients that PEFT left at an adapter saved in ``folder/adapter``, by our paths."""
+    tensors = {}
+    for name, leaf in wrapped.named_parameters():
+        if "lora_" in name:
+            tensors[name.replace(".default", "")] = leaf.grad.numpy()
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    written = write_adapter(folder / "gradients", settings, tensors)
+    return flatten(import_adapter(written, config)[0])

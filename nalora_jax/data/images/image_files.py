@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
@@ -26,6 +25,7 @@ from nalora_jax.data.images.patches import (
     PATCH_PROCESSORS,
     PatchProcessor,
     few_sizes,
+    normalise_pixels,
 )
 from nalora_jax.data.images.tiles import TILE_PROCESSORS, TileProcessor
 from nalora_jax.data.tokenizer import read_backend, read_json, read_settings, token_text
@@ -373,13 +373,7 @@ class ImageProcessor:
     def normalise(self, pixels: jax.Array) -> jax.Array:
         """Converts uint8 pixels or patches ``[..., channels or patch * patch * channels]`` to
         normalised float32."""
-        repeats = pixels.shape[-1] // len(self.mean)
-        mean, std = (
-            jnp.tile(jnp.asarray(v, jnp.float32), repeats)
-            for v in (self.mean, self.std)
-        )
-        x = pixels.astype(jnp.float32) * self.scale
-        return (x - jnp.broadcast_to(mean, x.shape)) / jnp.broadcast_to(std, x.shape)
+        return normalise_pixels(pixels, self.mean, self.std, self.scale)
 
     def _patches(self, image: Any) -> dict[str, np.ndarray]:
         p = self.patch_size

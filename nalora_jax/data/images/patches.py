@@ -185,11 +185,25 @@ class PatchProcessor:
 
     def normalise(self, pixels: jax.Array) -> jax.Array:
         """Converts uint8 patches ``[..., patch * patch * channels]`` to normalised float32."""
-        repeats = pixels.shape[-1] // len(self.mean)
-        mean = jnp.tile(jnp.asarray(self.mean, jnp.float32), repeats)
-        std = jnp.tile(jnp.asarray(self.std, jnp.float32), repeats)
-        x = jnp.asarray(pixels).astype(jnp.float32) * self.scale
-        return (x - jnp.broadcast_to(mean, x.shape)) / jnp.broadcast_to(std, x.shape)
+        return normalise_pixels(pixels, self.mean, self.std, self.scale)
+
+
+def normalise_pixels(
+    pixels: jax.Array, mean: Sequence[float], std: Sequence[float], scale: float
+) -> jax.Array:
+    """Returns ``(scale * pixels - mean) / std`` in float32.
+
+    Args:
+      pixels: ``[..., n * channels]``, n pixels with their channels next to each other.
+      mean: of each channel.
+      std: of each channel.
+      scale: multiplies grey levels.
+    """
+    repeats = pixels.shape[-1] // len(mean)
+    means = jnp.tile(jnp.asarray(mean, jnp.float32), repeats)
+    stds = jnp.tile(jnp.asarray(std, jnp.float32), repeats)
+    x = jnp.asarray(pixels).astype(jnp.float32) * scale
+    return (x - jnp.broadcast_to(means, x.shape)) / jnp.broadcast_to(stds, x.shape)
 
 
 def _qwen(f: Fields, values: dict[str, Any]) -> PatchProcessor:

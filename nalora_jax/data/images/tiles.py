@@ -15,12 +15,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.chat_templates import ImageLayout
-from nalora_jax.data.images.patches import few_sizes
+from nalora_jax.data.images.patches import few_sizes, normalise_pixels
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision.tower_fields import (
     NEXT_SIZES,
@@ -133,10 +132,7 @@ class TileProcessor(abc.ABC):
 
     def normalise(self, pixels: jax.Array) -> jax.Array:
         """Converts uint8 pixels ``[..., channels]`` to normalised float32."""
-        x = jnp.asarray(pixels).astype(jnp.float32) * self.scale
-        mean = jnp.asarray(self.mean, jnp.float32)
-        std = jnp.asarray(self.std, jnp.float32)
-        return (x - jnp.broadcast_to(mean, x.shape)) / jnp.broadcast_to(std, x.shape)
+        return normalise_pixels(pixels, self.mean, self.std, self.scale)
 
     def _resized(self, image: Any, height: int, width: int) -> Any:
         """Returns an image of another size."""

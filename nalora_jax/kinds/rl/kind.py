@@ -28,7 +28,6 @@ from jax.sharding import Mesh
 from nalora_jax.assembly.objectives import NextToken
 from nalora_jax.assembly.program import Assembly, next_token
 from nalora_jax.assembly.schedule import Schedule
-from nalora_jax.common.files import write_atomically
 from nalora_jax.common.folders import RunFolder
 from nalora_jax.config import DataConfig, RLConfig, RunConfig
 from nalora_jax.config.checks import Limits, check_divides, require
@@ -67,7 +66,8 @@ from nalora_jax.kinds.rl.reward_evaluation import (
     weighted_sum,
 )
 from nalora_jax.kinds.rl.rewards import Scorer
-from nalora_jax.kinds.rl.rollout import Sampler, Samples, sample_batch
+from nalora_jax.kinds.rl.rollout import Samples, sample_batch
+from nalora_jax.kinds.rl.sampling_step import SamplingStep
 from nalora_jax.kinds.rl.servers.pool import ServerPool
 from nalora_jax.kinds.rl.servers.proof import expected_log_probs, make_probes
 from nalora_jax.kinds.rl.servers.received import Received
@@ -88,7 +88,6 @@ from nalora_jax.weights.model_files import LoadedModel, open_files
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 4  # groups of a step in the run's file of samples
 # Total variation distance between generator and training program, before a warning.
 _MISMATCH = 0.1
 # Rollouts in a row without a difference between rewards, before a warning.
@@ -445,17 +444,10 @@ class RolloutBatches(BatchIterator):
             self._rollout.figures = dict(state["figures"])
 
 
-class RolloutStep:
-    """A training step with its rollout: ``(params, state, batch of prompts) -> (state, metrics)``.
+class RolloutStep(SamplingStep):
+    """A `SamplingStep` with rewards; the samples of a rollout may serve several updates."""
 
-    Args:
-      config: the run's settings.
-      loaded: the base model.
-      assembly: with the compiled update.
-      data: the prompts of a batch.
-      folder: receives complete groups and some samples; None: they are not stored.
-      servers: that draw the samples; None: the generator of this library does.
-    """
+    _data: PromptRows
 
     def __init__(
         self,
@@ -466,30 +458,9 @@ class RolloutStep:
         folder: Path | None,
         servers: ServerPool | None = None,
     ) -> None:
-        rl = config.rl
-        self._update = assembly.step
-        self._mesh = assembly.mesh
-        self._config = config
-        self._data = data
-        self._file = folder and folder / ROLLOUTS
-        self._sampler = Sampler(
-            rl,
-            assembly.eval_model,
-            assembly.params,
-            loaded.tokenizer,
-            assembly.mesh,
-            prompts=data.batch_size // rl.samples,
-            seed=config.seed,
-            longest=data.longest,
-            folder=folder and folder / "rollouts",
-            servers=servers,
-            arena=Arena.of(rl, loaded.tokenizer) if rl.environment else None,
-        )
-        self._servers = servers
-        self._checkpoints = folder and folder / "checkpoints"
-        self._warn = EarlyWarnings(rl.max_new_tokens)
+        super().__init__(config, loaded, assembly, data, folder, servers)
+        self._warn = EarlyWarnings(config.rl.max_new_tokens)
         self._scores = scores_of(config, assembly)
-        self._begun = False
 
     def __call__(
         self, params: Any, state: TrainState, batch: Batch
@@ -502,22 +473,13 @@ class RolloutStep:
         rl = self._config.rl
         rollout = self._data.rollout
         number = int(state.step)
-        if not self._begun:
-            # The samples after the checkpoint are drawn again.
-            self._begun = True
-            if self._file is not None:
-                forget_samples(self._file, number)
+        self._resume(number)
         # Also in the middle of the updates, if no rollout was restored.
         if number % rl.updates == 0 or not rollout.arrays:
             rollout.arrays, rollout.figures = self._new(params, state, batch, number)
-        started = time.perf_counter()
-        arrays = distributed.make_global_batch(rollout.arrays, self._mesh, rows_axis=1)
-        state, metrics = self._update(params, state, arrays)
-        # So that the update's time is measured, not its dispatch.
-        jax.block_until_ready(metrics["loss"])
+        state, metrics, seconds = self._updated(params, state, rollout.arrays)
         if (number + 1) % rl.updates == 0:
             rollout.arrays = {}
-        seconds = time.perf_counter() - started
         measured = (
             dict(metrics["measured"]) | rollout.figures | {"update_seconds": seconds}
         )
@@ -541,9 +503,7 @@ class RolloutStep:
         rl = self._config.rl
         stream = self._data
         started = time.perf_counter()
-        # [accumulate, rows] prompt indices, each repeated for its samples -> one index per prompt.
-        places = np.asarray(processes.fetch(batch["prompt"])).ravel()[:: rl.samples]
-        prompts = stream.prompts(places.tolist())
+        places, prompts = self._prompts(batch)
         if self._servers is not None:
             self._ask_ahead(self._servers, state, number, places)
         samples = self._sampler(state.lora, number, prompts)
@@ -620,7 +580,8 @@ class RolloutStep:
             .astype(np.float32)
         )
         if self._is_shown(number):
-            self._write(number + 1, prompts, samples, whole["advantages"])
+            show = partial(self._shown_sample, samples, whole["advantages"])
+            self._write(number + 1, prompts, show)
         return self._rows(whole), figures
 
     def _ask_ahead(
@@ -638,10 +599,7 @@ class RolloutStep:
         rl = self._config.rl
         servers.load(state.lora, number)
         ahead = rl.staleness * rl.updates
-        if self._checkpoints is not None and self._checkpoints.is_dir():
-            saved = [path.name for path in self._checkpoints.iterdir()]
-            steps = [int(name) for name in saved if name.isdecimal()]
-            servers.forget_before(min(steps, default=0) - ahead)
+        self._forget_served(servers, ahead)
         stream = self._data
         for later in range(ahead + 1)[:: rl.updates]:
             row = (number + later) * stream.batch_size
@@ -670,16 +628,6 @@ class RolloutStep:
             return False
         return self._config.rl.beta > 0 or self._is_shown(number)
 
-    def _rows(self, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns this process's rows ``[accumulate, rows, ...]``."""
-        accumulate = self._data.accumulate
-        rows = list(self._data.rows)
-        return {
-            # [rows of all processes, ...] -> [accumulate, rows of all, ...] -> rows of this process
-            n: v.reshape(accumulate, -1, *v.shape[1:])[:, rows]
-            for n, v in whole.items()
-        }
-
     def _by_training_program(
         self,
         params: Any,
@@ -701,39 +649,11 @@ class RolloutStep:
             log_probs.append(np.asarray(processes.fetch(scores)))
         return np.concatenate(log_probs)
 
-    def _write(
-        self,
-        step: int,
-        prompts: Sequence[PromptRecord],
-        samples: Samples,
-        advantages: np.ndarray,
-    ) -> None:
-        """Appends some groups to the run's file, a line each.
-
-        Args:
-          step: that the samples train.
-          prompts: one of each group.
-          samples: of all groups.
-          advantages: of all samples, ``[rows]``.
-        """
-        if jax.process_index() or self._file is None:
-            return
-        size = self._config.rl.samples
-        with self._file.open("a", encoding="utf-8") as file:
-            for place, prompt in enumerate(prompts[:_SHOWN]):
-                group = []
-                for row in range(place * size, (place + 1) * size):
-                    group.append(self._shown_sample(samples, row, advantages[row]))
-                line = {"step": step, "prompt": prompt.text, "samples": group}
-                file.write(json.dumps(line) + "\n")
-
     def _shown_sample(
-        self, samples: Samples, row: int, advantage: float
+        self, samples: Samples, advantages: np.ndarray, row: int
     ) -> dict[str, Any]:
         """Returns a sample's completion, rewards by setting (None if unknown) and advantage, for
         JSON."""
-        # After the sample's end they are negative (`NO_TOKEN`).
-        tokens = samples.tokens[row]
         rewards: dict[str, float | None] = {}
         for name, reward in zip(
             self._config.rl.reward_names, samples.rewards[row].tolist(), strict=True
@@ -742,11 +662,11 @@ class RolloutStep:
             if not math.isnan(reward):
                 rewards[name] = reward
         decode = self._sampler.tokenizer.decode
-        ids = tokens[tokens >= 0].tolist()
+        ids = self._ids(samples, row)
         sample: dict[str, Any] = {
             "completion": decode(ids),
             "rewards": rewards,
-            "advantage": float(advantage),
+            "advantage": float(advantages[row]),
             "version": int(samples.version[row]),
         }
         if self._config.rl.environment:
@@ -757,33 +677,6 @@ class RolloutStep:
                 content = decode(part, skip_special=False)
                 sample["turns"].append({"author": author, "text": content})
         return sample
-
-
-def forget_samples(file: Path, step: int) -> None:
-    """Removes the samples of later steps, which a resumed run repeats, and unreadable lines.
-
-    The samples are only displayed, so damage does not end the run.
-    """
-    if jax.process_index() or not file.exists():
-        return
-    lines = file.read_bytes().split(b"\n")
-    # After the last line's end: empty, unless a kill cut a line off.
-    cut_off = lines.pop()
-    remaining = []
-    damaged = 0
-    for line in lines:
-        try:
-            record = json.loads(line)
-            is_restored = int(record["step"]) <= step
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            damaged += 1
-            continue
-        if is_restored:
-            remaining.append(line + b"\n")
-    if damaged:
-        log.warning("%s: dropped %d lines that cannot be read", file, damaged)
-    if cut_off or len(remaining) < len(lines):
-        write_atomically(file, b"".join(remaining))
 
 
 class EarlyWarnings:

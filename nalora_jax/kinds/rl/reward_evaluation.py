@@ -14,7 +14,13 @@ from nalora_jax.config import RLConfig
 from nalora_jax.data.chat_text import Message
 from nalora_jax.data.prompts import PromptRecord
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
+from nalora_jax.evaluate.evaluator import (
+    SAMPLES,
+    Evaluator,
+    ItemRecord,
+    sample_records,
+    variables_of,
+)
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.generate.programs import view_weights
 from nalora_jax.evaluate.intervals import bootstrap
@@ -264,13 +270,7 @@ class RewardEvaluator(Evaluator):
         self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
     ) -> dict[str, Any]:
         """Returns a few prompts with their completions and the reference completions."""
-        pairs = zip(self._prompts[:SAMPLES], records, strict=False)
-        shown = [
-            {
-                "prompt": prompt.text,
-                "answer": record["answer"].strip(),
-                "expected": str(prompt.record["answer"]).strip(),
-            }
-            for prompt, record in pairs
-        ]
-        return {"samples": shown}
+        shown = self._prompts[:SAMPLES]
+        answers = [record["answer"] for record in records[:SAMPLES]]
+        references = [str(prompt.record["answer"]) for prompt in shown]
+        return sample_records([prompt.text for prompt in shown], answers, references)
