@@ -37,6 +37,7 @@ PARTS["qwen3_vl_moe"] = PARTS["qwen2_5_vl"] | {"deepstack"}
 PARTS["qwen3_5_moe"] = PARTS["qwen2_5_vl"]
 PARTS["smolvlm"] = {"image", "layers"}
 PARTS["llava_onevision"] = PARTS["qwen2_5_vl"]
+PARTS["mistral3"] = PARTS["qwen2_5_vl"]
 # A run in another process, with the devices and the options of this one.
 ALONE = """
 import pathlib, sys
@@ -68,7 +69,7 @@ def family_of(model: Path) -> str:
 
 def limit_of(model: Path) -> tuple[str, ...]:
     """The flags that lower the pixels of an image: of tiles these tests keep the file's."""
-    if family_of(model) in vision.TILE_FAMILIES:
+    if family_of(model) in vision.PLACED_FAMILIES:
         return ()
     return "--vision.max-pixels", str(MOST)
 
@@ -88,10 +89,10 @@ def command(model: Path, chats: Path, output: Path, *flags: str) -> list[str]:
     ]
 
 
-# One with a dense decoder, one with DeepStack and experts, one with recurrent layers, and two whose
-# images are in tiles; the other families of tests/vision.py differ from them by what tests/models
-# compares.
-FAMILIES = ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5_moe", "smolvlm", "llava_onevision")
+# One with a dense decoder, one with DeepStack and experts, one with recurrent layers, two whose images
+# are in tiles, and one whose text has a token after each row; the other families of tests/vision.py
+# differ from them by what tests/models compares.
+FAMILIES = ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5_moe", "smolvlm", "llava_onevision", "mistral3")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -100,7 +101,7 @@ def trained(request, chats: Path, tmp_path_factory) -> tuple[Path, Path]:
     model = tmp_path_factory.mktemp(request.param)
     if request.param == "llava_onevision":  # an image of 3 by 3 tiles has 22 tokens
         vision.make_tile_model(model, request.param, patch_size=8)
-    elif request.param in vision.TILE_FAMILIES:
+    elif request.param in vision.PLACED_FAMILIES:
         vision.make_tile_model(model, request.param)
     else:
         vision.make_patch_model(model, request.param)
@@ -124,7 +125,7 @@ def asked(model: Path, turns: Sequence[tuple[Sequence[Path], str]], answers: Seq
             spoken = [{"type": "text", "text": answers[number]}]
             messages.append({"role": "assistant", "content": spoken})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if family_of(model) in vision.TILE_FAMILIES:
+    if family_of(model) in vision.PLACED_FAMILIES:
         # The tokenizer begins a text unless the template does.
         return vision.tile_inputs(model, [text], [images], not text.startswith("<s>"))
     size = {"shortest_edge": 64, "longest_edge": MOST}
@@ -159,7 +160,7 @@ def test_a_run_lowers_the_loss_and_trains_every_part(trained) -> None:
     lines = tiny.lines(folder)
     initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))
     family = family_of(model)
-    if family not in vision.TILE_FAMILIES:
+    if family not in vision.PLACED_FAMILIES:
         assert load(str(folder)).base.processor.max_pixels == MOST
     assert final["eval"]["loss"] < 0.7 * initial["eval"]["loss"]
     layers = [line["layers"] for line in lines if "layers" in line][-1]

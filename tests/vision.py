@@ -116,6 +116,7 @@ for _row in range(1, 5):
     for _column in range(1, 5):
         TILE_SPECIAL.append(f"<row_{_row}_col_{_column}>")
 TILE_WORDS = [*CHAT_WORDS, "User", "Assistant", "large", "small", *TILE_SPECIAL]
+TILE_WORDS += ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
 _SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
 _PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48]]
 _NEXT = {"size": {"shortest_edge": 16}, "crop_size": SQUARE, "image_grid_pinpoints": _PINPOINTS}
@@ -134,6 +135,20 @@ TILE_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
+# Models whose towers read packed patches, with text of their own: image processor, its settings, the
+# model's, those of its tower and of its text model.
+_PIXTRAL = {"size": {"longest_edge": 40}, "patch_size": {"height": 4, "width": 4}}
+PACKED_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "mistral3": (
+        "PixtralImageProcessor",
+        _PIXTRAL,
+        {"spatial_merge_size": 2},
+        {"model_type": "pixtral", "image_size": 40, "hidden_act": "silu", "patch_size": 4},
+    ),
+}
+PACKED_SPECIAL = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+# Families that `make_tile_model` makes.
+PLACED_FAMILIES = (*TILE_FAMILIES, *PACKED_FAMILIES)
 _HEADLESS = {"model_type": "siglip_vision_model", "vision_use_head": False}
 _TILE_TOWERS: dict[str, dict[str, Any]] = {
     "idefics3": {},
@@ -330,27 +345,44 @@ def make_tile_model(folder: Path, family: str, *, patch_size: int = 4, **top: An
     processor."""
     import transformers
 
-    kind, settings, fields = TILE_FAMILIES[family]
     tower = SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": patch_size}
+    if family in PACKED_FAMILIES:
+        kind, settings, fields, of_tower = PACKED_FAMILIES[family]
+        tower |= of_tower
+    else:
+        kind, settings, fields = TILE_FAMILIES[family]
+        tower |= _TILE_TOWERS[family]
     text = SIZES | {"hidden_size": 24, "intermediate_size": 40, "num_key_value_heads": 2}
     text |= {"vocab_size": 80, "max_position_embeddings": 512, "bos_token_id": 1}
     text |= {"eos_token_id": 2, "pad_token_id": 0, "model_type": "llama"}
     if family == "llava_onevision":
         text["model_type"] = "qwen2"
-    place = "image_token_index" if family.startswith("llava") else "image_token_id"
-    top = fields | {place: TILE_WORDS.index("<image>")} | top
-    config = transformers.CONFIG_MAPPING[family](
-        vision_config=tower | _TILE_TOWERS[family], text_config=text, **top
-    )
+    place = "image_token_id"
+    if family.startswith("llava") or family == "mistral3":
+        place = "image_token_index"
+    image = "<image>"
+    if family == "mistral3":
+        image = "[IMG]"
+        text |= {"model_type": "mistral", "sliding_window": None, "head_dim": 6}
+        top |= {"tie_word_embeddings": False}
+    top = fields | {place: TILE_WORDS.index(image)} | top
+    config = transformers.CONFIG_MAPPING[family](vision_config=tower, text_config=text, **top)
     config._attn_implementation = "eager"
     tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokens |= {"additional_special_tokens": [*SPECIAL[4:], *TILE_SPECIAL]}
+    tokens |= {"additional_special_tokens": [*SPECIAL[4:], *TILE_SPECIAL, *PACKED_SPECIAL]}
     tokenizer = _tokenizer(TILE_WORDS, "<s> $A", r"\w+|\n+|[^\w\n]", model_max_length=512, **tokens)
     template = "llava" if family.startswith("llava") else "idefics3"
-    tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
+    source = (TEMPLATES / f"{template}.jinja").read_text()
+    tokenizer.chat_template = source.replace("<image>", image)
     tokenizer.save_pretrained(folder)
     getattr(transformers, f"{kind}Pil")(**settings).save_pretrained(folder)
     return _save(lambda: transformers.AutoModelForImageTextToText.from_config(config), folder)
+
+
+def placeholder_of(folder: Path) -> str:
+    """The text that a model's template writes for an image."""
+    raw = json.loads((folder / "config.json").read_text())
+    return {"mistral3": "[IMG]"}.get(raw["model_type"], "<image>")
 
 
 def tile_inputs(
@@ -378,6 +410,8 @@ def tile_inputs(
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             num_additional_image_tokens=1,
         )
+    elif config.model_type == "mistral3":
+        return _pixtral_inputs(config, tokenizer, pixels, texts, images)
     else:
         # Its video processor needs torchvision.
         processor = object.__new__(transformers.LlavaOnevisionProcessor)
@@ -394,6 +428,18 @@ def tile_inputs(
     if config.model_type == "llava_next":
         images = [image for of_text in images for image in of_text]
     return processor(images=images, text=texts, return_tensors="pt", add_special_tokens=special)
+
+
+def _pixtral_inputs(config: Any, tokenizer: Any, pixels: Any, texts: list[str], images: Any) -> Any:
+    """`tile_inputs` of Mistral 3, whose processor of texts needs torchvision. The text of an image is
+    compared with it in `tests/data/images/test_texts.py`."""
+    square = config.vision_config.patch_size * config.spatial_merge_size
+    made = pixels(images[0], patch_size=square, return_tensors="pt")
+    first, *others = texts[0].split("[IMG]")
+    for (height, width), piece in zip(made["image_sizes"].tolist(), others, strict=True):
+        rows = ["[IMG]" * (width // square)] * (height // square)
+        first += "[IMG_BREAK]".join(rows) + "[IMG_END]" + piece
+    return tokenizer(first, return_tensors="pt", add_special_tokens=False) | dict(made)
 
 
 def draw_noise(height: int, width: int) -> Any:

@@ -13,7 +13,7 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.config import VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens, SizedImageTokens
 from nalora_jax.data.images.image_files import read_processor, read_sized_processor
-from nalora_jax.data.images.patches import PatchProcessor
+from nalora_jax.data.images.patches import LongestSideProcessor, PatchProcessor
 from nalora_jax.data.images.tiles import (
     AnyresProcessor,
     SplitProcessor,
@@ -109,6 +109,9 @@ def _patch_files(files: ModelFiles, vision: PatchSpec) -> ModelFiles:
     tower = vision.tower
     if not isinstance(processor, PatchProcessor):
         raise NaloraError(where, expected="a processor of patches", found="another")
+    if isinstance(processor, LongestSideProcessor):
+        # Its file has no squares, which the processor of texts and images adds.
+        processor = replace(processor, merge=vision.merge)
     sizes = {"patch_size": tower.patch_size, "merge_size": vision.merge}
     found = {"patch_size": processor.patch_size, "merge_size": processor.merge}
     if found != sizes:
@@ -118,22 +121,54 @@ def _patch_files(files: ModelFiles, vision: PatchSpec) -> ModelFiles:
             found=found,
             remedy="copy the processor's file from the model that the weights are from",
         )
-    where = str(folder)
-    token = special_text(files.tokenizer, vision.image_token, "image_token_id", where)
-    texts = []  # around an image
-    for name in vision.around:
-        field = Fields(files.raw, {}, f"{folder}: config.json")
-        number = field.integer(name, low=0)
-        texts.append(special_text(files.tokenizer, number, name, where))
-    before, after = texts
+    return _with_texts(files, vision, processor)
+
+
+_FAKE = "<fake_token_around_image>"
+_OF_TILES = {
+    "tile": f"{_FAKE}<row_{{row}}_col_{{column}}>",
+    "row_end": "\n",
+    "between": "\n",
+    "before": f"{_FAKE}<global-img>",
+    "after": _FAKE,
+}
+# By ``model_type``: the texts of an image around its tokens; see `SizedImageTokens`.
+_TEXTS: dict[str, dict[str, str]] = {
+    "idefics3": _OF_TILES,
+    "smolvlm": _OF_TILES,
+    "llava_next": {},
+    "llava_onevision": {},
+    "mistral3": {"row_end": "[IMG_BREAK]", "after": "[IMG_END]"},
+}
+# Fields of config.json: the tokens before and after an image of the other families, whose templates
+# write them.
+_AROUND = {"before": "vision_start_token_id", "after": "vision_end_token_id"}
+
+
+def _with_texts(
+    files: ModelFiles,
+    vision: VisionSpec | PatchSpec,
+    processor: PatchProcessor | TileProcessor,
+) -> ModelFiles:
+    """Returns files with their image processor, and with the texts of images of any size.
+
+    Raises:
+      NaloraError: the tokenizer has no such token.
+    """
+    where = str(files.resolved.path)
+    number = vision.image_token
+    token = special_text(files.tokenizer, number, "image_token_id", where)
+    placeholder = token
+    texts = _TEXTS.get(vision.model_type)
+    if texts is None:
+        texts = {}
+        fields = Fields(files.raw, {}, f"{where}: config.json")
+        for name, field in _AROUND.items():
+            token_id = fields.integer(field, low=0)
+            texts[name] = special_text(files.tokenizer, token_id, field, where)
+        placeholder = texts["before"] + token + texts["after"]
     tokens = SizedImageTokens(
-        token,
-        vision.image_token,
-        0,
-        before + token + after,
-        before,
-        after,
-        processor=processor,
+        token, number, 0, placeholder, processor=processor, **texts
     )
     either: Any = processor  # the fields' type is the processor of images of one size
     return replace(
@@ -172,27 +207,9 @@ def _tile_files(files: ModelFiles, vision: VisionSpec) -> ModelFiles:
             )
         grid = vision.tower.grid
         processor = replace(processor, grid=grid, most_tiles=vision.most_tiles)
-    name = "image_token_id"
-    token = special_text(files.tokenizer, vision.image_token, name, str(folder))
-    around: dict[str, str] = {}
-    if not vision.line_breaks:  # of Idefics 3 and SmolVLM
-        around = {
-            "tile": f"{_FAKE}<row_{{row}}_col_{{column}}>",
-            "row_end": "\n",
-            "between": "\n",
-            "before": f"{_FAKE}<global-img>",
-            "after": _FAKE,
-        }
-    tokens = SizedImageTokens(
-        token, vision.image_token, 0, token, processor=processor, **around
-    )
-    either: Any = processor  # the fields' type is the processor of images of one size
-    return replace(
-        files, tokenizer=replace(files.tokenizer, images=tokens), processor=either
-    )
+    return _with_texts(files, vision, processor)
 
 
-_FAKE = "<fake_token_around_image>"
 Opened = TypeVar("Opened", ModelFiles, LoadedModel)
 
 

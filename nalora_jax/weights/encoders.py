@@ -253,6 +253,9 @@ _QWEN3_VISUAL = (
     *_rows({"norm": "norm"} | _FC, "visual.merger.", "projector/"),
     *_rows({"norm": "norm"} | _FC, _MERGER, "deepstack/"),
 )
+_PIXTRAL = {f"attention.{n}_proj": f"attn/{n}_proj" for n in "qkvo"}
+_PIXTRAL |= {f"feed_forward.{n}_proj": f"ffn/{n}_proj" for n in ("gate", "up", "down")}
+_PIXTRAL |= {"attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}
 # Tower and projectors of models whose tower reads packed patches, by the model's ``model_type``.
 _PATCH_ROWS: dict[str, Rows] = {
     "qwen2_5_vl": (
@@ -264,6 +267,18 @@ _PATCH_ROWS: dict[str, Rows] = {
             "visual.merger.",
             "projector/",
         ),
+    ),
+    "mistral3": (
+        TensorRow(f"{TOWER}patch_conv.weight", ("image/patches/kernel",), "patches"),
+        TensorRow(f"{TOWER}ln_pre.weight", ("image/embed_norm/scale",)),
+        *_rows(_PIXTRAL, f"{TOWER}transformer.layers.{{layer}}.", "image/layers/"),
+        TensorRow("multi_modal_projector.norm.weight", ("projector/norm/scale",)),
+        TensorRow(
+            "multi_modal_projector.patch_merger.merging_layer.weight",
+            ("projector/merged/out_proj/kernel",),
+            "transpose",
+        ),
+        *_PROJECTORS["mlp"],
     ),
     **dict.fromkeys(
         ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN3_VISUAL

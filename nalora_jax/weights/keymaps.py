@@ -501,6 +501,8 @@ def file_name(config: ModelConfig | DualConfig, name: str) -> str:
         for usual, own in parts.items():
             name = name.replace(usual, own, 1)
         return name
+    if config.vision.model_type == "mistral3":
+        return re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
     if config.vision.packed:
         name = re.sub(r"^model\.", "model.language_model.", name)
         return re.sub(r"^visual\.", "model.visual.", name)

@@ -460,8 +460,8 @@ def row_images(
     if isinstance(processor, ImageProcessor):
         images, _ = most_of_rows(data.pattern, lengths, image_tokens // tokens.count)
         return RowImages(source, store.records, processor, max_pixels, (images,))
-    if isinstance(processor, TileProcessor):
-        places = _tile_places(source, data, processor)
+    if type(processor) is not PatchProcessor:
+        places = _places_of_headers(source, data, processor)
         return RowImages(source, store.records, processor, max_pixels, places)
     # Every image is a run of tokens, since texts stand around it.
     begins = of_image.copy()
@@ -474,8 +474,8 @@ def row_images(
     return RowImages(source, store.records, processor, max_pixels, places)
 
 
-def _tile_places(
-    source: Source, data: TrainData, processor: TileProcessor
+def _places_of_headers(
+    source: Source, data: TrainData, processor: PatchProcessor | TileProcessor
 ) -> tuple[int, ...]:
     """Returns the places that the images of the fullest row need, from their headers."""
     by_record: dict[int, tuple[int, ...]] = {}
@@ -485,14 +485,13 @@ def _tile_places(
             sizes.append(image_size(image, source.where(record)))
         by_record[record] = processor.places_of(processor.layouts(sizes))
     needed = np.array([by_record[record] for record in data.store.records.tolist()])
-    places = []
+    places: list[int] = []
     lengths = data.store.lengths()
     for numbers in needed.T:
         most, fill = most_of_rows(data.pattern, lengths, numbers)
+        noun = processor.nouns[len(places)]
         places.append(most)
-        if len(places) == 1:
-            text = "places for %d tiles of images a row, %.0f%% filled"
-            log.info(text, most, 100 * fill)
+        log.info("places for %d %s a row, %.0f%% filled", most, noun, 100 * fill)
     return tuple(places)
 
 

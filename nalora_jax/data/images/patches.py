@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,9 @@ class Patches(NamedTuple):
     """A prepared image."""
 
     pixels: np.ndarray  # uint8 [patches, patch * patch * 3]
-    grid: tuple[int, int]  # rows and columns of patches
+    # rows and columns of patches: of the image, or of each of its tiles
+    grids: tuple[tuple[int, int], ...]
+    layout: ImageLayout
 
 
 def few_sizes(size: int) -> int:
@@ -43,6 +45,9 @@ def few_sizes(size: int) -> int:
 class PatchProcessor:
     """Preprocessing that is applied to every image; the functions of a run on images call it like
     `nalora_jax.data.images.image_files.ImageProcessor`."""
+
+    # what `places` counts, for the log
+    nouns: ClassVar[tuple[str, ...]] = ("images", "patches of images")
 
     patch_size: int
     merge: int  # patches along a side of the square that becomes one token
@@ -86,11 +91,17 @@ class PatchProcessor:
 
     def layouts(self, sizes: Sequence[tuple[int, int]]) -> list[ImageLayout]:
         """Returns the numbers of tokens of all images of a text, by their heights and widths."""
-        layouts = []
-        for height, width in sizes:
-            rows, columns = self.fitted(height, width)
-            layouts.append(ImageLayout(rows * columns // self.square**2))
-        return layouts
+        return [self.layout_of(height, width) for height, width in sizes]
+
+    def layout_of(self, height: int, width: int) -> ImageLayout:
+        """Returns the numbers of tokens of an image with this size."""
+        rows, columns = self.fitted(height, width)
+        return ImageLayout(rows * columns // self.square**2)
+
+    def views(self, image: Any) -> list[Any]:
+        """Returns the images of whole squares that an RGB ``PIL.Image.Image`` becomes."""
+        height, width = self.fitted(image.height, image.width)
+        return [image.resize((width, height), resample=self.resample)]
 
     def with_limits(self, least: int, most: int) -> PatchProcessor:
         """Returns the processor of images with ``least`` to ``most`` pixels.
@@ -119,11 +130,20 @@ class PatchProcessor:
 
     def prepare(self, image: Any) -> Patches:
         """Returns the patches of an RGB ``PIL.Image.Image``."""
-        height, width = self.fitted(image.height, image.width)
-        resized = image.resize((width, height), resample=self.resample)
+        pixels = []
+        grids = []
+        for view in self.views(image):
+            patches, grid = self._squares(view)
+            pixels.append(patches)
+            grids.append(grid)
+        layout = self.layout_of(image.height, image.width)
+        return Patches(np.concatenate(pixels), tuple(grids), layout)
+
+    def _squares(self, resized: Any) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the patches of an image of whole squares, and its rows and columns of them."""
         p = self.patch_size
-        rows = height // p
-        columns = width // p
+        rows = resized.height // p
+        columns = resized.width // p
         m = self.merge
         # [rows / m, m, p, columns / m, m, p, channels] -> [rows / m, columns / m, m, m, p, p,
         # channels]
@@ -131,13 +151,14 @@ class PatchProcessor:
             rows // m, m, p, columns // m, m, p, -1
         )
         pixels = squares.transpose(0, 3, 1, 4, 2, 5, 6).reshape(rows * columns, -1)
-        return Patches(pixels, (rows, columns))
+        return pixels, (rows, columns)
 
     def places(self, rows: Sequence[Sequence[Patches]]) -> tuple[int, ...]:
         """Returns the numbers of images and of patches that the fullest row needs."""
-        images = max((len(row) for row in rows), default=0)
+        images = 0
         patches = 0
         for row in rows:
+            images = max(images, sum(len(image.grids) for image in row))
             patches = max(patches, sum(len(image.pixels) for image in row))
         return max(images, 1), max(patches, self.merge**2)
 
@@ -152,10 +173,16 @@ class PatchProcessor:
 
     def layouts_of_prepared(self, images: Sequence[Patches]) -> list[ImageLayout]:
         """Returns the numbers of tokens of the prepared images of a text."""
-        layouts = []
-        for image in images:
-            layouts.append(ImageLayout(len(image.pixels) // self.merge**2))
-        return layouts
+        return [image.layout for image in images]
+
+    def places_of(self, layouts: Sequence[ImageLayout]) -> tuple[int, ...]:
+        """Returns the numbers of images (or tiles) and of patches of the images of a text."""
+        tokens = sum(layout.tokens for layout in layouts)
+        return sum(map(self.views_of, layouts)), tokens * self.merge**2
+
+    def views_of(self, layout: ImageLayout) -> int:
+        """Returns the number of grids of an image."""
+        return 1
 
     def arrays(
         self, rows: Sequence[Sequence[Patches]], places: tuple[int, ...]
@@ -172,11 +199,14 @@ class PatchProcessor:
         grids = np.zeros((len(rows), images, 2), np.int32)
         for number, row in enumerate(rows):
             start = 0
-            for place, image in enumerate(row):
+            place = 0
+            for image in row:
                 end = start + len(image.pixels)
                 pixels[number, start:end] = image.pixels
-                grids[number, place] = image.grid
                 start = end
+                for grid in image.grids:
+                    grids[number, place] = grid
+                    place += 1
         return {"patches": pixels, "grids": grids}
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[jax.Array, ...]:
@@ -204,6 +234,84 @@ def normalise_pixels(
     stds = jnp.tile(jnp.asarray(std, jnp.float32), repeats)
     x = jnp.asarray(pixels).astype(jnp.float32) * scale
     return (x - jnp.broadcast_to(means, x.shape)) / jnp.broadcast_to(stds, x.shape)
+
+
+# ---------------------------------------------------------------- Pixtral
+
+
+@dataclass(frozen=True)
+class LongestSideProcessor(PatchProcessor):
+    """Shrinks an image to a longest side, and enlarges both sides to whole squares."""
+
+    longest: int = 0  # pixels
+
+    def fitted(self, height: int, width: int) -> tuple[int, int]:
+        """See `PatchProcessor`."""
+        ratio = max(height, width) / self.longest
+        if ratio > 1:
+            height = max(math.floor(height / ratio), 1)
+            width = max(math.floor(width / ratio), 1)
+        square = self.square
+        return -(-height // square) * square, -(-width // square) * square
+
+    def layout_of(self, height: int, width: int) -> ImageLayout:
+        """See `PatchProcessor`. Each row of tokens but the last is a tile of the text."""
+        tall, wide = self.fitted(height, width)
+        columns = wide // self.square
+        return ImageLayout(columns, tall // self.square - 1, 1, columns)
+
+    def with_limits(self, least: int, most: int) -> PatchProcessor:
+        """See `PatchProcessor`; ``most`` is the square of the longest side."""
+        refuse_minimum(least)
+        longest = min(self.longest, max(math.isqrt(most), self.square))
+        return replace(self, longest=longest)
+
+    def describe(self) -> str:
+        """See `PatchProcessor`."""
+        tokens = math.ceil(self.longest / self.square) ** 2
+        return f"sides of at most {self.longest} pixels, at most {tokens} tokens"
+
+
+def refuse_minimum(least: int) -> None:
+    """Raises a NaloraError if a lower limit of pixels is asked for, which a model has not."""
+    if least:
+        raise NaloraError(
+            "--vision.min-pixels",
+            expected="0: this model's processor has no lower limit",
+            found=least,
+        )
+
+
+def _pixtral(f: Fields, values: dict[str, Any]) -> PatchProcessor:
+    """Returns the processor of Pixtral and Mistral 3; squares of patches follow from the model."""
+    if not f.flag("do_resize"):
+        raise f.error("do_resize", "true: images must have whole patches", "false")
+    size = Fields(f.mapping("size"), {}, f"{f.where}: size")
+    patch = f.get("patch_size")
+    if isinstance(patch, dict):
+        sides = Fields(patch, {}, f"{f.where}: patch_size")
+        if sides.integer("width") != sides.integer("height"):
+            raise f.error("patch_size", "a square", str(patch)[:60])
+        patch = patch["height"]
+    patches = Fields({"patch_size": patch}, {}, f.where)
+    return LongestSideProcessor(
+        patch_size=patches.integer("patch_size", high=2**10),
+        merge=1,
+        min_pixels=1,
+        max_pixels=2**40,
+        longest=size.integer("longest_edge", high=2**14),
+        **values,
+    )
+
+
+_PIXTRAL: dict[str, Any] = {
+    "resample": 3,
+    "size": {"longest_edge": 1024},
+    "patch_size": {"height": 16, "width": 16},
+}
+
+
+# ---------------------------------------------------------------- Qwen2-VL and its successors
 
 
 def _qwen(f: Fields, values: dict[str, Any]) -> PatchProcessor:
@@ -241,4 +349,7 @@ _QWEN: dict[str, Any] = {
 PATCH_PROCESSORS: dict[
     str,
     tuple[Callable[[Fields, dict[str, Any]], PatchProcessor], dict[str, Any]],
-] = {"Qwen2VLImageProcessor": (_qwen, _QWEN)}
+] = {
+    "Qwen2VLImageProcessor": (_qwen, _QWEN),
+    "PixtralImageProcessor": (_pixtral, _PIXTRAL),
+}

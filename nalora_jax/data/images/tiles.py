@@ -12,15 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.chat_templates import ImageLayout
-from nalora_jax.data.images.patches import few_sizes, normalise_pixels
-from nalora_jax.errors import NaloraError
+from nalora_jax.data.images.patches import few_sizes, normalise_pixels, refuse_minimum
 from nalora_jax.models.vision.tower_fields import (
     NEXT_SIZES,
     ONEVISION_SIZES,
@@ -47,6 +46,9 @@ class TileProcessor(abc.ABC):
     """Preprocessing that is applied to every image; the functions of a run on images call it like
     `nalora_jax.data.images.image_files.ImageProcessor`."""
 
+    # what `places` counts, for the log
+    nouns: ClassVar[tuple[str, ...]] = ("tiles of images", "image tokens")
+
     side: int  # pixels of a tile's side
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -67,14 +69,9 @@ class TileProcessor(abc.ABC):
         at least.
 
         Raises:
-          NaloraError: ``least`` is not 0: tiles have one size.
+          NaloraError: ``least`` is not 0.
         """
-        if least:
-            raise NaloraError(
-                "--vision.min-pixels",
-                expected="0: images of this model have tiles of one size",
-                found=least,
-            )
+        refuse_minimum(least)
         return self._limited(most)
 
     @abc.abstractmethod

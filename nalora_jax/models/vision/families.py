@@ -16,6 +16,7 @@ from nalora_jax.models.readers import activation_name
 from nalora_jax.models.vision.tower_fields import (
     NEXT_SIZES,
     ONEVISION_SIZES,
+    image_token_of,
     read_sizes,
     tower_fields,
 )
@@ -322,12 +323,6 @@ def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
     return tower
 
 
-def _image_token(f: Fields) -> int:
-    """Returns the id of the image token; transformers 5 renamed the field."""
-    stated = f.raw.get("image_token_id") is not None
-    return f.integer("image_token_id" if stated else "image_token_index", low=0)
-
-
 def _llava(f: Fields, d_model: int) -> VisionSpec:
     """Returns the image input of LLaVA: which layer's features are read, and their projector."""
     return _one_layer(f, d_model, _tower(f, _CLIP_LARGE))
@@ -372,7 +367,7 @@ def _one_layer(f: Fields, d_model: int, tower: EncoderConfig) -> VisionSpec:
         drop_first=drop,
         d_model=d_model,
         tokens=tower.grid**2 + (tower.class_token and not drop),
-        image_token=_image_token(f),
+        image_token=image_token_of(f),
         projector="mlp",
         activation=activation_name(f, "projector_hidden_act"),
         bias=bias,
@@ -402,7 +397,7 @@ def _gemma3(f: Fields, d_model: int) -> VisionSpec:
         drop_first=False,
         d_model=d_model,
         tokens=tokens,
-        image_token=_image_token(f),
+        image_token=image_token_of(f),
         projector="pooled",
         bias=False,
         mutual=True,
@@ -461,7 +456,7 @@ def _idefics3(f: Fields, d_model: int) -> VisionSpec:
         drop_first=False,
         d_model=d_model,
         tokens=(tower.grid // merge) ** 2,
-        image_token=_image_token(f),
+        image_token=image_token_of(f),
         projector="merged",
         bias=False,
         tiled=True,

@@ -13,8 +13,10 @@ from typing import ClassVar, Literal
 from nalora_jax.models.vision.vision_config import VisionShapes, dense_shapes
 
 # Positions that are added to the patches: none, or a square table resized to the image's grid with
-# its corners aligned (Qwen3-VL).
-PositionTable = Literal["none", "corners"]
+# its corners aligned (Qwen3-VL), or with antialiasing as images are (SigLIP 2).
+PositionTable = Literal["none", "corners", "resized"]
+# Norms of the projectors' inputs: of each patch, of all patches of a token together, or none.
+ProjectorNorm = Literal["patches", "merged", "none"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,16 @@ class PatchTower:
     channels: int = 3
     frames: int = 1  # frames that a patch spans; an image is repeated for them
     patch_bias: bool = False
+    bias: bool = True  # of all projections
+    embed_norm: bool = False  # a norm between the embeddings and the layers
+    final_norm: bool = False
     rms_norm: bool = False  # norms without mean and bias; False: layer norms
     gated: bool = False  # phi(x W_gate) * (x W_up); False: phi(x W_in)
     table: PositionTable = "none"
     side: int = 0  # rows and columns of the table of positions
     rope_theta: float = 0.0  # of rows and columns; 0: no rotary embedding
+    # True if frequencies are those of rows and of columns in turn; False: both have the same.
+    alternates: bool = False
     # Sides of an attention window in merged patches; 0: every layer attends to whole images.
     window: int = 0
     whole_layers: tuple[int, ...] = ()  # layers without windows
@@ -58,11 +65,15 @@ class PatchTower:
         shapes = dense_shapes("patches", (inputs, d), self.patch_bias)
         if self.table != "none":
             shapes["positions/embedding"] = (self.side**2, d)
+        if self.embed_norm:
+            shapes |= norm_shapes("embed_norm", d, self.rms_norm)
+        if self.final_norm:
+            shapes |= norm_shapes("final_norm", d, self.rms_norm)
         layer: VisionShapes = {}
         for name in ("attn_norm", "ffn_norm"):
             layer |= norm_shapes(name, d, self.rms_norm)
         for path, shape in self.projection_shapes().items():
-            layer |= dense_shapes(path.removeprefix("layers/"), shape)
+            layer |= dense_shapes(path.removeprefix("layers/"), shape, self.bias)
         return shapes | {
             f"layers/{path}": (self.n_layers, *shape) for path, shape in layer.items()
         }
@@ -92,17 +103,13 @@ class PatchSpec:
     """A tower of patches and the projector of a decoder.
 
     Squares of ``merge`` by ``merge`` patches become one token: their features are normed,
-    concatenated and passed through ``phi(x W_in) W_out``. With ``taps``, the outputs of these
+    concatenated and passed through ``phi(x W_in) W_out``, with ``narrows`` after a matmul to the
+    tower's width. With ``taps``, the outputs of these
     layers of the tower have projectors of their own, whose results are added to the outputs of the
     decoder's first layers (DeepStack).
     """
 
     packed: ClassVar[bool] = True
-    # fields of config.json: the tokens before and after an image
-    around: ClassVar[tuple[str, str]] = (
-        "vision_start_token_id",
-        "vision_end_token_id",
-    )
     mutual: ClassVar[bool] = False  # tokens of an image see each other causally
 
     model_type: str  # of the multimodal model: "qwen3_vl"
@@ -111,6 +118,11 @@ class PatchSpec:
     image_token: int  # id of the token that image features replace
     merge: int  # patches along a side of the square that becomes one token
     activation: str = "gelu"  # of the projector
+    hidden: int = 0  # width of its activations; 0: of the merged features
+    norm: ProjectorNorm = "patches"
+    norm_eps: float = 1e-6
+    narrows: bool = False
+    bias: bool = True  # of the projector
     taps: tuple[int, ...] = ()  # layers of the tower
 
     @property
@@ -123,6 +135,11 @@ class PatchSpec:
         """Width of the features of a token's patches."""
         return self.patch_tokens * self.tower.d_model
 
+    @property
+    def hidden_width(self) -> int:
+        """Width of the projector's activations."""
+        return self.hidden or self.merged
+
     def param_shapes(self) -> VisionShapes:
         """Returns the shape of every parameter by path: ``image/...``, ``projector/...`` and
         ``deepstack/...``."""
@@ -130,13 +147,16 @@ class PatchSpec:
         shapes = {
             f"image/{path}": shape for path, shape in tower.param_shapes().items()
         }
-        shapes |= norm_shapes("projector/norm", tower.d_model, tower.rms_norm)
+        if self.norm != "none":
+            width = self.merged if self.norm == "merged" else tower.d_model
+            shapes |= norm_shapes("projector/norm", width, tower.rms_norm)
         if self.taps:
             norms = norm_shapes("deepstack/norm", self.merged)
             shapes |= {path: (len(self.taps), *shape) for path, shape in norms.items()}
         for path, shape in self._projectors().items():
             depth = self.depths()[path]
-            shapes |= dense_shapes(path, (depth, *shape))
+            bias = self.bias and not path.startswith("projector/merged/")
+            shapes |= dense_shapes(path, (depth, *shape), bias)
         return shapes
 
     def _projectors(self) -> VisionShapes:
@@ -145,9 +165,13 @@ class PatchSpec:
         names = ["projector"]
         if self.taps:
             names.append("deepstack")
+        width = self.merged
+        if self.narrows:
+            width = self.tower.d_model
+            shapes["projector/merged/out_proj"] = (self.merged, width)
         for name in names:
-            shapes[f"{name}/ffn/in_proj"] = (self.merged, self.merged)
-            shapes[f"{name}/ffn/out_proj"] = (self.merged, self.d_model)
+            shapes[f"{name}/ffn/in_proj"] = (width, self.hidden_width)
+            shapes[f"{name}/ffn/out_proj"] = (self.hidden_width, self.d_model)
         return shapes
 
     def projection_shapes(self) -> VisionShapes:

@@ -26,7 +26,7 @@ from nalora_jax.models.vision.dual_encoder import tower_adapters
 from nalora_jax.models.vision.encoder import LayerNorm
 from nalora_jax.models.vision.patch_config import PatchSpec
 from nalora_jax.models.vision.patch_encoder import PatchEncoder, patch_norm
-from nalora_jax.models.vision.vision_decoder import VisionDecoder
+from nalora_jax.models.vision.vision_decoder import MergedLayer, VisionDecoder
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_rows import whole_row_sharding
 
@@ -113,9 +113,27 @@ class PatchProjector(nn.Module):
         ``weights`` are the tokens' weights in the statistics.
         """
         s = self.vision
-        x = patch_norm(s.tower, "norm")(x)
+        if s.norm == "patches":
+            x = patch_norm(s.tower, "norm", s.norm_eps)(x)
         # [batch, patches, d] -> [batch, tokens, patches of a token * d]
         x = x.reshape(x.shape[0], -1, s.merged)
+        if s.norm == "merged":
+            x = patch_norm(s.tower, "norm", s.norm_eps)(x)
+        if s.narrows:
+            # The patches of a token feature by feature, in the order of the kernel's inputs.
+            x = x.reshape(*x.shape[:2], s.patch_tokens, -1).swapaxes(-1, -2)
+            x = x.reshape(*x.shape[:2], -1)
+            merged = stack_layers(MergedLayer, "none", 1)(
+                s.tower.d_model,
+                part_adapters(self.adapters, "projector/merged"),
+                False,
+                self.numerics,
+                deterministic,
+                name="merged",
+            )
+            scales = layer_scales(self.adapters, "projector").get("merged", {})
+            _, narrow = merged(None, scales, x.astype(self.numerics.result))
+            x = narrow[0]
         block = stack_layers(_MergedFFN, "none", 1)(
             *_sizes(s, self.adapters, "projector"),
             self.numerics,
@@ -161,9 +179,10 @@ class DeepStack(nn.Module):
 
 
 def _sizes(vision: PatchSpec, adapters: AdapterSpec, name: str) -> tuple[Any, ...]:
-    """Returns the sizes, the activation and the adapters of a projector, and that it has biases."""
+    """Returns the sizes, the activation and the adapters of a projector, and if it has biases."""
     of_part = part_adapters(adapters, f"{name}/ffn")
-    return vision.d_model, vision.merged, vision.activation, of_part, True
+    width = vision.hidden_width
+    return vision.d_model, width, vision.activation, of_part, vision.bias
 
 
 class _LayerNorms(LayerNorm):

@@ -137,14 +137,17 @@ class PatchEncoder(nn.Module):
         x = self._embedded(patches)
         if c.table != "none":
             positions = Embedding(c.side**2, c.d_model, name="positions").table()
-            x = x + corner_positions(expand(positions), c.side, places)
+            add = resized_positions if c.table == "resized" else corner_positions
+            x = x + add(expand(positions), c.side, places)
+        if c.embed_norm:
+            x = patch_norm(c, "embed_norm", c.norm_eps)(x)
         x = constrain(x.astype(n.result), self.shardings.rows)
         windows = None
         if c.window:
             windows = window_numbers(places, c.window * self.merge)
         table = None
         if c.rope_theta:
-            table = rope_of_grid(places, c.head_dim, c.rope_theta)
+            table = rope_of_grid(places, c.head_dim, c.rope_theta, c.alternates)
         shared = SharedPatches(
             places.image, windows, table, places.image > 0, deterministic
         )
@@ -157,6 +160,8 @@ class PatchEncoder(nn.Module):
             c, self.adapters, n, stats, self.shardings, bool(self.taps), name="layers"
         )
         x, outputs = layers(x, (layer_scales(self.adapters, "layers"), whole), shared)
+        if c.final_norm:
+            x = patch_norm(c, "final_norm", c.norm_eps)(x)
         if not self.taps:
             return x, None
         return x, outputs[np.array(self.taps)]
@@ -228,7 +233,7 @@ class PatchAttention(nn.Module):
                 d,
                 d,
                 scales,
-                bias=True,
+                bias=c.bias,
                 deterministic=shared.deterministic,
             )
             for name in "qkvo"
@@ -288,7 +293,8 @@ class PatchBlock(nn.Module):
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         """Returns the norm ``name`` of ``x``, ``[batch, patches, d_model]``."""
-        return patch_norm(self.config, name)(x).astype(self.numerics.result)
+        c = self.config
+        return patch_norm(c, name, c.norm_eps)(x).astype(self.numerics.result)
 
     def _ffn(self) -> GatedFFN | SelfGatedFFN:
         """Returns the feed-forward block."""
@@ -299,18 +305,18 @@ class PatchBlock(nn.Module):
             c.d_ff,
             c.activation,
             part_adapters(self.adapters, "layers/ffn"),
-            use_bias=True,
+            use_bias=c.bias,
             numerics=self.numerics,
             stats=self.stats,
             name="ffn",
         )
 
 
-def patch_norm(config: PatchTower, name: str) -> RMSNorm | LayerNorm:
+def patch_norm(config: PatchTower, name: str, eps: float) -> RMSNorm | LayerNorm:
     """Returns a norm of the tower's kind."""
     if config.rms_norm:
-        return RMSNorm(config.norm_eps, name=name)
-    return LayerNorm(config.norm_eps, name=name)
+        return RMSNorm(eps, name=name)
+    return LayerNorm(eps, name=name)
 
 
 # ---------------------------------------------------------------- positions of patches
@@ -330,18 +336,43 @@ def window_numbers(places: PatchPlaces, side: int) -> jax.Array:
     return jnp.where(places.image > 0, number, 0)
 
 
-def rope_of_grid(places: PatchPlaces, head_dim: int, theta: float) -> jax.Array:
+def rope_of_grid(
+    places: PatchPlaces, head_dim: int, theta: float, alternates: bool = False
+) -> jax.Array:
     """Returns cosines and sines ``[2, batch, patches, head_dim / 2]``.
 
-    The first half of the pairs rotates by the row and the second by the column, with the same
-    frequencies.
+    The first half of the pairs rotates by the row and the second by the column. Both have the same
+    frequencies, unless those of columns are between those of rows (``alternates``, Pixtral).
     """
     quarter = np.arange(0, head_dim // 2, 2) / (head_dim // 2)
-    frequency = jnp.asarray(theta**-quarter, jnp.float32)[None, None, :]
-    rows = places.row[..., None].astype(jnp.float32) * frequency
-    columns = places.column[..., None].astype(jnp.float32) * frequency
+    later = quarter
+    if alternates:
+        later = quarter + 2 / head_dim
+    of_rows = jnp.asarray(theta**-quarter, jnp.float32)[None, None, :]
+    of_columns = jnp.asarray(theta**-later, jnp.float32)[None, None, :]
+    rows = places.row[..., None].astype(jnp.float32) * of_rows
+    columns = places.column[..., None].astype(jnp.float32) * of_columns
     angle = jnp.concatenate([rows, columns], axis=-1)
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def resized_positions(table: jax.Array, side: int, places: PatchPlaces) -> jax.Array:
+    """Returns positions of a square table that is resized to each image's grid.
+
+    The interpolation is bilinear with antialiasing, as that of padded images in
+    `nalora_jax.models.vision.encoder`. Arguments and result are those of `corner_positions`.
+    """
+    weights = []
+    for index, size in ((places.row, places.height), (places.column, places.width)):
+        scale = side / size.astype(jnp.float32)  # [batch, patches]
+        centre = (index.astype(jnp.float32) + 0.5) * scale - 0.5
+        source = jnp.arange(side, dtype=jnp.float32)[None, None, :]
+        # Where the table shrinks, the triangle filter becomes wider.
+        reach = jnp.maximum(scale, 1.0)[..., None]
+        axis = jnp.maximum(1.0 - jnp.abs(source - centre[..., None]) / reach, 0.0)
+        weights.append(axis / jnp.sum(axis, axis=-1, keepdims=True))
+    square = table.astype(jnp.float32).reshape(side, side, -1)
+    return jnp.einsum("bns,bnt,std->bnd", *weights, square, precision="highest")
 
 
 def corner_positions(table: jax.Array, side: int, places: PatchPlaces) -> jax.Array:

@@ -8,7 +8,7 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.models.family import VisionReader, hf_defaults
 from nalora_jax.models.readers import activation_name
 from nalora_jax.models.vision.patch_config import PatchSpec, PatchTower
-from nalora_jax.models.vision.tower_fields import tower_fields
+from nalora_jax.models.vision.tower_fields import image_token_of, tower_fields
 
 _TOWER: dict[str, Any] = {
     "in_channels": 3,
@@ -41,9 +41,11 @@ _SHARED_FIELDS = ("out_hidden_size", "rope_parameters")
 
 
 def _theta(v: Fields) -> float:
-    """Returns the base wavelength of the rotary embedding of rows and columns."""
+    """Returns the base wavelength of the rotary embedding of rows and columns, which earlier files
+    have outside of ``rope_parameters``."""
     where = f"{v.where}: rope_parameters"
-    defaults = {"rope_type": "axial", "rope_theta": 10_000.0}
+    stated = v.number("rope_theta", default=10_000.0)
+    defaults = {"rope_type": "axial", "rope_theta": stated}
     rope = Fields(v.mapping("rope_parameters"), defaults, where)
     if rope.get("rope_type") not in ("axial", "default"):
         raise rope.error("rope_type", '"axial"', repr(rope.get("rope_type"))[:60])
@@ -148,6 +150,80 @@ def _with_corners(
     return PatchSpec(name, tower, d_model, token, merge, taps=taps)
 
 
+def _mistral3(f: Fields, d_model: int) -> PatchSpec:
+    """Returns the image input of Mistral 3: Pixtral's SwiGLU tower, and a matmul of squares of
+    patches before the projector."""
+    v = tower_fields(f, _PIXTRAL, _PIXTRAL_UNREAD)
+    width = v.integer("hidden_size")
+    heads = v.integer("num_attention_heads", high=2**16)
+    if width % (4 * heads):
+        expected = f"a multiple of 4 num_attention_heads ({4 * heads})"
+        raise v.error("hidden_size", expected, width)
+    if v.integer("head_dim", default=width // heads) != width // heads:
+        expected = f"hidden_size / num_attention_heads ({width // heads})"
+        raise v.error("head_dim", expected, v.get("head_dim"))
+    depth = v.integer("num_hidden_layers", high=2**10)
+    layer = f.get("vision_feature_layer")
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
+    if layer not in (-1, depth):
+        raise f.error("vision_feature_layer", "-1: the last layer", repr(layer)[:60])
+    tower = PatchTower(
+        "pixtral",
+        d_model=width,
+        n_layers=depth,
+        n_heads=heads,
+        d_ff=v.integer("intermediate_size"),
+        activation=activation_name(v, "hidden_act"),
+        norm_eps=1e-5,  # which no file states
+        patch_size=v.integer("patch_size", high=2**10),
+        channels=v.integer("num_channels", high=64),
+        bias=False,
+        embed_norm=True,
+        rms_norm=True,
+        gated=True,
+        rope_theta=_theta(v),
+        alternates=True,
+    )
+    text = Fields(f.mapping("text_config"), {"rms_norm_eps": 1e-5}, f.where)
+    return PatchSpec(
+        "mistral3",
+        tower,
+        d_model,
+        image_token_of(f),
+        f.integer("spatial_merge_size", high=2**5),
+        activation_name(f, "projector_hidden_act"),
+        hidden=d_model,
+        norm_eps=text.number("rms_norm_eps"),
+        narrows=True,
+        bias=f.flag("multimodal_projector_bias"),
+    )
+
+
+_PIXTRAL: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
+_PIXTRAL_UNREAD = (
+    "attention_dropout",
+    "head_dim",
+    "image_size",
+    "rope_parameters",
+    "rope_theta",
+    "vocab_size",
+)
+_MISTRAL3 = {
+    "image_token_index": 10,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1,
+    "multimodal_projector_bias": False,
+    "spatial_merge_size": 2,
+}
 _TOKENS = {
     "image_token_id": 151_655,
     "vision_start_token_id": 151_652,
@@ -175,3 +251,4 @@ PATCH_FAMILIES: dict[str, tuple[VisionReader, dict[str, Any], dict[str, Any]]] =
     )
     for name, (reader, defaults) in _READERS.items()
 }
+PATCH_FAMILIES["mistral3"] = (_mistral3, _MISTRAL3, {})

@@ -57,6 +57,12 @@ def tower_fields(
     return v
 
 
+def image_token_of(f: Fields) -> int:
+    """Returns the id of the image token; transformers 5 renamed the field."""
+    stated = f.raw.get("image_token_id") is not None
+    return f.integer("image_token_id" if stated else "image_token_index", low=0)
+
+
 # ---------------------------------------------------------------- sizes of images in tiles
 
 NEXT_SIZES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

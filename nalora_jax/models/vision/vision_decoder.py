@@ -174,7 +174,7 @@ class Projector(nn.Module):
             x = merged_patches(x, s.merge).astype(self.numerics.result)
             adapters = part_adapters(self.adapters, "projector/merged")
             scales = layer_scales(self.adapters, "projector").get("merged", {})
-            merged = stack_layers(_MergedLayer, "none", 1)(
+            merged = stack_layers(MergedLayer, "none", 1)(
                 s.d_model, adapters, s.bias, self.numerics, deterministic, name="merged"
             )
             _, y = merged(None, scales, x)
@@ -208,7 +208,7 @@ class _ProjectorLayer(SelfGatedFFN):
         )
 
 
-class _MergedLayer(nn.Module):
+class MergedLayer(nn.Module):
     """One matmul as a stack of one layer, so that its adapter has the shapes of other stacks."""
 
     features: int

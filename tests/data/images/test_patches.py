@@ -42,7 +42,7 @@ def test_patches_are_those_of_transformers(width, height, limits):
     image = draw_image(width, height)
     patches = ours.prepare(image)
     expected = theirs(images=[image], return_tensors="np")
-    assert patches.grid == tuple(expected["image_grid_thw"][0, 1:])
+    assert patches.grids[0] == tuple(expected["image_grid_thw"][0, 1:])
     assert ours.layouts([(height, width)]) == ours.layouts_of_prepared([patches])
     # [patches, channels * frames * patch * patch] -> [patches, patch, patch, channels] of a frame
     frames = expected["pixel_values"].reshape(-1, 3, 2, 14, 14)

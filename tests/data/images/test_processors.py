@@ -124,7 +124,7 @@ def packed_patches(processor: Any, image: Any) -> tuple[np.ndarray, Any]:
     patches = processor.prepare(image)
     (layout,) = processor.layouts([(image.height, image.width)])
     assert processor.layouts_of_prepared([patches]) == [layout]
-    return patches.pixels.reshape(-1, 3), (*patches.grid, layout.tokens)
+    return patches.pixels.reshape(-1, 3), (*patches.grids, layout.tokens)
 
 
 def qwen_patches(processor: Any, image: Any) -> tuple[np.ndarray, Any]:
@@ -132,7 +132,22 @@ def qwen_patches(processor: Any, image: Any) -> tuple[np.ndarray, Any]:
     _, rows, columns = made["image_grid_thw"][0].tolist()
     # [patches, channels, frames, patch, patch] -> [patches, patch, patch, channels]
     squares = made["pixel_values"].reshape(-1, 3, 2, 4, 4)[:, :, 0]
-    return channels_last(squares).reshape(-1, 3), (rows, columns, rows * columns // 4)
+    return channels_last(squares).reshape(-1, 3), ((rows, columns), rows * columns // 4)
+
+
+def pixtral_patches(processor: Any, image: Any) -> tuple[np.ndarray, Any]:
+    """With squares of 2 by 2 patches, as Mistral 3's processor asks for."""
+    made = processor(image, patch_size=8, return_tensors="np")
+    height, width = made["image_sizes"][0]
+    return in_squares(channels_last(made["pixel_values"][0]), (height, width))
+
+
+def in_squares(pixels: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, Any]:
+    """Pixels in the order of patches of 4 by 4 in squares of 2 by 2, and the grid and tokens."""
+    rows = size[0] // 8
+    columns = size[1] // 8
+    squares = pixels.reshape(rows, 2, 4, columns, 2, 4, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+    return squares.reshape(-1, 3), ((2 * rows, 2 * columns), rows * columns)
 
 
 def tiles(processor: Any, image: Any) -> tuple[np.ndarray, Any]:
@@ -201,6 +216,13 @@ CASES = {
         QWEN,
         packed_patches,
         qwen_patches,
+    ),
+    "pixtral": Case(
+        models.pixtral.image_processing_pil_pixtral.PixtralImageProcessorPil,
+        {"size": {"longest_edge": 200}, "patch_size": {"height": 4, "width": 4}},
+        packed_patches,
+        pixtral_patches,
+        {"merge": 2},
     ),
     "idefics3": Case(
         transformers.Idefics3ImageProcessorPil, SPLIT, tiles, split_tiles, {"tokens": 4}

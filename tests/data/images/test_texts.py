@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,17 @@ def test_tiles_are_written_as_by_smolvlm(tmp_path_factory, grid) -> None:
     names = ("<fake_token_around_image>", "<image>", "<global-img>")
     assert tokens.text_of(layout) == smolvlm.get_image_prompt_string(*grid, 4, *names)
     assert tokens.text_of(layout).count("<image>") == layout.tokens
+
+
+def test_rows_end_as_by_pixtral(tmp_path) -> None:
+    """`PixtralProcessor` of transformers 5.25, which needs torchvision, made the texts of images with
+    these heights and widths, at most 40 pixels, in squares of 8."""
+    folder = vision.make_tile_model(tmp_path, "mistral3")
+    tokens: Any = load_model(str(folder), dtype="float32", images=True).tokenizer.images
+    texts = json.loads((Path(__file__).parent / "pixtral_texts.json").read_text())
+    for size, text in texts:
+        (layout,) = tokens.layouts([tuple(size)])
+        assert tokens.text_of(layout) == text, size
 
 
 def test_a_second_picture_changes_the_tokens_of_the_first(tmp_path) -> None:

@@ -84,7 +84,7 @@ def inputs_of(ids: list[int], prepared: list[Any]) -> dict[str, Any]:
         flat = np.concatenate(pixels).reshape(-1, 4, 4, 3).transpose(0, 3, 1, 2)
         flat = np.repeat(flat[:, :, None], 2, axis=2).reshape(len(flat), -1)
         inputs["pixel_values"] = torch.tensor(flat)
-        inputs["image_grid_thw"] = torch.tensor([(1, *image.grid) for image in prepared])
+        inputs["image_grid_thw"] = torch.tensor([(1, *image.grids[0]) for image in prepared])
     return inputs
 
 

@@ -24,7 +24,7 @@ PROCESSOR = "preprocessor_config.json"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     folders = {}
-    for family in vision.TILE_FAMILIES:
+    for family in vision.PLACED_FAMILIES:
         folders[family] = vision.make_tile_model(tmp_path_factory.mktemp(family), family)
     return folders
 
@@ -51,6 +51,14 @@ SQUARE = vision.SQUARE
             {"vision_feature_select_strategy": "full"},
             "vision_feature_select_strategy: expected 'default' for a tower with a class token",
         ),
+        ("mistral3", {TOWER: {"windows": 2}}, "vision_config: windows: expected no such field"),
+        ("mistral3", {TOWER: {"hidden_size": 36}}, r"a multiple of 4 num_attention_heads \(16\)"),
+        (
+            "mistral3",
+            {TOWER: {"head_dim": 4}},
+            r"head_dim: expected hidden_size / .*\(8\), found 4",
+        ),
+        ("mistral3", {"vision_feature_layer": -2}, "vision_feature_layer: expected -1"),
         ("llava_next", {"image_grid_pinpoints": 4}, "expected a list of heights and widths"),
         ("llava_next", {"image_grid_pinpoints": [[20, 16]]}, "multiples of 16, .*found .20, 16."),
     ],
@@ -74,6 +82,8 @@ def test_fields_of_models_are_read_or_refused(folders, family, changes, message)
             {"image_processor_type": "SiglipImageProcessor", "size": SQUARE, "do_pad": False},
             "expected a processor of tiles of the model's family",
         ),
+        ("mistral3", {"do_resize": False}, "do_resize: expected true: images must have whole"),
+        ("mistral3", {"patch_size": {"height": 4, "width": 8}}, "patch_size: expected a square"),
         ("llava_onevision", {"size": {"height": 16, "width": 8}}, "size: expected a square"),
         ("llava_next", {"crop_size": {"height": 8, "width": 8}}, "crop_size: expected 16, as size"),
         (
@@ -95,23 +105,24 @@ def test_processors_fit_the_model(tmp_path, family, changes, message) -> None:
 @pytest.mark.parametrize(
     ("family", "pixels", "limited"),
     [
-        ("smolvlm", 1000, "at most 1 by 1 tiles"),  # below 32 by 32
-        ("smolvlm", 1, "at most 1 by 1 tiles"),
-        ("llava_onevision", 600, "at most 2 tiles"),
-        ("llava_onevision", 1, "at most 1 tiles"),
+        ("smolvlm", 1000, "at most 1 by 1 tiles of 16 by 16 pixels"),  # below 32 by 32
+        ("smolvlm", 1, "at most 1 by 1 tiles of 16 by 16 pixels"),
+        ("llava_onevision", 600, "at most 2 tiles of 16 by 16 pixels"),
+        ("llava_onevision", 1, "at most 1 tiles of 16 by 16 pixels"),
+        ("mistral3", 600, "sides of at most 24 pixels, at most 9 tokens"),
     ],
 )
 def test_limits_of_pixels_take_fewer_tiles(folders, caplog, family, pixels, limited) -> None:
     caplog.set_level("INFO")
     whole = load_model(str(folders[family]), dtype="float32", images=True)
     model = limit_pixels(whole, cfg.VisionConfig("chat", max_pixels=pixels))
-    assert f"images have {limited} of 16 by 16 pixels" in caplog.text
+    assert f"images have {limited}" in caplog.text
     tokens: Any = model.tokenizer.images
     (layout,) = tokens.layouts([(300, 310)])
     (unlimited,) = whole.tokenizer.images.layouts([(300, 310)])  # type: ignore[union-attr]
     assert layout.tokens < unlimited.tokens
     assert model.processor.layouts([(300, 310)]) == [layout]  # type: ignore[union-attr]
-    with pytest.raises(NaloraError, match="--vision.min-pixels: expected 0: .*tiles of one size"):
+    with pytest.raises(NaloraError, match="--vision.min-pixels: expected 0: .*no lower limit"):
         limit_pixels(whole, cfg.VisionConfig("chat", min_pixels=64))
 
 
@@ -121,7 +132,7 @@ def test_plans_of_images_in_tiles_are_refused(folders) -> None:
         kind.batch_arrays(cfg.RunConfig(), ModelConfig.from_hf(raw, images=True), 1)
 
 
-@pytest.mark.parametrize("family", vision.TILE_FAMILIES)
+@pytest.mark.parametrize("family", vision.PLACED_FAMILIES)
 def test_the_text_model_loads_alone(folders, family) -> None:
     loaded = load_model(str(folders[family]), dtype="float32")
     assert set(loaded.params) == {"embed", "layers", "final_norm", "lm_head"}
