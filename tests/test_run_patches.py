@@ -38,6 +38,7 @@ PARTS["qwen3_5_moe"] = PARTS["qwen2_5_vl"]
 PARTS["smolvlm"] = {"image", "layers"}
 PARTS["llava_onevision"] = PARTS["qwen2_5_vl"]
 PARTS["mistral3"] = PARTS["qwen2_5_vl"]
+PARTS["lfm2_vl"] = PARTS["qwen2_5_vl"]
 # A run in another process, with the devices and the options of this one.
 ALONE = """
 import pathlib, sys
@@ -90,9 +91,10 @@ def command(model: Path, chats: Path, output: Path, *flags: str) -> list[str]:
 
 
 # One with a dense decoder, one with DeepStack and experts, one with recurrent layers, two whose images
-# are in tiles, and one whose text has a token after each row; the other families of tests/vision.py
-# differ from them by what tests/models compares.
-FAMILIES = ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5_moe", "smolvlm", "llava_onevision", "mistral3")
+# are in tiles, one whose text has a token after each row, and one with tiles of any shape; the other
+# families of tests/vision.py differ from them by what tests/models compares.
+FAMILIES = ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5_moe")
+FAMILIES += ("smolvlm", "llava_onevision", "mistral3", "lfm2_vl")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -114,7 +116,6 @@ def asked(model: Path, turns: Sequence[tuple[Sequence[Path], str]], answers: Seq
     """The inputs of transformers for a conversation: its tokenizer's text and its image processor's
     pixels, grids and numbers of tokens."""
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-    processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil")
     messages: list[dict[str, Any]] = []
     images = []
     for number, (paths, text) in enumerate(turns):
@@ -128,6 +129,7 @@ def asked(model: Path, turns: Sequence[tuple[Sequence[Path], str]], answers: Seq
     if family_of(model) in vision.PLACED_FAMILIES:
         # The tokenizer begins a text unless the template does.
         return vision.tile_inputs(model, [text], [images], not text.startswith("<s>"))
+    processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil")
     size = {"shortest_edge": 64, "longest_edge": MOST}
     pixels = processor(images, return_tensors="pt", size=size)
     first, *others = text.split("<|image_pad|>")

@@ -116,7 +116,11 @@ for _row in range(1, 5):
     for _column in range(1, 5):
         TILE_SPECIAL.append(f"<row_{_row}_col_{_column}>")
 TILE_WORDS = [*CHAT_WORDS, "User", "Assistant", "large", "small", *TILE_SPECIAL]
-TILE_WORDS += ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+TILE_WORDS += ["[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|image_start|>", "<|image_end|>"]
+TILE_WORDS.append("<|img_thumbnail|>")
+for _row in range(1, 5):
+    for _column in range(1, 5):
+        TILE_WORDS.append(f"<|img_row_{_row}_col_{_column}|>")
 _SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
 _PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48]]
 _NEXT = {"size": {"shortest_edge": 16}, "crop_size": SQUARE, "image_grid_pinpoints": _PINPOINTS}
@@ -145,8 +149,25 @@ PACKED_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, 
         {"spatial_merge_size": 2},
         {"model_type": "pixtral", "image_size": 40, "hidden_act": "silu", "patch_size": 4},
     ),
+    "lfm2_vl": (
+        "Lfm2VlImageProcessor",
+        {
+            "encoder_patch_size": 4,
+            "tile_size": 16,
+            "max_tiles": 4,
+            "min_image_tokens": 2,
+            "max_image_tokens": 6,
+        },
+        {"downsample_factor": 2, "projector_hidden_size": 28},
+        {
+            "model_type": "siglip2_vision_model",
+            "num_patches": 25,
+            "patch_size": 4,
+            "vision_use_head": False,
+        },
+    ),
 }
-PACKED_SPECIAL = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+PACKED_SPECIAL = [word for word in TILE_WORDS if word.startswith(("[IMG", "<|im"))]
 # Families that `make_tile_model` makes.
 PLACED_FAMILIES = (*TILE_FAMILIES, *PACKED_FAMILIES)
 _HEADLESS = {"model_type": "siglip_vision_model", "vision_use_head": False}
@@ -353,7 +374,7 @@ def make_tile_model(folder: Path, family: str, *, patch_size: int = 4, **top: An
         kind, settings, fields = TILE_FAMILIES[family]
         tower |= _TILE_TOWERS[family]
     text = SIZES | {"hidden_size": 24, "intermediate_size": 40, "num_key_value_heads": 2}
-    text |= {"vocab_size": 80, "max_position_embeddings": 512, "bos_token_id": 1}
+    text |= {"vocab_size": 96, "max_position_embeddings": 512, "bos_token_id": 1}
     text |= {"eos_token_id": 2, "pad_token_id": 0, "model_type": "llama"}
     if family == "llava_onevision":
         text["model_type"] = "qwen2"
@@ -365,6 +386,9 @@ def make_tile_model(folder: Path, family: str, *, patch_size: int = 4, **top: An
         image = "[IMG]"
         text |= {"model_type": "mistral", "sliding_window": None, "head_dim": 6}
         top |= {"tie_word_embeddings": False}
+    if family == "lfm2_vl":
+        text |= {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
+        text |= {"block_auto_adjust_ff_dim": False}
     top = fields | {place: TILE_WORDS.index(image)} | top
     config = transformers.CONFIG_MAPPING[family](vision_config=tower, text_config=text, **top)
     config._attn_implementation = "eager"
@@ -375,7 +399,11 @@ def make_tile_model(folder: Path, family: str, *, patch_size: int = 4, **top: An
     source = (TEMPLATES / f"{template}.jinja").read_text()
     tokenizer.chat_template = source.replace("<image>", image)
     tokenizer.save_pretrained(folder)
-    getattr(transformers, f"{kind}Pil")(**settings).save_pretrained(folder)
+    if family == "lfm2_vl":  # transformers' class needs torchvision
+        written = {"image_processor_type": kind} | settings
+        (folder / "preprocessor_config.json").write_text(json.dumps(written))
+    else:
+        getattr(transformers, f"{kind}Pil")(**settings).save_pretrained(folder)
     return _save(lambda: transformers.AutoModelForImageTextToText.from_config(config), folder)
 
 
@@ -397,6 +425,8 @@ def tile_inputs(
 
     config = transformers.AutoConfig.from_pretrained(folder)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    if config.model_type == "lfm2_vl":
+        return _naflex_inputs(folder, tokenizer, texts, images)
     pixels = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     side = config.vision_config.image_size // config.vision_config.patch_size
     if config.model_type in ("idefics3", "smolvlm"):
@@ -428,6 +458,43 @@ def tile_inputs(
     if config.model_type == "llava_next":
         images = [image for of_text in images for image in of_text]
     return processor(images=images, text=texts, return_tensors="pt", add_special_tokens=special)
+
+
+def _naflex_inputs(folder: Path, tokenizer: Any, texts: list[str], images: Any) -> Any:
+    """`tile_inputs` of LFM2-VL, whose processors need torchvision, from this library's, which
+    `tests/data/images/test_naflex.py` compares with them."""
+    import torch
+
+    from nalora_jax.weights.base import load_model
+
+    loaded: Any = load_model(str(folder), dtype="float32", images=True)
+    prepared = [loaded.processor.prepare(image) for image in images[0]]
+    patches = []
+    shapes = []
+    for image in prepared:
+        start = 0
+        for rows, columns in image.grids:
+            end = start + rows * columns
+            squares = np.asarray(loaded.processor.normalise(image.pixels[start:end]))
+            squares = squares.reshape(rows // 2, columns // 2, 2, 2, -1).transpose(0, 2, 1, 3, 4)
+            patches.append(squares.reshape(rows * columns, -1))
+            shapes.append((rows, columns))
+            start = end
+    most = max(map(len, patches))
+    pixels = np.zeros((len(patches), most, patches[0].shape[1]), np.float32)
+    mask = np.zeros((len(patches), most), np.int32)
+    for number, of_view in enumerate(patches):
+        pixels[number, : len(of_view)] = of_view
+        mask[number, : len(of_view)] = 1
+    tokens = loaded.tokenizer.images
+    first, *others = texts[0].split("<image>")
+    for image, piece in zip(prepared, others, strict=True):
+        first += tokens.text_of(image.layout) + piece
+    return tokenizer(first, return_tensors="pt", add_special_tokens=False) | {
+        "pixel_values": torch.tensor(pixels),
+        "pixel_attention_mask": torch.tensor(mask),
+        "spatial_shapes": torch.tensor(shapes),
+    }
 
 
 def _pixtral_inputs(config: Any, tokenizer: Any, pixels: Any, texts: list[str], images: Any) -> Any:

@@ -356,7 +356,7 @@ class SizedImageTokens(ImageTokens):
                 pieces.append(self.tile.format(row=row + 1, column=column + 1))
                 pieces.append(self.token * layout.tile)
             pieces.append(self.row_end)
-        if layout.rows:
+        if layout.rows and layout.whole:
             pieces.append(self.between)
         pieces.append(super().text_of(layout))
         return "".join(pieces)

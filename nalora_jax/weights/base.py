@@ -133,11 +133,17 @@ _OF_TILES = {
     "after": _FAKE,
 }
 # By ``model_type``: the texts of an image around its tokens; see `SizedImageTokens`.
-_TEXTS: dict[str, dict[str, str]] = {
+IMAGE_TEXTS: dict[str, dict[str, str]] = {
     "idefics3": _OF_TILES,
     "smolvlm": _OF_TILES,
     "llava_next": {},
     "llava_onevision": {},
+    "lfm2_vl": {
+        "first": "<|image_start|>",
+        "tile": "<|img_row_{row}_col_{column}|>",
+        "between": "<|img_thumbnail|>",
+        "after": "<|image_end|>",
+    },
     "mistral3": {"row_end": "[IMG_BREAK]", "after": "[IMG_END]"},
 }
 # Fields of config.json: the tokens before and after an image of the other families, whose templates
@@ -159,7 +165,7 @@ def _with_texts(
     number = vision.image_token
     token = special_text(files.tokenizer, number, "image_token_id", where)
     placeholder = token
-    texts = _TEXTS.get(vision.model_type)
+    texts = IMAGE_TEXTS.get(vision.model_type)
     if texts is None:
         texts = {}
         fields = Fields(files.raw, {}, f"{where}: config.json")

@@ -216,6 +216,16 @@ _PROJECTORS: dict[str, Rows] = {
     ),
 }
 
+
+def _add_prefix(model_type: str, path: str, prefix: str) -> Rows:
+    """Returns a tower's rows, with ``path`` before our paths and ``prefix`` before file names."""
+    rows = []
+    for row in _ENCODER_ROWS[model_type]:
+        paths = tuple(path + name for name in row.paths)
+        rows.append(TensorRow(prefix + row.name, paths, row.change))
+    return tuple(rows)
+
+
 _VISUAL_ATTENTION = _rows(
     {"attn.proj": "attn/o_proj"}, "visual.blocks.{layer}.", "image/layers/"
 )
@@ -267,6 +277,11 @@ _PATCH_ROWS: dict[str, Rows] = {
             "visual.merger.",
             "projector/",
         ),
+    ),
+    "lfm2_vl": (
+        *_add_prefix("siglip2_vision_model", "image/", TOWER),
+        *_rows({"layer_norm": "norm"}, "multi_modal_projector.", "projector/"),
+        *_PROJECTORS["mlp"],
     ),
     "mistral3": (
         TensorRow(f"{TOWER}patch_conv.weight", ("image/patches/kernel",), "patches"),
@@ -345,11 +360,11 @@ def _names(config: DualConfig | EncoderConfig | VisionSpec | PatchSpec) -> Rows:
     if isinstance(config, PatchSpec):
         return _PATCH_ROWS[config.model_type]
     if isinstance(config, VisionSpec):
-        tower = _add_prefix(config.tower, "image/", TOWER)
+        tower = _add_prefix(config.tower.model_type, "image/", TOWER)
         line_break = TensorRow("image_newline", ("line_break/feature",))
         return (*tower, *_PROJECTORS[config.projector], line_break)
-    image = _add_prefix(config.image, "image/", "vision_model.")
-    text = _add_prefix(config.text, "text/", "text_model.")
+    image = _add_prefix(config.image.model_type, "image/", "vision_model.")
+    text = _add_prefix(config.text.model_type, "text/", "text_model.")
     # SigLIP's projections are in its towers, and its temperature is a vector of one number.
     projections: Rows = ()
     change: TensorChange = "lead"
@@ -359,15 +374,6 @@ def _names(config: DualConfig | EncoderConfig | VisionSpec | PatchSpec) -> Rows:
     scale = TensorRow("logit_scale", ("logit_scale",), change)
     bias = TensorRow("logit_bias", ("logit_bias",), change)
     return (*image, *text, *projections, scale, bias)
-
-
-def _add_prefix(tower: EncoderConfig, path: str, prefix: str) -> Rows:
-    """Returns a tower's rows, with ``path`` before our paths and ``prefix`` before file names."""
-    rows = []
-    for row in _ENCODER_ROWS[tower.model_type]:
-        paths = tuple(path + name for name in row.paths)
-        rows.append(TensorRow(prefix + row.name, paths, row.change))
-    return tuple(rows)
 
 
 def _tensors(

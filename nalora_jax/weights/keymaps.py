@@ -201,7 +201,7 @@ HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^model\.text_model\.", "model."),
     (
-        r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)",
+        r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|embedding_norm|layers|norm)\.)",
         "model.",
     ),
 )
@@ -503,6 +503,10 @@ def file_name(config: ModelConfig | DualConfig, name: str) -> str:
         return name
     if config.vision.model_type == "mistral3":
         return re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
+    if config.vision.model_type == "lfm2_vl":
+        name = re.sub(r"^model\.", "model.language_model.", name)
+        name = re.sub(rf"^{TOWER}", f"model.{TOWER}vision_model.", name)
+        return re.sub(r"^multi_modal", "model.multi_modal", name)
     if config.vision.packed:
         name = re.sub(r"^model\.", "model.language_model.", name)
         return re.sub(r"^visual\.", "model.visual.", name)

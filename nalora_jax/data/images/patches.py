@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -311,6 +312,156 @@ _PIXTRAL: dict[str, Any] = {
 }
 
 
+# ---------------------------------------------------------------- LFM2-VL
+
+
+@dataclass(frozen=True)
+class NaflexProcessor(PatchProcessor):
+    """Resizes an image within limits of pixels, or a large one to tiles and to one more image of
+    the whole (NaFlex)."""
+
+    tile: int = 0  # pixels of a tile's side
+    tiles: tuple[int, int] = (1, 1)  # least and most; (1, 1): images are not split
+    whole: bool = True  # the whole image follows its tiles
+    tolerance: float = 2.0  # images are split above this factor of `max_pixels`
+
+    def fitted(self, height: int, width: int) -> tuple[int, int]:
+        """See `PatchProcessor`."""
+        square = self.square
+        tall = max(square, round(height / square) * square)
+        wide = max(square, round(width / square) * square)
+        if tall * wide > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            tall = max(square, math.floor(height / shrink / square) * square)
+            wide = max(square, math.floor(width / shrink / square) * square)
+        elif tall * wide < self.min_pixels:
+            stretch = math.sqrt(self.min_pixels / (height * width))
+            tall = math.ceil(height * stretch / square) * square
+            wide = math.ceil(width * stretch / square) * square
+        return tall, wide
+
+    def layout_of(self, height: int, width: int) -> ImageLayout:
+        """See `PatchProcessor`."""
+        tall, wide = self.fitted(height, width)
+        tokens = tall * wide // self.square**2
+        rows, columns = self._tiles_of(height, width)
+        if rows * columns == 1:
+            return ImageLayout(tokens)
+        return ImageLayout(
+            tokens * self.whole, rows, columns, (self.tile // self.square) ** 2
+        )
+
+    def views_of(self, layout: ImageLayout) -> int:
+        """See `PatchProcessor`."""
+        return layout.rows * layout.columns + (layout.whole > 0)
+
+    def views(self, image: Any) -> list[Any]:
+        """See `PatchProcessor`."""
+        rows, columns = self._tiles_of(image.height, image.width)
+        views = []
+        if rows * columns > 1:
+            size = columns * self.tile, rows * self.tile
+            large = image.resize(size, resample=self.resample)
+            for top in range(0, large.height, self.tile):
+                for left in range(0, large.width, self.tile):
+                    box = left, top, left + self.tile, top + self.tile
+                    views.append(large.crop(box))
+        if self.whole or not views:
+            views += super().views(image)
+        return views
+
+    def with_limits(self, least: int, most: int) -> PatchProcessor:
+        """See `PatchProcessor`. An image below the file's limit is not split."""
+        limited = super().with_limits(least, most)
+        if limited.max_pixels < self.max_pixels:
+            return replace(limited, tiles=(1, 1))  # type: ignore[call-arg]
+        return limited
+
+    def _tiles_of(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the rows and columns of tiles of an image with this size; 1 and 1: not split."""
+        least, most = self.tiles
+        square = self.square
+        tall = max(self.patch_size, round(height / square) * square)
+        wide = max(self.patch_size, round(width / square) * square)
+        if most == 1 or tall * wide <= self.max_pixels * self.tolerance:
+            return 1, 1
+        best = (1, 1)
+        nearest = math.inf
+        for rows, columns in _grids(least, most):
+            distance = abs(width / height - columns / rows)
+            area = rows * columns * self.tile**2
+            larger = distance == nearest and height * width > 0.5 * area
+            if distance < nearest or larger:
+                nearest = distance
+                best = rows, columns
+        return best
+
+
+@cache
+def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
+    """Returns rows and columns of all grids of ``least`` to ``most`` tiles.
+
+    Their order is that of LFM2-VL's processor: of a Python set of widths and heights, sorted by the
+    number of tiles.
+    """
+    grids: set[tuple[int, int]] = set()
+    for count in range(least, most + 1):
+        for columns in range(1, count + 1):
+            for rows in range(1, count + 1):
+                if least <= rows * columns <= most:
+                    grids.add((columns, rows))
+    ordered = sorted(grids, key=lambda grid: grid[0] * grid[1])
+    return tuple((rows, columns) for columns, rows in ordered)
+
+
+def _lfm2_vl(f: Fields, values: dict[str, Any]) -> PatchProcessor:
+    """Returns the processor of LFM2-VL."""
+    patch = f.integer("encoder_patch_size", high=2**10)
+    merge = f.integer("downsample_factor", high=2**5)
+    tile = f.integer("tile_size", high=2**14)
+    square = patch * merge
+    if tile % square:
+        raise f.error("tile_size", f"a multiple of {square}", tile)
+    least = f.integer("min_image_tokens", high=2**20)
+    most = f.integer("max_image_tokens", high=2**20)
+    tiles = (1, 1)
+    if f.flag("do_image_splitting"):
+        tiles = f.integer("min_tiles", high=2**8), f.integer("max_tiles", high=2**8)
+    if least > most or tiles[0] > tiles[1]:
+        limits = f"{least} to {most} tokens, {tiles[0]} to {tiles[1]} tiles"
+        raise f.error(
+            "max_image_tokens", "limits that are not below the minima", limits
+        )
+    return NaflexProcessor(
+        patch_size=patch,
+        merge=merge,
+        min_pixels=least * square**2,
+        max_pixels=most * square**2,
+        tile=tile,
+        tiles=tiles,
+        whole=f.flag("use_thumbnail"),
+        tolerance=f.number("max_pixels_tolerance"),
+        **values,
+    )
+
+
+_LFM2_VL: dict[str, Any] = {
+    "resample": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "downsample_factor": 2,
+    "do_image_splitting": True,
+    "min_tiles": 2,
+    "max_tiles": 10,
+    "use_thumbnail": True,
+    "min_image_tokens": 64,
+    "max_image_tokens": 256,
+    "encoder_patch_size": 16,
+    "tile_size": 512,
+    "max_pixels_tolerance": 2.0,
+}
+
+
 # ---------------------------------------------------------------- Qwen2-VL and its successors
 
 
@@ -352,4 +503,5 @@ PATCH_PROCESSORS: dict[
 ] = {
     "Qwen2VLImageProcessor": (_qwen, _QWEN),
     "PixtralImageProcessor": (_pixtral, _PIXTRAL),
+    "Lfm2VlImageProcessor": (_lfm2_vl, _LFM2_VL),
 }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.models.family import VisionReader, hf_defaults
 from nalora_jax.models.readers import activation_name
-from nalora_jax.models.vision.patch_config import PatchSpec, PatchTower
+from nalora_jax.models.vision.patch_config import (
+    PatchSpec,
+    PatchTower,
+    ProjectorNorm,
+)
 from nalora_jax.models.vision.tower_fields import image_token_of, tower_fields
 
 _TOWER: dict[str, Any] = {
@@ -200,6 +205,72 @@ def _mistral3(f: Fields, d_model: int) -> PatchSpec:
     )
 
 
+def _lfm2_vl(f: Fields, d_model: int) -> PatchSpec:
+    """Returns the image input of LFM2-VL: SigLIP 2's tower for images of any shape."""
+    v = tower_fields(f, _SIGLIP2, ("attention_dropout", "image_size"))
+    if v.get("vision_use_head") is not False:
+        expected = "false: the pooling of the whole image is not used"
+        raise v.error("vision_use_head", expected, repr(v.get("vision_use_head")))
+    positions = v.integer("num_patches")
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise v.error("num_patches", "a square number", positions)
+    width = v.integer("hidden_size")
+    heads = v.integer("num_attention_heads", high=2**16)
+    if width % heads:
+        raise v.error("hidden_size", f"a multiple of {heads} heads", width)
+    tower = PatchTower(
+        "siglip2_vision_model",
+        d_model=width,
+        n_layers=v.integer("num_hidden_layers", high=2**10),
+        n_heads=heads,
+        d_ff=v.integer("intermediate_size"),
+        activation=activation_name(v, "hidden_act"),
+        norm_eps=v.number("layer_norm_eps"),
+        patch_size=v.integer("patch_size", high=2**10),
+        channels=v.integer("num_channels", high=64),
+        patch_bias=True,
+        final_norm=True,
+        table="resized",
+        side=side,
+    )
+    norm: ProjectorNorm = "none"
+    if f.flag("projector_use_layernorm"):
+        norm = "merged"
+    return PatchSpec(
+        "lfm2_vl",
+        tower,
+        d_model,
+        f.integer("image_token_id", low=0),
+        f.integer("downsample_factor", high=2**5),
+        activation_name(f, "projector_hidden_act"),
+        hidden=f.integer("projector_hidden_size"),
+        norm=norm,
+        norm_eps=1e-5,  # which no file states
+        bias=f.flag("projector_bias"),
+    )
+
+
+_SIGLIP2: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "num_patches": 256,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vision_use_head": True,
+}
+_LFM2_VL = {
+    "image_token_id": 396,
+    "projector_hidden_act": "gelu",
+    "projector_hidden_size": 2560,
+    "projector_bias": True,
+    "projector_use_layernorm": True,
+    "downsample_factor": 2,
+}
 _PIXTRAL: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -252,3 +323,8 @@ PATCH_FAMILIES: dict[str, tuple[VisionReader, dict[str, Any], dict[str, Any]]] =
     for name, (reader, defaults) in _READERS.items()
 }
 PATCH_FAMILIES["mistral3"] = (_mistral3, _MISTRAL3, {})
+PATCH_FAMILIES["lfm2_vl"] = (
+    _lfm2_vl,
+    _LFM2_VL,
+    hf_defaults(model_type="lfm2", tie_embeddings=True),
+)

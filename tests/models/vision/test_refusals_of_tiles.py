@@ -59,6 +59,14 @@ SQUARE = vision.SQUARE
             r"head_dim: expected hidden_size / .*\(8\), found 4",
         ),
         ("mistral3", {"vision_feature_layer": -2}, "vision_feature_layer: expected -1"),
+        ("lfm2_vl", {TOWER: {"windows": 2}}, "vision_config: windows: expected no such field"),
+        ("lfm2_vl", {TOWER: {"vision_use_head": True}}, "vision_use_head: expected false"),
+        (
+            "lfm2_vl",
+            {TOWER: {"num_patches": 24}},
+            "num_patches: expected a square number, found 24",
+        ),
+        ("lfm2_vl", {TOWER: {"hidden_size": 30}}, "hidden_size: expected a multiple of 4 heads"),
         ("llava_next", {"image_grid_pinpoints": 4}, "expected a list of heights and widths"),
         ("llava_next", {"image_grid_pinpoints": [[20, 16]]}, "multiples of 16, .*found .20, 16."),
     ],
@@ -82,6 +90,9 @@ def test_fields_of_models_are_read_or_refused(folders, family, changes, message)
             {"image_processor_type": "SiglipImageProcessor", "size": SQUARE, "do_pad": False},
             "expected a processor of tiles of the model's family",
         ),
+        ("lfm2_vl", {"tile_size": 20}, "tile_size: expected a multiple of 8, found 20"),
+        ("lfm2_vl", {"max_tiles": 1}, "max_image_tokens: expected limits .* found .*2 to 1 tiles"),
+        ("lfm2_vl", {"encoder_patch_size": 8}, "expected .*'patch_size': 4.*found"),
         ("mistral3", {"do_resize": False}, "do_resize: expected true: images must have whole"),
         ("mistral3", {"patch_size": {"height": 4, "width": 8}}, "patch_size: expected a square"),
         ("llava_onevision", {"size": {"height": 16, "width": 8}}, "size: expected a square"),
@@ -109,6 +120,7 @@ def test_processors_fit_the_model(tmp_path, family, changes, message) -> None:
         ("smolvlm", 1, "at most 1 by 1 tiles of 16 by 16 pixels"),
         ("llava_onevision", 600, "at most 2 tiles of 16 by 16 pixels"),
         ("llava_onevision", 1, "at most 1 tiles of 16 by 16 pixels"),
+        ("lfm2_vl", 300, "128 to 300 pixels, at most 4 tokens"),
         ("mistral3", 600, "sides of at most 24 pixels, at most 9 tokens"),
     ],
 )
@@ -122,8 +134,9 @@ def test_limits_of_pixels_take_fewer_tiles(folders, caplog, family, pixels, limi
     (unlimited,) = whole.tokenizer.images.layouts([(300, 310)])  # type: ignore[union-attr]
     assert layout.tokens < unlimited.tokens
     assert model.processor.layouts([(300, 310)]) == [layout]  # type: ignore[union-attr]
-    with pytest.raises(NaloraError, match="--vision.min-pixels: expected 0: .*no lower limit"):
-        limit_pixels(whole, cfg.VisionConfig("chat", min_pixels=64))
+    if family != "lfm2_vl":
+        with pytest.raises(NaloraError, match="--vision.min-pixels: expected 0: .*no lower limit"):
+            limit_pixels(whole, cfg.VisionConfig("chat", min_pixels=64))
 
 
 def test_plans_of_images_in_tiles_are_refused(folders) -> None:
@@ -135,4 +148,5 @@ def test_plans_of_images_in_tiles_are_refused(folders) -> None:
 @pytest.mark.parametrize("family", vision.PLACED_FAMILIES)
 def test_the_text_model_loads_alone(folders, family) -> None:
     loaded = load_model(str(folders[family]), dtype="float32")
-    assert set(loaded.params) == {"embed", "layers", "final_norm", "lm_head"}
+    assert loaded.config.vision is None
+    assert set(loaded.params) - {"lm_head"} == {"embed", "layers", "final_norm"}

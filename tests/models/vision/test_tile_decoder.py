@@ -122,7 +122,10 @@ def test_logits_of_packed_rows_are_transformers_own(folder, loaded) -> None:
             start = end
 
 
-ADAPTED = r".*\.([qkvo]_proj|out_proj|fc[12]|(gate|up|down)_proj|linear_[12]|merging_layer|modality_projection\.proj)"
+ADAPTED = (
+    r".*\.([qkvo]_proj|in_proj|out_proj|w[123]|fc[12]|(gate|up|down)_proj|linear_[12]"
+    r"|merging_layer|modality_projection\.proj)"
+)
 
 
 def test_gradients_of_adapters_are_those_of_peft(folder, loaded, tmp_path) -> None:
