@@ -361,17 +361,30 @@ def make_patch_model(folder: Path, family: str, **top: Any) -> Path:
     return _save(lambda: transformers.AutoModelForImageTextToText.from_config(config), folder)
 
 
-def make_tile_model(folder: Path, family: str, *, patch_size: int = 4, **top: Any) -> Path:
+def _of_side(value: Any, side: int) -> Any:
+    """Settings of a processor whose multiples of 16 pixels are multiples of ``side``."""
+    if isinstance(value, dict):
+        return {name: _of_side(each, side) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_of_side(each, side) for each in value]
+    if type(value) is int and value % 16 == 0:
+        return value // 16 * side
+    return value
+
+
+def make_tile_model(
+    folder: Path, family: str, *, patch_size: int = 4, side: int = 16, **top: Any
+) -> Path:
     """A vision-language model whose images are in tiles: model, tokenizer, chat template, image
     processor."""
     import transformers
 
-    tower = SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": patch_size}
+    tower = SIZES | {"num_hidden_layers": 3, "image_size": side, "patch_size": patch_size}
     if family in PACKED_FAMILIES:
         kind, settings, fields, of_tower = PACKED_FAMILIES[family]
         tower |= of_tower
     else:
-        kind, settings, fields = TILE_FAMILIES[family]
+        kind, settings, fields = _of_side(list(TILE_FAMILIES[family]), side)
         tower |= _TILE_TOWERS[family]
     text = SIZES | {"hidden_size": 24, "intermediate_size": 40, "num_key_value_heads": 2}
     text |= {"vocab_size": 96, "max_position_embeddings": 512, "bos_token_id": 1}

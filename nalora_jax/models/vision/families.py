@@ -311,7 +311,14 @@ def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
     head."""
     settings = {**defaults, **f.mapping("vision_config")}
     headless = settings.pop("vision_use_head", None) is False
+    size: Any = settings.get("image_size")
+    patch: Any = settings.get("patch_size")
+    sides = type(size) is int and type(patch) is int and 0 < patch <= size
+    if sides:  # what is left of a side is cut off, as of 384 pixels in patches of 14
+        settings["image_size"] = size - size % patch
     tower = read_encoder(settings, f"{f.where}: vision_config")
+    if sides and tower.kind == "image" and not tower.any_shape:
+        tower = replace(tower, image_size=size)
     if headless:
         tower = replace(tower, pooling="none")
     if tower.kind != "image" or tower.any_shape:

@@ -35,9 +35,14 @@ TEXTS = (
 ROWS = ((0, 1), (1, 2), (3,))
 
 
-@pytest.fixture(scope="module", params=vision.PLACED_FAMILIES)
+# Tiles of 18 pixels in patches of 4, as of 384 in patches of 14: the rest is cut off.
+CASES = (*vision.PLACED_FAMILIES, "smolvlm 18", "llava_onevision 18")
+
+
+@pytest.fixture(scope="module", params=CASES)
 def folder(request, tmp_path_factory) -> Path:
-    return vision.make_tile_model(tmp_path_factory.mktemp(request.param), request.param)
+    family, _, side = request.param.partition(" ")
+    return vision.make_tile_model(tmp_path_factory.mktemp("model"), family, side=int(side or 16))
 
 
 @pytest.fixture(scope="module")
