@@ -235,14 +235,17 @@ def look_up_levels(codes: Array, levels: Sequence[float]) -> Array:
     """Returns float32 ``levels[codes]``.
 
     The levels are selected bit by bit, the highest bit first, because a TPU gathers slowly from a
-    table.
+    table. Pairs of levels are selected by integers, since a rematerialized scan would keep their
+    broadcasts as its constants: on a GPU, 16 arrays of a kernel's size in float32.
     """
-    if len(levels) == 1:
-        return jnp.float32(levels[0])
     half = len(levels) // 2
-    low = look_up_levels(codes, levels[:half])
-    high = look_up_levels(codes, levels[half:])
-    return jnp.where((codes & half) > 0, high, low)
+    if half == 1:
+        low, high = np.asarray(levels, np.float32).view(np.int32).tolist()
+        odd = -(codes & 1).astype(jnp.int32)  # all bits, or none
+        return lax.bitcast_convert_type((odd & (low ^ high)) ^ low, jnp.float32)
+    first = look_up_levels(codes, levels[:half])
+    second = look_up_levels(codes, levels[half:])
+    return jnp.where((codes & half) > 0, second, first)
 
 
 def mark_gathered(params: Any, axes: Collection[str]) -> Any:
