@@ -40,10 +40,16 @@ XLA = "xla"
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu",),
     "gpu": ("cudnn", "triton", "split_outputs"),
-    "tpu": ("splash", "split_outputs"),
+    "tpu": ("splash", "blocks", "split_outputs"),
 }
 # Modules that register implementations, highest last. The package cpu may be deleted.
-_REGISTERING = ("ops.attention_gpu", "ops.attention_tpu", "mesh.sharding", "cpu")
+_REGISTERING = (
+    "ops.attention_gpu",
+    "ops.attention_tpu",
+    "ops.scaled_tpu",
+    "mesh.sharding",
+    "cpu",
+)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def dequantize_scaled(kernel: Scaled, dtype: Any = jnp.float32) -> Array:
     scaling = kernel.scaling
     *lead, d_in, d_out = kernel.shape
     values = _decoded(kernel.codes, scaling.element)
-    scales = _decoded_scales(kernel)
+    scales = decoded_scales(kernel)
     zeros = kernel.zeros
     if zeros is not None:
         zeros = zeros.astype(jnp.float32)
@@ -129,12 +129,17 @@ def dequantize_scaled(kernel: Scaled, dtype: Any = jnp.float32) -> Array:
         count = scales.shape[axis]
         even &= count == 1 or count * scaling.block[axis] == size
     if even:
-        # [..., d_in, d_out] -> [..., blocks, inputs, blocks, outputs], in which scales are not
-        # repeated
-        values = values.reshape(*lead, n_in, block_in, n_out, block_out)
-        scales = scales[..., :, None, :, None]
+        # Scales are repeated along outputs only: [..., blocks, d_out]. XLA:TPU then fuses scales of
+        # channels into the matmul, and stores no repeated scales of both axes.
+        if n_out > 1:
+            scales = jnp.repeat(scales, block_out, axis=-1)
+            if zeros is not None:
+                zeros = jnp.repeat(zeros, block_out, axis=-1)
+        # [..., d_in, d_out] -> [..., blocks, inputs, d_out]
+        values = values.reshape(*lead, n_in, block_in, d_out)
+        scales = scales[..., None, :]
         if zeros is not None:
-            zeros = zeros[..., :, None, :, None]
+            zeros = zeros[..., None, :]
     else:
         scales = _repeated(scales, kernel)
         if zeros is not None:
@@ -142,8 +147,10 @@ def dequantize_scaled(kernel: Scaled, dtype: Any = jnp.float32) -> Array:
     if zeros is not None:
         values = values - zeros
     products = _rounded(values * scales, scaling.rounds, dtype)
-    # One pass over HBM, see `nalora_jax.ops.quantize.dequantize`.
-    return lax.optimization_barrier(products).reshape(*lead, d_in, d_out)
+    if scaling.per_byte == 2:
+        # One pass over HBM, see `nalora_jax.ops.quantize.dequantize`.
+        products = lax.optimization_barrier(products)
+    return products.reshape(*lead, d_in, d_out)
 
 
 def _decoded(codes: Array, element: Element) -> Array:
@@ -164,7 +171,7 @@ def _decoded(codes: Array, element: Element) -> Array:
     return values.reshape(*lead, 2 * rows, d_out)
 
 
-def _decoded_scales(kernel: Scaled) -> Array:
+def decoded_scales(kernel: Scaled) -> Array:
     """Returns the scales as float32, with the outer scale."""
     scaling = kernel.scaling
     if scaling.scale == "e8m0":
